@@ -1,0 +1,1 @@
+"""The commands: each file is a thin entry point over `pretrain`."""

@@ -1,0 +1,226 @@
+"""Every option of Longhaul: what it means, its range and its default.
+
+`docs/config.md` is generated from these models. Reading YAML, overrides and error messages are in
+`settings.py`; checks that need several sections are in `checks.py`; arithmetic with the number of ranks
+is in `batch_plan.py`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, Strict
+
+Bool = Annotated[bool, Strict()]  # pydantic would otherwise read 'on', 'yes' and 1 as true
+Count = Annotated[int, Field(ge=1)]  # at least one
+CountOrZero = Annotated[int, Field(ge=0)]
+Probability = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+
+class Section(BaseModel):
+    """Base of every section: immutable, no unknown keys, no NaN."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True, protected_namespaces=()
+    )
+
+
+class RunSection(Section):
+    """Where the run lives and what makes it reproducible."""
+
+    dir: str = Field("", description="Run folder. Empty: `runs/<name of the config file>`.")
+    seed: CountOrZero = Field(1, lt=2**32, description="Seed of initialisation, data order, dropout and sampling.")
+    allow_changes: list[str] = Field(
+        [], description="Options that may differ from the run folder's config when a run goes on, such as `optim.lr`."
+    )
+
+
+class ModelSection(Section):
+    """The Transformer. Options left at `null` take the family's value."""
+
+    family: Literal["llama", "gpt2"] = Field(
+        "llama", description="Published architecture that the model is, and is exported as."
+    )
+    dim: Count = Field(description="Model width D.")
+    num_layers: Count = Field(description="Number of Transformer blocks.")
+    num_heads: Count = Field(description="Query heads H.")
+    num_kv_heads: Count | None = Field(
+        None, description="Key and value heads K: H is MHA, 1 is MQA, between them GQA. Null: H."
+    )
+    head_dim: Count | None = Field(None, description="Width C of one head. Null: dim / num_heads.")
+    ffn_dim: Count | None = Field(
+        None, description="Feed-forward width F. Null: llama 8/3 of dim rounded up to a multiple of 64, gpt2 4 dim."
+    )
+    norm: Literal["rmsnorm", "layernorm"] | None = Field(None, description="Normalisation. Null: the family's.")
+    norm_eps: float = Field(1e-5, gt=0, le=1e-2, description="Added to the variance before the root.")
+    activation: Literal["swiglu", "gelu"] | None = Field(None, description="Feed-forward kind. Null: the family's.")
+    positions: Literal["rope", "learned"] | None = Field(None, description="Position encoding. Null: the family's.")
+    rope_theta: float = Field(10000.0, gt=1, description="Base of RoPE's wavelengths; only for `positions: rope`.")
+    attention_bias: Bool | None = Field(
+        None, description="Biases in the query, key, value and output projections. Null: the family's."
+    )
+    ffn_bias: Bool | None = Field(None, description="Biases in the feed-forward. Null: the family's.")
+    tie_embeddings: Bool | None = Field(
+        None, description="The output layer uses the embedding's weights. Null: the family's (gpt2 true, llama false)."
+    )
+    dropout: Probability = Field(0.0, description="Dropout after the embedding and on what each sublayer adds.")
+    attention_dropout: Probability = Field(0.0, description="Dropout of attention probabilities.")
+    init_std: float = Field(
+        0.02, gt=0, le=1, description="Standard deviation of initial weights; outputs of sublayers use it / sqrt(2 L)."
+    )
+
+
+class TokenizerSection(Section):
+    """The sentencepiece tokenizer; `prepare` trains it if the file does not exist."""
+
+    model: str = Field(description="Path of the sentencepiece model file.")
+    vocab_size: int = Field(ge=300, le=2**20, description="Number of token ids, special and byte ones included.")
+    sample_bytes: int = Field(
+        100_000_000, ge=10_000, description="Bytes of text that it is trained on; memory is about 15 times this."
+    )
+    character_coverage: float = Field(
+        0.99995, gt=0.9, le=1.0, description="Share of characters that get pieces of their own; the rest are bytes."
+    )
+
+
+class SourceSection(Section):
+    """One corpus: raw text that `prepare` turns into shards, or shards that exist."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", description="Name of the corpus; fixes its shuffling.")
+    paths: list[str] = Field(
+        [], description="Raw text: files, folders or globs of text and `.jsonl`, either `.gz` or `.zst` too, or "
+        "`python-stdlib:`. Empty: the shards exist already."
+    )  # fmt: skip
+    shards: str = Field(description="Folder of the prepared shards.")
+    weight: float = Field(1.0, gt=0, description="Share of training rows, relative to the other sources.")
+    text_field: str = Field("text", description="Field of a `.jsonl` line that holds the text.")
+
+
+class DataSection(Section):
+    """Corpora, their preparation and their order in training."""
+
+    sources: list[SourceSection] = Field(min_length=1, description="The corpora that are mixed.")
+    seq_len: int = Field(ge=8, description="Tokens in a row (T).")
+    val_fraction: float = Field(0.001, ge=0, le=0.5, description="Share of documents held out, chosen by their hash.")
+    drop_duplicates: Bool = Field(True, description="Drop documents that are byte for byte equal to an earlier one.")
+    on_bad_document: Literal["skip", "error"] = Field(
+        "skip", description="What to do with a document that is not UTF-8, not JSON, lacks the text field or holds "
+        "U+2581, which sentencepiece cannot restore. Skipped ones are counted and reported."
+    )  # fmt: skip
+    on_bad_file: Literal["skip", "error"] = Field(
+        "error", description="What to do with a source file that cannot be read to its end."
+    )
+    shard_bytes: int = Field(
+        134_217_728, ge=4096, description="Size at which `prepare` begins a new shard; also the unit of packing."
+    )
+    prepare_processes: CountOrZero = Field(0, description="Processes that tokenize in `prepare`. 0: one per core.")
+    shuffle_window_shards: Count = Field(16, description="Shards whose rows are shuffled together.")
+    prefetch_steps: Count = Field(2, description="Steps of rows that are read ahead of training.")
+
+
+class OptimSection(Section):
+    """The optimizer. Weight decay applies to matrices only, never to norms, biases or learned positions."""
+
+    name: Literal["adamw", "adam", "rmsprop"] = Field("adamw", description="Optimizer.")
+    lr: float = Field(gt=0, le=1, description="Peak learning rate.")
+    betas: tuple[Probability, Probability] = Field(
+        (0.9, 0.95), description="Adam's and AdamW's decay rates of the first and second moment."
+    )
+    eps: float = Field(1e-8, gt=0, le=1e-2, description="Added to the root of the second moment.")
+    alpha: Probability = Field(0.99, description="RMSprop's decay rate of the second moment.")
+    momentum: Probability = Field(0.0, description="RMSprop's momentum.")
+    weight_decay: float = Field(
+        0.1, ge=0, le=10, description="Decay of matrices: decoupled in AdamW, added to the gradient in Adam and RMSprop."
+    )
+    clip_norm: float = Field(1.0, ge=0, description="Largest global gradient norm; 0 does not clip.")
+
+
+class ScheduleSection(Section):
+    """Learning rate over the run: warm-up from 0, then the named shape."""
+
+    name: Literal["cosine", "wsd", "linear", "constant"] = Field("cosine", description="Shape after the warm-up.")
+    warmup_steps: CountOrZero = Field(0, description="Steps over which the rate rises linearly to `optim.lr`.")
+    decay_steps: CountOrZero = Field(
+        0, description="Steps of `wsd`'s final linear decay. 0: a tenth of the run. Only for `wsd`."
+    )
+    final_lr_ratio: float = Field(0.1, ge=0, le=1, description="Rate at the end of the run, relative to `optim.lr`.")
+
+
+class TrainSection(Section):
+    """Length, batch and arithmetic of training."""
+
+    num_steps: Count | None = Field(None, description="Optimizer updates. Give this or `num_tokens`.")
+    num_tokens: Count | None = Field(None, description="Tokens to train on, rounded up to whole steps.")
+    global_batch_size: Count = Field(description="Rows in a step, over all ranks and micro-steps.")
+    micro_batch_size: Count = Field(description="Rows that one rank computes at once.")
+    precision: Literal["bf16", "fp16", "fp32"] = Field(
+        "bf16", description="Arithmetic of the model; master weights and moments are fp32 always. fp16 needs a GPU."
+    )
+    activation_checkpointing: Literal["none", "full"] = Field(
+        "none", description="`full` keeps each block's input only and computes the block again in the backward pass."
+    )
+    deterministic: Bool = Field(
+        False, description="On a GPU, choose algorithms that give the same bits on every run. A CPU's always do."
+    )
+
+
+class ParallelSection(Section):
+    """How the model's states are divided over ranks."""
+
+    zero_stage: int = Field(
+        1, ge=0, le=3, description="DeepSpeed ZeRO: 0 divides nothing, 1 optimizer states, 2 gradients too, 3 weights too."
+    )
+    timeout_seconds: Count = Field(1800, description="A rank that waits longer than this for the others fails.")
+
+
+class EvalSection(Section):
+    """Evaluation on held-out documents."""
+
+    every_steps: CountOrZero = Field(0, description="Steps between evaluations; one more at the end. 0: none.")
+    max_rows: CountOrZero = Field(0, description="Held-out rows used. 0: all.")
+    patience: CountOrZero = Field(
+        0, description="Stop early after this many evaluations without improvement. 0: never."
+    )
+    min_delta: float = Field(0.0, ge=0, description="Fall of the held-out loss that counts as improvement, in nats.")
+
+
+class CheckpointSection(Section):
+    """Saving."""
+
+    every_steps: CountOrZero = Field(0, description="Steps between checkpoints; one more at the end. 0: at the end only.")
+    keep_last: Count = Field(3, description="Newest checkpoints that are kept.")
+    keep_best: Bool = Field(
+        True, description="Save whenever the held-out loss is the lowest so far, and keep that checkpoint."
+    )
+
+
+class GuardSection(Section):
+    """What happens when numbers go wrong."""
+
+    max_skipped_steps: CountOrZero = Field(
+        5, description="Updates skipped in a row for non-finite gradients before the run stops with an error."
+    )
+
+
+class LogSection(Section):
+    """What is shown and written."""
+
+    every_steps: Count = Field(10, description="Steps between lines where the output is not a terminal.")
+    tensorboard: Bool = Field(True, description="Write TensorBoard events beside `metrics.jsonl`.")
+
+
+class Config(Section):
+    """One training run."""
+
+    run: RunSection = Field(RunSection(), description="Where the run lives and what makes it reproducible.")
+    model: ModelSection
+    data: DataSection
+    tokenizer: TokenizerSection
+    optim: OptimSection
+    schedule: ScheduleSection = ScheduleSection()
+    train: TrainSection
+    eval: EvalSection = EvalSection()
+    checkpoint: CheckpointSection = CheckpointSection()
+    parallel: ParallelSection = ParallelSection()
+    guard: GuardSection = GuardSection()
+    log: LogSection = LogSection()

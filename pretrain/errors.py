@@ -1,0 +1,40 @@
+"""The errors that a user can cause or must act on, and the exit statuses of every command.
+
+A `LonghaulError` is printed as one message without a traceback; anything else is a bug and keeps its
+traceback. Messages follow one pattern: `<where>: <name> is <value>; expected <rule>. <fix>`.
+"""
+
+from __future__ import annotations
+
+EXIT_DONE = 0
+EXIT_FAILED = 1
+EXIT_USAGE = 2
+EXIT_STOPPED = 75  # stopped early and resumable: BSD's EX_TEMPFAIL, which SLURM's afterok does not accept
+
+
+class LonghaulError(Exception):
+    """Base of every error that is the user's or the machine's, not a bug."""
+
+    exit_status = EXIT_FAILED
+
+
+class ConfigError(LonghaulError):
+    """The config, the command line or what they refer to is wrong; nothing was started."""
+
+    exit_status = EXIT_USAGE
+
+
+class DataError(LonghaulError):
+    """Sources, shards or the tokenizer are missing, damaged or do not fit each other."""
+
+
+class CheckpointError(LonghaulError):
+    """A checkpoint is missing, damaged or does not fit the run."""
+
+
+class ExportError(LonghaulError):
+    """A conversion could not be made or did not verify."""
+
+
+class TrainingError(LonghaulError):
+    """Training cannot go on: non-finite values, a failed self-test, an unusable device."""
