@@ -9,14 +9,16 @@ from __future__ import annotations
 import os
 import socket
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
-from pretrain.errors import ConfigError
+from pretrain.errors import ConfigError, LonghaulError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,27 @@ class Ranks:
     def barrier(self) -> None:
         """Wait for all ranks."""
         dist.barrier()
+
+    def agree(self, action: Callable[[], T]) -> T:
+        """Run `action` on every rank; if it fails on any, raise that error on all.
+
+        Start-up goes through this, so that one rank's problem is everybody's message and nobody waits for ever.
+
+        Raises:
+            LonghaulError: the first rank's error.
+        """
+        result, problem = None, None
+        try:
+            result = action()
+        except LonghaulError as error:
+            problem = error
+        problems = [(rank, error) for rank, error in enumerate(self.gather(problem)) if error is not None]
+        if problems:
+            rank, error = problems[0]
+            agreed = type(error)(str(error) if rank == 0 else f"rank {rank}: {error}")
+            agreed.agreed = True
+            raise agreed
+        return result  # type: ignore[return-value]
 
     def gather(self, value: Any) -> list[Any]:
         """Return every rank's value, on every rank, in rank order."""
