@@ -172,15 +172,13 @@ def complete_shards(folder: str | Path, split: str) -> list[Shard]:
     while (tar_path := Path(folder) / f"{split}-{len(shards):06d}.tar").exists():
         name = tar_path.stem
         index = _load_index(Path(folder), name)
-        with open(tar_path, "rb") as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         shards.append(
             Shard(
                 name=name,
                 num_bytes=tar_path.stat().st_size,
                 num_documents=len(index),
                 num_tokens=int(index["num_tokens"].sum(dtype=np.uint64)),
-                sha256=sha256,
+                sha256=file_sha256(tar_path),
                 index_sha256=file_sha256(index_path(Path(folder), name)),
             )
         )
