@@ -1,7 +1,8 @@
 """Runs training cases one after the other in one start of the ranks, since a DeepSpeed start costs 10 s and more.
 
 Started by the tests on every rank: `cases.py CONFIG CASES.json`. CASES.json holds a list of
-{"overrides": [...], "expect": "done" | "stopped" | text of the error}. What a case leaves behind is in its run folder.
+{"overrides": [...], and by choice "signal_at", "signal_rank", "poison", "damage"}. What a case leaves behind is in its
+run folder.
 """
 
 from __future__ import annotations
@@ -23,6 +24,13 @@ from pretrain.settings import load_config
 def run_case(case: dict, config_path: str, ranks) -> str:
     """Run one case; return `done`, `stopped` or the error's text."""
     config = load_config(config_path, case["overrides"])
+    if "damage" in case:  # flip a bit of the newest checkpoint
+        if ranks.is_first:
+            path = sorted((Path(config.run.dir) / "checkpoints").glob("step-*[0-9]"))[-1] / case["damage"]
+            content = bytearray(path.read_bytes())
+            content[len(content) // 2] ^= 1
+            path.write_bytes(content)
+        ranks.barrier()
     original = train_module.train_step
     if "signal_at" in case:
 
