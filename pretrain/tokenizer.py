@@ -68,8 +68,8 @@ class Tokenizer:
             self._processor.LoadFromSerializedProto(self.model_bytes)
         except (RuntimeError, ValueError, IndexError, KeyError, struct.error) as error:
             raise DataError(
-                f"{path}: the tokenizer is damaged ({_first_line(error)}); expected a sentencepiece model. Delete it and "
-                "run `launch/prepare.py` to train it again, or restore the file."
+                f"{path}: the tokenizer is damaged ({_first_line(error)}); expected a sentencepiece model. Delete it "
+                "and run `launch/prepare.py` to train it again, or restore the file."
             ) from None
         self.vocab_size: int = self._processor.vocab_size()
         self.fingerprint = hashlib.sha256(self.model_bytes).hexdigest()
