@@ -1,0 +1,166 @@
+"""The row table: which documents' pieces lie in which row, packed once per `seq_len` and memory-mapped.
+
+`prepare` builds it, so that no training start waits for packing. A block is a shard; its rows hold
+documents of that shard only.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+
+from pretrain.errors import DataError
+from pretrain.packing import PACKING_VERSION, SEGMENT_DTYPE, pack
+from pretrain.shards import PREPARE_COMMAND, Manifest, load_index, sync_folder, write_atomically
+
+_SPLITS = ("train", "val")
+_IDENTITY_NAME = "identity.json"
+
+
+def build_row_tables(folder: str | Path, manifest: Manifest, seq_len: int) -> None:
+    """Packs both splits into rows of `seq_len` and stores the tables in `rows-<seq_len>`.
+
+    The folder appears complete or not at all. Nothing is done if it is there for this very manifest.
+
+    Args:
+        folder: Folder of the corpus, with its shards.
+        manifest: The corpus's manifest; need not be saved yet.
+        seq_len: Slots in a row.
+
+    Raises:
+        DataError: An index is damaged, or the tables cannot be written.
+    """
+    target = _table_folder(folder, seq_len)
+    if _read_identity(target) == _identity(manifest, seq_len):
+        return
+    temporary = target.with_name(f".{target.name}.tmp")
+    try:
+        for old in (temporary, target):
+            if old.exists():
+                shutil.rmtree(old)
+        temporary.mkdir(parents=True)
+        for split in _SPLITS:
+            _build_split(Path(folder), temporary, manifest, split, seq_len)
+        write_atomically(temporary / _IDENTITY_NAME, (json.dumps(_identity(manifest, seq_len)) + "\n").encode())
+        os.replace(temporary, target)
+        sync_folder(target.parent)
+    except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise DataError(
+            f"{target} cannot be written: {error.strerror or error}. The shards are complete and kept. "
+            f"Mend this (free some space) and run again: {PREPARE_COMMAND}"
+        ) from error
+
+
+def _build_split(folder: Path, target: Path, manifest: Manifest, split: str, seq_len: int) -> None:
+    """Packs each shard and writes the split's three arrays; segments go to disk shard by shard."""
+    shards = manifest.shards(split)
+    num_segments = 0
+    for shard in shards:
+        num_segments += int((-(-_num_slots(load_index(folder, shard)) // seq_len)).sum())
+    paths = {name: target / f"{split}.{name}.npy" for name in ("segments", "offsets", "blocks")}
+    segments = np.lib.format.open_memmap(paths["segments"], "w+", SEGMENT_DTYPE, (num_segments,))
+    offsets, blocks = [np.zeros(1, np.uint64)], np.zeros(len(shards) + 1, np.uint64)
+    begin = 0
+    for block, shard in enumerate(shards):
+        block_segments, block_offsets = pack(_num_slots(load_index(folder, shard)), seq_len)
+        segments[begin : begin + len(block_segments)] = block_segments
+        offsets.append(block_offsets[1:] + np.uint64(begin))
+        begin += len(block_segments)
+        blocks[block + 1] = blocks[block] + np.uint64(len(block_offsets) - 1)
+    segments.flush()
+    del segments
+    np.save(paths["offsets"], np.concatenate(offsets))
+    np.save(paths["blocks"], blocks)
+    for path in paths.values():
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+
+
+def _num_slots(index: np.ndarray) -> np.ndarray:
+    return np.maximum(index["num_tokens"].astype(np.int64) - 1, 0)
+
+
+def _table_folder(folder: str | Path, seq_len: int) -> Path:
+    return Path(folder) / f"rows-{seq_len}"
+
+
+def _identity(manifest: Manifest, seq_len: int) -> dict[str, str | int]:
+    return {"packing": PACKING_VERSION, "seq_len": seq_len, "manifest": manifest.fingerprint()}
+
+
+def _read_identity(target: Path) -> dict[str, str | int] | None:
+    try:
+        return json.loads((target / _IDENTITY_NAME).read_bytes())
+    except (OSError, ValueError):
+        return None
+
+
+class RowTable:
+    """The rows of one split, read from disk when they are asked for."""
+
+    def __init__(self, path: Path, segments: np.ndarray, offsets: np.ndarray, blocks: np.ndarray) -> None:
+        """Takes the three arrays of a split; use `open`."""
+        self._path, self._segments, self._offsets, self._blocks = path, segments, offsets, blocks
+
+    @classmethod
+    def open(cls, folder: str | Path, manifest: Manifest, split: str, seq_len: int) -> RowTable:
+        """Maps the table of a split.
+
+        Raises:
+            DataError: There is no table for this `seq_len`, it is of other shards, or it is damaged.
+        """
+        target = _table_folder(folder, seq_len)
+        identity, expected = _read_identity(target), _identity(manifest, seq_len)
+        if identity is None:
+            raise DataError(
+                f"{target} is missing; expected the rows of {manifest.corpus} for data.seq_len {seq_len}. "
+                f"Run: {PREPARE_COMMAND}"
+            )
+        if identity != expected:
+            changed = ", ".join(key for key in expected if identity.get(key) != expected[key])
+            raise DataError(
+                f"{target}: its {changed} differs; expected rows of the shards that the manifest lists. "
+                f"Run: {PREPARE_COMMAND}"
+            )
+        try:
+            segments, offsets = (
+                np.load(target / f"{split}.{name}.npy", mmap_mode="r", allow_pickle=False)
+                for name in ("segments", "offsets")
+            )
+            blocks = np.load(target / f"{split}.blocks.npy", allow_pickle=False).astype(np.int64)
+        except (OSError, ValueError, EOFError) as error:
+            raise _damaged(target, str(error)) from error
+        if len(blocks) != len(manifest.shards(split)) + 1 or blocks[-1] + 1 != len(offsets):
+            raise _damaged(target, "its arrays do not fit each other")
+        return cls(target, segments, offsets, blocks)
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the split."""
+        return int(self._blocks[-1])
+
+    @property
+    def rows_per_block(self) -> np.ndarray:
+        """Rows of each block, int64 [num_blocks]; a block is a shard."""
+        return np.diff(self._blocks)
+
+    def locate(self, row: int) -> tuple[int, int]:
+        """Returns the block of the split's row number `row`, and its number there."""
+        block = int(np.searchsorted(self._blocks, row, side="right")) - 1
+        return block, row - int(self._blocks[block])
+
+    def row(self, block: int, i: int) -> np.ndarray:
+        """Returns the segments of row `i` of a block, of `SEGMENT_DTYPE`; documents count within the block."""
+        begin, end = self._offsets[self._blocks[block] + i : self._blocks[block] + i + 2].tolist()
+        if not begin <= end <= len(self._segments):
+            raise _damaged(self._path, f"row {i} of block {block} has segments {begin} to {end}")
+        return self._segments[begin:end]
+
+
+def _damaged(path: Path, reason: str) -> DataError:
+    return DataError(f"{path} is damaged: {reason}. Delete this folder and run: {PREPARE_COMMAND}")

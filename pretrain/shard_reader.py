@@ -1,0 +1,146 @@
+"""Reading single documents out of shards: one `pread` each, checked against the index's crc32."""
+
+from __future__ import annotations
+
+import os
+import zlib
+from collections import OrderedDict
+from pathlib import Path
+
+import numpy as np
+
+from pretrain.errors import DataError
+from pretrain.shards import Shard, file_sha256, index_path, load_index, repair_advice
+
+_MIN_DAMAGED_FOR_REPLACED = 8  # fewer damaged documents than this never condemn a whole shard
+
+
+class DamagedDocumentError(DataError):
+    """One document's bytes do not have the checksum of its index, also when read again."""
+
+
+def check_shards(folder: str | Path, shards: tuple[Shard, ...]) -> None:
+    """Checks that every tar and index is there, and every tar of the size that the manifest lists.
+
+    Raises:
+        DataError: Names the first shard that is missing, truncated or replaced, and how to mend it.
+    """
+    for shard in shards:
+        tar_path = Path(folder) / f"{shard.name}.tar"
+        parts = ((tar_path, f"{shard.num_bytes} bytes"), (index_path(Path(folder), shard.name), "the shard's index"))
+        for path, expected in parts:
+            if not path.exists():
+                raise DataError(f"{path} is missing; expected {expected}. {repair_advice(Path(folder))}")
+        _check_size(tar_path, tar_path.stat().st_size, shard)
+
+
+def _check_size(path: Path, num_bytes: int, shard: Shard) -> None:
+    if num_bytes != shard.num_bytes:
+        state = "truncated" if num_bytes < shard.num_bytes else "replaced or appended to"
+        raise DataError(
+            f"{path}: size is {num_bytes} bytes; expected {shard.num_bytes}, as in the manifest: it was {state}. "
+            f"{repair_advice(path.parent)}"
+        )
+
+
+class ShardReader:
+    """Reads single documents of one shard, each checked against its crc32."""
+
+    def __init__(self, folder: str | Path, shard: Shard, dtype: str, verify_index: bool = True) -> None:
+        """Opens the tar and maps the index.
+
+        Args:
+            folder: Folder of the corpus.
+            shard: The shard as the manifest describes it.
+            dtype: `uint16` or `uint32`.
+            verify_index: Compare the index with its sha256.
+
+        Raises:
+            DataError: A file is missing, of another size, or the index is damaged.
+        """
+        self._folder, self._shard = Path(folder), shard
+        self._dtype = np.dtype(dtype).newbyteorder("<")
+        self._path = self._folder / f"{shard.name}.tar"
+        self._num_read = self._num_damaged = 0
+        self._index = load_index(self._folder, shard)
+        path = index_path(self._folder, shard.name)
+        if verify_index and file_sha256(path) != shard.index_sha256:
+            raise DataError(f"{path}: its sha256 differs from the manifest's. {repair_advice(self._folder)}")
+        self._descriptor = -1
+        self._open()
+
+    def read(self, document: int) -> np.ndarray:
+        """Returns the ids of one document, bos and eos included.
+
+        Raises:
+            DamagedDocumentError: The document is damaged on disk.
+            DataError: The shard cannot be read, or most of it is damaged.
+        """
+        offset, num_tokens, crc32 = (int(number) for number in self._index[document])
+        self._num_read += 1
+        for attempt in range(2):
+            if attempt:
+                self._open()  # a network file system may serve another copy to a new descriptor
+            data = self._read_bytes(num_tokens * self._dtype.itemsize, offset)
+            if zlib.crc32(data) == crc32 and len(data) == num_tokens * self._dtype.itemsize:
+                return np.frombuffer(data, dtype=self._dtype)
+        self._num_damaged += 1
+        if self._num_damaged >= _MIN_DAMAGED_FOR_REPLACED and 2 * self._num_damaged > self._num_read:
+            raise DataError(
+                f"{self._path}: {self._num_damaged} of {self._num_read} documents read are damaged; expected the "
+                f"file that the manifest describes. {repair_advice(self._folder)}"
+            )
+        raise DamagedDocumentError(
+            f"{self._path}: document {document} (bytes {offset} to {offset + num_tokens * self._dtype.itemsize}) "
+            f"is damaged: its crc32 differs from the index, also when read again. {repair_advice(self._folder)}"
+        )
+
+    def close(self) -> None:
+        """Gives the file descriptor back."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    def _open(self) -> None:
+        self.close()
+        try:
+            self._descriptor = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise DataError(
+                f"{self._path} cannot be opened: {error.strerror}. {repair_advice(self._folder)}"
+            ) from error
+        _check_size(self._path, os.fstat(self._descriptor).st_size, self._shard)
+
+    def _read_bytes(self, num_bytes: int, offset: int) -> bytes:
+        try:
+            return os.pread(self._descriptor, num_bytes, offset)
+        except OSError:  # a bad sector or a stale handle: reading again decides
+            return b""
+
+
+class ShardCache:
+    """Keeps the shards that are in use open, at most `capacity` of them: each takes two file descriptors."""
+
+    def __init__(self, capacity: int = 128) -> None:
+        """Begins empty."""
+        self._capacity = capacity
+        self._readers: OrderedDict[tuple[Path, str], ShardReader] = OrderedDict()
+        self._verified: set[tuple[Path, str]] = set()
+
+    def reader(self, folder: Path, shard: Shard, dtype: str) -> ShardReader:
+        """Returns an open reader; the one unused for longest makes room."""
+        key = (folder, shard.name)
+        reader = self._readers.get(key)
+        if reader is None:
+            reader = ShardReader(folder, shard, dtype, verify_index=key not in self._verified)
+            self._verified.add(key)
+            self._readers[key] = reader
+            if len(self._readers) > self._capacity:
+                self._readers.popitem(last=False)[1].close()
+        self._readers.move_to_end(key)
+        return reader
+
+    def close(self) -> None:
+        """Closes all."""
+        while self._readers:
+            self._readers.popitem()[1].close()
