@@ -20,7 +20,7 @@ logger = logging.getLogger("longhaul")
 
 @dataclass(frozen=True)
 class StepMetrics:
-    """One optimizer step; `loss` in nats per scored token, `lr` as used, `memory_bytes` of the fullest rank."""
+    """One optimizer step; `loss` in nats per scored token, `lr` as used, `memory_bytes` the peak of rank 0."""
 
     step: int
     tokens: int

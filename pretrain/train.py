@@ -15,7 +15,7 @@ from pretrain.checkpoint import Checkpoints
 from pretrain.config import Config
 from pretrain.distributed import Ranks
 from pretrain.engine import Engine, init_distributed, leave_distributed
-from pretrain.errors import EXIT_DONE, EXIT_STOPPED, CheckpointError, LonghaulError
+from pretrain.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, CheckpointError, LonghaulError
 from pretrain.evaluate import Evaluation, evaluate
 from pretrain.families import flops_per_token, resolve_shape
 from pretrain.guard import SkipGuard, StopRequest
@@ -76,21 +76,28 @@ def train(config: Config) -> int:
     Raises:
         LonghaulError: nothing was lost; the message says what to do.
     """
+    ranks = init_distributed(config.parallel.timeout_seconds)
+    try:
+        return train_on(config, ranks)
+    finally:
+        leave_distributed()
+
+
+def train_on(config: Config, ranks: Ranks) -> int:
+    """Do what `train` does in a process group that exists and goes on existing."""
     with ExitStack() as cleanup:
         stop = cleanup.enter_context(StopRequest())
-        ranks = init_distributed(config.parallel.timeout_seconds)
-        cleanup.callback(leave_distributed)
         folder = ranks.agree(lambda: RunFolder(config) if ranks.is_first else None)
         if folder:
             cleanup.callback(folder.close)
+        run = None
         try:
             run = open_run(config, ranks, folder, stop, cleanup)
             status, exit_status, reason = run_steps(run)
         except BaseException as error:
             if folder:
-                step = run.progress.step if "run" in locals() else 0
-                code = error.exit_status if isinstance(error, LonghaulError) else 1
-                folder.write_status("failed", code, step, str(error) or type(error).__name__)
+                code = error.exit_status if isinstance(error, LonghaulError) else EXIT_FAILED
+                folder.write_status("failed", code, run.progress.step if run else 0, str(error) or type(error).__name__)
             raise
         if folder:
             folder.write_status(status, exit_status, run.progress.step, reason)
@@ -114,6 +121,7 @@ def open_run(config: Config, ranks: Ranks, folder: RunFolder | None, stop: StopR
     check_optimizer(config, plan, ranks)
     model = Transformer(shape, config.run.seed, config.train.activation_checkpointing)
     engine = ranks.agree(lambda: Engine(model, config, plan, ranks))
+    cleanup.callback(engine.close)
     events: list[tuple[str, str]] = []
     run_path = ranks.from_first(folder.path if folder else None)
     checkpoints = Checkpoints(run_path / "checkpoints", config.checkpoint, ranks, lambda *event: events.append(event))
@@ -188,14 +196,12 @@ def train_step(run: Run) -> bool:
             run.engine.end_micro_step()
     lr = lr_at(run.progress.step, run.plan.num_steps, run.config.optim.lr, run.config.schedule)
     result = run.engine.step(lr)
-    total_loss, stop_requests, memory = run.ranks.sum(
-        [float(loss_sum), run.stop.received is not None, peak_memory_bytes(run.ranks.device)]
-    )
+    total_loss, stop_requests = run.ranks.sum([float(loss_sum), run.stop.received is not None])
     finish_step(run, StepMetrics(
         step=run.progress.step + 1, tokens=run.progress.num_tokens + run.plan.tokens_per_step,
         loss=total_loss / max(num_targets, 1), grad_norm=result.grad_norm, lr=lr,
         step_seconds=time.perf_counter() - begin, data_wait_seconds=waited,
-        memory_bytes=int(memory / run.ranks.world_size), skipped_steps=0, epochs=run.stream.state()["epochs"],
+        memory_bytes=peak_memory_bytes(run.ranks.device), skipped_steps=0, epochs=run.stream.state()["epochs"],
     ), result.applied, int(num_damaged))  # fmt: skip
     return stop_requests > 0
 
