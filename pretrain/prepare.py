@@ -111,7 +111,7 @@ def _train_tokenizer(config: Config, path: Path, line: LiveLine) -> None:
     os.replace(unchecked, path)
     line.say(
         f"tokenizer: wrote {path} after {format_duration(time.monotonic() - begin)}; {len(texts):,} "
-        f"{'held-out' if held_out else 'sampled'} and made-up texts come back exactly and get the same ids in the export"
+        f"{'held-out' if held_out else 'sampled'} and made-up texts come back exactly, with the same ids in the export"
     )
     for text in report(tokenizer, judged_on).splitlines():
         line.say(f"tokenizer: {text}")
@@ -331,7 +331,7 @@ class _Corpus:
             num_tokens = sum(shard.num_tokens for shard in shards)
             self.line.say(
                 f"{name}: {split}: {self.num_documents[split]:,} documents, {_size(num_bytes)} of text, {num_tokens:,} "
-                f"tokens ({num_bytes / max(num_tokens, 1):.2f} bytes each), {len(shards)} {'shard' if len(shards) == 1 else 'shards'} in {self.folder}"
+                f"tokens ({num_bytes / max(num_tokens, 1):.2f} bytes each) in {self.folder} (shards: {len(shards)})"
             )
         for reason, example in sorted(self.log.examples.items()):
             self.line.say(f"{name}: {manifest.counts[reason]:,} {reason.replace('_', ' ')}; the first: {example}")
