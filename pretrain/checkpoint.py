@@ -23,6 +23,7 @@ from pretrain.checkpoint_files import (
     find_uncovered,
     folder_name,
     list_steps,
+    manifest_digest,
     tensor_key,
 )
 from pretrain.config import CheckpointSection
@@ -118,7 +119,8 @@ class Checkpoints:
 
     @staticmethod
     def _commit(temporary: Path, final: Path, manifest: dict[str, Any]) -> None:
-        write_text(temporary / MANIFEST, json.dumps(manifest, indent=1, allow_nan=False))
+        sealed = manifest | {"sha256": manifest_digest(manifest)}
+        write_text(temporary / MANIFEST, json.dumps(sealed, indent=1, allow_nan=False))
         os.rename(temporary, final)
         sync_folder(final.parent)
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -58,6 +59,8 @@ class StepResult:
 def init_distributed(timeout_seconds: int) -> Ranks:
     """Join the process group (NCCL on GPUs, gloo on CPUs) and return this rank's place in it."""
     variables = export_rank_variables()
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it found no GPU
     import deepspeed  # seconds; only once the launcher's variables are known to be right
 
     _quieten(deepspeed)
@@ -286,4 +289,5 @@ class Engine:
 def leave_distributed() -> None:
     """Leave the process group, so that the process ends without a warning."""
     if dist.is_initialized():
+        dist.barrier()  # rank 0 keeps the store that the others still need to say goodbye
         dist.destroy_process_group()

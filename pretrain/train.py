@@ -76,11 +76,9 @@ def train(config: Config) -> int:
     Raises:
         LonghaulError: nothing was lost; the message says what to do.
     """
-    ranks = init_distributed(config.parallel.timeout_seconds)
-    try:
-        return train_on(config, ranks)
-    finally:
-        leave_distributed()
+    status = train_on(config, init_distributed(config.parallel.timeout_seconds))
+    leave_distributed()  # not after an error: the other ranks may be gone
+    return status
 
 
 def train_on(config: Config, ranks: Ranks) -> int:
