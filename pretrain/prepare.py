@@ -97,6 +97,7 @@ def _train_tokenizer(config: Config, path: Path, line: LiveLine) -> None:
     unchecked = path.with_name(path.name + ".unchecked")
     save_model(unchecked, model)
     tokenizer = Tokenizer(unchecked)
+    kind = "held-out" if held_out else "sampled"
     judged_on = held_out or [chunk.decode() for chunk in sample[:500]]
     texts = judged_on + varied_texts(500, config.run.seed, judged_on)
     for fault, different in (
@@ -111,9 +112,9 @@ def _train_tokenizer(config: Config, path: Path, line: LiveLine) -> None:
     os.replace(unchecked, path)
     line.say(
         f"tokenizer: wrote {path} after {format_duration(time.monotonic() - begin)}; {len(texts):,} "
-        f"{'held-out' if held_out else 'sampled'} and made-up texts come back exactly, with the same ids in the export"
+        f"{kind} and made-up texts come back exactly, with the same ids in the export"
     )
-    for text in report(tokenizer, judged_on).splitlines():
+    for text in report(tokenizer, judged_on, kind).splitlines():
         line.say(f"tokenizer: {text}")
 
 
