@@ -15,9 +15,7 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers, processors
 
 from pretrain.errors import ExportError
-from pretrain.tokenizer import Tokenizer
-
-SPACE = "\u2581"  # what sentencepiece writes for a space
+from pretrain.tokenizer import SPACE_PIECE, Tokenizer
 
 
 def _merge_order(piece: str, split: int) -> tuple[int, bool, bool]:
@@ -82,8 +80,8 @@ def build_tokenizer(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
             byte_fallback=True,
         )
     )
-    built.normalizer = normalizers.Replace(" ", SPACE)
-    built.decoder = decoders.Sequence([decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()])
+    built.normalizer = normalizers.Replace(" ", SPACE_PIECE)
+    built.decoder = decoders.Sequence([decoders.Replace(SPACE_PIECE, " "), decoders.ByteFallback(), decoders.Fuse()])
     built.add_special_tokens(
         [AddedToken(piece, special=True, normalized=False) for piece in _special_pieces(tokenizer)]
     )
@@ -224,5 +222,5 @@ def varied_texts(num_texts: int, seed: int, samples: Sequence[str] = ()) -> list
 
     texts = ["", " ", "  ", "\n", "\t", "\r\n", "\x00", "a", " a", "a ", "\ufeff", "x" * 5000, " " * 5000, "ab" * 2500]
     while len(texts) < num_texts:
-        texts.append("".join(part() + rng.choice(_BREAKS) for _ in range(rng.randint(1, 12))).replace(SPACE, ""))
+        texts.append("".join(part() + rng.choice(_BREAKS) for _ in range(rng.randint(1, 12))).replace(SPACE_PIECE, ""))
     return texts[:num_texts]
