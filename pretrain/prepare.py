@@ -20,9 +20,10 @@ from pretrain.config import Config, SourceSection
 from pretrain.console import LiveLine, format_duration
 from pretrain.errors import ConfigError, DataError
 from pretrain.hf_tokenizer import check_ids, varied_texts
-from pretrain.journal import LOCK_NAME, SPLITS, Journal, Recipe, check_recipe, file_lock, is_whole, read_recipe
+from pretrain.journal import LOCK_NAME, SPLITS, Journal, Recipe, check_recipe, file_lock, read_recipe
 from pretrain.row_table import build_row_tables
-from pretrain.shards import MANIFEST_NAME, MANIFEST_VERSION, Manifest, Shard, ShardWriter, repair_advice
+from pretrain.shard_reader import check_shards
+from pretrain.shards import MANIFEST_NAME, MANIFEST_VERSION, Manifest, Shard, ShardWriter
 from pretrain.sources import ReadLog, document_digest, files_identity, is_validation, list_files, read_documents
 from pretrain.tokenizer import Tokenizer, check_round_trip, choose_sample, fit, report, save_model
 from pretrain.workers import Batch, encode_batches, fit_in_process, num_usable_cores
@@ -200,12 +201,7 @@ class _Corpus:
 
     def _check_complete(self, manifest: Manifest) -> None:
         """Check that a finished corpus is still there, and is what the config describes."""
-        for shard in (*manifest.train, *manifest.val):
-            if not is_whole(self.folder, shard):
-                raise DataError(
-                    f"{self.folder}: {shard.name} is missing or has another size than in {MANIFEST_NAME}; expected "
-                    f"every shard. {repair_advice(self.folder)}"
-                )
+        check_shards(self.folder, manifest.train + manifest.val)
         try:
             recipe = self._recipe(list_files(self.source))
         except DataError as error:  # the raw text may be gone once its shards exist
