@@ -53,6 +53,7 @@ def file_lock(path: Path, subject: str) -> Iterator[None]:
             holder = os.read(file, 200).decode(errors="replace").strip() or "another process"
             os.close(file)
             if error.errno in _NO_LOCKS:
+                path.unlink()
                 yield
                 return
             raise ConfigError(
@@ -127,9 +128,10 @@ class Journal:
             lines += self._restore(old[1:])
         else:
             self._refuse_unknown_shards()
-        if lines != old:
+        content = "".join(json.dumps(line) + "\n" for line in lines).encode()
+        if not old or self._path.read_bytes() != content:  # a line that was cut short must not stay
             folder.mkdir(parents=True, exist_ok=True)
-            write_atomically(self._path, "".join(json.dumps(line) + "\n" for line in lines).encode())
+            write_atomically(self._path, content)
         self._remove_leftovers()
 
     def add(self, split: str, shard: Shard, chain: str) -> None:
@@ -146,7 +148,7 @@ class Journal:
         lines, broken = [], set()
         for entry in old:
             split, shard, chain = entry["split"], Shard(**entry["shard"]), entry["chain"]
-            if split in broken or not is_whole(self._folder, shard):
+            if split in broken or not _is_whole(self._folder, shard):
                 broken.add(split)
                 continue
             self.shards[split].append(shard)
@@ -173,7 +175,7 @@ class Journal:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def is_whole(folder: Path, shard: Shard) -> bool:
+def _is_whole(folder: Path, shard: Shard) -> bool:
     """Whether a shard's files are there and the tar has its size."""
     tar = folder / f"{shard.name}.tar"
     return index_path(folder, shard.name).is_file() and tar.is_file() and tar.stat().st_size == shard.num_bytes

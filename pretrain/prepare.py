@@ -20,9 +20,10 @@ from pretrain.config import Config, SourceSection
 from pretrain.console import LiveLine, format_duration
 from pretrain.errors import ConfigError, DataError
 from pretrain.hf_tokenizer import check_ids, varied_texts
-from pretrain.journal import LOCK_NAME, SPLITS, Journal, Recipe, check_recipe, file_lock, is_whole, read_recipe
+from pretrain.journal import LOCK_NAME, SPLITS, Journal, Recipe, check_recipe, file_lock, read_recipe
 from pretrain.row_table import build_row_tables
-from pretrain.shards import MANIFEST_NAME, MANIFEST_VERSION, Manifest, Shard, ShardWriter, repair_advice
+from pretrain.shard_reader import check_shards
+from pretrain.shards import MANIFEST_NAME, MANIFEST_VERSION, Manifest, Shard, ShardWriter
 from pretrain.sources import ReadLog, document_digest, files_identity, is_validation, list_files, read_documents
 from pretrain.tokenizer import Tokenizer, check_round_trip, choose_sample, fit, report, save_model
 from pretrain.workers import Batch, encode_batches, fit_in_process, num_usable_cores
@@ -97,6 +98,7 @@ def _train_tokenizer(config: Config, path: Path, line: LiveLine) -> None:
     unchecked = path.with_name(path.name + ".unchecked")
     save_model(unchecked, model)
     tokenizer = Tokenizer(unchecked)
+    kind = "held-out" if held_out else "sampled"
     judged_on = held_out or [chunk.decode() for chunk in sample[:500]]
     texts = judged_on + varied_texts(500, config.run.seed, judged_on)
     for fault, different in (
@@ -111,9 +113,9 @@ def _train_tokenizer(config: Config, path: Path, line: LiveLine) -> None:
     os.replace(unchecked, path)
     line.say(
         f"tokenizer: wrote {path} after {format_duration(time.monotonic() - begin)}; {len(texts):,} "
-        f"{'held-out' if held_out else 'sampled'} and made-up texts come back exactly, with the same ids in the export"
+        f"{kind} and made-up texts come back exactly, with the same ids in the export"
     )
-    for text in report(tokenizer, judged_on).splitlines():
+    for text in report(tokenizer, judged_on, kind).splitlines():
         line.say(f"tokenizer: {text}")
 
 
@@ -199,12 +201,7 @@ class _Corpus:
 
     def _check_complete(self, manifest: Manifest) -> None:
         """Check that a finished corpus is still there, and is what the config describes."""
-        for shard in (*manifest.train, *manifest.val):
-            if not is_whole(self.folder, shard):
-                raise DataError(
-                    f"{self.folder}: {shard.name} is missing or has another size than in {MANIFEST_NAME}; expected "
-                    f"every shard. {repair_advice(self.folder)}"
-                )
+        check_shards(self.folder, manifest.train + manifest.val)
         try:
             recipe = self._recipe(list_files(self.source))
         except DataError as error:  # the raw text may be gone once its shards exist

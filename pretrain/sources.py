@@ -107,7 +107,10 @@ def list_files(source: SourceSection) -> list[Path]:
             "text or .jsonl files, either .gz or .zst too. Unpack or convert them, or name the text files with a glob "
             "such as 'corpus/**/*.txt'."
         )
-    return [Path(name) for name in sorted(files)]
+    by_real_path: dict[str, str] = {}  # links may lead to one file in several ways, or in circles
+    for name in sorted(files):
+        by_real_path.setdefault(os.path.realpath(name), name)
+    return [Path(name) for name in by_real_path.values()]
 
 
 def _expand(pattern: str) -> Iterator[str]:

@@ -321,12 +321,13 @@ def check_round_trip(tokenizer: Tokenizer, texts: Iterable[str]) -> list[str]:
     return different
 
 
-def report(tokenizer: Tokenizer, texts: Sequence[str]) -> str:
+def report(tokenizer: Tokenizer, texts: Sequence[str], kind: str = "held-out") -> str:
     """Describe a tokenizer in a few lines: compression, pieces with newlines, longest pieces, an example.
 
     Args:
         tokenizer: the tokenizer.
-        texts: documents that it was not trained on.
+        texts: documents, better ones that it was not trained on.
+        kind: what they are called.
     """
     num_bytes = sum(len(text.encode()) for text in texts)
     num_tokens = sum(len(tokenizer.encode(text)) for text in texts)
@@ -335,7 +336,7 @@ def report(tokenizer: Tokenizer, texts: Sequence[str]) -> str:
     longest = sorted((word for word in words if not word.isspace()), key=lambda word: (-len(word), word))[:6]
     lines = [
         f"{tokenizer.vocab_size:,} pieces, {newlines:,} with a newline; {num_bytes / max(num_tokens, 1):.2f} bytes per "
-        f"token on {num_bytes:,} held-out bytes",
+        f"token on {num_bytes:,} bytes of {kind} text",
         f"longest pieces: {' '.join(map(repr, longest))}",
     ]
     example = next((text.strip() for text in texts if len(text.strip()) >= 40), "")[:80]
