@@ -130,7 +130,10 @@ class OptimSection(Section):
     alpha: Probability = Field(0.99, description="RMSprop's decay rate of the second moment.")
     momentum: Probability = Field(0.0, description="RMSprop's momentum.")
     weight_decay: float = Field(
-        0.1, ge=0, le=10, description="Decay of matrices: decoupled in AdamW, added to the gradient in Adam and RMSprop."
+        0.1,
+        ge=0,
+        le=10,
+        description="Decay of matrices: decoupled in AdamW, added to the gradient in Adam and RMSprop.",
     )
     clip_norm: float = Field(1.0, ge=0, description="Largest global gradient norm; 0 does not clip.")
 
@@ -168,7 +171,10 @@ class ParallelSection(Section):
     """How the model's states are divided over ranks."""
 
     zero_stage: int = Field(
-        1, ge=0, le=3, description="DeepSpeed ZeRO: 0 divides nothing, 1 optimizer states, 2 gradients too, 3 weights too."
+        1,
+        ge=0,
+        le=3,
+        description="DeepSpeed ZeRO: 0 divides nothing, 1 optimizer states, 2 gradients too, 3 weights too.",
     )
     timeout_seconds: Count = Field(1800, description="A rank that waits longer than this for the others fails.")
 
@@ -187,7 +193,9 @@ class EvalSection(Section):
 class CheckpointSection(Section):
     """Saving."""
 
-    every_steps: CountOrZero = Field(0, description="Steps between checkpoints; one more at the end. 0: at the end only.")
+    every_steps: CountOrZero = Field(
+        0, description="Steps between checkpoints; one more at the end. 0: at the end only."
+    )
     keep_last: Count = Field(3, description="Newest checkpoints that are kept.")
     keep_best: Bool = Field(
         True, description="Save whenever the held-out loss is the lowest so far, and keep that checkpoint."

@@ -16,6 +16,7 @@ class LonghaulError(Exception):
     """Base of every error that is the user's or the machine's, not a bug."""
 
     exit_status = EXIT_FAILED
+    agreed = False  # all ranks raise it together, so that rank 0 alone shows it
 
 
 class ConfigError(LonghaulError):

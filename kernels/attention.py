@@ -1,0 +1,103 @@
+"""Causal attention in which packed documents do not see each other.
+
+On a CPU and a GPU alike this is PyTorch's fused `scaled_dot_product_attention` with an additive mask; with dropout
+of probabilities, which has to be keyed by row, it is the explicit truth.
+
+Source: Vaswani et al. 2017; grouped queries: Ainslie et al. 2023, "GQA".
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels.dropout import DropoutKey, keep_mask
+
+
+@dataclass(frozen=True)
+class Visibility:
+    """Which keys each query sees, prepared once for all layers.
+
+    Args:
+        doc_start_BT: the first key that each query sees.
+        bias_B1TS: 0 where a query sees a key and -inf elsewhere, in the dtype of the queries. Made once because
+            PyTorch turns a bool mask into this one in every call: 30 ms against 19 ms for B=8, T=256 on one core.
+    """
+
+    doc_start_BT: Tensor
+    bias_B1TS: Tensor
+
+
+def visibility(doc_start_BT: Tensor, num_keys: int, dtype: torch.dtype) -> Visibility:
+    """Prepare the mask of a batch: the query of slot t sees the keys s with `doc_start[t] <= s <= t`.
+
+    Args:
+        doc_start_BT: int, the slot where each token's document begins.
+        num_keys: S; the T queries are the last T of the S slots.
+        dtype: of queries, keys and values.
+    """
+    num_queries = doc_start_BT.shape[1]
+    key_S = torch.arange(num_keys, device=doc_start_BT.device)
+    query_T1 = torch.arange(num_keys - num_queries, num_keys, device=doc_start_BT.device)[:, None]
+    seen_BTS = (key_S <= query_T1) & (key_S >= doc_start_BT[..., None])
+    bias_BTS = torch.zeros(seen_BTS.shape, dtype=dtype, device=seen_BTS.device).masked_fill_(~seen_BTS, -math.inf)
+    return Visibility(doc_start_BT, bias_BTS[:, None])
+
+
+def attention_truth(
+    q_BTHC: Tensor,
+    k_BSKC: Tensor,
+    v_BSKC: Tensor,
+    visible: Visibility,
+    dropout_p: float = 0.0,
+    dropout_key: DropoutKey | None = None,
+) -> Tensor:
+    """Compute `attention` in plain PyTorch, with explicit probabilities in fp32."""
+    B, T, H, C = q_BTHC.shape
+    num_keys, num_kv_heads = k_BSKC.shape[1:3]
+    q_BKGTC = q_BTHC.view(B, T, num_kv_heads, H // num_kv_heads, C).permute(0, 2, 3, 1, 4)
+    k_BK1CS, v_BK1SC = k_BSKC.permute(0, 2, 3, 1)[:, :, None], v_BSKC.transpose(1, 2)[:, :, None]
+    scores_BKGTS = (q_BKGTC @ k_BK1CS).float() / math.sqrt(C) + visible.bias_B1TS[:, None].float()
+    probs_BKGTS = scores_BKGTS.softmax(-1)
+    if dropout_p > 0.0 and dropout_key is not None:
+        kept_BHTS = keep_mask((B, H, T, num_keys), dropout_p, dropout_key)
+        probs_BKGTS = torch.where(kept_BHTS.view(probs_BKGTS.shape), probs_BKGTS / (1.0 - dropout_p), 0.0)
+    out_BKGTC = probs_BKGTS.to(v_BSKC.dtype) @ v_BK1SC
+    return out_BKGTC.permute(0, 3, 1, 2, 4).reshape(B, T, H, C)
+
+
+def attention(
+    q_BTHC: Tensor,
+    k_BSKC: Tensor,
+    v_BSKC: Tensor,
+    visible: Visibility,
+    dropout_p: float = 0.0,
+    dropout_key: DropoutKey | None = None,
+) -> Tensor:
+    """Let each query average the values of the keys that it sees.
+
+    Args:
+        q_BTHC: queries; H is a multiple of K, and query head h uses key head h // (H / K).
+        k_BSKC: keys of the S slots, of which the queries are the last T.
+        v_BSKC: values.
+        visible: which keys each query sees; every query must see at least one.
+        dropout_p: probability that a probability is dropped.
+        dropout_key: seed, step, rows and place of the dropout; None for no dropout.
+
+    Returns:
+        `[B, T, H, C]`.
+    """
+    if dropout_p > 0.0 and dropout_key is not None:
+        return attention_truth(q_BTHC, k_BSKC, v_BSKC, visible, dropout_p, dropout_key)
+    out_BHTC = F.scaled_dot_product_attention(
+        q_BTHC.transpose(1, 2),
+        k_BSKC.transpose(1, 2),
+        v_BSKC.transpose(1, 2),
+        attn_mask=visible.bias_B1TS,
+        enable_gqa=q_BTHC.shape[2] != k_BSKC.shape[2],
+    )
+    return out_BHTC.transpose(1, 2)

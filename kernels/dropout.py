@@ -1,0 +1,106 @@
+"""Dropout whose mask is a pure function of (seed, step, row, layer, site, element).
+
+No generator state: the mask does not depend on the number of ranks, on the micro-batch that a row falls in, or on
+whether a block is computed a second time in the backward pass. Triton's `tl.philox` computes the same words.
+
+Source: Salmon et al. 2011, "Parallel Random Numbers: As Easy as 1, 2, 3" (Philox-4x32-10).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_MASK = 0xFFFFFFFF
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
+_ROUNDS = 10
+
+SITE_EMBEDDING, SITE_ATTENTION, SITE_ATTENTION_OUTPUT, SITE_FFN_OUTPUT = range(4)
+_SITES_PER_LAYER = 8  # room for later sites without changing the masks of these
+
+
+@dataclass(frozen=True)
+class DropoutKey:
+    """What fixes a dropout mask besides its shape.
+
+    Args:
+        seed: of the run, up to 64 bits.
+        step: of training.
+        row_ids_B: int64 `[B]`, the global number of each row.
+        layer: index of the block.
+        site: place in the block, one of `SITE_*`.
+    """
+
+    seed: int
+    step: int
+    row_ids_B: Tensor
+    layer: int = 0
+    site: int = SITE_EMBEDDING
+
+    def at(self, layer: int, site: int) -> DropoutKey:
+        """Make the key of another place in the model."""
+        return dataclasses.replace(self, layer=layer, site=site)
+
+
+def philox(seed: int, counter: tuple[Tensor | int, ...]) -> tuple[Tensor | int, ...]:
+    """Compute Philox-4x32-10.
+
+    Args:
+        seed: the 64-bit key, its low word first.
+        counter: four words of 32 bits, as int64 tensors that broadcast, or as numbers.
+
+    Returns:
+        Four words of 32 bits, in int64.
+    """
+    k0, k1 = seed & _MASK, (seed >> 32) & _MASK
+    c0, c1, c2, c3 = counter
+    for _ in range(_ROUNDS):
+        # The 64-bit products may wrap into the sign; masking the arithmetic shift gives their high word all the same.
+        product0, product2 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
+        c0, c1 = ((product2 >> 32) & _MASK) ^ c1 ^ k0, product2 & _MASK
+        c2, c3 = ((product0 >> 32) & _MASK) ^ c3 ^ k1, product0 & _MASK
+        k0, k1 = (k0 + _KEY_STEPS[0]) & _MASK, (k1 + _KEY_STEPS[1]) & _MASK
+    return c0, c1, c2, c3
+
+
+def keep_mask(shape: tuple[int, ...], p: float, key: DropoutKey) -> Tensor:
+    """Draw which elements are kept.
+
+    Element e of a row takes word e % 4 of the counter (e // 4, row, step, place), each of 32 bits; the place is
+    layer * 8 + site, with what exceeds 32 bits of e // 4 in its top byte.
+
+    Args:
+        shape: `[B, ...]`, one row of the key for each index of the first dimension.
+        p: probability that an element is dropped.
+        key: where and when.
+
+    Returns:
+        bool of that shape, true with probability 1 - p.
+    """
+    row_ids_B = key.row_ids_B
+    num_elements = 1
+    for size in shape[1:]:
+        num_elements *= size
+    group = torch.arange(-(-num_elements // 4), dtype=torch.int64, device=row_ids_B.device)
+    place = (group >> 32 << 24) + (key.layer * _SITES_PER_LAYER + key.site)
+    words = philox(key.seed, (group & _MASK, (row_ids_B & _MASK)[:, None], key.step & _MASK, place))
+    threshold = round(p * 2**32)
+    kept = torch.stack([torch.as_tensor(word) >= threshold for word in words], dim=-1)
+    return kept.view(shape[0], -1)[:, :num_elements].view(shape)
+
+
+def dropout(x: Tensor, p: float, key: DropoutKey) -> Tensor:
+    """Zero elements with probability `p` and scale the others by 1 / (1 - p).
+
+    Args:
+        x: `[B, ...]`, one row of the key for each index of the first dimension.
+        p: probability that an element is dropped; 0 returns `x`.
+        key: where and when.
+    """
+    if p == 0.0:
+        return x
+    return torch.where(keep_mask(tuple(x.shape), p, key), x * (1.0 / (1.0 - p)), 0.0)

@@ -1,0 +1,52 @@
+"""Convert a checkpoint for other software, and verify what was converted: `python launch/convert.py RUN OUT --to hf`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+if sys.path[0] == str(Path(__file__).resolve().parent):  # run as a file: launch/ would shadow the package `pretrain`
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+EXAMPLES = """examples:
+  python launch/convert.py runs/quickstart exports/quickstart --to hf
+  python launch/convert.py runs/llama-350m exports/llama-350m --to hf --step 20000 --dtype fp32 --json"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; return its exit status."""
+    parser = argparse.ArgumentParser(
+        prog="convert", description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run", metavar="RUN", help="run folder")
+    parser.add_argument("out", metavar="OUT", help="folder to make; it must not exist, or be empty")
+    parser.add_argument("--step", type=int, help="checkpoint to convert; the newest good one by default")
+    parser.add_argument("--to", choices=["hf"], required=True, help="format: hf is Hugging Face's, in safetensors")
+    parser.add_argument("--dtype", choices=["bf16", "fp16", "fp32"], help="precision of the weights; the run's by default")
+    parser.add_argument("--json", action="store_true", help="print what was verified as one JSON object")
+    arguments = parser.parse_args(argv)
+    from pretrain.convert import convert
+    from pretrain.errors import LonghaulError
+
+    try:
+        report = convert(arguments.run, arguments.out, arguments.step, arguments.to, arguments.dtype)
+    except LonghaulError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_status
+    if arguments.json:
+        print(json.dumps(report))
+    else:
+        logits, tokenizer = report["logits"], report["tokenizer"]
+        print(
+            f"{arguments.out}: {logits['architecture']} of step {report['source']['step']} in {report['dtype']}; logits of "
+            f"{logits['tokens']} tokens within {logits['max_relative_difference']:.1e} of the trained model's, ids of "
+            f"{tokenizer['texts']} texts equal"
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

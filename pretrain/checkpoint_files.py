@@ -1,0 +1,151 @@
+"""What a checkpoint is on disk, and reading one without DeepSpeed or other ranks.
+
+The format is described for strangers in `docs/checkpoint-format.md`. A checkpoint is complete if and only if its
+folder is named `step-NNNNNNNN` and holds `manifest.json`: it is written under another name and renamed.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pretrain.errors import CheckpointError
+from pretrain.tensor_files import TensorFile, sha256_of
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+_NAME = re.compile(r"step-(\d{8,})")
+
+
+def folder_name(step: int) -> str:
+    """Name of the folder of the checkpoint after update number `step`."""
+    return f"step-{step:08d}"
+
+
+def list_steps(checkpoints: Path) -> list[int]:
+    """Return the steps of the complete checkpoints in a folder, oldest first."""
+    if not checkpoints.is_dir():
+        return []
+    matches = (_NAME.fullmatch(entry.name) for entry in checkpoints.iterdir() if (entry / MANIFEST).is_file())
+    return sorted(int(match.group(1)) for match in matches if match)
+
+
+def tensor_key(parameter: str, state: str, start: int) -> str:
+    """Key of a fragment in its safetensors file."""
+    return f"{parameter}/{state}/{start}"
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Where flat elements [start, start + length) of a parameter are: the name of the file that holds them."""
+
+    file: str
+    start: int
+    length: int
+
+
+class CheckpointReader:
+    """A complete checkpoint: its manifest and any range of any tensor."""
+
+    def __init__(self, folder: Path) -> None:
+        """Read the manifest.
+
+        Raises:
+            CheckpointError: it is missing, damaged or of a newer format.
+        """
+        self.folder = folder
+        try:
+            self.manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+            version = self.manifest["format_version"]
+            self.shapes = {name: tuple(entry["shape"]) for name, entry in self.manifest["parameters"].items()}
+            self._pieces = {
+                name: sorted((Piece(*piece) for piece in entry["fragments"]), key=lambda piece: piece.start)
+                for name, entry in self.manifest["parameters"].items()
+            }
+            self.states: list[str] = self.manifest["states"]
+            self.training: dict[str, Any] = self.manifest["training"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(
+                f"{folder / MANIFEST}: is not readable ({error!r}); expected a checkpoint's manifest. "
+                "Use another checkpoint (--step), or remove this folder."
+            ) from None
+        if version != FORMAT_VERSION:
+            raise CheckpointError(
+                f"{folder}: format version is {version}; expected {FORMAT_VERSION}. Use the Longhaul that wrote it."
+            )
+
+    @cached_property
+    def _files(self) -> dict[str, TensorFile]:
+        return {name: TensorFile(self.folder / name) for name in self.manifest["files"]}
+
+    def verify_file(self, name: str) -> str | None:
+        """Return what is wrong with one of the files, or None if its bytes are those that were written."""
+        expected, path = self.manifest["files"][name], self.folder / name
+        if not path.is_file():
+            return f"{path} is missing"
+        if path.stat().st_size != expected["bytes"]:
+            return f"{path} has {path.stat().st_size} bytes, not {expected['bytes']}"
+        if sha256_of(path) != expected["sha256"]:
+            return f"{path} has another sha256 than when it was written"
+        return None
+
+    def verify(self) -> None:
+        """Check every file's size and sha256.
+
+        Raises:
+            CheckpointError: naming each file that differs.
+        """
+        problems = [problem for name in self.manifest["files"] if (problem := self.verify_file(name))]
+        if problems:
+            raise CheckpointError(f"{self.folder}: is damaged: {'; '.join(problems)}. Use another checkpoint (--step).")
+
+    def read(self, name: str, state: str, start: int, length: int) -> torch.Tensor:
+        """Return flat fp32 elements [start, start + length) of a parameter's state, touching only their bytes.
+
+        Raises:
+            CheckpointError: the checkpoint lacks the parameter, the state or part of the range.
+        """
+        if name not in self._pieces or state not in self.states:
+            raise CheckpointError(
+                f"{self.folder}: has no '{state}' of '{name}'; expected it for this model and optimizer. "
+                "Use the config that wrote it."
+            )
+        result = torch.empty(length, dtype=torch.float32)
+        filled = 0
+        for piece in self._pieces[name]:
+            first, last = max(start, piece.start), min(start + length, piece.start + piece.length)
+            if first < last:
+                key = tensor_key(name, state, piece.start)
+                result[first - start : last - start] = self._files[piece.file].read(
+                    key, first - piece.start, last - piece.start
+                )
+                filled += last - first
+        if filled != length:
+            raise CheckpointError(f"{self.folder}: '{name}' has {filled} of the {length} elements from {start}.")
+        return result
+
+    def read_whole(self, name: str, state: str = "master") -> torch.Tensor:
+        """Return a parameter's whole state, fp32, in its own shape."""
+        shape = self.shapes[name]
+        return self.read(name, state, 0, math.prod(shape)).view(shape)
+
+
+def find_uncovered(shapes: dict[str, tuple[int, ...]], pieces: dict[str, list[Piece]]) -> list[str]:
+    """Return a sentence for each parameter whose fragments do not cover it exactly once."""
+    problems = []
+    for name, shape in shapes.items():
+        position = 0
+        for piece in sorted(pieces.get(name, []), key=lambda piece: piece.start):
+            if piece.start != position:
+                break
+            position += piece.length
+        if position != math.prod(shape):
+            problems.append(f"'{name}' is covered up to element {position} of {math.prod(shape)}")
+    return problems

@@ -1,0 +1,169 @@
+"""Rules that hold between options: what one section alone cannot see."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Set
+from dataclasses import dataclass
+
+from pretrain.batch_plan import num_steps_of
+from pretrain.config import Config
+from pretrain.config_docs import yaml_value
+from pretrain.errors import ConfigError
+from pretrain.families import resolve_shape
+from pretrain.schedule import num_decay_steps
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """What is wrong with one option.
+
+    Args:
+        option: dotted name, whose place in the file the report gives.
+        text: `<name> is <value>; expected <rule>. <fix>`.
+    """
+
+    option: str
+    text: str
+
+
+def check_options(config: Config, given: Set[str]) -> list[Problem]:
+    """Return every problem between the options of a config whose single values are right.
+
+    Args:
+        config: the config.
+        given: dotted names of the options that the user wrote; an item of a list is its number.
+    """
+    problems = [
+        Problem(name, f"{name} is {yaml_value(_value(config, name))}; expected to be left out. {reason}")
+        for name, reason in idle_options(config).items()
+        if name in given
+    ]
+    rules = (
+        _length_problems,
+        _schedule_problems,
+        _batch_problems,
+        _evaluation_problems,
+        _source_problems,
+        _model_problems,
+    )
+    return problems + [problem for rule in rules for problem in rule(config)]
+
+
+def idle_options(config: Config) -> dict[str, str]:
+    """Return the options that would do nothing in this config, each with the reason.
+
+    To give one is an error, because whoever gives it expects it to do something.
+    """
+    optimizer, shape = config.optim.name, config.schedule.name
+    idle: dict[str, str] = {}
+    if optimizer == "rmsprop":
+        idle["optim.betas"] = "rmsprop has optim.alpha and optim.momentum instead."
+    else:
+        idle["optim.alpha"] = idle["optim.momentum"] = f"Only rmsprop has it, and optim.name is {optimizer}."
+    if shape != "wsd":
+        idle["schedule.decay_steps"] = f"Only wsd has it, and schedule.name is {shape}."
+    if shape == "constant":
+        idle["schedule.final_lr_ratio"] = "The rate of a constant schedule does not fall."
+    if config.eval.patience == 0:
+        idle["eval.min_delta"] = "It belongs to early stopping, and eval.patience is 0."
+    for number, source in enumerate(config.data.sources):
+        if not source.paths:
+            idle[f"data.sources.{number}.text_field"] = "It is for reading raw text, and the source has no paths."
+    return idle
+
+
+def _value(config: Config, name: str) -> object:
+    """Return the value of the option with a dotted name."""
+    value: object = config
+    for segment in name.split("."):
+        value = value[int(segment)] if isinstance(value, list) else getattr(value, segment)
+    return value
+
+
+def _length_problems(config: Config) -> Iterator[Problem]:
+    """Check that the length of the run is given once."""
+    train = config.train
+    if train.num_steps is None and train.num_tokens is None:
+        yield Problem("train", "train.num_steps is missing; expected train.num_steps or train.num_tokens. Add one.")
+    if train.num_steps is not None and train.num_tokens is not None:
+        text = (
+            f"train.num_tokens is {train.num_tokens}; expected train.num_steps or train.num_tokens, not both. Drop one."
+        )
+        yield Problem("train.num_tokens", text)
+
+
+def _schedule_problems(config: Config) -> Iterator[Problem]:
+    """Check that warm-up and decay fit into the run."""
+    if config.train.num_steps is None and config.train.num_tokens is None:
+        return
+    schedule, num_steps = config.schedule, num_steps_of(config)
+    warmup = schedule.warmup_steps
+    if warmup > num_steps:
+        text = (
+            f"schedule.warmup_steps is {warmup}; expected at most the run's {num_steps} steps. Use {num_steps // 10}."
+        )
+        yield Problem("schedule.warmup_steps", text)
+    elif schedule.name == "wsd" and warmup + (decay := num_decay_steps(schedule, num_steps)) > num_steps:
+        own = "" if schedule.decay_steps else " (a tenth of the run)"
+        yield Problem(
+            "schedule.decay_steps" if schedule.decay_steps else "schedule.warmup_steps",
+            f"schedule.decay_steps is {decay}{own}; expected at most the {num_steps - warmup} steps that the warm-up "
+            f"of {warmup} leaves of {num_steps}. Shorten one of them.",
+        )
+
+
+def _batch_problems(config: Config) -> Iterator[Problem]:
+    """Check what holds for any number of ranks; `BatchPlan` checks the rest."""
+    rows, micro = config.train.global_batch_size, config.train.micro_batch_size
+    if rows % micro:
+        divisor = max(size for size in range(1, micro + 1) if rows % size == 0)
+        yield Problem(
+            "train.micro_batch_size",
+            f"train.micro_batch_size is {micro}; expected a divisor of train.global_batch_size ({rows}). Use "
+            f"{divisor}, or a global batch of {math.ceil(rows / micro) * micro}.",
+        )
+
+
+def _evaluation_problems(config: Config) -> Iterator[Problem]:
+    """Check that evaluation has documents, and early stopping evaluations."""
+    patience, every = config.eval.patience, config.eval.every_steps
+    if patience and not every:
+        text = f"eval.patience is {patience}; expected 0, because eval.every_steps is 0. Set eval.every_steps."
+        yield Problem("eval.patience", text)
+    prepared_here = [source.name for source in config.data.sources if source.paths]
+    if every and prepared_here and not config.data.val_fraction:
+        text = (
+            f"data.val_fraction is {config.data.val_fraction}; expected above 0, because eval.every_steps is {every}."
+        )
+        yield Problem("data.val_fraction", f"{text} Use 0.001, or eval.every_steps=0.")
+
+
+def _source_problems(config: Config) -> Iterator[Problem]:
+    """Check that each source has a name and a folder of its own."""
+    names: dict[str, int] = {}
+    folders: dict[str, int] = {}
+    for number, source in enumerate(config.data.sources):
+        first = names.setdefault(source.name, number)
+        if first != number:
+            text = (
+                f"data.sources.{number}.name is {source.name}; expected a name of its own. data.sources.{first} has it."
+            )
+            yield Problem(f"data.sources.{number}.name", text)
+        folder = source.shards.rstrip("/")
+        first = folders.setdefault(folder, number)
+        if first != number:
+            text = (
+                f"data.sources.{number}.shards is {folder}; expected a folder of its own. data.sources.{first} has it."
+            )
+            yield Problem(f"data.sources.{number}.shards", text)
+
+
+def _model_problems(config: Config) -> Iterator[Problem]:
+    """Check the model's options against its family: one problem for each line of the family's error."""
+    try:
+        resolve_shape(config.model, config.tokenizer.vocab_size, config.data.seq_len)
+    except ConfigError as error:
+        for line in str(error).splitlines():
+            words = [word for word in line.split() if word.startswith("model.")]
+            yield Problem(words[0] if words else "model", line)

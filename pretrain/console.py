@@ -1,0 +1,58 @@
+"""One line that stays in place on a terminal; plain lines where the output is a file."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from typing import TextIO
+
+
+class LiveLine:
+    """Shows progress: rewrites one line on a terminal, prints every so often elsewhere."""
+
+    def __init__(self, stream: TextIO | None = None) -> None:
+        self.stream = stream or sys.stderr
+        self.is_terminal = self.stream.isatty()
+        self._shown = False
+
+    def show(self, text: str, *, plain: bool) -> None:
+        """Show `text` now on a terminal; elsewhere print it only if `plain`."""
+        if self.is_terminal:
+            width = shutil.get_terminal_size().columns - 1
+            self.stream.write("\r\x1b[K" + text[:width])
+            self.stream.flush()
+            self._shown = True
+        elif plain:
+            self.say(text)
+
+    def say(self, text: str) -> None:
+        """Print a line that stays."""
+        self.end()
+        self.stream.write(text + "\n")
+        self.stream.flush()
+
+    def end(self) -> None:
+        """Leave the live line as it is and go to the next one."""
+        if self._shown:
+            self.stream.write("\n")
+            self._shown = False
+
+
+def format_duration(seconds: float) -> str:
+    """Write a duration the way people say it: `12s`, `3m05s`, `2h07m`, `4d03h`."""
+    seconds = int(seconds)
+    if seconds < 60:
+        return f"{seconds}s"
+    if seconds < 3600:
+        return f"{seconds // 60}m{seconds % 60:02d}s"
+    if seconds < 86400:
+        return f"{seconds // 3600}h{seconds % 3600 // 60:02d}m"
+    return f"{seconds // 86400}d{seconds % 86400 // 3600:02d}h"
+
+
+def format_count(value: float) -> str:
+    """Write a count with a unit letter: `950`, `12.3k`, `4.56M`, `7.89B`."""
+    for limit, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if value >= limit:
+            return f"{value / limit:.3g}{unit}"
+    return f"{value:.0f}"

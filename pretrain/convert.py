@@ -1,0 +1,87 @@
+"""Convert a run's checkpoint to files that other people's software loads, verified or not at all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pretrain.errors import ConfigError, DataError, ExportError
+from pretrain.run_folder import LoadedRun, load_run
+from pretrain.stream import ValRows
+from pretrain.tensor_files import sync_folder
+
+FORMATS = ("hf",)
+NUM_ROWS = 4
+
+
+def convert(
+    run: str | Path, out: str | Path, step: int | None = None, to: str = "hf", dtype: str | None = None
+) -> dict[str, Any]:
+    """Export a checkpoint, verify the export and put it in its place, complete or not at all.
+
+    Args:
+        run: run folder.
+        out: folder to make; it must not exist, or be empty.
+        step: checkpoint to convert; the newest good one by default.
+        to: format, one of `FORMATS`.
+        dtype: precision of the weights, `bf16`, `fp16` or `fp32`; the one that the run trained in by default.
+
+    Returns:
+        What was verified, as it stands in the export's `verification.json`.
+
+    Raises:
+        ConfigError: `out` is taken, or there is no such run, step or format.
+        CheckpointError: the checkpoint is damaged.
+        ExportError: the export could not be written or does not compute what the trained model computes.
+    """
+    if to not in FORMATS:
+        raise ConfigError(f"--to is {to!r}; expected one of {', '.join(FORMATS)}.")
+    out = Path(os.path.abspath(out))
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise ConfigError(
+            f"{out}: exists already; expected no such folder, or an empty one. Delete it or name another."
+        )
+    loaded = load_run(run, step)
+    # transformers takes seconds to import, and what is wrong above should be said at once.
+    from pretrain.hf_export import export_hf
+
+    partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
+    try:
+        partial.mkdir(parents=True)
+        report = export_hf(loaded, partial, dtype or loaded.config.train.precision, comparison_rows(loaded))
+        os.rename(partial, out)
+        sync_folder(out.parent)
+    except OSError as error:
+        raise ExportError(
+            f"{out}: cannot be written ({error}); expected a folder on a disk with room. Name another."
+        ) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return report
+
+
+def comparison_rows(loaded: LoadedRun) -> list[Tensor]:
+    """Token ids to compare logits on: held-out rows where the run's data is at hand, and random ones.
+
+    Returns:
+        Rows of int64 [T]: up to four held-out ones, else as many random ones, all of `seq_len` tokens; then a random
+        one of a few tokens and one of a single token, whose shapes clients treat apart.
+    """
+    vocab_size, seq_len = loaded.tokenizer.vocab_size, loaded.config.data.seq_len
+    generator = torch.Generator().manual_seed(loaded.config.run.seed)
+    rows = _held_out_rows(loaded)
+    lengths = [seq_len] * (NUM_ROWS - len(rows)) + [min(7, seq_len), 1]
+    return rows + [torch.randint(vocab_size, (length,), generator=generator) for length in lengths]
+
+
+def _held_out_rows(loaded: LoadedRun) -> list[Tensor]:
+    try:
+        held_out = ValRows(loaded.config, loaded.tokenizer.fingerprint, NUM_ROWS)
+        return list(held_out.batch(list(range(min(NUM_ROWS, held_out.num_rows)))).tokens_BT)
+    except (DataError, OSError):  # moved, deleted or damaged since: an export needs no training data
+        return []

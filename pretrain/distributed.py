@@ -1,0 +1,154 @@
+"""Who this process is among the ranks, and the few collectives that training needs.
+
+Rank variables come from torchrun or the `deepspeed` launcher (RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR,
+MASTER_PORT), from `srun` (SLURM_PROCID and its kin), or there is one process.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from pretrain.errors import ConfigError, LonghaulError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among `world_size`: its global and node-local rank and its device."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is rank 0, which writes what all ranks share."""
+        return self.rank == 0
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        """Return the sum over ranks of each value, computed in fp64 and equal on every rank."""
+        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(tensor)
+        return tensor.tolist()
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        dist.barrier()
+
+    def agree(self, action: Callable[[], T]) -> T:
+        """Run `action` on every rank; if it fails on any, raise that error on all.
+
+        Start-up goes through this, so that one rank's problem is everybody's message and nobody waits for ever.
+
+        Raises:
+            LonghaulError: the first rank's error.
+        """
+        result, problem = None, None
+        try:
+            result = action()
+        except LonghaulError as error:
+            problem = error
+        problems = [(rank, error) for rank, error in enumerate(self.gather(problem)) if error is not None]
+        if problems:
+            rank, error = problems[0]
+            agreed = type(error)(str(error) if rank == 0 else f"rank {rank}: {error}")
+            agreed.agreed = True
+            raise agreed
+        return result  # type: ignore[return-value]
+
+    def gather(self, value: Any) -> list[Any]:
+        """Return every rank's value, on every rank, in rank order."""
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
+    def from_first(self, value: Any) -> Any:
+        """Return rank 0's value on every rank."""
+        values = [value]
+        dist.broadcast_object_list(values, src=0)
+        return values[0]
+
+
+def read_rank_variables(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT for this process.
+
+    Args:
+        environment: the process's environment variables.
+    Raises:
+        ConfigError: the launcher set some of the variables and not others.
+    """
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    if "RANK" in environment:
+        missing = [name for name in names if name not in environment]
+        if missing:
+            raise ConfigError(
+                f"environment: RANK is set and {', '.join(missing)} not; expected all of {', '.join(names)}. "
+                "Start with deepspeed, torchrun or srun, or unset RANK for one process."
+            )
+        return {name: environment[name] for name in names}
+    if int(environment.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in environment:
+        return {
+            "RANK": environment["SLURM_PROCID"],
+            "LOCAL_RANK": environment["SLURM_LOCALID"],
+            "WORLD_SIZE": environment["SLURM_NTASKS"],
+            "MASTER_ADDR": environment.get("MASTER_ADDR") or _first_slurm_host(environment),
+            # One port per job and step: two steps of a job on one node must not meet.
+            "MASTER_PORT": environment.get("MASTER_PORT")
+            or str(20000 + (int(environment["SLURM_JOB_ID"]) * 16 + int(environment["SLURM_STEP_ID"])) % 20000),
+        }
+    return {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port()}
+
+
+def choose_device(local_rank: int) -> torch.device:
+    """Return this rank's GPU, or the CPU where there is none.
+
+    Raises:
+        ConfigError: there are GPUs, but fewer than ranks on this node.
+    """
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    if local_rank >= torch.cuda.device_count():
+        raise ConfigError(
+            f"launch: local rank is {local_rank}; expected less than this node's {torch.cuda.device_count()} GPUs. "
+            "Start one process a GPU (deepspeed --num_gpus, torchrun --nproc-per-node, srun --ntasks-per-node)."
+        )
+    return torch.device("cuda", local_rank)
+
+
+def _first_slurm_host(environment: Mapping[str, str]) -> str:
+    nodes = environment.get("SLURM_STEP_NODELIST") or environment["SLURM_JOB_NODELIST"]
+    if "[" not in nodes and "," not in nodes:
+        return nodes
+    try:
+        listed = subprocess.run(
+            ["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, timeout=30, check=True
+        )
+    except (OSError, subprocess.SubprocessError) as error:
+        raise ConfigError(
+            f"environment: SLURM's node list is {nodes} and 'scontrol show hostnames' failed ({error}); expected the "
+            "name of the first node. Set MASTER_ADDR in the batch script."
+        ) from None
+    return listed.stdout.split()[0]
+
+
+def _free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+def export_rank_variables() -> dict[str, str]:
+    """Set the rank variables that torch and DeepSpeed read; return them."""
+    variables = read_rank_variables(os.environ)
+    os.environ.update(variables)
+    return variables

@@ -1,0 +1,289 @@
+"""DeepSpeed, and all that must be known about it: the only file that imports it.
+
+`Engine` runs forward, backward and the update at every ZeRO stage, and shows the fp32 master weights and moments
+that this rank owns as `Fragment`s, named by parameter, which is what checkpoints are made of.
+
+Facts of DeepSpeed 0.19.8 that this file respects (each measured; `docs/notes/0001-deepspeed.md`):
+- `backward` divides by the accumulation steps and the gradients are averaged over ranks.
+- At stage 0 in fp32 `step` neither reports a norm nor skips a non-finite update: norm, clip and skip are done here.
+- Stage 0 offers no fp32 accumulation of bf16 or fp16 gradients: those run as stage 1.
+- The learning rate is set at every step, since a restored optimizer would silently bring its own.
+- A process group's timeout must be set on every group; the default group's does not reach the others.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from pretrain.batch_plan import BatchPlan
+from pretrain.config import Config
+from pretrain.distributed import Ranks, choose_device, export_rank_variables
+from pretrain.errors import ConfigError
+from pretrain.optim import create_state, make_optimizer, moment_names, param_groups
+
+MASTER = "master"
+
+
+@dataclass
+class Fragment:
+    """The part of one parameter that this rank owns: flat elements [start, start + length).
+
+    `tensors` maps `master` and each moment's name to a flat fp32 view into the live optimizer.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    start: int
+    length: int
+    tensors: dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What an update did: the gradient norm before clipping, and whether the weights moved."""
+
+    grad_norm: float
+    applied: bool
+
+
+def init_distributed(timeout_seconds: int) -> Ranks:
+    """Join the process group (NCCL on GPUs, gloo on CPUs) and return this rank's place in it."""
+    variables = export_rank_variables()
+    import deepspeed  # seconds; only once the launcher's variables are known to be right
+
+    _quieten(deepspeed)
+    # DeepSpeed would compile a shared-memory operator for minutes at the first start on a CPU and leak 66 MiB of
+    # /dev/shm a rank with it; training never calls it.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    device = choose_device(int(variables["LOCAL_RANK"]))
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        deepspeed.init_distributed(
+            dist_backend="nccl" if device.type == "cuda" else "gloo",
+            auto_mpi_discovery=False,
+            verbose=False,
+            timeout=timedelta(seconds=timeout_seconds),
+        )
+    return Ranks(int(variables["RANK"]), int(variables["LOCAL_RANK"]), int(variables["WORLD_SIZE"]), device)
+
+
+def _quieten(deepspeed) -> None:
+    """Silence what DeepSpeed prints at every start for its own developers, and torch's notes to DeepSpeed's."""
+    import deepspeed.runtime.bf16_optimizer as bf16_optimizer
+
+    deepspeed.utils.logging.logger.setLevel(logging.WARNING)
+    bf16_optimizer.see_memory_usage = lambda *_, **__: None  # also collects garbage and resets the memory peak
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+
+
+def effective_stage(zero_stage: int, precision: str) -> int:
+    """The stage that runs: DeepSpeed accumulates bf16 and fp16 gradients in fp32 from stage 1 on only."""
+    return zero_stage if precision == "fp32" else max(zero_stage, 1)
+
+
+def deepspeed_settings(config: Config, plan: BatchPlan) -> dict:
+    """Generate DeepSpeed's JSON for this config and number of ranks."""
+    stage = effective_stage(config.parallel.zero_stage, config.train.precision)
+    settings: dict = {
+        "train_batch_size": plan.global_batch_size,
+        "train_micro_batch_size_per_gpu": plan.micro_batch_size,
+        "gradient_accumulation_steps": plan.num_micro_steps,
+        # At stage 0 DeepSpeed clips and steps in one go, before anybody could look at the norm: done here instead.
+        "gradient_clipping": config.optim.clip_norm if stage > 0 else 0.0,
+        "steps_per_print": 10**12,
+        "zero_allow_untested_optimizer": True,
+        "zero_optimization": {
+            "stage": stage,
+            "overlap_comm": False,  # races and NaN: DeepSpeed #5545, #8061
+            "contiguous_gradients": True,
+        },
+        "data_types": {"grad_accum_dtype": "fp32"},
+    }
+    if config.train.precision == "bf16":
+        settings["bf16"] = {"enabled": True}
+    elif config.train.precision == "fp16":
+        settings["fp16"] = {"enabled": True, "initial_scale_power": 16, "loss_scale_window": 1000}
+    return settings
+
+
+class Engine:
+    """A model under DeepSpeed."""
+
+    def __init__(self, model: nn.Module, config: Config, plan: BatchPlan, ranks: Ranks) -> None:
+        """Wrap `model`, which is moved to this rank's device, cast and divided as the config says.
+
+        Raises:
+            ConfigError: fp16 without a GPU.
+        """
+        import deepspeed
+
+        if config.train.precision == "fp16" and ranks.device.type == "cpu":
+            raise ConfigError("train.precision is fp16; expected bf16 or fp32 on a CPU. Use train.precision=fp32.")
+        self.ranks = ranks
+        self.stage = effective_stage(config.parallel.zero_stage, config.train.precision)
+        self.optim = config.optim
+        self.precision = config.train.precision
+        self._names = {id(parameter): name for name, parameter in model.named_parameters()}
+        self._shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+        model.to(ranks.device)
+        optimizer = make_optimizer(param_groups(model, config.optim.weight_decay), config.optim)
+        self._engine, self._optimizer, _, _ = deepspeed.initialize(
+            model=model, optimizer=optimizer, config=deepspeed_settings(config, plan), dist_init_required=False
+        )
+        self._torch_optimizer = optimizer
+        self._parameters = list(self._engine.module.named_parameters())
+        for group in list(dist.distributed_c10d._world.pg_map):
+            dist.distributed_c10d._set_pg_timeout(timedelta(seconds=config.parallel.timeout_seconds), group)
+
+    def forward(self, *args, **kwargs):
+        """Run the model."""
+        return self._engine(*args, **kwargs)
+
+    def train(self, mode: bool = True) -> None:
+        """Switch the model between training and evaluation."""
+        self._engine.train(mode)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Add the gradients of one micro-step; DeepSpeed divides `loss` by the micro-steps of a step."""
+        self._engine.backward(loss)
+
+    def end_micro_step(self) -> None:
+        """Tell DeepSpeed that a micro-step that is not the last one of its step is over."""
+        self._engine.step()
+
+    def step(self, lr: float) -> StepResult:
+        """Do the update after the step's last micro-step; a non-finite gradient on any rank skips it on all."""
+        for group in self._torch_optimizer.param_groups:
+            group["lr"] = lr
+        if self.stage == 0:
+            return self._step_plain()
+        self._engine.step()
+        norm = self._engine.get_global_grad_norm()
+        applied = self._engine.was_step_applied()
+        return StepResult(float(norm) if applied and norm is not None else math.nan, applied)
+
+    def _step_plain(self) -> StepResult:
+        parameters = [parameter for _, parameter in self._parameters]
+        # Gradients are averaged already and equal on all ranks, and so is this norm.
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        applied = bool(torch.isfinite(norm))
+        if not applied:
+            for parameter in parameters:
+                parameter.grad = None  # torch's optimizers leave parameters without gradient alone
+        elif self.optim.clip_norm > 0:
+            torch.nn.utils.clip_grads_with_norm_(parameters, self.optim.clip_norm, norm)
+        self._engine.step()
+        return StepResult(float(norm) if applied else math.nan, applied)
+
+    def fragments(self) -> Iterator[Fragment]:
+        """Yield what this rank owns, in the model's order; every element belongs to exactly one rank.
+
+        The optimizer's state is created first where it does not exist yet, so that it can be saved or filled.
+        """
+        flats = self._flat_masters()
+        create_state(self._torch_optimizer, flats, self.optim)
+        for index, (name, parameter) in enumerate(self._parameters):
+            located = self._locate(index, parameter)
+            if located is None:
+                continue
+            flat, offset, start, length = located
+            state = self._torch_optimizer.state[flat]
+            tensors = {MASTER: flat.data.view(-1).narrow(0, offset, length)}
+            for moment in moment_names(self.optim):
+                tensors[moment] = state[moment].view(-1).narrow(0, offset, length)
+            yield Fragment(name, self._shapes[name], start, length, tensors)
+
+    def _flat_masters(self) -> list[torch.Tensor]:
+        if self.stage == 0:
+            return [parameter for _, parameter in self._parameters]
+        if self.stage == 3:
+            return list(self._optimizer.fp32_partitioned_groups_flat)
+        if hasattr(self._optimizer, "single_partition_of_fp32_groups"):
+            return list(self._optimizer.single_partition_of_fp32_groups)
+        return list(self._optimizer.fp32_groups_flat_partition)  # BF16_Optimizer: bf16 at stage 1
+
+    def _locate(self, index: int, parameter: torch.Tensor) -> tuple[torch.Tensor, int, int, int] | None:
+        """Return (flat master, offset in it, first element of the parameter, number of elements), or None."""
+        if self.stage == 0:  # all ranks hold all: divide the saving between them
+            owner = index % self.ranks.world_size
+            return (parameter, 0, 0, parameter.numel()) if owner == self.ranks.rank else None
+        if self.stage == 3:
+            group, offset, size = self._optimizer.grad_position[self._optimizer.get_param_id(parameter)]
+            numel = math.prod(self._shapes[self._names[id(parameter)]])
+            start = self.ranks.rank * size
+            length = min(size, numel - start)  # the last partitions may be padding
+            return (self._flat_masters()[group], offset, start, length) if length > 0 else None
+        mapping = parameter._hp_mapping
+        if mapping is None:
+            return None
+        flat = self._flat_masters()[mapping.param_group_index]
+        return (flat, mapping.hp_fragment_address.start, mapping.lp_fragment_address.start,
+                mapping.lp_fragment_address.numel)  # fmt: skip
+
+    def replicated_fragments(self) -> Iterator[Fragment]:
+        """Yield what this rank must be given when a checkpoint is loaded: its own part, or all at stage 0."""
+        if self.stage > 0:
+            yield from self.fragments()
+            return
+        create_state(self._torch_optimizer, self._flat_masters(), self.optim)
+        for name, parameter in self._parameters:
+            state = self._torch_optimizer.state[parameter]
+            tensors = {MASTER: parameter.data.view(-1)}
+            tensors |= {moment: state[moment].view(-1) for moment in moment_names(self.optim)}
+            yield Fragment(name, self._shapes[name], 0, parameter.numel(), tensors)
+
+    def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of every parameter, undivided."""
+        return dict(self._shapes)
+
+    def optimizer_step(self) -> int:
+        """Updates that the optimizer itself has counted: skipped steps are not among them."""
+        states = self._torch_optimizer.state
+        return max((int(states[flat]["step"]) for flat in self._flat_masters() if states.get(flat)), default=0)
+
+    def finish_loading(self, optimizer_step: int) -> None:
+        """After the fragments were filled: set the optimizer's own step and rebuild the weights from the masters."""
+        for flat in self._flat_masters():
+            self._torch_optimizer.state[flat]["step"].fill_(optimizer_step)
+        if self.stage in (1, 2):
+            self._optimizer.update_lp_params()
+        elif self.stage == 3:
+            optimizer = self._optimizer
+            for group in range(len(optimizer.fp32_partitioned_groups_flat)):
+                optimizer._reassign_or_swap_out_partitioned_parameters(group)
+            if optimizer.persistent_parameters:
+                optimizer.persistent_parameters[0].partition(optimizer.persistent_parameters)
+                optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
+
+    def loss_scale_state(self) -> dict | None:
+        """State of fp16's dynamic loss scale; None in other precisions."""
+        if self.precision != "fp16":
+            return None
+        scaler = self._optimizer.loss_scaler
+        return {name: getattr(scaler, name) for name in ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")}
+
+    def load_loss_scale_state(self, state: dict | None) -> None:
+        """Restore what `loss_scale_state` returned."""
+        if self.precision == "fp16" and state is not None:
+            for name, value in state.items():
+                setattr(self._optimizer.loss_scaler, name, value)
+
+    def close(self) -> None:
+        """Remove DeepSpeed's hooks and buffers; the model can be wrapped again afterwards."""
+        self._engine.destroy()
+
+
+def leave_distributed() -> None:
+    """Leave the process group, so that the process ends without a warning."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

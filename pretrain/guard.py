@@ -1,0 +1,65 @@
+"""Stopping on request, and what to do about updates that had to be skipped."""
+
+from __future__ import annotations
+
+import signal
+from types import FrameType
+
+from pretrain.errors import TrainingError
+
+
+class StopRequest:
+    """Remembers SIGTERM, SIGINT and SIGUSR1, so that the loop can finish its step, save and exit 75.
+
+    Ctrl-C reaches a rank twice (from the terminal, and as SIGTERM from the launcher), so repeats change nothing.
+    """
+
+    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+    def __init__(self) -> None:
+        self.received: str | None = None
+        self._previous: dict[int, object] = {}
+
+    def __enter__(self) -> StopRequest:
+        for number in self.SIGNALS:
+            self._previous[number] = signal.signal(number, self._remember)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+    def _remember(self, number: int, _frame: FrameType | None) -> None:
+        self.received = self.received or signal.Signals(number).name
+
+
+class SkipGuard:
+    """Counts updates skipped for non-finite gradients and stops the run when they do not end."""
+
+    def __init__(self, max_skipped_steps: int, num_skipped: int = 0) -> None:
+        self.max_skipped_steps = max_skipped_steps
+        self.num_skipped = num_skipped
+        self._in_a_row = 0
+
+    def record(self, applied: bool, step: int, rows: tuple[int, int]) -> None:
+        """Count one step's outcome.
+
+        Args:
+            applied: whether the weights moved.
+            step: the update's number, from 1.
+            rows: first and one past the last row of the step, for the message.
+        Raises:
+            TrainingError: more than `guard.max_skipped_steps` updates in a row were skipped.
+        """
+        if applied:
+            self._in_a_row = 0
+            return
+        self.num_skipped += 1
+        self._in_a_row += 1
+        if self._in_a_row > self.max_skipped_steps:
+            raise TrainingError(
+                f"step {step}: gradients are not finite for {self._in_a_row} steps in a row (rows {rows[0]} to "
+                f"{rows[1] - 1} last); expected at most guard.max_skipped_steps ({self.max_skipped_steps}). The "
+                "weights and the last checkpoint are untouched by them. Lower optim.lr, raise schedule.warmup_steps "
+                "or use train.precision=fp32."
+            )

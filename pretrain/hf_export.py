@@ -1,0 +1,332 @@
+"""Export to Hugging Face's format, and the proof that transformers computes the same from it.
+
+Every file is written by our own hand: transformers' `save_pretrained` changes the tokenizer's class, drops
+`tokenizer.model` and writes only one of the two styles of RoPE's options. transformers serves for one thing: it loads
+what was written as a user will, and what it computes is compared with the trained model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import pretrain
+from pretrain.errors import ExportError
+from pretrain.families import ModelShape
+from pretrain.family_table import export_tensors, import_tensors, published_config
+from pretrain.hf_tokenizer import varied_texts, write_tokenizer_files
+from pretrain.model_card import model_card
+from pretrain.tensor_files import write_tensors, write_text
+from pretrain.tokenizer import SPACE_PIECE, Tokenizer
+
+if TYPE_CHECKING:
+    from pretrain.run_folder import LoadedRun
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+MAX_SHARD_BYTES = 5_000_000_000  # what the Hub advises: larger files are slow to fetch again
+
+# The largest allowed difference of a logit, relative to the largest logit of its row. Both sides compute in fp32 from
+# the same weights and differ in the order of sums alone: 4e-7 to 3e-6 was measured for random models of both families,
+# 5 for swapped projections, 2e-2 for a norm_eps of 1e-6 instead of 1e-5, 1e-2 for another RoPE base.
+LOGIT_TOLERANCE = 1e-4
+NUM_TEXTS = 10_000
+
+
+def export_hf(
+    loaded: LoadedRun, out_dir: Path, dtype: str, rows: Sequence[Tensor], max_shard_bytes: int = MAX_SHARD_BYTES
+) -> dict[str, Any]:
+    """Write a model in Hugging Face's format and verify it by loading it with transformers.
+
+    The weights of `loaded.model` are rounded to `dtype` in place, so that what is compared, in fp32, is the exported
+    model, and no second copy of it is held.
+
+    Args:
+        loaded: the trained model and where it comes from.
+        out_dir: an existing, empty folder; it holds an incomplete export if an error is raised.
+        dtype: `bf16`, `fp16` or `fp32`.
+        rows: token ids to compare logits on, each int64 [T] with T <= seq_len.
+        max_shard_bytes: size at which the weights go on in another file.
+
+    Returns:
+        What was verified, as it stands in `verification.json`.
+
+    Raises:
+        ExportError: a weight is not finite or not in the family's table, or transformers computes something else.
+        OSError: a file could not be written.
+    """
+    shape, tokenizer = loaded.model.shape, loaded.tokenizer
+    _round_weights(loaded.model, DTYPES[dtype])
+    files = _write_weights(loaded, out_dir, DTYPES[dtype], max_shard_bytes)
+    _write_json(out_dir / "config.json", _hf_config(shape, tokenizer, DTYPES[dtype]))
+    _write_json(out_dir / "generation_config.json", _generation_config(tokenizer))
+    write_tokenizer_files(tokenizer, out_dir, shape.seq_len)
+    report = {
+        "source": source_of(loaded),
+        "dtype": dtype,
+        "files": files,
+        "versions": _versions(),
+        "logits": verify_model(loaded.model, out_dir, rows),
+        "tokenizer": verify_tokenizer(tokenizer, out_dir, [tokenizer.decode(row.tolist()) for row in rows]),
+    }
+    _write_json(out_dir / "verification.json", report)
+    write_text(out_dir / "README.md", model_card(shape, report))
+    return report
+
+
+def source_of(loaded: LoadedRun) -> dict[str, Any]:
+    """Return what identifies the trained model: run, step, tokens, and hashes of its config and tokenizer."""
+    config = loaded.config.model_dump_json()
+    return {
+        "run": loaded.run.name,
+        "checkpoint": loaded.checkpoint.name,
+        "step": loaded.step,
+        "tokens": loaded.num_tokens,
+        "config_sha256": hashlib.sha256(config.encode()).hexdigest(),
+        "tokenizer_sha256": loaded.tokenizer.fingerprint,
+    }
+
+
+@torch.no_grad()
+def _round_weights(model: nn.Module, dtype: torch.dtype) -> None:
+    # Parameters only: `model.to(bfloat16)` would also round RoPE's frequencies, which clients compute in fp32.
+    for name, parameter in model.named_parameters():
+        parameter.copy_(parameter.to(dtype))
+        if not torch.isfinite(parameter).all():
+            raise ExportError(
+                f"{name}: holds NaN or infinity as {dtype}; expected finite weights. Export as fp32 or bf16 (--dtype), "
+                "and if that fails too, an earlier checkpoint (--step)."
+            )
+
+
+def _write_weights(
+    loaded: LoadedRun, out_dir: Path, dtype: torch.dtype, max_shard_bytes: int
+) -> dict[str, dict[str, Any]]:
+    """Write `model.safetensors`, or shards and their index; returns size and sha256 by file name."""
+    metadata = {"format": "pt", **{key: str(value) for key, value in source_of(loaded).items()}}
+    metadata |= {f"{name}_version": version for name, version in _versions().items()}
+    shards: list[list[str]] = []
+    files: dict[str, dict[str, Any]] = {}
+    held: dict[str, Tensor] = {}
+    total_bytes = 0
+
+    def write_shard() -> None:
+        partial = f"model-{len(shards) + 1:05}.safetensors"  # the number of shards is not known yet
+        num_bytes, sha256 = write_tensors(out_dir / partial, held, metadata)
+        shards.append(list(held))
+        files[partial] = {"bytes": num_bytes, "sha256": sha256}
+        held.clear()
+
+    for name, tensor in export_tensors(loaded.model.shape, loaded.model.named_parameters()):
+        tensor = tensor.detach().to(dtype).clone(memory_format=torch.contiguous_format)
+        if held and sum(other.nbytes for other in held.values()) + tensor.nbytes > max_shard_bytes:
+            write_shard()
+        held[name] = tensor
+        total_bytes += tensor.nbytes
+    write_shard()
+
+    weight_map: dict[str, str] = {}
+    renamed: dict[str, dict[str, Any]] = {}
+    for number, (names, (partial, described)) in enumerate(zip(shards, files.items(), strict=True), 1):
+        final = f"model-{number:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else "model.safetensors"
+        (out_dir / partial).rename(out_dir / final)
+        weight_map |= dict.fromkeys(names, final)
+        renamed[final] = described
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
+        _write_json(out_dir / "model.safetensors.index.json", index)
+    return renamed
+
+
+def _hf_config(shape: ModelShape, tokenizer: Tokenizer, dtype: torch.dtype) -> dict[str, Any]:
+    dtype_name = str(dtype).removeprefix("torch.")
+    return {
+        **published_config(shape),
+        "bos_token_id": tokenizer.bos_id,
+        "eos_token_id": tokenizer.eos_id,
+        "pad_token_id": tokenizer.pad_id,
+        "dtype": dtype_name,  # transformers 5
+        "torch_dtype": dtype_name,  # transformers 4 and llama.cpp
+        "transformers_version": transformers.__version__,
+    }
+
+
+def _generation_config(tokenizer: Tokenizer) -> dict[str, Any]:
+    return {
+        "bos_token_id": tokenizer.bos_id,
+        "eos_token_id": tokenizer.eos_id,
+        "pad_token_id": tokenizer.pad_id,
+        "do_sample": False,
+        "transformers_version": transformers.__version__,
+    }
+
+
+def _versions() -> dict[str, str]:
+    libraries = ("torch", "transformers", "tokenizers", "safetensors", "sentencepiece")
+    return {"longhaul": pretrain.__version__} | {name: importlib.metadata.version(name) for name in libraries}
+
+
+def _write_json(path: Path, value: object) -> None:
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+class _Model(Protocol):
+    """What is verified: a `Transformer`, or anything with its shape, parameters and logits."""
+
+    shape: ModelShape
+
+    def logits(self, tokens_BT: Tensor) -> Tensor: ...
+
+    def named_parameters(self) -> Any: ...
+
+
+@torch.inference_mode()
+def verify_model(model: _Model, out_dir: Path, rows: Sequence[Tensor]) -> dict[str, Any]:
+    """Load an export with transformers and compare its config, weights and logits with the model's, in fp32.
+
+    Args:
+        model: the model that was exported, its weights rounded as the export's are.
+        out_dir: the export.
+        rows: token ids, each int64 [T].
+
+    Returns:
+        The number of rows and tokens, the largest difference of a logit, absolute and relative, its tolerance, and
+        the positions where the most probable token differs because two are equally probable within the tolerance.
+
+    Raises:
+        ExportError: anything differs, naming the first row, position and token.
+    """
+    exported, info = _load(AutoModelForCausalLM, out_dir, dtype=torch.float32, output_loading_info=True)
+    exported.eval()
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
+        if info.get(kind):
+            raise ExportError(
+                f"{out_dir.name}: transformers reports {kind} {sorted(map(str, info[kind]))[0]} of {len(info[kind])}; "
+                f"expected none for {type(exported).__name__}. {_REPORT_IT}"
+            )
+    _compare_weights(model, exported)
+    largest, relative, num_ties = 0.0, 0.0, 0
+    for index, row_T in enumerate(rows):
+        ours_TV = model.logits(row_T[None])[0]
+        theirs_TV = exported(input_ids=row_T[None]).logits[0]
+        difference, scale, ties = _compare_logits(ours_TV, theirs_TV, f"{out_dir.name}: row {index}")
+        largest, relative, num_ties = max(largest, difference), max(relative, difference / scale), num_ties + ties
+    return {
+        "architecture": type(exported).__name__,
+        "rows": len(rows),
+        "tokens": sum(len(row) for row in rows),
+        "longest_row": max(len(row) for row in rows),
+        "max_difference": largest,
+        "max_relative_difference": relative,
+        "relative_tolerance": LOGIT_TOLERANCE,
+        "argmax_ties": num_ties,
+    }
+
+
+def _load(auto_class: Any, out_dir: Path, **options: Any) -> Any:
+    """Load from the folder alone, as a user without network would, and without transformers' progress bars."""
+    bars, verbosity = transformers.logging.is_progress_bar_enabled(), transformers.logging.get_verbosity()
+    transformers.logging.disable_progress_bar()
+    transformers.logging.set_verbosity_error()
+    try:
+        return auto_class.from_pretrained(str(out_dir), local_files_only=True, trust_remote_code=False, **options)
+    except Exception as error:  # of any class: what transformers cannot load is not an export
+        message = f"{type(error).__name__}: {error}"
+        raise ExportError(f"{out_dir.name}: transformers does not load it ({message}). {_REPORT_IT}") from error
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+        if bars:
+            transformers.logging.enable_progress_bar()
+
+
+_REPORT_IT = "Nothing was exported; report this with the run's config.yaml, it is a bug or an untested transformers."
+
+
+def _compare_weights(model: _Model, exported: nn.Module) -> None:
+    """Every weight must come back bit for bit: logits alone do not show a token's embedding that no row holds."""
+    shape, left = model.shape, dict(model.named_parameters())
+    tensors = dict(exported.state_dict())
+    if shape.tie_embeddings:
+        tensors.pop("lm_head.weight", None)
+    for name, returned in import_tensors(shape, tensors):
+        if name not in left:
+            raise ExportError(f"{name}: transformers made up this parameter; expected only the model's. {_REPORT_IT}")
+        # Compared as they are published, since the padding of the vocabulary does not come back.
+        ours, theirs = (export_tensors(shape, [(name, tensor)]) for tensor in (left.pop(name), returned))
+        for (published_name, wanted), (_, got) in zip(ours, theirs, strict=True):
+            if not torch.equal(got, wanted):
+                raise ExportError(f"{published_name}: comes back altered; expected the same bits. {_REPORT_IT}")
+    if left:
+        raise ExportError(f"{next(iter(left))}: does not come back; expected every parameter. {_REPORT_IT}")
+
+
+def _compare_logits(ours_TV: Tensor, theirs_TV: Tensor, where: str) -> tuple[float, float, int]:
+    """Return the largest difference, the largest logit and the number of ties; raise if a difference is too large."""
+    if ours_TV.shape != theirs_TV.shape:
+        raise ExportError(
+            f"{where}: logits are {tuple(theirs_TV.shape)} in transformers; expected {tuple(ours_TV.shape)}. "
+            f"{_REPORT_IT}"
+        )
+    scale = float(ours_TV.abs().max())
+    difference_TV = (ours_TV - theirs_TV).abs()
+    largest = float(difference_TV.max())
+    if not largest <= LOGIT_TOLERANCE * scale:  # written so that NaN fails
+        bad = difference_TV.nan_to_num(torch.inf).amax(1) > LOGIT_TOLERANCE * scale
+        position = int(bad.nonzero()[0])
+        token = int(difference_TV[position].nan_to_num(torch.inf).argmax())
+        raise ExportError(
+            f"{where}, position {position}: the logit of token {token} is {float(theirs_TV[position, token]):.6g} in "
+            f"transformers; expected {float(ours_TV[position, token]):.6g} within {LOGIT_TOLERANCE * scale:.2g} "
+            f"(largest difference in the row: {largest:.3g}). {_REPORT_IT}"
+        )
+    return largest, scale, int((ours_TV.argmax(1) != theirs_TV.argmax(1)).sum())
+
+
+def verify_tokenizer(tokenizer: Tokenizer, out_dir: Path, samples: Sequence[str]) -> dict[str, Any]:
+    """Load an export's tokenizer with transformers and compare ids and decoded text on varied texts.
+
+    Args:
+        tokenizer: the trained tokenizer.
+        out_dir: the export.
+        samples: real text to cut some of the texts from; may be empty.
+
+    Returns:
+        The number of texts and tokens compared.
+
+    Raises:
+        ExportError: ids, text or a special token differ, naming the first text.
+    """
+    exported = _load(AutoTokenizer, out_dir)
+    where = f"{out_dir.name}: tokenizer"
+    ours = {"vocab_size": tokenizer.vocab_size}
+    ours |= {name: getattr(tokenizer, name) for name in ("unk_id", "bos_id", "eos_id", "pad_id")}
+    theirs = {"vocab_size": len(exported)}
+    theirs |= {f"{name}_id": getattr(exported, f"{name}_token_id") for name in ("unk", "bos", "eos", "pad")}
+    for piece_id, (piece, _, kind) in enumerate(tokenizer.pieces()):
+        if kind == "control":  # a client must be able to give it as text, and get one id
+            ours[piece] = [piece_id]
+            theirs[piece] = exported.encode(piece, add_special_tokens=False)
+    for name, value in ours.items():
+        if theirs[name] != value:
+            raise ExportError(f"{where}: {name} is {theirs[name]} in transformers; expected {value}. {_REPORT_IT}")
+    texts = varied_texts(NUM_TEXTS, seed=0, samples=[sample.replace(SPACE_PIECE, "") for sample in samples])
+    # Special tokens' text is plain text to sentencepiece; a client parses it unless it is told otherwise, as here.
+    all_ids = exported(texts, split_special_tokens=True, verbose=False)["input_ids"]
+    num_tokens = 0
+    for text, ids in zip(texts, all_ids, strict=True):
+        expected = [tokenizer.bos_id, *tokenizer.encode(text)]
+        num_tokens += len(ids)
+        if ids != expected:
+            raise ExportError(f"{where}: ids of {text!r} are {ids} in transformers; expected {expected}. {_REPORT_IT}")
+        decoded = exported.decode(ids, skip_special_tokens=True)
+        if decoded != tokenizer.decode(expected[1:]):
+            raise ExportError(f"{where}: {ids} decode to {decoded!r} in transformers; expected {text!r}. {_REPORT_IT}")
+    return {"class": type(exported).__name__, "texts": len(texts), "tokens": num_tokens, "mismatches": 0}

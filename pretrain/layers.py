@@ -1,0 +1,234 @@
+"""The parts of the Transformer. They hold parameters and know their names; arithmetic is in `kernels`.
+
+Every parameter is used inside the `forward` of the module that holds it, which is what ZeRO-3 gathers by.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kernels.activation import gelu, swiglu
+from kernels.attention import Visibility, attention
+from kernels.dropout import SITE_ATTENTION, SITE_ATTENTION_OUTPUT, SITE_FFN_OUTPUT, DropoutKey, dropout
+from kernels.layer_norm import add_layer_norm, layer_norm
+from kernels.linear_cross_entropy import linear_cross_entropy, token_losses
+from kernels.rms_norm import add_rms_norm, rms_norm
+from kernels.rope import rope
+from pretrain.families import ModelShape
+
+
+class LayerCache(Protocol):
+    """Keys and values of earlier tokens of one block, which generation keeps."""
+
+    def extend(self, k_BTKC: Tensor, v_BTKC: Tensor) -> tuple[Tensor, Tensor]:
+        """Append the keys and values of new tokens; return those of all slots `[B, S, K, C]`."""
+        ...
+
+
+@dataclass(frozen=True)
+class Context:
+    """What all blocks of one forward pass share.
+
+    Args:
+        visible: which keys each token sees.
+        rope_tables: fp32 cosines and sines `[B, T, 1, C/2]`, or None with learned positions.
+        dropout_key: seed, step and rows, or None where nothing is dropped.
+        caches: one per block in generation, else None.
+    """
+
+    visible: Visibility
+    rope_tables: tuple[Tensor, Tensor] | None = None
+    dropout_key: DropoutKey | None = None
+    caches: tuple[LayerCache, ...] | None = None
+
+
+class Linear(nn.Linear):
+    """A linear layer whose values are left for `Transformer.initialise` to set."""
+
+    def reset_parameters(self) -> None:
+        """Leave the parameters as they were allocated."""
+
+
+class Embedding(nn.Embedding):
+    """A lookup table whose values are left for `Transformer.initialise` to set."""
+
+    weight: nn.Parameter
+
+    def reset_parameters(self) -> None:
+        """Leave the parameters as they were allocated."""
+
+
+class RMSNorm(nn.Module):
+    """RMSNorm with the residual addition before it."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(dim))
+
+    def forward(self, x_BTD: Tensor, residual_BTD: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Normalise the residual stream after adding `x`; return the result and the new residual stream."""
+        if residual_BTD is None:
+            return rms_norm(x_BTD, self.weight, self.eps), x_BTD
+        return add_rms_norm(x_BTD, residual_BTD, self.weight, self.eps)
+
+
+class LayerNorm(nn.Module):
+    """LayerNorm, scaled and shifted, with the residual addition before it."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(dim))
+        self.bias = nn.Parameter(torch.empty(dim))
+
+    def forward(self, x_BTD: Tensor, residual_BTD: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Normalise the residual stream after adding `x`; return the result and the new residual stream."""
+        if residual_BTD is None:
+            return layer_norm(x_BTD, self.weight, self.bias, self.eps), x_BTD
+        return add_layer_norm(x_BTD, residual_BTD, self.weight, self.bias, self.eps)
+
+
+def make_norm(shape: ModelShape) -> RMSNorm | LayerNorm:
+    """Make the norm that the shape names."""
+    kind = RMSNorm if shape.norm == "rmsnorm" else LayerNorm
+    return kind(shape.dim, shape.norm_eps)
+
+
+class Attention(nn.Module):
+    """Multi-head, grouped-query or multi-query attention with one projection for queries, keys and values."""
+
+    def __init__(self, shape: ModelShape, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.num_heads, self.num_kv_heads, self.head_dim = shape.num_heads, shape.num_kv_heads, shape.head_dim
+        self.dropout, self.attention_dropout = shape.dropout, shape.attention_dropout
+        qkv_dim = (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim
+        self.qkv = Linear(shape.dim, qkv_dim, bias=shape.attention_bias)
+        self.output = Linear(shape.num_heads * shape.head_dim, shape.dim, bias=shape.attention_bias)
+
+    def forward(self, x_BTD: Tensor, context: Context) -> Tensor:
+        """Compute what attention adds to the residual stream.
+
+        Args:
+            x_BTD: normalised residual stream.
+            context: what the blocks share.
+        """
+        B, T, _ = x_BTD.shape
+        H, K = self.num_heads, self.num_kv_heads
+        qkv = self.qkv(x_BTD).view(B, T, H + 2 * K, self.head_dim)
+        qk, v_BTKC = qkv[:, :, : H + K], qkv[:, :, H + K :]
+        if context.rope_tables is not None:
+            qk = rope(qk, *context.rope_tables)  # queries and keys lie side by side: one call
+        q_BTHC, k_BSKC, v_BSKC = qk[:, :, :H], qk[:, :, H:], v_BTKC
+        if context.caches is not None:
+            k_BSKC, v_BSKC = context.caches[self.layer].extend(k_BSKC, v_BTKC)
+        key = context.dropout_key
+        probs_key = key and key.at(self.layer, SITE_ATTENTION)
+        out_BTHC = attention(q_BTHC, k_BSKC, v_BSKC, context.visible, self.attention_dropout, probs_key)
+        out_BTD = self.output(out_BTHC.reshape(B, T, H * self.head_dim))
+        return dropout(out_BTD, self.dropout, key.at(self.layer, SITE_ATTENTION_OUTPUT)) if key else out_BTD
+
+
+class SwiGLUFeedForward(nn.Module):
+    """The feed-forward of Llama: one projection for gate and up, SwiGLU, projection down."""
+
+    def __init__(self, shape: ModelShape, layer: int) -> None:
+        super().__init__()
+        self.layer, self.dropout = layer, shape.dropout
+        self.gate_up = Linear(shape.dim, 2 * shape.ffn_dim, bias=shape.ffn_bias)
+        self.down = Linear(shape.ffn_dim, shape.dim, bias=shape.ffn_bias)
+
+    def forward(self, x_BTD: Tensor, context: Context) -> Tensor:
+        """Compute what the feed-forward adds to the residual stream."""
+        out_BTD = self.down(swiglu(self.gate_up(x_BTD)))
+        key = context.dropout_key
+        return dropout(out_BTD, self.dropout, key.at(self.layer, SITE_FFN_OUTPUT)) if key else out_BTD
+
+
+class GELUFeedForward(nn.Module):
+    """The feed-forward of GPT-2: projection up, GELU, projection down."""
+
+    def __init__(self, shape: ModelShape, layer: int) -> None:
+        super().__init__()
+        self.layer, self.dropout = layer, shape.dropout
+        self.up = Linear(shape.dim, shape.ffn_dim, bias=shape.ffn_bias)
+        self.down = Linear(shape.ffn_dim, shape.dim, bias=shape.ffn_bias)
+
+    def forward(self, x_BTD: Tensor, context: Context) -> Tensor:
+        """Compute what the feed-forward adds to the residual stream."""
+        out_BTD = self.down(gelu(self.up(x_BTD)))
+        key = context.dropout_key
+        return dropout(out_BTD, self.dropout, key.at(self.layer, SITE_FFN_OUTPUT)) if key else out_BTD
+
+
+class Block(nn.Module):
+    """One pre-norm Transformer block.
+
+    It passes on what its feed-forward adds beside the residual stream, not yet summed, so that the sum is fused with
+    the norm that follows.
+    """
+
+    def __init__(self, shape: ModelShape, layer: int) -> None:
+        super().__init__()
+        self.attention_norm = make_norm(shape)
+        self.attention = Attention(shape, layer)
+        self.ffn_norm = make_norm(shape)
+        self.ffn = (SwiGLUFeedForward if shape.activation == "swiglu" else GELUFeedForward)(shape, layer)
+
+    def forward(self, x_BTD: Tensor, residual_BTD: Tensor | None, context: Context) -> tuple[Tensor, Tensor]:
+        """Run the block.
+
+        Args:
+            x_BTD: what the layer before adds to the residual stream; for the first block, the stream itself.
+            residual_BTD: the residual stream; None for the first block.
+            context: what the blocks share.
+
+        Returns:
+            What this block's feed-forward adds, and the residual stream that it is to be added to.
+        """
+        normed_BTD, residual_BTD = self.attention_norm(x_BTD, residual_BTD)
+        normed_BTD, residual_BTD = self.ffn_norm(self.attention(normed_BTD, context), residual_BTD)
+        return self.ffn(normed_BTD, context), residual_BTD
+
+
+class Output(nn.Module):
+    """The output layer with its loss; the weights are the embedding's own where the two are tied."""
+
+    def __init__(self, shape: ModelShape, tied_to: nn.Parameter | None) -> None:
+        super().__init__()
+        self.vocab_size = shape.vocab_size
+        self.tied = tied_to is not None
+        # Held as an attribute of this module even when tied: ZeRO-3 gathers what the running module holds.
+        self.weight = nn.Parameter(torch.empty(shape.padded_vocab_size, shape.dim)) if tied_to is None else tied_to
+
+    def forward(self, x_BTD: Tensor, targets_BT: Tensor | None, per_token: bool = False) -> Tensor:
+        """Compute the summed loss, the loss of each token, or the logits.
+
+        Args:
+            x_BTD: normalised final hidden states.
+            targets_BT: int64, -100 where not scored; None for logits.
+            per_token: the loss of each token, without gradients, instead of the sum.
+
+        Returns:
+            fp32: a scalar, `[B, T]`, or `[B, T, V]` without the padding of the vocabulary.
+        """
+        if targets_BT is None:
+            return F.linear(x_BTD, self.weight[: self.vocab_size]).float()
+        x_ND, targets_N = x_BTD.flatten(0, 1), targets_BT.flatten()
+        if per_token:
+            return token_losses(x_ND, self.weight, targets_N, self.vocab_size).view(targets_BT.shape)
+        return linear_cross_entropy(x_ND, self.weight, targets_N, self.vocab_size)
+
+    def _save_to_state_dict(self, *args: Any) -> None:
+        if not self.tied:  # a tied weight is stored once, as embedding.weight
+            super()._save_to_state_dict(*args)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        if not self.tied:
+            super()._load_from_state_dict(*args)

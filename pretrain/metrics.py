@@ -1,0 +1,160 @@
+"""What a run reports: `metrics.jsonl`, TensorBoard, the log and the live line. The only file on tensorboard."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import time
+from collections import deque
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pretrain.config import LogSection
+from pretrain.console import LiveLine, format_count, format_duration
+
+logger = logging.getLogger("longhaul")
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """One optimizer step; `loss` in nats per scored token, `lr` as used, `memory_bytes` the peak of rank 0."""
+
+    step: int
+    tokens: int
+    loss: float
+    grad_norm: float
+    lr: float
+    step_seconds: float
+    data_wait_seconds: float
+    memory_bytes: int
+    skipped_steps: int
+    epochs: dict[str, float]
+
+
+def _json_number(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def drop_lines_after(path: Path, step: int) -> None:
+    """Remove the lines of a `metrics.jsonl` beyond a step, and a last line that a crash cut short."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        try:
+            if line.endswith("\n") and json.loads(line)["step"] <= step:
+                kept.append(line)
+        except (ValueError, KeyError, TypeError):
+            continue
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(kept), encoding="utf-8")
+    os.replace(temporary, path)
+
+
+class MetricLog:
+    """Rank 0's record of the run."""
+
+    def __init__(
+        self, folder: Path, section: LogSection, *, num_steps: int, tokens_per_step: int, world_size: int,
+        flops_per_token: tuple[float, float], peak_flops: float | None, first_step: int, attempt: int,
+    ) -> None:  # fmt: skip
+        """Open the files, dropping what is past the checkpoint that the run goes on from.
+
+        Args:
+            folder: the run folder.
+            section: the config's `log`.
+            num_steps: steps of the whole run, for the time left.
+            tokens_per_step: of the whole batch.
+            world_size: number of ranks.
+            flops_per_token: model FLOPs by the peers' convention, and with causal attention counted once.
+            peak_flops: of one rank's device; None if unknown.
+            first_step: steps done before this start.
+            attempt: number of this start, from 1.
+        """
+        self.section, self.num_steps, self.tokens_per_step = section, num_steps, tokens_per_step
+        self.world_size, self.attempt = world_size, attempt
+        self._flops_per_token, self._peak_flops = flops_per_token, peak_flops
+        self._recent: deque[float] = deque(maxlen=20)
+        self._line = LiveLine()
+        path = folder / "metrics.jsonl"
+        drop_lines_after(path, first_step)
+        self._file = open(path, "a", encoding="utf-8", buffering=1)
+        self._writer = None
+        if section.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter  # type: ignore[attr-defined]  # imports tensorboard
+
+            purge_step = first_step + 1 if attempt > 1 else None
+            self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=purge_step, flush_secs=10)
+
+    def step(self, metrics: StepMetrics) -> None:
+        """Record one training step."""
+        rate = self.tokens_per_step / metrics.step_seconds
+        utilisation = [
+            rate * flops / (self._peak_flops * self.world_size) if self._peak_flops else None
+            for flops in self._flops_per_token
+        ]
+        line = {
+            "step": metrics.step, "tokens": metrics.tokens, "loss": metrics.loss, "grad_norm": metrics.grad_norm,
+            "lr": metrics.lr, "tokens_per_second": rate, "tokens_per_second_per_gpu": rate / self.world_size,
+            "step_seconds": metrics.step_seconds, "mfu": utilisation[0], "mfu_causal": utilisation[1],
+            "memory_bytes": metrics.memory_bytes, "data_wait_seconds": metrics.data_wait_seconds,
+            "skipped_steps": metrics.skipped_steps, "timestamp": time.time(), "attempt": self.attempt,
+        }  # fmt: skip
+        line |= {f"epoch/{name}": epoch for name, epoch in metrics.epochs.items()}
+        self._write(line)
+        self._add_scalars(line, "train/", metrics.step)
+        self._recent.append(metrics.step_seconds)
+        self._show(line)
+
+    def _show(self, line: dict[str, Any]) -> None:
+        step = line["step"]
+        mean_seconds = sum(self._recent) / len(self._recent)
+        mfu = "" if line["mfu"] is None else f"  MFU {100 * line['mfu']:.1f}%"
+        text = (
+            f"step {step}/{self.num_steps}  loss {line['loss']:.4f}  "
+            f"{format_count(self.tokens_per_step / mean_seconds)} tokens/s{mfu}  lr {line['lr']:.2e}  "
+            f"{format_duration((self.num_steps - step) * mean_seconds)} left"
+        )
+        is_due = step % self.section.every_steps == 0 or step == self.num_steps
+        self._line.show(text, plain=is_due)
+        if is_due:
+            logger.info(text)
+
+    def evaluation(self, step: int, tokens: int, loss: float, perplexity: float, bits_per_byte: float) -> None:
+        """Record an evaluation on held-out documents: nats per token, its exponential, bits per byte of text."""
+        line = {"step": step, "tokens": tokens, "eval/loss": loss, "eval/perplexity": perplexity,
+                "eval/bits_per_byte": bits_per_byte}  # fmt: skip
+        self._write(line)
+        self._add_scalars(line, "", step)
+        self.say(f"step {step}  held-out loss {loss:.4f}  perplexity {perplexity:.2f}  bits per byte {bits_per_byte:.4f}")
+
+    def event(self, step: int, event: str, message: str) -> None:
+        """Record that something happened: a start, a save, a skipped step, a damaged document."""
+        self._write({"step": step, "event": event, "message": message})
+        if self._writer:
+            self._writer.add_text(event, message, step)
+        self.say(f"step {step}  {event}: {message}")
+
+    def say(self, text: str) -> None:
+        """Print a line that stays, and log it."""
+        self._line.say(text)
+        logger.info(text)
+
+    def _write(self, line: dict[str, Any]) -> None:
+        self._file.write(json.dumps({key: _json_number(value) for key, value in line.items()}) + "\n")
+
+    def _add_scalars(self, line: dict[str, Any], prefix: str, step: int) -> None:
+        if self._writer:
+            for key, value in line.items():
+                if key not in ("step", "timestamp", "attempt") and _json_number(value) is not None:
+                    self._writer.add_scalar(prefix + key, value, step)
+
+    def close(self) -> None:
+        """Flush and close everything."""
+        self._line.end()
+        self._file.close()
+        if self._writer:
+            self._writer.close()

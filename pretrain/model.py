@@ -1,0 +1,204 @@
+"""The decoder-only Transformer that every family is a setting of."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from kernels.attention import visibility
+from kernels.dropout import SITE_EMBEDDING, DropoutKey, dropout
+from kernels.rope import rope_tables
+from pretrain.families import ModelShape
+from pretrain.layers import Block, Context, Embedding, Output, make_norm
+
+
+class KVCache:
+    """Keys and values of the tokens seen so far, allocated once.
+
+    Rows may be padded on the left: row b holds tokens from slot `start_B[b]` on.
+    """
+
+    def __init__(self, shape: ModelShape, start_B: Tensor, num_slots: int, dtype: torch.dtype) -> None:
+        """Allocate an empty cache.
+
+        Args:
+            shape: of the model.
+            start_B: int64 `[B]`, the slots of padding before each row's first token; their device is the cache's.
+            num_slots: tokens that a row can hold, padding included.
+            dtype: of the model's activations.
+        """
+        self.start_B = start_B
+        self.num_used = 0
+        self.num_slots = num_slots
+        size = (len(start_B), num_slots, shape.num_kv_heads, shape.head_dim)
+        self.layers = tuple(
+            _LayerCache(self, *(torch.zeros(size, dtype=dtype, device=start_B.device) for _ in range(2)))
+            for _ in range(shape.num_layers)
+        )
+
+
+class _LayerCache:
+    """The part of a `KVCache` that belongs to one block."""
+
+    def __init__(self, cache: KVCache, k_BSKC: Tensor, v_BSKC: Tensor) -> None:
+        self.cache, self.k_BSKC, self.v_BSKC = cache, k_BSKC, v_BSKC
+
+    def extend(self, k_BTKC: Tensor, v_BTKC: Tensor) -> tuple[Tensor, Tensor]:
+        begin = self.cache.num_used
+        end = begin + k_BTKC.shape[1]
+        self.k_BSKC[:, begin:end], self.v_BSKC[:, begin:end] = k_BTKC, v_BTKC
+        return self.k_BSKC[:, :end], self.v_BSKC[:, :end]
+
+
+class Transformer(nn.Module):
+    """A pre-norm decoder-only Transformer over rows of packed documents."""
+
+    def __init__(self, shape: ModelShape, seed: int, activation_checkpointing: str = "none") -> None:
+        """Build the model and draw its initial weights.
+
+        Args:
+            shape: from `families.resolve_shape`.
+            seed: fixes the initial weights and dropout.
+            activation_checkpointing: `full` computes each block again in the backward pass, `none` does not.
+        """
+        super().__init__()
+        self.shape, self.seed = shape, seed
+        self.activation_checkpointing = activation_checkpointing
+        self.embedding = Embedding(shape.padded_vocab_size, shape.dim)
+        self.position_embedding = Embedding(shape.seq_len, shape.dim) if shape.positions == "learned" else None
+        self.blocks = nn.ModuleList(Block(shape, layer) for layer in range(shape.num_layers))
+        self.final_norm = make_norm(shape)
+        self.output = Output(shape, tied_to=self.embedding.weight if shape.tie_embeddings else None)
+        self.initialise()
+
+    @torch.no_grad()
+    def initialise(self) -> None:
+        """Draw the initial weights; each parameter from its own generator, keyed by the seed and its name.
+
+        Weights are normal with `init_std`, those that write to the residual stream with init_std / sqrt(2 L); norms
+        are 1, biases and the padding of the vocabulary 0. The values do not depend on the device, on the dtype but
+        for rounding, or on the order in which modules are made. Nothing happens on the meta device: call this again
+        after `to_empty`.
+
+        Source: Radford et al. 2019 (GPT-2), section 2.3.
+        """
+        for name, parameter in self.named_parameters():
+            if parameter.is_meta:
+                continue
+            owner, kind = name.rsplit(".", 1)
+            if kind == "bias":
+                parameter.zero_()
+            elif owner.endswith("norm"):
+                parameter.fill_(1.0)
+            else:
+                writes_residual = owner.endswith((".attention.output", ".ffn.down"))
+                std = self.shape.init_std / (math.sqrt(2 * self.shape.num_layers) if writes_residual else 1.0)
+                digest = hashlib.sha256(f"{self.seed}:{name}".encode()).digest()
+                generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+                parameter.copy_(torch.empty(parameter.shape, device="cpu").normal_(0.0, std, generator=generator))
+                if owner in ("embedding", "output"):
+                    parameter[self.shape.vocab_size :] = 0.0
+
+    def forward(
+        self,
+        tokens_BT: Tensor,
+        targets_BT: Tensor,
+        doc_start_BT: Tensor,
+        row_ids_B: Tensor | None = None,
+        step: int = 0,
+        per_token: bool = False,
+    ) -> Tensor:
+        """Compute the loss of a batch.
+
+        Args:
+            tokens_BT: int64 token ids.
+            targets_BT: int64, the token that follows each one; -100 where it is not scored.
+            doc_start_BT: int, the slot of the row where each token's document begins.
+            row_ids_B: int64, the global number of each row, which keys dropout; None: no dropout.
+            step: of training, which keys dropout.
+            per_token: return the loss of each token, without gradients, instead of the sum.
+
+        Returns:
+            fp32 nats: the sum over the scored tokens, or `[B, T]`.
+        """
+        key = DropoutKey(self.seed, step, row_ids_B) if self.training and row_ids_B is not None else None
+        hidden_BTD = self._hidden(tokens_BT, doc_start_BT, self._positions(doc_start_BT, 0), key, None)
+        return self.output(hidden_BTD, targets_BT, per_token)
+
+    @torch.no_grad()
+    def token_losses(self, tokens_BT: Tensor, targets_BT: Tensor, doc_start_BT: Tensor) -> Tensor:
+        """Compute the loss of each token, without dropout, for evaluation.
+
+        Returns:
+            fp32 `[B, T]`, nats, 0 where not scored.
+        """
+        # Through __call__, so that ZeRO-3's hooks on the whole model run too.
+        return self(tokens_BT, targets_BT, doc_start_BT, per_token=True)
+
+    @torch.no_grad()
+    def logits(self, tokens_BT: Tensor, cache: KVCache | None = None, last_only: bool = False) -> Tensor:
+        """Compute the logits of the next token, without dropout.
+
+        Args:
+            tokens_BT: the tokens that follow those in the cache, or whole rows of one document each.
+            cache: is extended by these tokens.
+            last_only: only for the last token of each row.
+
+        Returns:
+            fp32 `[B, T, V]`, or `[B, 1, V]`; V without padding.
+        """
+        num_past = 0 if cache is None else cache.num_used
+        slot_T = torch.arange(num_past, num_past + tokens_BT.shape[1], device=tokens_BT.device)
+        start_B1 = torch.zeros_like(tokens_BT[:, :1]) if cache is None else cache.start_B[:, None]
+        # A padding slot begins a document of its own: it must see a key, but its result is never used.
+        doc_start_BT = torch.minimum(start_B1, slot_T)
+        positions_BT = self._positions(doc_start_BT, num_past)
+        hidden_BTD = self._hidden(tokens_BT, doc_start_BT, positions_BT, None, cache)
+        if cache is not None:
+            cache.num_used += tokens_BT.shape[1]
+        return self.output(hidden_BTD[:, -1:] if last_only else hidden_BTD, None)
+
+    def _positions(self, doc_start_BT: Tensor, first_slot: int) -> Tensor:
+        slot_T = torch.arange(first_slot, first_slot + doc_start_BT.shape[1], device=doc_start_BT.device)
+        return slot_T - doc_start_BT
+
+    def _hidden(
+        self,
+        tokens_BT: Tensor,
+        doc_start_BT: Tensor,
+        positions_BT: Tensor,
+        key: DropoutKey | None,
+        cache: KVCache | None,
+    ) -> Tensor:
+        x_BTD = self.embedding(tokens_BT)
+        tables = None
+        if self.position_embedding is None:
+            tables = rope_tables(positions_BT, self.shape.head_dim, self.shape.rope_theta)
+        else:
+            x_BTD = x_BTD + self.position_embedding(positions_BT)
+        if key is not None:
+            x_BTD = dropout(x_BTD, self.shape.dropout, key.at(0, SITE_EMBEDDING))
+        num_keys = tokens_BT.shape[1] + (0 if cache is None else cache.num_used)
+        visible = visibility(doc_start_BT, num_keys, x_BTD.dtype)
+        context = Context(visible, tables, key, None if cache is None else cache.layers)
+        residual_BTD = None
+        for block in self.blocks:
+            if self.activation_checkpointing == "full" and torch.is_grad_enabled():
+                # Dropout is a function of its key, so no random state needs to be kept for the second computation.
+                x_BTD, residual_BTD = checkpoint(
+                    block, x_BTD, residual_BTD, context, use_reentrant=False, preserve_rng_state=False
+                )
+            else:
+                x_BTD, residual_BTD = block(x_BTD, residual_BTD, context)
+        return self.final_norm(x_BTD, residual_BTD)[0]
+
+    def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]
+        # Leaving the meta device makes a new Parameter in each module that holds one: tie them again.
+        super()._apply(fn, recurse)
+        if self.output.tied:
+            self.output.weight = self.embedding.weight
+        return self

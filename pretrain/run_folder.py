@@ -1,0 +1,204 @@
+"""The run folder: whose it is, what it may go on with, how the run stands, and reading a model back from it."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import os
+import platform
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pretrain import __version__
+from pretrain.checkpoint_files import CheckpointReader, folder_name, list_steps
+from pretrain.config import Config
+from pretrain.distributed import Ranks
+from pretrain.errors import CheckpointError, ConfigError
+from pretrain.families import resolve_shape
+from pretrain.model import Transformer
+from pretrain.settings import load_config, parse_config, resolved_yaml
+from pretrain.tensor_files import write_text
+from pretrain.tokenizer import Tokenizer
+
+CONFIG_FILE = "config.yaml"
+TOKENIZER_FILE = "tokenizer.model"
+# Changing these does not change what the run computes, beyond its length.
+FREE_TO_CHANGE = (
+    "parallel.", "train.micro_batch_size", "train.num_steps", "train.num_tokens", "eval.", "checkpoint.", "log.",
+    "guard.", "run.allow_changes", "run.dir", "data.prefetch_steps", "data.prepare_processes",
+)  # fmt: skip
+_PACKAGES = ("torch", "deepspeed", "triton", "webdataset", "sentencepiece", "numpy", "safetensors", "pydantic")
+
+
+def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """Return a nested mapping as one of dotted names; lists are values."""
+    if not isinstance(tree, dict):
+        return {prefix[:-1]: tree}
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= flatten(value, f"{prefix}{key}.")
+    return flat
+
+
+def changed_options(old: Config, new: Config) -> list[tuple[str, Any, Any]]:
+    """Return (option, old value, new value) of every difference, in the config's order."""
+    before, after = flatten(old.model_dump(mode="json")), flatten(new.model_dump(mode="json"))
+    return [(name, before.get(name), value) for name, value in after.items() if before.get(name) != value]
+
+
+class RunFolder:
+    """Rank 0's hold on a run folder; one process may hold it at a time."""
+
+    def __init__(self, config: Config) -> None:
+        """Create the folder, or take up the run in it.
+
+        Raises:
+            ConfigError: another job holds it, or it belongs to another config.
+        """
+        self.path = Path(config.run.dir)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = open(self.path / ".lock", "a+", encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(
+                f"run.dir is {self.path}; expected a folder that can be written ({error}). Use another run.dir."
+            ) from None
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(
+                f"run.dir is {self.path}; expected a folder that no other job is training in (see its status.json). "
+                "Wait for that job, or use another run.dir."
+            ) from None
+        self.attempt = self._take_up(config)
+
+    def _take_up(self, config: Config) -> int:
+        saved = self.path / CONFIG_FILE
+        if saved.exists():
+            self._compare(load_config(saved), config)
+        elif list_steps(self.path / "checkpoints"):
+            raise ConfigError(f"{self.path}: has checkpoints and no {CONFIG_FILE}; expected both. Restore it, or use another run.dir.")
+        write_text(saved, resolved_yaml(config))
+        tokenizer = self.path / TOKENIZER_FILE
+        if not tokenizer.exists():
+            tokenizer.write_bytes(Path(config.tokenizer.model).read_bytes())
+        return self._write_environment()
+
+    def _compare(self, old: Config, new: Config) -> None:
+        refused = [
+            change for change in changed_options(old, new)
+            if not change[0].startswith(FREE_TO_CHANGE) and change[0] not in new.run.allow_changes
+        ]  # fmt: skip
+        if refused:
+            lines = "\n".join(f"  {name}: {before!r} in the run folder, {after!r} now" for name, before, after in refused)
+            names = ", ".join(name for name, _, _ in refused)
+            raise ConfigError(
+                f"{self.path}: belongs to another config; expected the same one:\n{lines}\n"
+                f"Start a new run with run.dir=…, or go on with the change by 'run.allow_changes=[{names}]'."
+            )
+
+    def _write_environment(self) -> int:
+        path = self.path / "environment.json"
+        starts = json.loads(path.read_text(encoding="utf-8"))["starts"] if path.exists() else []
+        starts.append(environment())
+        write_text(path, json.dumps({"starts": starts}, indent=1))
+        return len(starts)
+
+    def write_status(self, status: str, exit_status: int | None, step: int, reason: str = "") -> None:
+        """Write `status.json`: `running`, `done`, `stopped` (resumable) or `failed`."""
+        content = {"status": status, "exit_status": exit_status, "step": step, "reason": reason,
+                   "pid": os.getpid(), "host": platform.node(), "timestamp": time.time()}  # fmt: skip
+        write_text(self.path / "status.json", json.dumps(content, indent=1))
+
+    def close(self) -> None:
+        """Let another job have the folder."""
+        self._lock.close()
+
+
+def environment() -> dict[str, Any]:
+    """Describe this start: command, versions, commit, machine."""
+    versions = {"longhaul": __version__, "python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    root = Path(__file__).resolve().parents[1]
+    commit = subprocess.run(["git", "-C", root, "describe", "--always", "--dirty"], capture_output=True, text=True)  # noqa: S607
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+    return {
+        "command": sys.argv, "versions": versions, "git_commit": commit.stdout.strip() or None, "host": platform.node(),
+        "device": device, "cpu_cores": os.cpu_count(), "world_size": int(os.environ.get("WORLD_SIZE", "1")),
+        "timestamp": time.time(),
+    }  # fmt: skip
+
+
+def open_log(folder: Path, ranks: Ranks) -> None:
+    """Send this rank's log to `log.txt`, other ranks' to files beside it."""
+    name = "log.txt" if ranks.is_first else f"log-rank{ranks.rank:05d}.txt"
+    handler = logging.FileHandler(folder / name, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    log = logging.getLogger("longhaul")
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    log.addHandler(handler)
+
+
+@dataclass
+class LoadedRun:
+    """A model read back from a run folder: fp32, on the CPU, in evaluation mode."""
+
+    model: Transformer
+    config: Config
+    tokenizer: Tokenizer
+    step: int
+    num_tokens: int
+    checkpoint: Path
+    run: Path
+
+
+def load_run(run: str | Path, step: int | None = None) -> LoadedRun:
+    """Read the model of a run's newest checkpoint that verifies, or of update number `step`.
+
+    Raises:
+        ConfigError: no such folder, run or step.
+        CheckpointError: the checkpoint is damaged.
+    """
+    path = Path(run)
+    steps = list_steps(path / "checkpoints")
+    if not steps:
+        raise ConfigError(f"{path}: holds no checkpoint; expected a run folder in which training has saved. Train first.")
+    if step is not None and step not in steps:
+        raise ConfigError(f"--step is {step}; expected one of the checkpoints in {path}: {', '.join(map(str, steps))}.")
+    reader = _open_good(path, [step] if step is not None else list(reversed(steps)))
+    config = parse_config(reader.manifest["about"]["config"])
+    tokenizer = Tokenizer(path / TOKENIZER_FILE)
+    model = Transformer(resolve_shape(config.model, tokenizer.vocab_size, config.data.seq_len), config.run.seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(reader.read_whole(name))
+    training = reader.training
+    return LoadedRun(model.eval(), config, tokenizer, reader.manifest["step"], training["num_tokens"], reader.folder, path)
+
+
+def _open_good(path: Path, steps: list[int]) -> CheckpointReader:
+    problems = []
+    for step in steps:
+        try:
+            reader = CheckpointReader(path / "checkpoints" / folder_name(step))
+            reader.verify()
+        except CheckpointError as error:
+            problems.append(str(error))
+            continue
+        for problem in problems:
+            print(f"warning: {problem}", file=sys.stderr)
+        return reader
+    raise CheckpointError(problems[0])

@@ -1,0 +1,396 @@
+"""Read a config: YAML 1.2 and `key=value` overrides in, a checked `Config` out, or every problem with its place.
+
+Data flow of `load_config`: YAML nodes -> plain values, each with the line it came from (`_Given`) -> overrides put
+over them -> pydantic's models -> rules between options (`checks.py`). Each stage adds problems to one list, which
+is reported at once, sorted by line.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+from ruamel.yaml import YAML
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
+
+from pretrain.checks import check_options, idle_options
+from pretrain.config import Config, Section
+from pretrain.config_docs import Option, options, yaml_value
+from pretrain.errors import ConfigError
+from pretrain.spellings import suggest_option
+
+_COMMAND_LINE = 10**9  # places on the command line sort behind all lines of a file
+_LARGEST_EXACT = 2**53  # a float up to here that is a whole number is that number
+
+OptionPath = tuple[str | int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where an option was given: its rank in the report, and how the report names it."""
+
+    order: int
+    text: str
+
+
+_PlaceOf = Callable[[int], _Place]  # the place of a line, counted from 0
+
+
+class _NotYaml(Exception):
+    """A text is not YAML: the line, from 0, and the reason."""
+
+    def __init__(self, line: int, reason: str) -> None:
+        super().__init__(reason)
+        self.line = line
+
+
+class _Given:
+    """What the user wrote: nested plain values, the place of each, and the problems found so far."""
+
+    def __init__(self, top: _Place) -> None:
+        self.data: dict[str, Any] = {}
+        self.places: dict[OptionPath, _Place] = {(): top}
+        self.problems: list[tuple[_Place, str]] = []
+        self.unreadable: set[OptionPath] = set()  # reported already: what pydantic says of them adds nothing
+
+    def place_of(self, path: OptionPath) -> _Place:
+        """Return the place of an option, or of the innermost section around it that was given."""
+        while path not in self.places:
+            path = path[:-1]
+        return self.places[path]
+
+    def report(self, place: _Place, text: str) -> None:
+        """Note a problem."""
+        self.problems.append((place, text))
+
+    def raise_problems(self) -> None:
+        """Raise every problem noted so far, in the order of their places."""
+        if self.problems:
+            lines = [f"{place.text}: {text}" for place, text in sorted(self.problems, key=lambda item: item[0].order)]
+            raise ConfigError("\n".join(dict.fromkeys(lines)))
+
+    def names(self) -> set[str]:
+        """Return the dotted names of everything that was given."""
+        return {_dotted(path) for path in self.places}
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a config file, put overrides over it and check everything.
+
+    Args:
+        path: YAML file.
+        overrides: `section.option=value`, with the value in YAML; an item of a list is its number from 0, and
+            `option=null` takes an option back to its default.
+
+    Returns:
+        the config, with `run.dir` filled in.
+
+    Raises:
+        ConfigError: every problem, one a line, each with `file:line` or `command line`.
+    """
+    given = _Given(_Place(1, f"{path}:1"))
+    _read_file(given, Path(path))
+    for number, override in enumerate(overrides):
+        _put_override(given, override, _Place(_COMMAND_LINE + number, "command line"))
+    config = _validate(given)
+    if not config.run.dir:
+        run = config.run.model_copy(update={"dir": f"runs/{Path(path).stem}"})
+        config = config.model_copy(update={"run": run})
+    return config
+
+
+def parse_config(mapping: Mapping[str, Any]) -> Config:
+    """Check a config that a run or a checkpoint stored with all its defaults.
+
+    Raises:
+        ConfigError: every problem, one a line.
+    """
+    given = _Given(_Place(0, "stored config"))
+    given.data = json.loads(json.dumps(mapping))
+    for path, value in _leaves(given.data):
+        option = options().get(_pattern(path))
+        if option is None or yaml_value(value) != option.default:  # a default that is written out asks for nothing
+            given.places[path] = given.places[()]
+    return _validate(given)
+
+
+def resolved_yaml(config: Config) -> str:
+    """Write a config with every default; `load_config` reads it back as an equal config.
+
+    Options that do nothing in this config are there as comments, each with the reason.
+    """
+    idle = idle_options(config)
+    lines: list[str] = []
+    for section_name in type(config).model_fields:
+        lines.append(f"{section_name}:")
+        section = getattr(config, section_name)
+        for key in type(section).model_fields:
+            value, name = getattr(section, key), f"{section_name}.{key}"
+            if isinstance(value, list) and value and isinstance(value[0], Section):
+                lines.append(f"  {key}:")
+                for number, item in enumerate(value):
+                    fields = _option_lines(item, f"{name}.{number}", idle)
+                    lines += [("    - " if index == 0 else "      ") + line for index, line in enumerate(fields)]
+        lines += [f"  {line}" for line in _option_lines(section, section_name, idle)]
+    return "\n".join(lines) + "\n"
+
+
+def _option_lines(section: Section, prefix: str, idle: Mapping[str, str]) -> list[str]:
+    """Write the plain options of one section, one a line."""
+    lines = []
+    for key in type(section).model_fields:
+        value, name = getattr(section, key), f"{prefix}.{key}"
+        if isinstance(value, list) and value and isinstance(value[0], Section):
+            continue
+        comment = f"  # {idle[name]}" if name in idle else ""
+        lines.append(f"{'# ' if comment else ''}{key}: {yaml_value(value)}{comment}")
+    return lines
+
+
+def _leaves(value: Any, path: OptionPath = ()) -> Iterator[tuple[OptionPath, Any]]:
+    """Yield each option of nested mappings with its path; a list of plain values is one option."""
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _leaves(item, (*path, str(key)))
+    elif isinstance(value, list) and value and isinstance(value[0], Mapping):
+        for number, item in enumerate(value):
+            yield from _leaves(item, (*path, number))
+    else:
+        yield path, value
+
+
+# Reading YAML
+
+
+def _read_file(given: _Given, path: Path) -> None:
+    """Read a config file into `given`; raise where there is nothing to go on with."""
+
+    def place(line: int) -> _Place:
+        return _Place(line + 1, f"{path}:{line + 1}")
+
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: the file is not UTF-8 (byte {error.start}); expected a YAML file.") from error
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}.{_other_files(path)}") from error
+    try:
+        root = _compose(text)
+    except _NotYaml as error:
+        raise ConfigError(f"{place(error.line).text}: the file is not YAML: {error}.") from error
+    if root is None:
+        raise ConfigError(
+            f"{path}:1: the config is empty; expected sections such as model and data. See docs/config.md."
+        )
+    data = _plain(given, root, (), place)
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}:1: the config is {_short(data)}; expected sections such as model and data.")
+    given.data = data
+
+
+def _other_files(path: Path) -> str:
+    """Name config files that the user may have meant, if there are any beside `path`."""
+    names = [file.name for file in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
+    close = difflib.get_close_matches(path.name, names, n=1, cutoff=0.6)
+    return f" Did you mean {path.parent / close[0]}?" if close else ""
+
+
+def _compose(text: str) -> Node | None:
+    """Return the YAML node of `text`, None if it holds nothing, or raise `_NotYaml`."""
+    try:
+        return YAML(typ="safe", pure=True).compose(text)
+    except MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        reason = str(error.problem)
+        if "'\\t'" in reason:
+            reason = "a tab is used for indentation; expected spaces"
+        elif "another document" in reason:
+            reason = "a second document begins; expected one"
+        raise _NotYaml(mark.line if mark else 0, reason) from error
+    except YAMLError as error:
+        raise _NotYaml(0, str(error).splitlines()[0]) from error
+
+
+def _plain(given: _Given, node: Node, path: OptionPath, place: _PlaceOf, inside: frozenset[int] = frozenset()) -> Any:
+    """Turn a YAML node into plain values; note the place of each, and duplicate keys and odd tags as problems."""
+    given.places.setdefault(path, place(node.start_mark.line))
+    if id(node) in inside:
+        given.report(
+            place(node.start_mark.line), f"{_dotted(path)} holds itself through an alias. Write the values out."
+        )
+        given.unreadable.add(path)
+        return None
+    inside |= {id(node)}
+    if isinstance(node, SequenceNode):
+        return [_plain(given, item, (*path, number), place, inside) for number, item in enumerate(node.value)]
+    if isinstance(node, MappingNode):
+        values: dict[str, Any] = {}
+        lines: dict[str, int] = {}
+        for key_node, value_node in node.value:
+            key, line = str(key_node.value), key_node.start_mark.line
+            if key in values:
+                text = f"{_dotted((*path, key))} is given twice; expected once. The first is on line {lines[key] + 1}."
+                given.report(place(line), text)
+                continue
+            lines[key] = line
+            given.places[(*path, key)] = place(line)
+            values[key] = _plain(given, value_node, (*path, key), place, inside)
+        return values
+    assert isinstance(node, ScalarNode), "aliases are resolved by the composer"
+    return _scalar(given, node, path, place)
+
+
+def _scalar(given: _Given, node: ScalarNode, path: OptionPath, place: _PlaceOf) -> Any:
+    """Return the value of a scalar: null, bool, int, float or text (a date is text)."""
+    kind = str(node.tag).rpartition(":")[2]
+    if kind in ("null", "bool", "int", "float"):
+        value = YAML(typ="safe", pure=True).constructor.construct_object(node, deep=True)
+        whole = isinstance(value, float) and value.is_integer() and abs(value) < _LARGEST_EXACT
+        return int(value) if whole else value
+    if kind not in ("str", "timestamp"):
+        given.report(
+            place(node.start_mark.line), f"{_dotted(path)} has the tag {node.tag}; expected none. Drop the tag."
+        )
+        given.unreadable.add(path)
+    return node.value
+
+
+# Overrides
+
+
+def _put_override(given: _Given, override: str, place: _Place) -> None:
+    """Put one `key=value` over what was given, or note why it cannot be put."""
+    name, equals, text = override.partition("=")
+    if not equals or not name:
+        given.report(place, f"{override!r} is not an override; expected option=value, such as optim.lr=3e-4.")
+        return
+    if not text.strip():
+        given.report(place, f"{name} has no value; expected {name}=value. {name}=null takes the default.")
+        return
+    parent: Any = given.data
+    path: OptionPath = ()
+    *sections, last = name.split(".")
+    for segment in [*sections, last]:
+        key = int(segment) if isinstance(parent, list) and segment.isdecimal() else segment
+        if isinstance(parent, list) and not (isinstance(key, int) and key < len(parent)):
+            given.report(place, f"{name} does not exist; {_dotted(path)} has {len(parent)}, counted from 0.")
+            return
+        path = (*path, key)
+        if len(path) == len(sections) + 1:
+            break
+        if isinstance(parent, dict) and parent.get(key) is None:
+            parent[key] = {}
+        parent = parent[key]
+        if not isinstance(parent, (dict, list)):
+            given.report(place, f"{name} does not exist; {_dotted(path)} is {_short(parent)}.")
+            return
+    try:
+        node = _compose(text)
+    except _NotYaml as error:
+        given.report(place, f"{name} is {_short(text)}; expected YAML: {error}.")
+        return
+    _forget(given, path)
+    value = None if node is None else _plain(given, node, path, lambda line: place)
+    if value is None and isinstance(parent, dict):
+        parent.pop(path[-1], None)
+        given.places.pop(path, None)
+    else:
+        parent[path[-1]] = value
+
+
+def _forget(given: _Given, path: OptionPath) -> None:
+    """Drop the places of an option and of everything in it."""
+    for other in [other for other in given.places if other[: len(path)] == path]:
+        del given.places[other]
+
+
+# Checking
+
+
+def _validate(given: _Given) -> Config:
+    """Check what was given against the models and the rules between options; raise all problems."""
+    for name in Config.model_fields:
+        if name in given.data and given.data[name] is None:
+            given.data[name] = {}  # `log:` with all its options commented out
+    config = None
+    try:
+        # JSON's strict mode: no text or bool for a number, but lists for tuples
+        config = Config.model_validate_json(json.dumps(given.data), strict=True)
+    except ValidationError as error:
+        found = [(tuple(item["loc"]), item) for item in error.errors(include_url=False, include_context=False)]
+        texts = {path: _explain(path, item["type"], item["input"]) for path, item in found}
+        for path, item in found:
+            misspelled = any(text.endswith(f"Did you mean {_dotted(path)}?") for text in texts.values())
+            if path not in given.unreadable and not (item["type"] == "missing" and misspelled):
+                given.report(given.place_of(path), texts[path])
+    if config is not None:
+        for problem in check_options(config, given.names()):
+            segments = [int(part) if part.isdecimal() else part for part in problem.option.split(".")]
+            given.report(given.place_of(tuple(segments)), problem.text)
+    given.raise_problems()
+    assert config is not None, "a config that is not valid has problems, which were raised"
+    return config
+
+
+def _explain(path: OptionPath, error_type: str, value: Any) -> str:
+    """Write pydantic's finding about one option in the form `<name> is <value>; expected <rule>. <fix>`."""
+    known = options()
+    name, option = _dotted(path), known.get(_pattern(path))
+    if error_type == "extra_forbidden":
+        return f"{name} is unknown; expected an option. {suggest_option(_pattern(path), list(known))}"
+    if option is None:  # an item of a list of plain values
+        option = known[_pattern(path[:-1])]
+        return f"{name} is {_short(value)}; expected {_dotted(path[:-1])} to be {option.rule}."
+    if error_type == "missing":
+        inner = [inner.name.rpartition(".")[2] for inner in known.values() if _is_needed_in(inner, option)]
+        rule = f"a section that gives {', '.join(inner)}" if option.section and inner else option.rule
+        return f"{name} is missing; expected {rule}. Add it: {option.description}"
+    return f"{name} is {_short(value)}; expected {option.rule}.{_mend(option, value)}"
+
+
+def _is_needed_in(inner: Option, section: Option) -> bool:
+    """Say whether `inner` must be given in `section`."""
+    return inner.required and inner.name.rpartition(".")[0] in (section.name, f"{section.name}.*")
+
+
+def _mend(option: Option, value: Any) -> str:
+    """Return what to write instead of a wrong value, where that is clear."""
+    if option.choices:
+        close = difflib.get_close_matches(str(value).lower(), option.choices, n=1, cutoff=0.5)
+        return f" Use {close[0]}." if close else ""
+    if option.rule.startswith("true or false"):
+        words = {"yes": "true", "on": "true", "1": "true", "no": "false", "off": "false", "0": "false"}
+        meant = words.get(str(value).lower())
+        return f" Write {meant}." if meant else ""
+    if option.rule.startswith("text") and isinstance(value, (int, float)):
+        return f' Put it in quotes: "{yaml_value(value)}".'
+    if option.rule.startswith("a list of texts") and isinstance(value, str):
+        return f" Write [{yaml_value(value)}]."
+    if isinstance(value, str) and re.fullmatch(r"[-+]?[0-9._]+(e[-+]?[0-9]+)?", value, re.IGNORECASE):
+        return " Drop the quotes."
+    if value is None and option.default is not None:
+        return f" Leave it out for the default, {option.default}."
+    return ""
+
+
+def _dotted(path: OptionPath) -> str:
+    """Return the dotted name of an option."""
+    return ".".join(str(segment) for segment in path) or "the config"
+
+
+def _pattern(path: OptionPath) -> str:
+    """Return the dotted name of an option with `*` for the items of lists."""
+    return ".".join("*" if isinstance(segment, int) else segment for segment in path)
+
+
+def _short(value: Any) -> str:
+    """Write a value for a message, cut if it is long."""
+    text = f"'{value}'" if isinstance(value, str) else yaml_value(value)
+    return text if len(text) <= 60 else text[:57] + "..."

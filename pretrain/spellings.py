@@ -1,0 +1,147 @@
+"""Which option was meant by a name that is none: typing errors, and what other trainers call it.
+
+The table holds the spellings of Megatron-LM, GPT-NeoX, DeepSpeed, Hugging Face transformers, torchtitan, nanoGPT
+and litgpt, in lower case with underscores.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+
+_SPELLINGS_OF = {
+    "run.dir": "output_dir out_dir save save_dir dump_folder run_dir log_dir checkpoint_dir save_folder",
+    "run.seed": "random_seed manual_seed rng_seed init_seed data_seed",
+    "model.family": "model_type arch architecture model_name flavor model_flavor",
+    "model.dim": "hidden_size n_embd d_model hidden_dim model_dim embed_dim embedding_dim emb_dim width"
+    " encoder_hidden_size decoder_embed_dim model_size",
+    "model.num_layers": "num_hidden_layers n_layer n_layers layers depth num_blocks decoder_layers num_decoder_layers"
+    " encoder_num_layers",
+    "model.num_heads": "num_attention_heads n_head n_heads heads attention_heads num_query_heads"
+    " decoder_attention_heads",
+    "model.num_kv_heads": "num_key_value_heads n_kv_heads kv_heads num_query_groups n_query_groups num_kv_head"
+    " n_kv_head",
+    "model.head_dim": "kv_channels head_size attention_head_dim d_head size_per_head key_dim",
+    "model.ffn_dim": "intermediate_size ffn_hidden_size n_inner ffn_hidden_dim d_ff mlp_hidden_size feedforward_dim"
+    " mlp_dim dim_feedforward hidden_mult multiple_of ffn_dim_multiplier",
+    "model.norm": "normalization norm_type norm_class_name layer_norm_type",
+    "model.norm_eps": "rms_norm_eps layer_norm_epsilon layernorm_epsilon layer_norm_eps rms_norm_epsilon norm_epsilon"
+    " layernorm_eps",
+    "model.activation": "hidden_act activation_function act_fn swiglu activation_type mlp_type",
+    "model.positions": "pos_emb position_embedding_type pos_embedding position_encoding use_rotary_position_embeddings",
+    "model.rope_theta": "rotary_emb_base rotary_base rope_base rope_freq_base",
+    "model.attention_bias": "add_qkv_bias qkv_bias use_bias_in_attn_linear attn_bias use_qkv_bias",
+    "model.ffn_bias": "mlp_bias use_bias_in_mlp use_mlp_bias",
+    "model.tie_embeddings": "tie_word_embeddings weight_tying tie_weights no_weight_tying enable_weight_tying"
+    " untie_embeddings_and_output_weights share_embeddings_and_output_weights",
+    "model.dropout": "hidden_dropout resid_pdrop embd_pdrop resid_dropout dropout_rate hidden_dropout_prob",
+    "model.attention_dropout": "attn_pdrop attn_dropout attention_dropout_prob attention_probs_dropout_prob",
+    "model.init_std": "initializer_range init_method_std init_method",
+    "tokenizer.model": "tokenizer_model tokenizer_path tokenizer_name tokenizer_dir vocab_file tokenizer_file"
+    " tokenizer_name_or_path hf_assets_path",
+    "tokenizer.vocab_size": "vocab num_embeddings padded_vocab_size make_vocab_size_divisible_by n_vocab"
+    " vocabulary_size",
+    "data.sources": "data_path train_data_paths datasets dataset data_paths train_files data_impl blend data_mix",
+    "data.sources.*.weight": "sampling_weight mix_weight train_data_weights proportion probability",
+    "data.sources.*.paths": "path files input data_files",
+    "data.sources.*.shards": "shard_dir shard_path url urls",
+    "data.sources.*.text_field": "text_column text_key json_key json_keys jsonl_field",
+    "data.seq_len": "seq_length sequence_length max_seq_len max_seq_length max_sequence_length block_size"
+    " context_length max_position_embeddings n_positions n_ctx ctx_len max_length train_seq_len seqlen",
+    "data.val_fraction": "validation_split_percentage eval_split val_split split validation_fraction test_size",
+    "data.drop_duplicates": "deduplicate dedup dedupe",
+    "data.prepare_processes": "num_workers workers num_proc preprocessing_num_workers dataloader_num_workers",
+    "data.prefetch_steps": "prefetch_factor prefetch dataloader_prefetch_factor",
+    "optim.name": "optimizer_type optimizer_name optim_type type",
+    "optim.lr": "learning_rate max_lr peak_lr max_learning_rate base_lr",
+    "optim.betas": "adam_beta1 adam_beta2 beta1 beta2 beta_1 beta_2",
+    "optim.eps": "adam_eps adam_epsilon epsilon",
+    "optim.alpha": "rmsprop_alpha rho smoothing_constant",
+    "optim.weight_decay": "wd decay weight_decay_rate",
+    "optim.clip_norm": "gradient_clipping clip_grad max_grad_norm grad_clip max_norm clip_grad_norm gradient_clip_val"
+    " grad_clip_norm clip gradient_clip_norm",
+    "schedule.name": "lr_decay_style lr_scheduler_type lr_scheduler decay_type lr_decay_type lr_schedule scheduler_type"
+    " lr_decay_style lr_scheduler_type lr_scheduler decay_type lr_decay_type lr_schedule scheduler_type",
+    "schedule.warmup_steps": "warmup warmup_iters lr_warmup_iters num_warmup_steps warmup_ratio lr_warmup_steps"
+    " lr_warmup_fraction lr_warmup_samples warmup_fraction warmup_num_steps warmup_tokens",
+    "schedule.decay_steps": "lr_wsd_decay_iters decay_ratio lr_wsd_decay_samples cooldown_steps lr_decay_iters"
+    " lr_decay_samples warmdown_steps num_decay_steps warmdown_iters",
+    "schedule.final_lr_ratio": "min_lr min_lr_ratio min_lr_factor min_lr_rate lr_min_ratio min_learning_rate"
+    " final_lr_frac alpha_f",
+    "train.num_steps": "max_steps train_iters total_steps steps max_iters num_iterations training_steps iterations"
+    " num_iters train_steps max_train_steps num_train_steps max_step total_num_steps",
+    "train.num_tokens": "max_tokens train_tokens total_tokens train_samples training_tokens num_train_epochs epochs",
+    "train.global_batch_size": "train_batch_size batch_size total_batch_size gradient_accumulation_steps"
+    " per_device_batch_size gradient_accumulation_iters accumulate_grad_batches gas",
+    "train.micro_batch_size": "train_micro_batch_size_per_gpu per_device_train_batch_size device_batch_size"
+    " local_batch_size micro_batch per_gpu_batch_size device_train_microbatch_size",
+    "train.precision": "dtype torch_dtype bf16 fp16 mixed_precision params_dtype mixed_precision_param precision_type"
+    " amp",
+    "train.activation_checkpointing": "gradient_checkpointing checkpoint_activations recompute_granularity"
+    " recompute_activations activation_checkpoint use_checkpointing recompute",
+    "train.deterministic": "deterministic_mode cudnn_deterministic full_determinism",
+    "parallel.zero_stage": "zero_optimization zero stage zero_optimization_stage data_parallel_shard_degree",
+    "parallel.timeout_seconds": "distributed_timeout_minutes ddp_timeout init_timeout_seconds dist_timeout",
+    "eval.every_steps": "eval_interval eval_steps val_check_interval eval_every evaluation_interval eval_freq"
+    " evaluation_strategy",
+    "eval.max_rows": "eval_iters eval_batches max_eval_samples limit_val_batches max_eval_rows validation_steps",
+    "eval.patience": "early_stopping_patience early_stopping early_stopper",
+    "eval.min_delta": "early_stopping_threshold threshold",
+    "checkpoint.every_steps": "save_interval save_steps checkpoint_interval save_every checkpoint_freq checkpoint_every"
+    " checkpoint_factor ckpt_interval",
+    "checkpoint.keep_last": "save_total_limit keep_last_n_checkpoints keep_latest_k max_checkpoints keep"
+    " num_checkpoints_to_keep",
+    "checkpoint.keep_best": "load_best_model_at_end save_best",
+    "log.every_steps": "log_interval logging_steps log_freq steps_per_print log_every log_every_n_steps",
+    "log.tensorboard": "tensorboard_dir enable_tensorboard report_to tensorboard_writer use_tensorboard",
+    "optim": "optimizer optimiser optimizers optimization",
+    "schedule": "scheduler",
+    "train": "training trainer training_arguments",
+    "parallel": "parallelism distributed deepspeed zero_config",
+    "eval": "evaluation validation validate",
+    "checkpoint": "checkpoints checkpointing ckpt",
+    "log": "logging logger metrics",
+    "model": "network transformer",
+    "guard": "fault_tolerance resilience",
+}
+
+SPELLINGS: dict[str, str] = {word: option for option, words in _SPELLINGS_OF.items() for word in words.split()}
+
+
+def suggest_option(name: str, known: Sequence[str]) -> str:
+    """Say which option was probably meant by `name`, or which ones its section has.
+
+    Looked up in this order: the table of other trainers' spellings, options whose last segment is the same, names
+    that look alike (difflib at 0.8: its usual 0.6 suggests nonsense), and else what the section has.
+
+    Args:
+        name: dotted name that is no option; an item of a list is `*`.
+        known: dotted names of all options and sections.
+
+    Returns:
+        `Did you mean model.dim?` or `model has dim, …, num_layers.`
+    """
+    section, _, word = name.rpartition(".")
+    word = word.lower().replace("-", "_")
+    inside = [option for option in known if option.rpartition(".")[0] == section]
+    for close in (
+        [SPELLINGS[word]] if SPELLINGS.get(word) in known else [],
+        [option for option in known if option.rpartition(".")[2] == word],
+        _alike(word, inside),
+        _alike(word, known),
+    ):
+        if close:
+            return f"Did you mean {_either(close)}?"
+    names = ", ".join(sorted(option.rpartition(".")[2] for option in inside))
+    return f"{section.removesuffix('.*') or 'A config'} has {names}."
+
+
+def _alike(word: str, known: Sequence[str]) -> list[str]:
+    """Return the options whose last segment is spelled like `word`, the likeliest word's only."""
+    words = difflib.get_close_matches(word, {option.rpartition(".")[2] for option in known}, n=1, cutoff=0.8)
+    return [option for option in known if option.rpartition(".")[2] in words]
+
+
+def _either(names: Sequence[str]) -> str:
+    """Join names with commas and `or`."""
+    return names[0] if len(names) == 1 else ", ".join(names[:-1]) + " or " + names[-1]

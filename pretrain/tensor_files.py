@@ -1,0 +1,74 @@
+"""Files of tensors: safetensors, written so that they are on disk when the call returns, and read by range."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import safetensors
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from pretrain.errors import CheckpointError
+
+
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> tuple[int, str]:
+    """Write CPU tensors to a new file and sync it to disk.
+
+    Returns:
+        The file's size in bytes and its sha256, computed from what can be read back.
+    Raises:
+        OSError: the disk is full, read-only or gone.
+    """
+    try:
+        save_file(dict(tensors), path, metadata=dict(metadata))
+    except SafetensorError as error:  # it wraps the operating system's errors
+        raise OSError(str(error)) from None
+    with open(path, "rb+") as file:
+        os.fsync(file.fileno())
+    return path.stat().st_size, sha256_of(path)
+
+
+def sha256_of(path: Path) -> str:
+    """Return the sha256 of a file's bytes, in hex."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sync_folder(path: Path) -> None:
+    """Sync a folder's entries, so that a rename in it survives a crash."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small file so that it is, at every moment, either the old one or the new one, whole."""
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    sync_folder(path.parent)
+
+
+class TensorFile:
+    """An open safetensors file, memory-mapped: a range costs its own bytes only."""
+
+    def __init__(self, path: Path) -> None:
+        try:
+            self._file = safetensors.safe_open(path, framework="pt", device="cpu")
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(
+                f"{path}: is not readable ({error}); expected a safetensors file. Use another checkpoint (--step)."
+            ) from None
+
+    def read(self, key: str, start: int, stop: int) -> torch.Tensor:
+        """Return elements [start, stop) of a flat tensor."""
+        return self._file.get_slice(key)[start:stop]

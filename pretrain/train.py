@@ -1,0 +1,273 @@
+"""The training loop. A step is one optimizer update; what a run does at every step can be read here, top to bottom."""
+
+from __future__ import annotations
+
+import logging
+import time
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+
+import torch
+
+from pretrain import __version__
+from pretrain.batch_plan import BatchPlan
+from pretrain.checkpoint import Checkpoints
+from pretrain.config import Config
+from pretrain.distributed import Ranks
+from pretrain.engine import Engine, init_distributed, leave_distributed
+from pretrain.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, CheckpointError, LonghaulError
+from pretrain.evaluate import Evaluation, evaluate
+from pretrain.families import flops_per_token, resolve_shape
+from pretrain.guard import SkipGuard, StopRequest
+from pretrain.hardware import peak_flops, peak_memory_bytes
+from pretrain.metrics import MetricLog, StepMetrics
+from pretrain.model import Transformer
+from pretrain.run_folder import RunFolder, open_log
+from pretrain.schedule import lr_at
+from pretrain.self_test import check_optimizer
+from pretrain.stream import Batch, TokenStream, ValRows
+from pretrain.tokenizer import Tokenizer
+
+logger = logging.getLogger("longhaul")
+
+
+@dataclass
+class Progress:
+    """How far the run is; part of every checkpoint."""
+
+    step: int = 0
+    num_tokens: int = 0
+    num_skipped: int = 0
+    best_loss: float | None = None
+    best_step: int | None = None
+    best_counted_loss: float | None = None  # the best by more than eval.min_delta, for early stopping
+    evals_without_improvement: int = 0
+
+
+@dataclass
+class Run:
+    """Everything that a run consists of on this rank; `folder` and `log` exist on rank 0 only."""
+
+    config: Config
+    ranks: Ranks
+    plan: BatchPlan
+    tokenizer: Tokenizer
+    stream: TokenStream
+    val_rows: ValRows | None
+    engine: Engine
+    checkpoints: Checkpoints
+    guard: SkipGuard
+    folder: RunFolder | None
+    log: MetricLog | None
+    stop: StopRequest
+    progress: Progress = field(default_factory=Progress)
+
+    def event(self, event: str, message: str) -> None:
+        """Record an event once, not once a rank."""
+        if self.log:
+            self.log.event(self.progress.step, event, message)
+
+
+def train(config: Config) -> int:
+    """Train to the end of the schedule, going on from the newest good checkpoint in the run folder.
+
+    Returns:
+        The exit status: 0 done, 75 stopped by a signal after saving.
+    Raises:
+        LonghaulError: nothing was lost; the message says what to do.
+    """
+    ranks = init_distributed(config.parallel.timeout_seconds)
+    try:
+        return train_on(config, ranks)
+    finally:
+        leave_distributed()
+
+
+def train_on(config: Config, ranks: Ranks) -> int:
+    """Do what `train` does in a process group that exists and goes on existing."""
+    with ExitStack() as cleanup:
+        stop = cleanup.enter_context(StopRequest())
+        folder = ranks.agree(lambda: RunFolder(config) if ranks.is_first else None)
+        if folder:
+            cleanup.callback(folder.close)
+        run = None
+        try:
+            run = open_run(config, ranks, folder, stop, cleanup)
+            status, exit_status, reason = run_steps(run)
+        except BaseException as error:
+            if folder:
+                code = error.exit_status if isinstance(error, LonghaulError) else EXIT_FAILED
+                folder.write_status("failed", code, run.progress.step if run else 0, str(error) or type(error).__name__)
+            raise
+        if folder:
+            folder.write_status(status, exit_status, run.progress.step, reason)
+            run.event(status, reason)
+        return exit_status
+
+
+def open_run(config: Config, ranks: Ranks, folder: RunFolder | None, stop: StopRequest, cleanup: ExitStack) -> Run:
+    """Build everything, check it, and load the newest checkpoint; whatever is wrong is found here, on all ranks."""
+    if folder:
+        folder.write_status("running", None, 0)
+    plan = ranks.agree(lambda: BatchPlan.of(config, ranks.world_size))
+    tokenizer = ranks.agree(lambda: Tokenizer(config.tokenizer.model))
+    shape = resolve_shape(config.model, tokenizer.vocab_size, config.data.seq_len)
+    stream = ranks.agree(lambda: TokenStream(config, plan, ranks.rank, tokenizer.fingerprint))
+    cleanup.callback(stream.close)
+    val_rows = ranks.agree(lambda: ValRows(config, tokenizer.fingerprint, config.eval.max_rows)
+                           if config.eval.every_steps else None)  # fmt: skip
+    if config.train.deterministic:
+        torch.use_deterministic_algorithms(True)
+    check_optimizer(config, plan, ranks)
+    model = Transformer(shape, config.run.seed, config.train.activation_checkpointing)
+    engine = ranks.agree(lambda: Engine(model, config, plan, ranks))
+    cleanup.callback(engine.close)
+    events: list[tuple[str, str]] = []
+    run_path = ranks.from_first(folder.path if folder else None)
+    checkpoints = Checkpoints(run_path / "checkpoints", config.checkpoint, ranks, lambda *event: events.append(event))
+    progress = Progress()
+    training = checkpoints.load_newest(engine)
+    if training is not None:
+        progress = Progress(**training["progress"])
+        ranks.agree(lambda: stream.load_state(training["data"]))
+    open_log(run_path, ranks)
+    log = None
+    if folder:
+        log = MetricLog(
+            folder.path, config.log, num_steps=plan.num_steps, tokens_per_step=plan.tokens_per_step,
+            world_size=ranks.world_size, first_step=progress.step, attempt=folder.attempt,
+            flops_per_token=(flops_per_token(shape, causal=False), flops_per_token(shape, causal=True)),
+            peak_flops=peak_flops(ranks.device, config.train.precision),
+        )  # fmt: skip
+        cleanup.callback(log.close)
+    guard = SkipGuard(config.guard.max_skipped_steps, progress.num_skipped)
+    run = Run(config, ranks, plan, tokenizer, stream, val_rows, engine, checkpoints, guard, folder, log, stop, progress)
+    for event in events:
+        run.event(*event)
+    action = f"going on after step {progress.step}" if training else "starting"
+    run.event("start", f"{action}: {ranks.world_size} ranks on {ranks.device.type}, ZeRO stage {engine.stage}, "
+              f"{config.train.precision}, {plan.tokens_per_step} tokens a step, {plan.num_steps} steps")  # fmt: skip
+    return run
+
+
+def run_steps(run: Run) -> tuple[str, int, str]:
+    """Step until the run is over or must stop; return its status, exit status and the reason in words."""
+    config, progress = run.config, run.progress
+    run.engine.train()
+    while progress.step < run.plan.num_steps:
+        asked_to_stop = train_step(run)
+        at_end = progress.step == run.plan.num_steps
+        if config.eval.every_steps and (progress.step % config.eval.every_steps == 0 or at_end):
+            judge(run)
+        if config.checkpoint.every_steps and progress.step % config.checkpoint.every_steps == 0 and not at_end:
+            save(run)
+        if config.eval.patience and progress.evals_without_improvement >= config.eval.patience:
+            save(run, last=True)
+            return "done", EXIT_DONE, (
+                f"stopped early at step {progress.step}: the held-out loss has not fallen below "
+                f"{progress.best_counted_loss:.4f} for {config.eval.patience} evaluations; best step {progress.best_step}"
+            )  # fmt: skip
+        if asked_to_stop and not at_end:
+            save(run, last=True)
+            return "stopped", EXIT_STOPPED, (
+                f"a signal ({run.stop.received or 'on another rank'}) asked to stop after step {progress.step}; "
+                "the same command goes on from here"
+            )  # fmt: skip
+    save(run, last=True)
+    return "done", EXIT_DONE, f"trained {progress.step} steps"
+
+
+def train_step(run: Run) -> bool:
+    """Do one optimizer update and report it; return whether any rank was asked to stop."""
+    begin = time.perf_counter()
+    rows = run.stream.next_step()
+    waited = time.perf_counter() - begin
+    num_targets, num_damaged = run.ranks.sum([rows.num_targets, len(rows.damaged)])
+    for document in rows.damaged:
+        logger.warning("step %d: %s is damaged and was masked", run.progress.step + 1, document)
+    # DeepSpeed divides by micro-steps and ranks; what must remain is the sum over the step's targets / their number.
+    scale = run.ranks.world_size * run.plan.num_micro_steps / max(num_targets, 1)
+    loss_sum = torch.zeros((), device=run.ranks.device)
+    for index, batch in enumerate(rows.micro_batches):
+        loss = run.engine.forward(*to_device(batch, run.ranks.device), run.progress.step)
+        run.engine.backward(loss * scale)
+        loss_sum += loss.detach()
+        if index < run.plan.num_micro_steps - 1:
+            run.engine.end_micro_step()
+    lr = lr_at(run.progress.step, run.plan.num_steps, run.config.optim.lr, run.config.schedule)
+    result = run.engine.step(lr)
+    total_loss, stop_requests = run.ranks.sum([float(loss_sum), run.stop.received is not None])
+    finish_step(run, StepMetrics(
+        step=run.progress.step + 1, tokens=run.progress.num_tokens + run.plan.tokens_per_step,
+        loss=total_loss / max(num_targets, 1), grad_norm=result.grad_norm, lr=lr,
+        step_seconds=time.perf_counter() - begin, data_wait_seconds=waited,
+        memory_bytes=peak_memory_bytes(run.ranks.device), skipped_steps=0, epochs=run.stream.state()["epochs"],
+    ), result.applied, int(num_damaged))  # fmt: skip
+    return stop_requests > 0
+
+
+def finish_step(run: Run, metrics: StepMetrics, applied: bool, num_damaged: int) -> None:
+    """Count and record a step."""
+    progress = run.progress
+    progress.step, progress.num_tokens = metrics.step, metrics.tokens
+    if num_damaged:
+        run.event("damaged_documents", f"{num_damaged} documents of this step failed their checksum and were masked")
+    if not applied:
+        run.event("skipped_step", "a gradient is not finite; the weights were left as they were")
+    is_overflow = run.config.train.precision == "fp16" and metrics.loss == metrics.loss  # the loss scale adapts
+    last_row = run.stream.cursor
+    try:
+        run.guard.record(applied or is_overflow, metrics.step, (last_row - run.plan.global_batch_size, last_row))
+    finally:
+        progress.num_skipped = run.guard.num_skipped
+        if run.log:
+            run.log.step(StepMetrics(**{**vars(metrics), "skipped_steps": progress.num_skipped}))
+
+
+def to_device(batch: Batch, device: torch.device) -> tuple[torch.Tensor, ...]:
+    """Move a micro-batch to where the model is, in the order of `Transformer.forward`."""
+    tensors = (batch.tokens_BT, batch.targets_BT, batch.doc_start_BT, batch.row_ids_B)
+    return tuple(tensor.to(device, non_blocking=True) for tensor in tensors)
+
+
+def judge(run: Run) -> Evaluation:
+    """Evaluate on held-out documents; remember, and by choice save, the best so far."""
+    assert run.val_rows is not None
+    run.engine.train(False)
+    result = evaluate(
+        run.engine.forward, run.val_rows, run.tokenizer.token_bytes(), run.plan.micro_batch_size, run.ranks
+    )
+    run.engine.train()
+    progress = run.progress
+    if run.log:
+        run.log.evaluation(progress.step, progress.num_tokens, result.loss, result.perplexity, result.bits_per_byte)
+    if progress.best_counted_loss is None or result.loss < progress.best_counted_loss - run.config.eval.min_delta:
+        progress.best_counted_loss, progress.evals_without_improvement = result.loss, 0
+    else:
+        progress.evals_without_improvement += 1
+    if progress.best_loss is None or result.loss < progress.best_loss:
+        progress.best_loss = result.loss
+        if run.config.checkpoint.keep_best:
+            progress.best_step = progress.step
+            save(run)
+    return result
+
+
+def save(run: Run, last: bool = False) -> None:
+    """Save a checkpoint and remove those that retention does not keep.
+
+    A failed save is reported and the run goes on, unless it is the last one.
+    """
+    training = {"progress": asdict(run.progress), "num_tokens": run.progress.num_tokens, "data": run.stream.state()}
+    about = {"config": run.config.model_dump(mode="json"), "longhaul": __version__, "torch": torch.__version__}
+    try:
+        run.checkpoints.save(run.engine, run.progress.step, training, about)
+    except CheckpointError as error:
+        if last:
+            error.agreed = True
+            raise
+        run.event("save_failed", str(error))
+        return
+    run.checkpoints.prune(run.progress.best_step)
+    if run.folder:
+        run.folder.write_status("running", None, run.progress.step)

@@ -1,0 +1,80 @@
+"""Runs training cases one after the other in one start of the ranks, since a DeepSpeed start costs 10 s and more.
+
+Started by the tests on every rank: `cases.py CONFIG CASES.json`. CASES.json holds a list of
+{"overrides": [...], and by choice "signal_at", "signal_rank", "poison", "damage"}. What a case leaves behind is in its
+run folder.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[2])
+
+from pretrain import train as train_module
+from pretrain.engine import init_distributed, leave_distributed
+from pretrain.errors import LonghaulError
+from pretrain.settings import load_config
+
+
+def run_case(case: dict, config_path: str, ranks) -> str:
+    """Run one case; return `done`, `stopped` or the error's text."""
+    config = load_config(config_path, case["overrides"])
+    if "damage" in case:  # flip a bit of the newest checkpoint
+        if ranks.is_first:
+            path = sorted((Path(config.run.dir) / "checkpoints").glob("step-*[0-9]"))[-1] / case["damage"]
+            content = bytearray(path.read_bytes())
+            content[len(content) // 2] ^= 1
+            path.write_bytes(content)
+        ranks.barrier()
+    original = train_module.train_step
+    if "signal_at" in case:
+
+        def step_then_signal(run):
+            if run.progress.step + 1 == case["signal_at"] and ranks.rank == case.get("signal_rank", 0):
+                os.kill(os.getpid(), signal.SIGTERM)
+            return original(run)
+
+        train_module.train_step = step_then_signal
+    if "poison" in case:  # gradients of these steps are not finite on the last rank
+
+        def poisoned_step(run):
+            forward = run.engine.forward
+
+            def bad_forward(*args):
+                loss = forward(*args)
+                return loss * float("nan") if ranks.rank == ranks.world_size - 1 else loss
+
+            if run.progress.step + 1 in case["poison"]:
+                run.engine.forward = bad_forward
+            try:
+                return original(run)
+            finally:
+                run.engine.forward = forward
+
+        train_module.train_step = poisoned_step
+    try:
+        return {0: "done", 75: "stopped"}[train_module.train_on(config, ranks)]
+    except LonghaulError as error:
+        return f"{type(error).__name__}: {error}"
+    finally:
+        train_module.train_step = original
+
+
+def main() -> int:
+    """Run all cases; rank 0 writes the outcomes beside CASES.json."""
+    config_path, cases_path = sys.argv[1], Path(sys.argv[2])
+    ranks = init_distributed(120)
+    outcomes = [run_case(case, config_path, ranks) for case in json.loads(cases_path.read_text())]
+    if ranks.is_first:
+        cases_path.with_suffix(".outcomes").write_text(json.dumps(outcomes))
+    leave_distributed()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

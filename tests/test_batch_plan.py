@@ -1,0 +1,95 @@
+"""The arithmetic of a step."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pretrain.batch_plan import BatchPlan, num_steps_of
+from pretrain.config import Config
+from pretrain.errors import ConfigError
+
+
+def config_of(
+    global_batch_size: int, micro_batch_size: int, num_steps: int | None = 10, num_tokens: int | None = None
+) -> Config:
+    train = {"global_batch_size": global_batch_size, "micro_batch_size": micro_batch_size}
+    return Config.model_validate(
+        {
+            "model": {"dim": 64, "num_layers": 2, "num_heads": 4},
+            "data": {"sources": [{"name": "web", "shards": "data/web"}], "seq_len": 128},
+            "tokenizer": {"model": "t.model", "vocab_size": 512},
+            "optim": {"lr": 1e-3},
+            "train": {**train, "num_steps": num_steps, "num_tokens": num_tokens},
+        }
+    )
+
+
+def test_a_plan() -> None:
+    plan = BatchPlan.of(config_of(256, 8), world_size=4)
+    assert plan == BatchPlan(
+        global_batch_size=256,
+        micro_batch_size=8,
+        num_micro_steps=8,
+        rows_per_rank=64,
+        seq_len=128,
+        tokens_per_step=32768,
+        num_steps=10,
+        world_size=4,
+    )
+
+
+def test_tokens_are_rounded_up_to_whole_steps() -> None:
+    assert num_steps_of(config_of(8, 2, None, 8 * 128 * 5)) == 5
+    assert num_steps_of(config_of(8, 2, None, 8 * 128 * 5 + 1)) == 6
+    assert num_steps_of(config_of(8, 2, None, 1)) == 1
+
+
+@given(st.integers(1, 16), st.integers(1, 16), st.integers(1, 16))
+def test_ranks_and_micro_steps_cover_the_batch(micro: int, num_micro_steps: int, world_size: int) -> None:
+    plan = BatchPlan.of(config_of(micro * num_micro_steps * world_size, micro), world_size)
+    assert plan.num_micro_steps == num_micro_steps
+    assert plan.rows_per_rank * world_size == plan.global_batch_size
+    assert plan.micro_batch_size * plan.num_micro_steps == plan.rows_per_rank
+
+
+@pytest.mark.parametrize(
+    ("global_batch_size", "micro_batch_size", "world_size", "message"),
+    [
+        (
+            256,
+            8,
+            12,
+            "on 12 ranks: train.global_batch_size is 256; expected a multiple of train.micro_batch_size x ranks (8 x 12 = "
+            "96). Use 192 or 288; no micro-batch size divides 256 rows on 12 ranks.",
+        ),
+        (
+            24,
+            8,
+            2,
+            "on 2 ranks: train.global_batch_size is 24; expected a multiple of train.micro_batch_size x ranks (8 x 2 = 16). "
+            "Use 16 or 32, or train.micro_batch_size 4 or 6 or 12.",
+        ),
+        (
+            6,
+            4,
+            1,
+            "on 1 rank: train.global_batch_size is 6; expected a multiple of train.micro_batch_size x ranks (4 x 1 = 4). "
+            "Use 4 or 8, or train.micro_batch_size 2 or 3 or 6.",
+        ),
+        (
+            4,
+            4,
+            2,
+            "on 2 ranks: train.global_batch_size is 4; expected a multiple of train.micro_batch_size x ranks (4 x 2 = 8). "
+            "Use 8, or train.micro_batch_size 1 or 2.",
+        ),
+    ],
+)
+def test_a_batch_that_does_not_divide(
+    global_batch_size: int, micro_batch_size: int, world_size: int, message: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        BatchPlan.of(config_of(global_batch_size, micro_batch_size), world_size)
+    assert str(caught.value) == message

@@ -1,0 +1,98 @@
+"""Reading checkpoints by range, and refusing what is not whole."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from pretrain.checkpoint_files import FORMAT_VERSION, CheckpointReader, Piece, find_uncovered, list_steps, tensor_key
+from pretrain.errors import CheckpointError
+from pretrain.tensor_files import write_tensors
+
+WHOLE = torch.arange(24, dtype=torch.float32)
+CUTS = {"rank-00000.safetensors": (0, 7), "rank-00001.safetensors": (7, 10), "rank-00002.safetensors": (17, 7)}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A checkpoint of one 4 x 6 parameter, written by three ranks."""
+    path = tmp_path / "step-00000012"
+    path.mkdir()
+    files, pieces = {}, []
+    for name, (start, length) in CUTS.items():
+        tensors = {tensor_key("w", state, start): WHOLE[start : start + length].clone() * factor
+                   for state, factor in (("master", 1), ("exp_avg", 10))}  # fmt: skip
+        num_bytes, sha256 = write_tensors(path / name, tensors, {})
+        files[name] = {"bytes": num_bytes, "sha256": sha256}
+        pieces.append([name, start, length])
+    manifest = {"format_version": FORMAT_VERSION, "step": 12, "training": {}, "about": {}, "states": ["master", "exp_avg"],
+                "parameters": {"w": {"shape": [4, 6], "fragments": pieces[::-1]}}, "files": files}  # fmt: skip
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    return path
+
+
+def test_every_range_reads_back(folder):
+    reader = CheckpointReader(folder)
+    reader.verify()
+    for start in range(24):
+        for stop in range(start + 1, 25):
+            assert torch.equal(reader.read("w", "exp_avg", start, stop - start), WHOLE[start:stop] * 10)
+    assert torch.equal(reader.read_whole("w"), WHOLE.view(4, 6))
+
+
+def test_a_missing_state_or_parameter_is_named(folder):
+    reader = CheckpointReader(folder)
+    with pytest.raises(CheckpointError, match="has no 'square_avg' of 'w'"):
+        reader.read("w", "square_avg", 0, 1)
+    with pytest.raises(CheckpointError, match="has no 'master' of 'v'"):
+        reader.read("v", "master", 0, 1)
+
+
+def test_one_flipped_bit_is_found(folder):
+    path = folder / "rank-00001.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 4
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"rank-00001.safetensors has another sha256"):
+        CheckpointReader(folder).verify()
+
+
+def test_a_short_and_a_missing_file_are_found(folder):
+    short = folder / "rank-00000.safetensors"
+    short.write_bytes(short.read_bytes()[:-1])
+    (folder / "rank-00002.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"rank-00000.safetensors has \d+ bytes, not .*rank-00002.* is missing"):
+        CheckpointReader(folder).verify()
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}"])
+def test_a_bad_manifest_is_refused(folder, content):
+    (folder / "manifest.json").write_text(content)
+    with pytest.raises(CheckpointError, match="expected a checkpoint's manifest"):
+        CheckpointReader(folder)
+
+
+def test_a_newer_format_is_refused(folder):
+    manifest = json.loads((folder / "manifest.json").read_text()) | {"format_version": FORMAT_VERSION + 1}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError, match=f"format version is {FORMAT_VERSION + 1}; expected {FORMAT_VERSION}"):
+        CheckpointReader(folder)
+
+
+def test_only_complete_checkpoints_are_listed(folder):
+    (folder.parent / ".tmp-step-00000013").mkdir()
+    (folder.parent / "step-00000014").mkdir()
+    (folder.parent / "step-00000011.damaged").mkdir()
+    assert list_steps(folder.parent) == [12]
+    assert list_steps(folder.parent / "absent") == []
+
+
+def test_uncovered_parameters_are_found():
+    shapes = {"a": (2, 3), "b": (4,), "c": (2,)}
+    pieces = {"a": [Piece("f", 3, 3), Piece("f", 0, 3)], "b": [Piece("f", 0, 2), Piece("f", 3, 1)]}
+    assert find_uncovered(shapes, pieces) == [
+        "'b' is covered up to element 2 of 4", "'c' is covered up to element 0 of 2",
+    ]  # fmt: skip
+    assert find_uncovered({"b": (4,)}, {"b": [Piece("f", 0, 3), Piece("g", 2, 2)]})

@@ -1,0 +1,157 @@
+"""Rules between options."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from pretrain.checks import check_options, idle_options
+from pretrain.config import Config
+
+
+def config_of(**changes: Any) -> Config:
+    """Return a good config with some options changed, given by dotted name with `__` for the dot."""
+    values: dict[str, Any] = {
+        "model": {"dim": 64, "num_layers": 2, "num_heads": 4},
+        "data": {"sources": [{"name": "web", "paths": ["x"], "shards": "data/web"}], "seq_len": 64},
+        "tokenizer": {"model": "t.model", "vocab_size": 512},
+        "optim": {"lr": 1e-3},
+        "train": {"num_steps": 100, "global_batch_size": 8, "micro_batch_size": 2},
+    }
+    for name, value in changes.items():
+        section, _, key = name.partition("__")
+        values.setdefault(section, {})[key] = value
+    return Config.model_validate(values)
+
+
+def texts_of(config: Config, *given: str) -> list[tuple[str, str]]:
+    return [(problem.option, problem.text) for problem in check_options(config, set(given))]
+
+
+def test_a_good_config_has_no_problem() -> None:
+    assert texts_of(config_of(), "optim.betas", "schedule.final_lr_ratio") == []
+    assert texts_of(config_of(checkpoint__keep_best=True), "checkpoint.keep_best") == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "option", "reason"),
+    [
+        ({}, "optim.alpha", "Only rmsprop has it, and optim.name is adamw."),
+        ({"optim__name": "adam"}, "optim.momentum", "Only rmsprop has it, and optim.name is adam."),
+        ({"optim__name": "rmsprop"}, "optim.betas", "rmsprop has optim.alpha and optim.momentum instead."),
+        ({}, "schedule.decay_steps", "Only wsd has it, and schedule.name is cosine."),
+        ({"schedule__name": "constant"}, "schedule.final_lr_ratio", "The rate of a constant schedule does not fall."),
+        ({"eval__every_steps": 5}, "eval.min_delta", "It belongs to early stopping, and eval.patience is 0."),
+        (
+            {"data__sources": [{"name": "web", "shards": "x"}]},
+            "data.sources.0.text_field",
+            "It is for reading raw text, and the source has no paths.",
+        ),
+    ],
+)
+def test_options_that_would_do_nothing(changes: dict[str, Any], option: str, reason: str) -> None:
+    config = config_of(**changes)
+    assert texts_of(config) == []
+    [(place, text)] = texts_of(config, option)
+    assert place == option
+    assert text.endswith(f"; expected to be left out. {reason}")
+
+
+def test_options_that_do_something_are_not_idle() -> None:
+    config = config_of(optim__name="rmsprop", schedule__name="wsd", eval__every_steps=5, eval__patience=2)
+    assert sorted(idle_options(config)) == ["optim.betas"]
+
+
+def test_length_is_given_once() -> None:
+    assert texts_of(config_of(train__num_steps=None)) == [
+        ("train", "train.num_steps is missing; expected train.num_steps or train.num_tokens. Add one.")
+    ]
+    assert texts_of(config_of(train__num_tokens=5)) == [
+        (
+            "train.num_tokens",
+            "train.num_tokens is 5; expected train.num_steps or train.num_tokens, not both. Drop one.",
+        )
+    ]
+
+
+def test_warmup_fits_into_the_run() -> None:
+    assert texts_of(config_of(schedule__warmup_steps=100)) == []
+    message = "schedule.warmup_steps is 101; expected at most the run's 100 steps. Use 10."
+    assert texts_of(config_of(schedule__warmup_steps=101)) == [("schedule.warmup_steps", message)]
+    config = config_of(train__num_steps=None, train__num_tokens=100 * 8 * 64, schedule__warmup_steps=101)
+    assert texts_of(config) == [("schedule.warmup_steps", message)]
+
+
+def test_decay_fits_beside_the_warmup() -> None:
+    assert texts_of(config_of(schedule__name="wsd", schedule__warmup_steps=90)) == []
+    assert texts_of(config_of(schedule__name="wsd", schedule__warmup_steps=91)) == [
+        (
+            "schedule.warmup_steps",
+            "schedule.decay_steps is 10 (a tenth of the run); expected at most the 9 steps that the warm-up of 91 leaves "
+            "of 100. Shorten one of them.",
+        )
+    ]
+    assert texts_of(config_of(schedule__name="wsd", schedule__warmup_steps=50, schedule__decay_steps=51)) == [
+        (
+            "schedule.decay_steps",
+            "schedule.decay_steps is 51; expected at most the 50 steps that the warm-up of 50 leaves of 100. Shorten one "
+            "of them.",
+        )
+    ]
+
+
+def test_micro_batches_divide_the_batch() -> None:
+    assert texts_of(config_of(train__global_batch_size=12, train__micro_batch_size=8)) == [
+        (
+            "train.micro_batch_size",
+            "train.micro_batch_size is 8; expected a divisor of train.global_batch_size (12). Use 6, or a global batch of "
+            "16.",
+        )
+    ]
+    assert texts_of(config_of(train__global_batch_size=2, train__micro_batch_size=8)) == [
+        (
+            "train.micro_batch_size",
+            "train.micro_batch_size is 8; expected a divisor of train.global_batch_size (2). Use 2, or a global batch of 8.",
+        )
+    ]
+
+
+def test_early_stopping_needs_evaluations() -> None:
+    assert texts_of(config_of(eval__patience=3)) == [
+        (
+            "eval.patience",
+            "eval.patience is 3; expected 0, because eval.every_steps is 0. Set eval.every_steps.",
+        )
+    ]
+
+
+def test_evaluations_need_held_out_documents() -> None:
+    assert texts_of(config_of(eval__every_steps=3, data__val_fraction=0)) == [
+        (
+            "data.val_fraction",
+            "data.val_fraction is 0.0; expected above 0, because eval.every_steps is 3. Use 0.001, or eval.every_steps=0.",
+        )
+    ]
+    prepared = [{"name": "web", "shards": "x"}]  # its validation split exists already
+    assert texts_of(config_of(eval__every_steps=3, data__val_fraction=0, data__sources=prepared)) == []
+
+
+def test_sources_are_distinct() -> None:
+    sources = [{"name": "web", "shards": "data/web"}, {"name": "web", "shards": "data/web/"}]
+    assert texts_of(config_of(data__sources=sources)) == [
+        (
+            "data.sources.1.name",
+            "data.sources.1.name is web; expected a name of its own. data.sources.0 has it.",
+        ),
+        (
+            "data.sources.1.shards",
+            "data.sources.1.shards is data/web; expected a folder of its own. data.sources.0 has it.",
+        ),
+    ]
+
+
+def test_the_family_takes_the_models_options() -> None:
+    problems = texts_of(config_of(model__num_heads=3, model__norm="layernorm"))
+    assert sorted(option for option, _ in problems) == ["model.dim", "model.norm"]
+    assert all(text.startswith(f"{option} is ") for option, text in problems)

@@ -1,0 +1,42 @@
+"""Progress lines, on a terminal and in a file."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+
+from pretrain.console import LiveLine, format_count, format_duration
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_terminal_gets_one_line_that_changes():
+    stream = Terminal()
+    line = LiveLine(stream)
+    line.show("step 1", plain=False)
+    line.show("step 2", plain=False)
+    line.say("saved")
+    assert stream.getvalue() == "\r\x1b[Kstep 1\r\x1b[Kstep 2\nsaved\n"
+
+
+def test_a_file_gets_plain_lines_when_due():
+    stream = io.StringIO()
+    line = LiveLine(stream)
+    line.show("step 1", plain=False)
+    line.show("step 2", plain=True)
+    line.end()
+    assert stream.getvalue() == "step 2\n"
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(0.4, "0s"), (59, "59s"), (185, "3m05s"), (7620, "2h07m"), (356400, "4d03h")])
+def test_durations(seconds, text):
+    assert format_duration(seconds) == text
+
+
+@pytest.mark.parametrize(("value", "text"), [(950, "950"), (12345, "12.3k"), (4.56e6, "4.56M"), (7.89e9, "7.89B"), (1e12, "1T")])
+def test_counts(value, text):
+    assert format_count(value) == text
