@@ -31,8 +31,11 @@ def test_webdatasets_own_reader_gives_the_documents(tmp_path, dtype, num_documen
         np.testing.assert_array_equal(got, expected)
 
 
-def test_index_offsets_point_at_the_documents(tmp_path):
+@pytest.mark.parametrize("length", [None, 510, 524_286])  # members of exactly 1 MiB need no filling up
+def test_index_offsets_point_at_the_documents(tmp_path, length):
     documents = random_documents(3000, seed=1, mean=400)
+    if length:
+        documents = [document(np.arange(length) % 999 + i) for i in range((3 << 20) // (2 * length))]
     (shard,) = write_shards(tmp_path, "val", documents, shard_bytes=1 << 30)
     content = (tmp_path / "val-000000.tar").read_bytes()
     assert len(content) == shard.num_bytes and len(content) > 2 << 20
