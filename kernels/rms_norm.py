@@ -110,11 +110,12 @@ def _backward_kernel(
     HAS_GRAD_SUM: tl.constexpr,
 ):
     program = tl.program_id(0).to(tl.int64)
+    row = program
     column = tl.arange(0, BLOCK)
     inside = column < WIDTH
     weight = tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
     grad_weight = tl.zeros((BLOCK,), dtype=tl.float32)
-    for row in range(program, num_rows, tl.num_programs(0)):
+    for _ in range(program, num_rows, tl.num_programs(0)):
         x = tl.load(x_ptr + row * x_stride + column, mask=inside, other=0.0).to(tl.float32)
         grad_y = tl.load(grad_y_ptr + row * grad_y_stride + column, mask=inside, other=0.0).to(tl.float32)
         rstd = tl.load(rstd_ptr + row)
@@ -126,6 +127,7 @@ def _backward_kernel(
             grad_sum_row = grad_sum_ptr + row * grad_sum_stride
             grad_x += tl.load(grad_sum_row + column, mask=inside, other=0.0).to(tl.float32)
         tl.store(grad_x_ptr + row * WIDTH + column, grad_x.to(grad_x_ptr.dtype.element_ty), mask=inside)
+        row += tl.num_programs(0)  # 64 bits, which the variable of the loop need not have
     # One partial sum a program and one reduction afterwards: no atomics, so the same bits on every run.
     tl.store(partial_ptr + program * WIDTH + column, grad_weight, mask=inside)
 
@@ -213,9 +215,7 @@ def _(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, 
 
 
 @_backward_op.register_fake
-def _(
-    grad_y: Tensor, grad_sum: Tensor | None, x: Tensor, weight: Tensor, rstd_N: Tensor
-) -> tuple[Tensor, Tensor]:
+def _(grad_y: Tensor, grad_sum: Tensor | None, x: Tensor, weight: Tensor, rstd_N: Tensor) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), weight.new_empty(weight.shape)
 
 
