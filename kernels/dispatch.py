@@ -59,3 +59,19 @@ def num_programs(x: Tensor, num_rows: int, num_warps: int) -> int:
     # An SM holds 64 warps; more than 8 programs on one only lengthen the reduction of their partial sums.
     per_processor = min(8, 64 // num_warps)
     return min(num_rows, torch.cuda.get_device_properties(x.device).multi_processor_count * per_processor)
+
+
+def check_norm(x: Tensor, residual: Tensor | None, *parameters: Tensor | None) -> None:
+    """Refuse arguments of a norm that a kernel would read past their end, or that PyTorch would broadcast.
+
+    Raises:
+        ValueError: if the residual is not of the shape and dtype of `x`, or a parameter is not `[D]`.
+    """
+    if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
+        raise ValueError(
+            f"residual is {tuple(residual.shape)} {residual.dtype}; expected the shape and dtype of x, "
+            f"{tuple(x.shape)} {x.dtype}."
+        )
+    for parameter in parameters:
+        if parameter is not None and parameter.shape != x.shape[-1:]:
+            raise ValueError(f"a norm's parameter is {tuple(parameter.shape)}; expected {tuple(x.shape[-1:])}.")

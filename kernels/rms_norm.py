@@ -5,8 +5,14 @@ Source: Zhang and Sennrich 2019, "Root Mean Square Layer Normalization".
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
+
+from kernels.dispatch import check_norm, num_programs, row_block, rows_of, use_triton
 
 
 def rms_norm_truth(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -33,7 +39,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     Returns:
         `[..., D]` in the dtype of `x`, rounded once.
     """
-    return rms_norm_truth(x, weight, eps)
+    check_norm(x, None, weight)
+    return _forward_op(x, weight, eps)[0] if use_triton(x) else rms_norm_truth(x, weight, eps)
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -48,4 +55,198 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
     Returns:
         The normalised sum and the sum itself, which is the new residual, both `[..., D]`.
     """
-    return add_rms_norm_truth(x, residual, weight, eps)
+    check_norm(x, residual, weight)
+    if not use_triton(x):
+        return add_rms_norm_truth(x, residual, weight, eps)
+    y, new_residual, _ = _add_forward_op(x, residual, weight, eps)
+    return y, new_residual
+
+
+@triton.jit
+def _forward_kernel(
+    x_ptr,
+    residual_ptr,
+    weight_ptr,
+    y_ptr,
+    sum_ptr,
+    rstd_ptr,
+    x_stride,
+    residual_stride,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    EPS: tl.constexpr,  # a runtime float may arrive as fp64 and drag the whole row into fp64 arithmetic
+    HAS_RESIDUAL: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)  # row * stride passes 2**31
+    column = tl.arange(0, BLOCK)
+    inside = column < WIDTH
+    x = tl.load(x_ptr + row * x_stride + column, mask=inside, other=0.0).to(tl.float32)
+    if HAS_RESIDUAL:
+        x += tl.load(residual_ptr + row * residual_stride + column, mask=inside, other=0.0).to(tl.float32)
+        rounded = x.to(sum_ptr.dtype.element_ty)
+        tl.store(sum_ptr + row * WIDTH + column, rounded, mask=inside)
+        x = rounded.to(tl.float32)  # the backward pass reads the rounded sum: normalise the same values
+    rstd = 1.0 / tl.sqrt(tl.sum(x * x, axis=0) / WIDTH + EPS)
+    weight = tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
+    tl.store(y_ptr + row * WIDTH + column, (x * rstd * weight).to(y_ptr.dtype.element_ty), mask=inside)
+    tl.store(rstd_ptr + row, rstd)
+
+
+@triton.jit
+def _backward_kernel(
+    grad_y_ptr,
+    grad_sum_ptr,
+    x_ptr,
+    weight_ptr,
+    rstd_ptr,
+    grad_x_ptr,
+    partial_ptr,
+    grad_y_stride,
+    grad_sum_stride,
+    x_stride,
+    num_rows,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    HAS_GRAD_SUM: tl.constexpr,
+):
+    program = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    inside = column < WIDTH
+    weight = tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
+    grad_weight = tl.zeros((BLOCK,), dtype=tl.float32)
+    for row in range(program, num_rows, tl.num_programs(0)):
+        x = tl.load(x_ptr + row * x_stride + column, mask=inside, other=0.0).to(tl.float32)
+        grad_y = tl.load(grad_y_ptr + row * grad_y_stride + column, mask=inside, other=0.0).to(tl.float32)
+        rstd = tl.load(rstd_ptr + row)
+        normed = x * rstd
+        grad_weight += grad_y * normed
+        grad_normed = grad_y * weight
+        grad_x = (grad_normed - normed * (tl.sum(grad_normed * normed, axis=0) / WIDTH)) * rstd
+        if HAS_GRAD_SUM:
+            grad_sum_row = grad_sum_ptr + row * grad_sum_stride
+            grad_x += tl.load(grad_sum_row + column, mask=inside, other=0.0).to(tl.float32)
+        tl.store(grad_x_ptr + row * WIDTH + column, grad_x.to(grad_x_ptr.dtype.element_ty), mask=inside)
+    # One partial sum a program and one reduction afterwards: no atomics, so the same bits on every run.
+    tl.store(partial_ptr + program * WIDTH + column, grad_weight, mask=inside)
+
+
+def _launch_forward(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    x_ND = rows_of(x)
+    residual_ND = x_ND if residual is None else rows_of(residual)
+    num_rows, width = x_ND.shape
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    total = y if residual is None else torch.empty_like(y)
+    rstd_N = torch.empty(num_rows, dtype=torch.float32, device=x.device)
+    block, num_warps = row_block(width)
+    if num_rows > 0:
+        with torch.cuda.device_of(x):
+            _forward_kernel[(num_rows,)](
+                x_ND,
+                residual_ND,
+                weight.contiguous(),
+                y,
+                total,
+                rstd_N,
+                x_ND.stride(0),
+                residual_ND.stride(0),
+                WIDTH=width,
+                BLOCK=block,
+                EPS=eps,
+                HAS_RESIDUAL=residual is not None,
+                num_warps=num_warps,
+            )
+    return y, total, rstd_N
+
+
+@torch.library.custom_op("longhaul::rms_norm", mutates_args=())
+def _forward_op(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    y, _, rstd_N = _launch_forward(x, None, weight, eps)
+    return y, rstd_N
+
+
+@torch.library.custom_op("longhaul::add_rms_norm", mutates_args=())
+def _add_forward_op(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    return _launch_forward(x, residual, weight, eps)
+
+
+@torch.library.custom_op("longhaul::rms_norm_backward", mutates_args=())
+def _backward_op(
+    grad_y: Tensor, grad_sum: Tensor | None, x: Tensor, weight: Tensor, rstd_N: Tensor
+) -> tuple[Tensor, Tensor]:
+    x_ND, grad_y_ND = rows_of(x), rows_of(grad_y)
+    grad_sum_ND = x_ND if grad_sum is None else rows_of(grad_sum)
+    num_rows, width = x_ND.shape
+    block, num_warps = row_block(width)
+    programs = num_programs(x, num_rows, num_warps)
+    grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    partial_PD = torch.empty((programs, width), dtype=torch.float32, device=x.device)
+    if num_rows > 0:
+        with torch.cuda.device_of(x):
+            _backward_kernel[(programs,)](
+                grad_y_ND,
+                grad_sum_ND,
+                x_ND,
+                weight.contiguous(),
+                rstd_N,
+                grad_x,
+                partial_PD,
+                grad_y_ND.stride(0),
+                grad_sum_ND.stride(0),
+                x_ND.stride(0),
+                num_rows,
+                WIDTH=width,
+                BLOCK=block,
+                HAS_GRAD_SUM=grad_sum is not None,
+                num_warps=num_warps,
+            )
+    return grad_x, partial_PD.sum(0).to(weight.dtype)
+
+
+@_forward_op.register_fake
+def _(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty(x.shape[:-1].numel(), dtype=torch.float32)
+
+
+@_add_forward_op.register_fake
+def _(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty(x.shape), x.new_empty(x.shape[:-1].numel(), dtype=torch.float32)
+
+
+@_backward_op.register_fake
+def _(
+    grad_y: Tensor, grad_sum: Tensor | None, x: Tensor, weight: Tensor, rstd_N: Tensor
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), weight.new_empty(weight.shape)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, weight, _ = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, weight, output[1])
+
+
+def _backward(ctx: Any, grad_y: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, Tensor | None, None]:
+    if grad_y is None:
+        return None, None, None
+    x, weight, rstd_N = ctx.saved_tensors
+    grad_x, grad_weight = _backward_op(grad_y, None, x, weight, rstd_N)
+    return grad_x, grad_weight, None
+
+
+def _add_keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    ctx.set_materialize_grads(False)  # the last norm's new residual has no gradient: do not make one of zeros
+    ctx.save_for_backward(output[1], inputs[2], output[2])
+
+
+def _add_backward(
+    ctx: Any, grad_y: Tensor | None, grad_sum: Tensor | None, _: Tensor | None
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+    if grad_y is None:
+        return grad_sum, grad_sum, None, None
+    total, weight, rstd_N = ctx.saved_tensors
+    grad_x, grad_weight = _backward_op(grad_y, grad_sum, total, weight, rstd_N)
+    return grad_x, grad_x, grad_weight, None
+
+
+_forward_op.register_autograd(_backward, setup_context=_keep)
+_add_forward_op.register_autograd(_add_backward, setup_context=_add_keep)

@@ -169,10 +169,13 @@ class DataPlan:
             identity: What else fixes the rows, by name, such as the manifests' fingerprints.
 
         Raises:
-            ConfigError: A weight is too small for the mixture table.
+            ConfigError: Two corpora have one name, or a weight is too small for the mixture table.
             DataError: A corpus has no rows.
         """
         self.names = [name for name, _, _ in corpora]
+        for name in self.names:
+            if self.names.count(name) > 1:
+                raise ConfigError(f"data.sources: name is {name} twice; expected distinct names. Rename one.")
         self._orders = [CorpusOrder(name, rows, seed, window_shards) for name, rows, _ in corpora]
         for order in self._orders:
             if not order.num_rows:

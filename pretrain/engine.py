@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import logging
 import math
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -59,7 +60,7 @@ def init_distributed(timeout_seconds: int) -> Ranks:
     variables = export_rank_variables()
     import deepspeed  # seconds; only once the launcher's variables are known to be right
 
-    deepspeed.utils.logging.logger.setLevel(logging.WARNING)
+    _quieten(deepspeed)
     # DeepSpeed would compile a shared-memory operator for minutes at the first start on a CPU and leak 66 MiB of
     # /dev/shm a rank with it; training never calls it.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -74,6 +75,15 @@ def init_distributed(timeout_seconds: int) -> Ranks:
             timeout=timedelta(seconds=timeout_seconds),
         )
     return Ranks(int(variables["RANK"]), int(variables["LOCAL_RANK"]), int(variables["WORLD_SIZE"]), device)
+
+
+def _quieten(deepspeed) -> None:
+    """Silence what DeepSpeed prints at every start for its own developers, and torch's notes to DeepSpeed's."""
+    import deepspeed.runtime.bf16_optimizer as bf16_optimizer
+
+    deepspeed.utils.logging.logger.setLevel(logging.WARNING)
+    bf16_optimizer.see_memory_usage = lambda *_, **__: None  # also collects garbage and resets the memory peak
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
 
 
 def effective_stage(zero_stage: int, precision: str) -> int:

@@ -57,6 +57,8 @@ class Linear(nn.Linear):
 class Embedding(nn.Embedding):
     """A lookup table whose values are left for `Transformer.initialise` to set."""
 
+    weight: nn.Parameter
+
     def reset_parameters(self) -> None:
         """Leave the parameters as they were allocated."""
 

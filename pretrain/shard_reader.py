@@ -61,7 +61,8 @@ class ShardReader:
         self._folder, self._shard = Path(folder), shard
         self._dtype = np.dtype(dtype).newbyteorder("<")
         self._path = self._folder / f"{shard.name}.tar"
-        self._num_read = self._num_damaged = 0
+        self._num_intact = 0  # successful reads
+        self._damaged: set[int] = set()
         self._index = load_index(self._folder, shard)
         path = index_path(self._folder, shard.name)
         if verify_index and file_sha256(path) != shard.index_sha256:
@@ -77,18 +78,18 @@ class ShardReader:
             DataError: The shard cannot be read, or most of it is damaged.
         """
         offset, num_tokens, crc32 = (int(number) for number in self._index[document])
-        self._num_read += 1
         for attempt in range(2):
             if attempt:
                 self._open()  # a network file system may serve another copy to a new descriptor
             data = self._read_bytes(num_tokens * self._dtype.itemsize, offset)
             if zlib.crc32(data) == crc32 and len(data) == num_tokens * self._dtype.itemsize:
+                self._num_intact += 1
                 return np.frombuffer(data, dtype=self._dtype)
-        self._num_damaged += 1
-        if self._num_damaged >= _MIN_DAMAGED_FOR_REPLACED and 2 * self._num_damaged > self._num_read:
+        self._damaged.add(document)
+        if len(self._damaged) >= _MIN_DAMAGED_FOR_REPLACED and len(self._damaged) > self._num_intact:
             raise DataError(
-                f"{self._path}: {self._num_damaged} of {self._num_read} documents read are damaged; expected the "
-                f"file that the manifest describes. {repair_advice(self._folder)}"
+                f"{self._path}: {len(self._damaged)} documents are damaged and {self._num_intact} are not, so far; "
+                f"expected the file that the manifest describes. {repair_advice(self._folder)}"
             )
         raise DamagedDocumentError(
             f"{self._path}: document {document} (bytes {offset} to {offset + num_tokens * self._dtype.itemsize}) "

@@ -96,8 +96,8 @@ def list_files(source: SourceSection) -> list[Path]:
         if not found:
             where = f" (from {os.getcwd()})" if not os.path.isabs(os.path.expanduser(pattern)) else ""
             raise DataError(
-                f"data.sources[{source.name}].paths: {pattern!r} names no file{where}; expected files, folders or globs "
-                "of text, or `python-stdlib:`. Correct the path."
+                f"data.sources[{source.name}].paths: {pattern!r} names no file{where}; expected files, folders or "
+                "globs of text, or `python-stdlib:`. Correct the path."
             )
         files |= found
     unfit = sorted(name for name in files if _bare_name(name).endswith(_NOT_TEXT))

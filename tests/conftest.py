@@ -16,7 +16,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 TINY_CONFIG = """\
 run: {{dir: {folder}/run, seed: 7}}
 model: {{family: llama, dim: 32, num_layers: 2, num_heads: 4, num_kv_heads: 2, ffn_dim: 64}}
-tokenizer: {{model: {folder}/tokenizer.model, vocab_size: 400, sample_bytes: 400000}}
+tokenizer: {{model: {folder}/tokenizer.model, vocab_size: 512, sample_bytes: 400000}}
 data:
   sources:
     - {{name: code, paths: ["{folder}/code"], shards: {folder}/shards/code, weight: 3}}

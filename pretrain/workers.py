@@ -1,0 +1,149 @@
+"""The processes of `prepare`: several that tokenize batches in order, and one that trains a tokenizer.
+
+They are spawned, not forked, since the main process has threads; they end with it, however it ends, and leave Ctrl-C
+to it.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Generator, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+
+import numpy as np
+
+from pretrain.config import TokenizerSection
+from pretrain.errors import DataError, LonghaulError
+from pretrain.tokenizer import Tokenizer, fit
+
+_MEMORY_PER_SAMPLE_BYTE = 15  # of sentencepiece's trainer, measured
+
+
+@dataclass
+class Batch:
+    """Documents that are tokenized together: split, digest and text of each."""
+
+    splits: list[str] = field(default_factory=list)
+    digests: list[bytes] = field(default_factory=list)
+    texts: list[str] = field(default_factory=list)
+
+
+def num_usable_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def encode_batches(
+    batches: Iterator[Batch], path: str, tokenizer: Tokenizer, num_processes: int
+) -> Generator[tuple[Batch, list[np.ndarray]], None, None]:
+    """Tokenize batches; their order and results do not depend on the number of processes.
+
+    Args:
+        batches: read in this process, at most `2 * num_processes + 1` ahead of what is taken.
+        path: the tokenizer's model file, which the processes read.
+        tokenizer: what was read from it here.
+        num_processes: 1 tokenizes in this process.
+
+    Returns:
+        Each batch with the ids of its documents, bos and eos included.
+
+    Raises:
+        DataError: a process was killed, or the model file was replaced meanwhile.
+    """
+    if num_processes == 1:
+        for batch in batches:
+            yield batch, [tokenizer.encode_document(text) for text in batch.texts]
+        return
+    spawn = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(num_processes, spawn, _begin_encoder, (path,))
+    waiting: deque[tuple[Batch, Future[list[np.ndarray]]]] = deque()
+    try:
+        for batch in batches:
+            waiting.append((batch, pool.submit(_encode, tokenizer.fingerprint, batch.texts)))
+            if len(waiting) > 2 * num_processes:
+                done, future = waiting.popleft()
+                yield done, future.result()
+        while waiting:
+            done, future = waiting.popleft()
+            yield done, future.result()
+    except BrokenProcessPool:
+        raise DataError(
+            f"data.prepare_processes is {num_processes}; expected all of them to live, but one was killed, most likely "
+            "for want of memory. Lower it and run again: prepare goes on where it stopped."
+        ) from None
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def fit_in_process(sample: Sequence[bytes], section: TokenizerSection) -> bytes:
+    """Train as `tokenizer.fit` does, in a process that can be interrupted and gives its memory back.
+
+    Raises:
+        ConfigError, DataError: as `fit`; or the process was killed.
+    """
+    spawn = multiprocessing.get_context("spawn")
+    receiver, sender = spawn.Pipe(duplex=False)
+    process = spawn.Process(target=_fit_and_send, args=(sender, list(sample), section), daemon=True)
+    process.start()
+    sender.close()
+    try:
+        result = receiver.recv()
+    except EOFError:
+        process.join()
+        needed = _MEMORY_PER_SAMPLE_BYTE * sum(map(len, sample)) // 10**6
+        raise DataError(
+            f"tokenizer: the process that trains it ended with status {process.exitcode}; expected it to finish, which "
+            f"takes about {needed:,} MB of memory. Lower tokenizer.sample_bytes if there is less."
+        ) from None
+    finally:
+        process.kill()
+        process.join()
+        receiver.close()
+    if isinstance(result, LonghaulError):
+        raise result
+    return result
+
+
+def _fit_and_send(sender: Connection, sample: list[bytes], section: TokenizerSection) -> None:
+    _begin_worker()
+    try:
+        sender.send(fit(sample, section))
+    except LonghaulError as error:
+        sender.send(error)
+
+
+def _begin_worker() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A pool's workers hold both ends of its pipes, so they would wait for ever for work from a killed parent."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+_tokenizer: Tokenizer | None = None
+
+
+def _begin_encoder(path: str) -> None:
+    global _tokenizer
+    _begin_worker()
+    _tokenizer = Tokenizer(path)
+
+
+def _encode(fingerprint: str, texts: list[str]) -> list[np.ndarray]:
+    assert _tokenizer is not None
+    if _tokenizer.fingerprint != fingerprint:
+        raise DataError("tokenizer.model was replaced while documents were tokenized; expected one model. Run again.")
+    return [_tokenizer.encode_document(text) for text in texts]

@@ -1,0 +1,47 @@
+"""Package of Longhaul: three folders of modules and one console command."""
+
+import os
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).resolve().parent
+
+# `SYSTEM_TORCH=1 make setup` keeps the torch of a container image, whatever its version is called
+TORCH = [] if os.environ.get("SYSTEM_TORCH") else ["torch>=2.11,<2.14", 'triton>=3.6,<3.8; platform_system == "Linux"']
+
+setup(
+    name="longhaul",
+    version=re.search(r'__version__ = "(.+)"', (HERE / "pretrain/__init__.py").read_text(encoding="utf-8")).group(1),
+    description="Pretraining of decoder-only Transformers, from raw text to a verified export",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    python_requires=">=3.11",
+    packages=find_packages(include=["pretrain", "pretrain.*", "kernels", "kernels.*", "launch", "launch.*"]),
+    install_requires=[
+        *TORCH,
+        "deepspeed==0.19.8",  # options vanish between its patch releases
+        "numpy>=1.26,<3",
+        "pydantic>=2.10,<3",
+        "rich>=13,<16",
+        "ruamel.yaml>=0.18,<0.20",
+        "safetensors>=0.5,<1",
+        "sentencepiece>=0.2.1,<0.3",
+        "tensorboard>=2.19,<3",
+        "tokenizers>=0.22,<1",
+        "transformers>=5,<6",
+        "webdataset>=1.0.2,<2",
+        "zstandard>=0.23,<1",
+    ],
+    extras_require={
+        "test": [
+            "hypothesis>=6.100,<7",
+            "mypy>=1.15,<3",
+            "pytest>=8.3,<10",
+            "pytest-timeout>=2.3,<3",
+            "ruff>=0.15,<1",
+        ],
+    },
+    entry_points={"console_scripts": ["longhaul = launch.cli:main"]},
+)

@@ -1,0 +1,174 @@
+"""The rules that keep the project small: tiers, libraries, sizes, docstrings, and options that are read."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from pretrain.config_docs import options
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = ("kernels", "pretrain", "launch")
+FILES = sorted(path.relative_to(ROOT) for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
+
+# A module imports modules of lower tiers only. `kernels` is below all of them.
+TIERS = (
+    "errors config spellings",
+    "config_docs schedule batch_plan packing families console",
+    "checks tokenizer sources shards tensor_files distributed layers dropout",
+    "settings hf_tokenizer row_table model optim",
+    "data_plan engine checkpoint metrics guard",
+    "stream run_folder",
+    "evaluate generate hf_export self_test",
+    "train prepare convert quickstart",
+)
+TIER_OF = {module: tier for tier, modules in enumerate(TIERS) for module in modules.split()}
+
+# One third-party library, one file: what goes wrong with it is in one place, and the rest is testable without it.
+FILE_OF_LIBRARY = {
+    "deepspeed": "pretrain/engine.py",
+    "rich": "pretrain/console.py",
+    "ruamel": "pretrain/settings.py",
+    "safetensors": "pretrain/tensor_files.py",
+    "sentencepiece": "pretrain/tokenizer.py",
+    "tensorboard": "pretrain/metrics.py",
+    "tokenizers": "pretrain/hf_tokenizer.py",
+    "transformers": "pretrain/hf_export.py",
+    "webdataset": "pretrain/shards.py",
+    "zstandard": "pretrain/sources.py",
+}
+# Data is prepared on machines that have no use for torch, and its start-up is quick without it.
+WITHOUT_TORCH = "tokenizer sources shards packing row_table data_plan prepare settings checks config families schedule"
+
+MAX_FILE_LINES = 400
+MAX_BODY_LINES = 60
+MAX_OPTIONS = 150
+
+# Words by which code calls a section, beside its own name and `section`.
+SECTION_WORDS = {"data.sources.*": {"source"}, "eval": {"evaluation"}}
+
+
+@cache
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse((ROOT / path).read_text(encoding="utf-8"), str(path))
+
+
+def imports_of(path: Path) -> Iterator[str]:
+    """Yield the dotted name of every import in a file, those inside functions too."""
+    for node in ast.walk(tree_of(path)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: relative import; write the whole name"
+            module = node.module or ""
+            if module in PACKAGES:  # `from pretrain import layers` imports the module pretrain.layers
+                yield from (f"{module}.{alias.name}" for alias in node.names)
+            else:
+                yield module
+
+
+def functions_of(path: Path) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
+    for node in ast.walk(tree_of(path)):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            yield node
+
+
+@pytest.mark.parametrize("path", FILES, ids=str)
+def test_imports_go_downward(path: Path) -> None:
+    package, module = path.parts[0], path.stem
+    if package == "pretrain" and module != "__init__":
+        assert module in TIER_OF, f"{path} has no tier: add it to TIERS"
+    for name in imports_of(path):
+        top, _, rest = name.partition(".")
+        if top not in PACKAGES:
+            continue
+        other = rest.partition(".")[0]
+        assert top != "launch" or name == "launch" or package == "launch", f"{path} imports {name}"
+        if package == "kernels":
+            assert top == "kernels", f"{path} imports {name}"
+        if package == "pretrain" and top == "pretrain" and other in TIER_OF:
+            assert TIER_OF[other] < TIER_OF[module], f"{path} imports {name}, which is not in a lower tier"
+
+
+@pytest.mark.parametrize("path", FILES, ids=str)
+def test_one_library_one_file(path: Path) -> None:
+    for name in imports_of(path):
+        library = "tensorboard" if name.startswith("torch.utils.tensorboard") else name.partition(".")[0]
+        if library in sys.stdlib_module_names or library in PACKAGES or library == "__future__":
+            continue
+        if path.parts[0] == "kernels":
+            assert library in ("torch", "triton"), f"{path} imports {name}"
+        elif library == "torch":
+            assert path.stem not in WITHOUT_TORCH.split(), f"{path} imports {name}"
+        elif library not in ("numpy", "pydantic"):
+            assert FILE_OF_LIBRARY.get(library) == str(path), f"{path} imports {name}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=str)
+def test_files_and_functions_are_short(path: Path) -> None:
+    num_lines = len((ROOT / path).read_text(encoding="utf-8").splitlines())
+    assert num_lines <= MAX_FILE_LINES, f"{path} has {num_lines} lines"
+    for function in functions_of(path):
+        body = function.body[1:] if ast.get_docstring(function) is not None else function.body
+        length = body[-1].end_lineno - body[0].lineno + 1 if body else 0  # type: ignore[operator]
+        assert length <= MAX_BODY_LINES, f"{path}:{function.lineno}: the body of {function.name} has {length} lines"
+
+
+@pytest.mark.parametrize("path", FILES, ids=str)
+def test_public_names_have_docstrings(path: Path) -> None:
+    tree = tree_of(path)
+    if (ROOT / path).read_text(encoding="utf-8"):
+        assert ast.get_docstring(tree), f"{path} has no docstring"
+    for holder in [tree, *(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name[0] != "_")]:
+        for node in holder.body:
+            if isinstance(node, (ast.ClassDef, ast.FunctionDef)) and node.name[0] != "_":
+                assert ast.get_docstring(node), f"{path}:{node.lineno}: {node.name} has no docstring"
+
+
+def test_every_option_is_read() -> None:
+    reads: set[tuple[str, str]] = set()  # (what it is read from, option)
+    for path in FILES:
+        if path.stem in ("config", "checks", "settings"):  # they read options only to judge them
+            continue
+        for node in ast.walk(tree_of(path)):
+            if isinstance(node, ast.Attribute):
+                base = node.value
+                word = base.attr if isinstance(base, ast.Attribute) else base.id if isinstance(base, ast.Name) else ""
+                reads.add((word.lstrip("_").removesuffix("_section"), node.attr))
+    keys = Counter(name.rpartition(".")[2] for name, option in options().items() if not option.section)
+    for name, option in options().items():
+        if option.section:
+            continue
+        section, _, key = name.rpartition(".")
+        words = {section, "section", *SECTION_WORDS.get(section, ())}
+        read = any(found == key and (keys[key] == 1 or word in words) for word, found in reads)
+        assert read, f"{name} is an option that nothing reads"
+
+
+def test_options_are_few() -> None:
+    assert sum(not option.section for option in options().values()) <= MAX_OPTIONS
+
+
+def test_kernels_can_be_taken_for_another_package() -> None:
+    # transformers imports a package of this name if it finds one: https://pypi.org/project/kernels
+    assert (ROOT / "kernels/__init__.py").read_bytes() == b""
+
+
+def test_no_command_has_the_name_of_a_standard_module() -> None:
+    # the folder of a script that is run as a file is first on sys.path
+    assert [path.stem for path in (ROOT / "launch").glob("*.py") if path.stem in sys.stdlib_module_names] == []
+
+
+@pytest.mark.parametrize(
+    "path", [path for path in FILES if path.parts[0] == "launch" and path.stem != "__init__"], ids=str
+)
+def test_commands_guard_sys_path(path: Path) -> None:
+    text = (ROOT / path).read_text(encoding="utf-8")
+    assert "sys.path[0] = str(Path(__file__).resolve().parents[1])" in text, f"{path} lacks the guard"
+    assert len(text.splitlines()) <= 60, f"{path} is not thin: move it to pretrain/"

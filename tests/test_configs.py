@@ -1,0 +1,91 @@
+"""Every file of `configs/`: loads, divides, has the size that its name says, and shrinks to a test."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from pretrain.batch_plan import BatchPlan
+from pretrain.config import Config
+from pretrain.families import ModelShape, num_parameters, resolve_shape
+from pretrain.settings import load_config, resolved_yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+UNITS = {"m": 1e6, "b": 1e9}
+
+
+def shape_of(config: Config) -> ModelShape:
+    return resolve_shape(config.model, config.tokenizer.vocab_size, config.data.seq_len)
+
+
+def shrink(config: Config) -> list[str]:
+    """Return overrides that make a config small enough to train two steps of it, with its family's features kept."""
+    shape = shape_of(config)
+    num_kv_heads = 4 if shape.num_kv_heads == shape.num_heads else 1 if shape.num_kv_heads == 1 else 2
+    kv_heads = [] if config.model.num_kv_heads is None else [f"model.num_kv_heads={num_kv_heads}"]
+    return [
+        "model.dim=64",
+        "model.num_layers=2",
+        "model.num_heads=4",
+        *kv_heads,
+        "model.ffn_dim=null",
+        "tokenizer.vocab_size=512",
+        "data.seq_len=64",
+        "train.num_steps=2",
+        "train.num_tokens=null",
+        "train.global_batch_size=4",
+        "train.micro_batch_size=1",
+        "schedule.warmup_steps=1",
+    ]
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_it_loads_and_divides(path: Path, tmp_path: Path) -> None:
+    config = load_config(path)
+    assert config.run.dir == f"runs/{path.stem}"
+    largest = config.train.global_batch_size // config.train.micro_batch_size
+    for world_size in [1, 2, largest]:
+        plan = BatchPlan.of(config, world_size)
+        assert plan.num_micro_steps * plan.world_size == largest
+        assert plan.num_steps > config.schedule.warmup_steps
+    (tmp_path / "resolved.yaml").write_text(resolved_yaml(config), encoding="utf-8")
+    assert load_config(tmp_path / "resolved.yaml") == config
+
+
+@pytest.mark.parametrize(
+    "path", [path for path in CONFIGS if re.search(r"-[0-9.]+[mb]$", path.stem)], ids=lambda p: p.stem
+)
+def test_it_has_the_size_that_its_name_says(path: Path) -> None:
+    name = path.stem.rpartition("-")[2]
+    expected = float(name[:-1]) * UNITS[name[-1]]
+    assert num_parameters(shape_of(load_config(path))) == pytest.approx(expected, rel=0.05)
+
+
+def test_published_sizes_are_met_exactly() -> None:
+    # transformers' GPT2LMHeadModel has 124,439,808 parameters and Llama-2-70b-hf 68,976,648,192; ours pads GPT-2's
+    # vocabulary by 47 rows of 768
+    assert num_parameters(shape_of(load_config(ROOT / "configs/gpt2-124m.yaml"))) == 124_439_808 + 47 * 768
+    assert num_parameters(shape_of(load_config(ROOT / "configs/llama-7b.yaml"))) == 6_738_415_616
+    assert num_parameters(shape_of(load_config(ROOT / "configs/llama-70b.yaml"))) == 68_976_648_192
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_option_is_explained(path: Path) -> None:
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        option = re.match(r" +(- )?[a-z_]+: (?!\[?$)", line)
+        assert not option or " # " in line, f"{path.name}:{number} has no comment"
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_shrinking_keeps_the_features(path: Path) -> None:
+    full = load_config(path)
+    small = load_config(path, shrink(full))
+    kept = ("family", "norm", "activation", "positions", "attention_bias", "ffn_bias", "tie_embeddings", "dropout")
+    for name in kept:
+        assert getattr(shape_of(small), name) == getattr(shape_of(full), name)
+    assert (shape_of(small).num_kv_heads < 4) == (shape_of(full).num_kv_heads < shape_of(full).num_heads)
+    assert num_parameters(shape_of(small)) < 300_000
+    assert small.parallel == full.parallel
