@@ -141,7 +141,8 @@ def launcher(num_ranks: int) -> list[str]:
             with socket.socket() as other:
                 other.bind(("", 0))
                 port = ["--master_port", str(other.getsockname()[1])]
-    return [found, "--num_gpus", str(num_ranks), *port]  # without a number it starts one rank a NUMA node on a CPU
+    # on a CPU it would start one rank a NUMA node if it were given no number
+    return [found, "--quiet", "--num_gpus", str(num_ranks), *port]
 
 
 def _heading(progress: _Progress, stage: str, text: str) -> None:
@@ -154,6 +155,8 @@ def _stage(progress: _Progress, stage: str, command: list[str], capture: bool = 
     words = ["python", *command] if is_script else [Path(command[0]).name, *command[1:]]
     _heading(progress, stage, shown or " ".join(f"'{word}'" if " " in word else word for word in words))
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
+    if not torch.cuda.is_available():
+        environment.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed warns in every process that it found no GPU
     begin = time.perf_counter()
     process = subprocess.Popen(
         [sys.executable, *command] if is_script else command,
