@@ -143,7 +143,6 @@ def _write_weights(
     for number, (names, (partial, described)) in enumerate(zip(shards, files.items(), strict=True), 1):
         final = f"model-{number:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else "model.safetensors"
         (out_dir / partial).rename(out_dir / final)
-        (out_dir / final).chmod(out_dir.stat().st_mode & 0o666)  # safetensors lets nobody but the owner read
         weight_map |= dict.fromkeys(names, final)
         renamed[final] = described
     if len(shards) > 1:
