@@ -82,15 +82,20 @@ class RunFolder:
 
     def _take_up(self, config: Config) -> int:
         saved = self.path / CONFIG_FILE
-        if saved.exists():
+        if list_steps(self.path / "checkpoints"):  # before the first checkpoint there is nothing to go on with
+            if not saved.exists():
+                raise ConfigError(
+                    f"{self.path}: has checkpoints and no {CONFIG_FILE}; expected both. Restore it, or use another run.dir."
+                )
             self._compare(load_config(saved), config)
-        elif list_steps(self.path / "checkpoints"):
-            raise ConfigError(f"{self.path}: has checkpoints and no {CONFIG_FILE}; expected both. Restore it, or use another run.dir.")
         write_text(saved, resolved_yaml(config))
-        tokenizer = self.path / TOKENIZER_FILE
-        if not tokenizer.exists():
-            tokenizer.write_bytes(Path(config.tokenizer.model).read_bytes())
         return self._write_environment()
+
+    def keep_tokenizer(self, model: bytes) -> None:
+        """Write the tokenizer's model file into the run folder, which thereby is all that generation needs."""
+        path = self.path / TOKENIZER_FILE
+        if not path.exists() or path.read_bytes() != model:
+            path.write_bytes(model)
 
     def _compare(self, old: Config, new: Config) -> None:
         refused = [

@@ -109,6 +109,8 @@ def open_run(config: Config, ranks: Ranks, folder: RunFolder | None, stop: StopR
         folder.write_status("running", None, 0)
     plan = ranks.agree(lambda: BatchPlan.of(config, ranks.world_size))
     tokenizer = ranks.agree(lambda: Tokenizer(config.tokenizer.model))
+    if folder:
+        folder.keep_tokenizer(tokenizer.model_bytes)
     shape = resolve_shape(config.model, tokenizer.vocab_size, config.data.seq_len)
     stream = ranks.agree(lambda: TokenStream(config, plan, ranks.rank, tokenizer.fingerprint))
     cleanup.callback(stream.close)

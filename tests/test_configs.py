@@ -11,6 +11,7 @@ from pretrain.batch_plan import BatchPlan
 from pretrain.config import Config
 from pretrain.families import ModelShape, num_parameters, resolve_shape
 from pretrain.settings import load_config, resolved_yaml
+from tests.rank_helpers import losses, prepare, run_cases
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -89,3 +90,22 @@ def test_shrinking_keeps_the_features(path: Path) -> None:
     assert (shape_of(small).num_kv_heads < 4) == (shape_of(full).num_kv_heads < shape_of(full).num_heads)
     assert num_parameters(shape_of(small)) < 300_000
     assert small.parallel == full.parallel
+
+
+@pytest.mark.launches
+def test_every_config_trains_two_steps_at_a_shrunken_size(tiny_config: Path, tmp_path: Path) -> None:
+    prepare(tiny_config, "data.seq_len=64")  # adds the row table of this length
+    folder = tiny_config.parent
+    data = [
+        f"tokenizer.model={folder}/tokenizer.model",
+        f"data.sources=[{{name: code, shards: {folder}/shards/code}}]",
+        "log.tensorboard=false",
+    ]
+    cases = [
+        {"config": str(path), "overrides": [*shrink(load_config(path)), *data, f"run.dir={tmp_path}/{path.stem}"]}
+        for path in CONFIGS
+    ]
+    assert run_cases(tiny_config, cases, 2, tmp_path / "ranks") == ["done"] * len(CONFIGS)
+    for path in CONFIGS:
+        first, second = losses(tmp_path / path.stem)
+        assert 5.5 < first < 7.0 and second < 7.0  # ln(512) is 6.24
