@@ -64,19 +64,19 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
 
 @triton.jit
 def _forward_kernel(
-    x_ptr,
-    residual_ptr,
-    weight_ptr,
-    y_ptr,
-    sum_ptr,
-    rstd_ptr,
-    x_stride,
-    residual_stride,
+    x_ptr: tl.tensor,
+    residual_ptr: tl.tensor,
+    weight_ptr: tl.tensor,
+    y_ptr: tl.tensor,
+    sum_ptr: tl.tensor,
+    rstd_ptr: tl.tensor,
+    x_stride: tl.tensor,
+    residual_stride: tl.tensor,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
     EPS: tl.constexpr,  # a runtime float may arrive as fp64 and drag the whole row into fp64 arithmetic
     HAS_RESIDUAL: tl.constexpr,
-):
+) -> None:
     row = tl.program_id(0).to(tl.int64)  # row * stride passes 2**31
     column = tl.arange(0, BLOCK)
     inside = column < WIDTH
@@ -94,21 +94,21 @@ def _forward_kernel(
 
 @triton.jit
 def _backward_kernel(
-    grad_y_ptr,
-    grad_sum_ptr,
-    x_ptr,
-    weight_ptr,
-    rstd_ptr,
-    grad_x_ptr,
-    partial_ptr,
-    grad_y_stride,
-    grad_sum_stride,
-    x_stride,
-    num_rows,
+    grad_y_ptr: tl.tensor,
+    grad_sum_ptr: tl.tensor,
+    x_ptr: tl.tensor,
+    weight_ptr: tl.tensor,
+    rstd_ptr: tl.tensor,
+    grad_x_ptr: tl.tensor,
+    partial_ptr: tl.tensor,
+    grad_y_stride: tl.tensor,
+    grad_sum_stride: tl.tensor,
+    x_stride: tl.tensor,
+    num_rows: tl.tensor,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
     HAS_GRAD_SUM: tl.constexpr,
-):
+) -> None:
     program = tl.program_id(0).to(tl.int64)
     row = program
     column = tl.arange(0, BLOCK)

@@ -9,10 +9,21 @@ import os
 
 os.environ["TRITON_INTERPRET"] = "1"
 
-import interpreter_bf16  # noqa: E402
-import pytest  # noqa: E402
-import torch  # noqa: E402
-from norm_cases import DTYPES, KINDS, SHAPES, exact, implementations, inputs, measure, results, strided_ratio  # noqa: E402
+import pytest
+import torch
+
+from tests import interpreter_bf16
+from tests.norm_cases import (
+    DTYPES,
+    KINDS,
+    SHAPES,
+    exact,
+    implementations,
+    inputs,
+    measure,
+    results,
+    strided_ratio,
+)
 
 interpreter_bf16.install()
 torch.set_num_threads(1)

@@ -1,16 +1,14 @@
 """The Triton norms on a GPU, by the rule that the interpreter's tests use."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from tests.norm_cases import DTYPES, KINDS, SHAPES, implementations, inputs, measure, results, strided_ratio
 
-from norm_cases import DTYPES, KINDS, SHAPES, implementations, inputs, measure, results, strided_ratio  # noqa: E402
-
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: torch.cuda is not available")
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: torch.cuda is not available"),
+]
 
 LARGE = ((199, 4096), (8192, 1024), (64, 8192), (5, 32768))
 
