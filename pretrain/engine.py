@@ -273,7 +273,9 @@ class Engine:
         if self.precision != "fp16":
             return None
         scaler = self._optimizer.loss_scaler
-        return {name: getattr(scaler, name) for name in ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")}
+        return {
+            name: getattr(scaler, name) for name in ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+        }
 
     def load_loss_scale_state(self, state: dict | None) -> None:
         """Restore what `loss_scale_state` returned."""

@@ -129,7 +129,9 @@ class MetricLog:
                 "eval/bits_per_byte": bits_per_byte}  # fmt: skip
         self._write(line)
         self._add_scalars(line, "", step)
-        self.say(f"step {step}  held-out loss {loss:.4f}  perplexity {perplexity:.2f}  bits per byte {bits_per_byte:.4f}")
+        self.say(
+            f"step {step}  held-out loss {loss:.4f}  perplexity {perplexity:.2f}  bits per byte {bits_per_byte:.4f}"
+        )
 
     def event(self, step: int, event: str, message: str) -> None:
         """Record that something happened: a start, a save, a skipped step, a damaged document."""

@@ -103,7 +103,9 @@ class RunFolder:
             if not change[0].startswith(FREE_TO_CHANGE) and change[0] not in new.run.allow_changes
         ]  # fmt: skip
         if refused:
-            lines = "\n".join(f"  {name}: {before!r} in the run folder, {after!r} now" for name, before, after in refused)
+            lines = "\n".join(
+                f"  {name}: {before!r} in the run folder, {after!r} now" for name, before, after in refused
+            )
             names = ", ".join(name for name, _, _ in refused)
             raise ConfigError(
                 f"{self.path}: belongs to another config; expected the same one:\n{lines}\n"
@@ -180,7 +182,9 @@ def load_run(run: str | Path, step: int | None = None) -> LoadedRun:
     path = Path(run)
     steps = list_steps(path / "checkpoints")
     if not steps:
-        raise ConfigError(f"{path}: holds no checkpoint; expected a run folder in which training has saved. Train first.")
+        raise ConfigError(
+            f"{path}: holds no checkpoint; expected a run folder in which training has saved. Train first."
+        )
     if step is not None and step not in steps:
         raise ConfigError(f"--step is {step}; expected one of the checkpoints in {path}: {', '.join(map(str, steps))}.")
     reader = _open_good(path, [step] if step is not None else list(reversed(steps)))
@@ -191,7 +195,9 @@ def load_run(run: str | Path, step: int | None = None) -> LoadedRun:
         for name, parameter in model.named_parameters():
             parameter.copy_(reader.read_whole(name))
     training = reader.training
-    return LoadedRun(model.eval(), config, tokenizer, reader.manifest["step"], training["num_tokens"], reader.folder, path)
+    return LoadedRun(
+        model.eval(), config, tokenizer, reader.manifest["step"], training["num_tokens"], reader.folder, path
+    )
 
 
 def _open_good(path: Path, steps: list[int]) -> CheckpointReader:

@@ -14,7 +14,9 @@ from pretrain.checkpoint_files import CheckpointReader, folder_name, list_steps
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def run_command(*arguments: str | Path, timeout: float = 120, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess:
+def run_command(
+    *arguments: str | Path, timeout: float = 120, cwd: Path = ROOT, **environment: str
+) -> subprocess.CompletedProcess:
     """Run one of the commands as a user does: `run_command("launch/prepare.py", config)`."""
     command = [sys.executable, *map(str, arguments)]
     return subprocess.run(

@@ -15,7 +15,11 @@ TRAIN, PREPARE = "launch/pretrain.py", "launch/prepare.py"
 
 # (what is wrong, command, overrides or edits of the file, exit status, text of the message)
 CONFIG_MISTAKES = [
-    ("unknown option", ["optim.learning_rate=1e-3"], "optim.learning_rate is unknown; expected an option. Did you mean optim.lr?"),
+    (
+        "unknown option",
+        ["optim.learning_rate=1e-3"],
+        "optim.learning_rate is unknown; expected an option. Did you mean optim.lr?",
+    ),
     ("unknown section", ["optimizer.lr=1e-3"], "optim"),
     ("not a number", ["optim.lr=fast"], "optim.lr is 'fast'; expected a number"),
     ("out of range", ["optim.lr=-1"], "optim.lr is -1; expected"),
@@ -70,7 +74,11 @@ def test_training_before_preparing(tiny_config, tmp_path):
 
 
 def test_training_without_the_tokenizer(tiny_config, tmp_path):
-    check(run_command(TRAIN, tiny_config, f"tokenizer.model={tmp_path}/absent.model", f"run.dir={tmp_path}/r"), 1, "absent.model")
+    check(
+        run_command(TRAIN, tiny_config, f"tokenizer.model={tmp_path}/absent.model", f"run.dir={tmp_path}/r"),
+        1,
+        "absent.model",
+    )
 
 
 def test_a_length_that_was_not_prepared(tiny_config, tmp_path):
@@ -81,7 +89,9 @@ def test_a_truncated_shard(tiny_config, tmp_path):
     shutil.copytree(tiny_config.parent / "shards" / "code", tmp_path / "code")
     shard = next(iter(sorted((tmp_path / "code").glob("train-*.tar"))))
     shard.write_bytes(shard.read_bytes()[:-4096])
-    done = run_command(TRAIN, tiny_config, f"data.sources=[{{name: code, shards: {tmp_path}/code}}]", f"run.dir={tmp_path}/r")
+    done = run_command(
+        TRAIN, tiny_config, f"data.sources=[{{name: code, shards: {tmp_path}/code}}]", f"run.dir={tmp_path}/r"
+    )
     check(done, 1, shard.name)
 
 
@@ -89,9 +99,15 @@ def test_a_tokenizer_of_other_shards(tiny_config, tmp_path):
     from pretrain.settings import load_config
     from pretrain.tokenizer import train_tokenizer
 
-    section = load_config(tiny_config, [f"tokenizer.model={tmp_path}/other.model", "tokenizer.vocab_size=480"]).tokenizer
+    section = load_config(
+        tiny_config, [f"tokenizer.model={tmp_path}/other.model", "tokenizer.vocab_size=480"]
+    ).tokenizer
     train_tokenizer(iter([tiny_config.parent.joinpath("code/ast.py").read_text()] * 3), section, seed=1)
-    check(run_command(TRAIN, tiny_config, f"tokenizer.model={tmp_path}/other.model", f"run.dir={tmp_path}/r"), 1, "tokenizer")
+    check(
+        run_command(TRAIN, tiny_config, f"tokenizer.model={tmp_path}/other.model", f"run.dir={tmp_path}/r"),
+        1,
+        "tokenizer",
+    )
 
 
 def test_no_held_out_documents(tiny_config, tmp_path):
@@ -122,7 +138,11 @@ def test_a_run_folder_that_cannot_be_made(tiny_config, tmp_path):
 
 
 def test_fp16_without_a_gpu(tiny_config, tmp_path):
-    check(run_command(TRAIN, tiny_config, "train.precision=fp16", f"run.dir={tmp_path}/r", CUDA_VISIBLE_DEVICES=""), 2, "train.precision is fp16")
+    check(
+        run_command(TRAIN, tiny_config, "train.precision=fp16", f"run.dir={tmp_path}/r", CUDA_VISIBLE_DEVICES=""),
+        2,
+        "train.precision is fp16",
+    )
 
 
 def test_half_a_launcher(tiny_config, tmp_path):
@@ -133,7 +153,7 @@ def test_a_batch_that_the_ranks_do_not_divide(tiny_config, tmp_path):
     processes = start_ranks(TRAIN, [str(tiny_config), f"run.dir={tmp_path}/r"], 2, tmp_path / "log")
     assert [process.wait(60) for process in processes] == [2, 2]
     shown = [(tmp_path / f"log-{rank}").read_text() for rank in (0, 1)]
-    assert shown[0].startswith("error: train.global_batch_size is 16; expected a multiple of"), shown
+    assert shown[0].startswith("error: on 2 ranks: train.global_batch_size is 16; expected a multiple of"), shown
     assert "32" in shown[0] and shown[1] == ""  # said once, not once a rank
 
 
