@@ -84,7 +84,7 @@ class MetricLog:
         self._file = open(path, "a", encoding="utf-8", buffering=1)
         self._writer = None
         if section.tensorboard:
-            from torch.utils.tensorboard import SummaryWriter  # type: ignore[attr-defined]  # imports tensorboard
+            from torch.utils.tensorboard import SummaryWriter  # imports tensorboard
 
             purge_step = first_step + 1 if attempt > 1 else None
             self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=purge_step, flush_secs=10)

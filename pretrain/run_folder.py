@@ -85,7 +85,8 @@ class RunFolder:
         if list_steps(self.path / "checkpoints"):  # before the first checkpoint there is nothing to go on with
             if not saved.exists():
                 raise ConfigError(
-                    f"{self.path}: has checkpoints and no {CONFIG_FILE}; expected both. Restore it, or use another run.dir."
+                    f"{self.path}: has checkpoints and no {CONFIG_FILE}; expected both. Restore it, or use another "
+                    "run.dir."
                 )
             self._compare(load_config(saved), config)
         write_text(saved, resolved_yaml(config))
@@ -139,7 +140,7 @@ def environment() -> dict[str, Any]:
         except PackageNotFoundError:
             continue
     root = Path(__file__).resolve().parents[1]
-    commit = subprocess.run(["git", "-C", root, "describe", "--always", "--dirty"], capture_output=True, text=True)  # noqa: S607
+    commit = subprocess.run(["git", "-C", root, "describe", "--always", "--dirty"], capture_output=True, text=True)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
     return {
         "command": sys.argv, "versions": versions, "git_commit": commit.stdout.strip() or None, "host": platform.node(),

@@ -165,7 +165,8 @@ def run_steps(run: Run) -> tuple[str, int, str]:
             save(run, last=True)
             return "done", EXIT_DONE, (
                 f"stopped early at step {progress.step}: the held-out loss has not fallen below "
-                f"{progress.best_counted_loss:.4f} for {config.eval.patience} evaluations; best step {progress.best_step}"
+                f"{progress.best_counted_loss:.4f} for {config.eval.patience} evaluations; best step "
+                f"{progress.best_step}"
             )  # fmt: skip
         if asked_to_stop and not at_end:
             save(run, last=True)
