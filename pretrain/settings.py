@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import difflib
 import json
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,14 +21,12 @@ from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
 from pretrain.checks import check_options, idle_options
 from pretrain.config import Config, Section
-from pretrain.config_docs import Option, options, yaml_value
+from pretrain.config_docs import options, yaml_value
 from pretrain.errors import ConfigError
-from pretrain.spellings import suggest_option
+from pretrain.explain import OptionPath, dotted, explain, pattern, short
 
 _COMMAND_LINE = 10**9  # places on the command line sort behind all lines of a file
 _LARGEST_EXACT = 2**53  # a float up to here that is a whole number is that number
-
-OptionPath = tuple[str | int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +75,7 @@ class _Given:
 
     def names(self) -> set[str]:
         """Return the dotted names of everything that was given."""
-        return {_dotted(path) for path in self.places}
+        return {dotted(path) for path in self.places}
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -115,7 +112,7 @@ def parse_config(mapping: Mapping[str, Any]) -> Config:
     given = _Given(_Place(0, "stored config"))
     given.data = json.loads(json.dumps(mapping))
     for path, value in _leaves(given.data):
-        option = options().get(_pattern(path))
+        option = options().get(pattern(path))
         if option is None or yaml_value(value) != option.default:  # a default that is written out asks for nothing
             given.places[path] = given.places[()]
     return _validate(given)
@@ -191,7 +188,7 @@ def _read_file(given: _Given, path: Path) -> None:
         )
     data = _plain(given, root, (), place)
     if not isinstance(data, dict):
-        raise ConfigError(f"{path}:1: the config is {_short(data)}; expected sections such as model and data.")
+        raise ConfigError(f"{path}:1: the config is {short(data)}; expected sections such as model and data.")
     given.data = data
 
 
@@ -223,7 +220,7 @@ def _plain(given: _Given, node: Node, path: OptionPath, place: _PlaceOf, inside:
     given.places.setdefault(path, place(node.start_mark.line))
     if id(node) in inside:
         given.report(
-            place(node.start_mark.line), f"{_dotted(path)} holds itself through an alias. Write the values out."
+            place(node.start_mark.line), f"{dotted(path)} holds itself through an alias. Write the values out."
         )
         given.unreadable.add(path)
         return None
@@ -236,7 +233,7 @@ def _plain(given: _Given, node: Node, path: OptionPath, place: _PlaceOf, inside:
         for key_node, value_node in node.value:
             key, line = str(key_node.value), key_node.start_mark.line
             if key in values:
-                text = f"{_dotted((*path, key))} is given twice; expected once. The first is on line {lines[key] + 1}."
+                text = f"{dotted((*path, key))} is given twice; expected once. The first is on line {lines[key] + 1}."
                 given.report(place(line), text)
                 continue
             lines[key] = line
@@ -256,7 +253,7 @@ def _scalar(given: _Given, node: ScalarNode, path: OptionPath, place: _PlaceOf) 
         return int(value) if whole else value
     if kind not in ("str", "timestamp"):
         given.report(
-            place(node.start_mark.line), f"{_dotted(path)} has the tag {node.tag}; expected none. Drop the tag."
+            place(node.start_mark.line), f"{dotted(path)} has the tag {node.tag}; expected none. Drop the tag."
         )
         given.unreadable.add(path)
     return node.value
@@ -280,7 +277,7 @@ def _put_override(given: _Given, override: str, place: _Place) -> None:
     for segment in [*sections, last]:
         key = int(segment) if isinstance(parent, list) and segment.isdecimal() else segment
         if isinstance(parent, list) and not (isinstance(key, int) and key < len(parent)):
-            given.report(place, f"{name} does not exist; {_dotted(path)} has {len(parent)}, counted from 0.")
+            given.report(place, f"{name} does not exist; {dotted(path)} has {len(parent)}, counted from 0.")
             return
         path = (*path, key)
         if len(path) == len(sections) + 1:
@@ -289,12 +286,12 @@ def _put_override(given: _Given, override: str, place: _Place) -> None:
             parent[key] = {}
         parent = parent[key]
         if not isinstance(parent, (dict, list)):
-            given.report(place, f"{name} does not exist; {_dotted(path)} is {_short(parent)}.")
+            given.report(place, f"{name} does not exist; {dotted(path)} is {short(parent)}.")
             return
     try:
         node = _compose(text)
     except _NotYaml as error:
-        given.report(place, f"{name} is {_short(text)}; expected YAML: {error}.")
+        given.report(place, f"{name} is {short(text)}; expected YAML: {error}.")
         return
     _forget(given, path)
     value = None if node is None else _plain(given, node, path, lambda line: place)
@@ -319,17 +316,16 @@ def _validate(given: _Given) -> Config:
     for name in Config.model_fields:
         if name in given.data and given.data[name] is None:
             given.data[name] = {}  # `log:` with all its options commented out
-    config = None
-    try:
-        # JSON's strict mode: no text or bool for a number, but lists for tuples
-        config = Config.model_validate_json(json.dumps(given.data), strict=True)
-    except ValidationError as error:
-        found = [(tuple(item["loc"]), item) for item in error.errors(include_url=False, include_context=False)]
-        texts = {path: _explain(path, item["type"], item["input"]) for path, item in found}
-        for path, item in found:
-            misspelled = any(text.endswith(f"Did you mean {_dotted(path)}?") for text in texts.values())
-            if path not in given.unreadable and not (item["type"] == "missing" and misspelled):
-                given.report(given.place_of(path), texts[path])
+    config, errors = _read_models(given.data)
+    texts = {path: explain(path, error_type, value) for path, error_type, value in errors}
+    for path, error_type, _ in errors:
+        misspelled = any(text.endswith(f"Did you mean {dotted(path)}?") for text in texts.values())
+        if path not in given.unreadable and not (error_type == "missing" and misspelled):
+            given.report(given.place_of(path), texts[path])
+    if config is None and all(error_type == "extra_forbidden" for _, error_type, _ in errors):
+        for path, _, _ in errors:
+            _remove(given.data, path)
+        config, _ = _read_models(given.data)  # values are right, so the rules between them can be checked as well
     if config is not None:
         for problem in check_options(config, given.names()):
             segments = [int(part) if part.isdecimal() else part for part in problem.option.split(".")]
@@ -339,58 +335,18 @@ def _validate(given: _Given) -> Config:
     return config
 
 
-def _explain(path: OptionPath, error_type: str, value: Any) -> str:
-    """Write pydantic's finding about one option in the form `<name> is <value>; expected <rule>. <fix>`."""
-    known = options()
-    name, option = _dotted(path), known.get(_pattern(path))
-    if error_type == "extra_forbidden":
-        return f"{name} is unknown; expected an option. {suggest_option(_pattern(path), list(known))}"
-    if option is None:  # an item of a list of plain values
-        option = known[_pattern(path[:-1])]
-        return f"{name} is {_short(value)}; expected {_dotted(path[:-1])} to be {option.rule}."
-    if error_type == "missing":
-        inner = [inner.name.rpartition(".")[2] for inner in known.values() if _is_needed_in(inner, option)]
-        rule = f"a section that gives {', '.join(inner)}" if option.section and inner else option.rule
-        return f"{name} is missing; expected {rule}. Add it: {option.description}"
-    return f"{name} is {_short(value)}; expected {option.rule}.{_mend(option, value)}"
+def _read_models(data: dict[str, Any]) -> tuple[Config | None, list[tuple[OptionPath, str, Any]]]:
+    """Return the config, or pydantic's errors: where, of which kind, and the value there."""
+    try:
+        # JSON's strict mode: no text or bool for a number, but lists for tuples
+        return Config.model_validate_json(json.dumps(data), strict=True), []
+    except ValidationError as error:
+        found = error.errors(include_url=False, include_context=False)
+        return None, [(tuple(item["loc"]), item["type"], item["input"]) for item in found]
 
 
-def _is_needed_in(inner: Option, section: Option) -> bool:
-    """Say whether `inner` must be given in `section`."""
-    return inner.required and inner.name.rpartition(".")[0] in (section.name, f"{section.name}.*")
-
-
-def _mend(option: Option, value: Any) -> str:
-    """Return what to write instead of a wrong value, where that is clear."""
-    if option.choices:
-        close = difflib.get_close_matches(str(value).lower(), option.choices, n=1, cutoff=0.5)
-        return f" Use {close[0]}." if close else ""
-    if option.rule.startswith("true or false"):
-        words = {"yes": "true", "on": "true", "1": "true", "no": "false", "off": "false", "0": "false"}
-        meant = words.get(str(value).lower())
-        return f" Write {meant}." if meant else ""
-    if option.rule.startswith("text") and isinstance(value, (int, float)):
-        return f' Put it in quotes: "{yaml_value(value)}".'
-    if option.rule.startswith("a list of texts") and isinstance(value, str):
-        return f" Write [{yaml_value(value)}]."
-    if isinstance(value, str) and re.fullmatch(r"[-+]?[0-9._]+(e[-+]?[0-9]+)?", value, re.IGNORECASE):
-        return " Drop the quotes."
-    if value is None and option.default is not None:
-        return f" Leave it out for the default, {option.default}."
-    return ""
-
-
-def _dotted(path: OptionPath) -> str:
-    """Return the dotted name of an option."""
-    return ".".join(str(segment) for segment in path) or "the config"
-
-
-def _pattern(path: OptionPath) -> str:
-    """Return the dotted name of an option with `*` for the items of lists."""
-    return ".".join("*" if isinstance(segment, int) else segment for segment in path)
-
-
-def _short(value: Any) -> str:
-    """Write a value for a message, cut if it is long."""
-    text = f"'{value}'" if isinstance(value, str) else yaml_value(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+def _remove(data: Any, path: OptionPath) -> None:
+    """Remove an option from nested values."""
+    for segment in path[:-1]:
+        data = data[segment]
+    del data[path[-1]]

@@ -21,7 +21,7 @@ FILES = sorted(path.relative_to(ROOT) for package in PACKAGES for path in (ROOT 
 TIERS = (
     "errors config spellings hardware",
     "config_docs schedule batch_plan packing families console",
-    "checks tokenizer sources shards tensor_files distributed layers family_table model_card",
+    "checks explain tokenizer sources shards tensor_files distributed layers family_table model_card",
     "settings hf_tokenizer row_table model optim checkpoint_files shard_reader journal workers",
     "data_plan engine metrics guard",
     "checkpoint stream run_folder",

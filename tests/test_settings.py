@@ -144,6 +144,15 @@ def test_a_misspelled_option_is_not_missing_too(tmp_path: Path) -> None:
     ]
 
 
+def test_an_unknown_option_does_not_hide_what_does_not_go_together(tmp_path: Path) -> None:
+    text = GOOD.replace("weight: 0.25", "wieght: 0.25").replace("micro_batch_size: 8", "micro_batch_size: 7")
+    assert problems_of(tmp_path, text) == [
+        "run.yaml:5: data.sources.1.wieght is unknown; expected an option. Did you mean data.sources.*.weight?",
+        "run.yaml:9: train.micro_batch_size is 7; expected a divisor of train.global_batch_size (256). Use 4, or a global "
+        "batch of 259.",
+    ]
+
+
 def test_unknown_option_of_a_source(tmp_path: Path) -> None:
     text = GOOD.replace("weight: 0.25", "wieght: 0.25")
     assert problems_of(tmp_path, text) == [

@@ -1,0 +1,24 @@
+"""Messages about one option; `test_settings.py` has them as users see them."""
+
+from __future__ import annotations
+
+from pretrain.explain import dotted, explain, pattern, short
+
+
+def test_names() -> None:
+    assert dotted(("data", "sources", 1, "name")) == "data.sources.1.name"
+    assert dotted(()) == "the config"
+    assert pattern(("data", "sources", 1, "name")) == "data.sources.*.name"
+
+
+def test_long_values_are_cut() -> None:
+    assert short("x" * 100) == "'" + "x" * 56 + "..."
+    assert short([1, None, True]) == "[1, null, true]"
+
+
+def test_the_fix_fits_the_value() -> None:
+    assert explain(("optim", "name"), "literal_error", "AdamW").endswith(" Use adamw.")
+    assert explain(("optim", "name"), "literal_error", 3).endswith("adam or rmsprop.")
+    assert explain(("train", "deterministic"), "bool_type", "off").endswith(" Write false.")
+    assert explain(("optim", "lr"), "float_type", "3e-4").endswith(" Drop the quotes.")
+    assert explain(("optim", "lr"), "float_type", "high").endswith("at most 1.")
