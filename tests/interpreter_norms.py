@@ -29,9 +29,12 @@ interpreter_bf16.install()
 torch.set_num_threads(1)
 
 
+# Without a bias nothing depends on the dtype that is not run with one.
+CASES = [(kind, dtype) for kind in KINDS for dtype in DTYPES if kind in KINDS[:2] or dtype == torch.float32]
+
+
 @pytest.mark.parametrize("with_residual", [False, True], ids=["plain", "residual"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "dtype"), CASES, ids=str)
 def test_errors_stay_within_twice_those_of_eager_code(kind, dtype, with_residual):
     for shape in SHAPES:
         ratio = measure(kind, shape, dtype, "cpu", with_residual)
