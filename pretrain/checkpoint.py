@@ -37,7 +37,9 @@ from pretrain.tensor_files import sync_folder, write_tensors, write_text
 class Checkpoints:
     """The checkpoints of one run folder."""
 
-    def __init__(self, folder: Path, section: CheckpointSection, ranks: Ranks, report: Callable[[str, str], None]) -> None:
+    def __init__(
+        self, folder: Path, section: CheckpointSection, ranks: Ranks, report: Callable[[str, str], None]
+    ) -> None:
         """Clean up what a killed save left behind.
 
         Args:
@@ -91,7 +93,9 @@ class Checkpoints:
             fragments.append((fragment.name, fragment.start, fragment.length))
             for state, view in fragment.tensors.items():
                 tensors[tensor_key(fragment.name, state, fragment.start)] = view.detach().cpu().clone()
-        num_bytes, sha256 = write_tensors(temporary / name, tensors, {"format": "longhaul", "rank": str(self.ranks.rank)})
+        num_bytes, sha256 = write_tensors(
+            temporary / name, tensors, {"format": "longhaul", "rank": str(self.ranks.rank)}
+        )
         return {"file": name, "bytes": num_bytes, "sha256": sha256, "fragments": fragments}
 
     def _manifest(self, engine: Engine, outcomes: list[dict], step: int, training: dict, about: dict) -> dict[str, Any]:
@@ -182,7 +186,9 @@ class Checkpoints:
 
     def _fill(self, engine: Engine, reader: CheckpointReader) -> dict[str, Any]:
         if reader.shapes != engine.parameter_shapes():
-            raise CheckpointError(f"{reader.folder}: holds another model than the config's; use the config that wrote it.")
+            raise CheckpointError(
+                f"{reader.folder}: holds another model than the config's; use the config that wrote it."
+            )
         for fragment in engine.replicated_fragments():
             for state, view in fragment.tensors.items():
                 view.copy_(reader.read(fragment.name, state, fragment.start, fragment.length))

@@ -143,7 +143,6 @@ def _write_weights(
     for number, (names, (partial, described)) in enumerate(zip(shards, files.items(), strict=True), 1):
         final = f"model-{number:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else "model.safetensors"
         (out_dir / partial).rename(out_dir / final)
-        (out_dir / final).chmod(out_dir.stat().st_mode & 0o666)  # safetensors lets nobody but the owner read
         weight_map |= dict.fromkeys(names, final)
         renamed[final] = described
     if len(shards) > 1:
@@ -238,6 +237,11 @@ def _load(auto_class: Any, out_dir: Path, **options: Any) -> Any:
     try:
         return auto_class.from_pretrained(str(out_dir), local_files_only=True, trust_remote_code=False, **options)
     except Exception as error:  # of any class: what transformers cannot load is not an export
+        if getattr(error, "name", None) == "kernels":
+            raise ExportError(
+                "export: transformers finds that PyPI's package `kernels` is installed and imports ours of that name; "
+                "expected an environment without it. Run `pip uninstall kernels`."
+            ) from error
         message = f"{type(error).__name__}: {error}"
         raise ExportError(f"export: transformers does not load it ({message}). {_REPORT_IT}") from error
     finally:
@@ -282,7 +286,7 @@ def _compare_logits(ours_TV: Tensor, theirs_TV: Tensor, where: str) -> tuple[flo
             f"{where}: logits are {tuple(theirs_TV.shape)} in transformers; expected {tuple(ours_TV.shape)}. "
             f"{_REPORT_IT}"
         )
-    scale = float(ours_TV.abs().max())
+    scale = max(float(ours_TV.abs().max()), torch.finfo(torch.float32).tiny)
     difference_TV = (ours_TV - theirs_TV).abs()
     largest = float(difference_TV.max())
     if not largest <= LOGIT_TOLERANCE * scale:  # written so that NaN fails

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import closing
@@ -21,7 +22,7 @@ from pretrain.console import LiveLine, format_duration
 from pretrain.errors import ConfigError, DataError
 from pretrain.hf_tokenizer import check_ids, varied_texts
 from pretrain.journal import LOCK_NAME, SPLITS, Journal, Recipe, check_recipe, file_lock, read_recipe
-from pretrain.row_table import build_row_tables
+from pretrain.row_table import RowTable, build_row_tables
 from pretrain.shard_reader import check_shards
 from pretrain.shards import MANIFEST_NAME, MANIFEST_VERSION, Manifest, Shard, ShardWriter
 from pretrain.sources import ReadLog, document_digest, files_identity, is_validation, list_files, read_documents
@@ -54,8 +55,7 @@ def prepare(config: Config) -> None:
             if source.paths:
                 _Corpus(source, config, tokenizer, line).prepare()
             else:
-                with file_lock(Path(source.shards) / LOCK_NAME, source.shards):
-                    build_row_tables(source.shards, Manifest.load(source.shards), config.data.seq_len)
+                _add_rows(Path(source.shards), Manifest.load(source.shards), config.data.seq_len)
                 line.say(f"{source.name}: {source.shards} has rows of {config.data.seq_len} tokens")
     except OSError as error:
         raise DataError(
@@ -164,19 +164,19 @@ class _Corpus:
     def prepare(self) -> None:
         """Make the corpus complete, or see that it is."""
         seq_len = self.config.data.seq_len
-        with file_lock(self.folder / LOCK_NAME, str(self.folder)):
-            if (self.folder / MANIFEST_NAME).exists():
-                manifest = Manifest.load(self.folder)
-                self._check_complete(manifest)
-                has_rows = (self.folder / f"rows-{seq_len}").exists()
-                build_row_tables(self.folder, manifest, seq_len)
-                rest = "nothing to do" if has_rows else f"added its rows of {seq_len} tokens"
-                self.line.say(f"{self.source.name}: {self.folder} is complete; {rest}")
-            else:
-                manifest = self._make()
-                build_row_tables(self.folder, manifest, seq_len)
-                manifest.save(self.folder)
-                self._summarize(manifest)
+        if not (self.folder / MANIFEST_NAME).exists():
+            with file_lock(self.folder / LOCK_NAME, str(self.folder)):
+                if not (self.folder / MANIFEST_NAME).exists():
+                    manifest = self._make()
+                    build_row_tables(self.folder, manifest, seq_len)
+                    manifest.save(self.folder)
+                    self._summarize(manifest)
+                    return
+        manifest = Manifest.load(self.folder)
+        self._check_complete(manifest)
+        is_new = _add_rows(self.folder, manifest, seq_len)
+        rest = f"added its rows of {seq_len} tokens" if is_new else "nothing to do"
+        self.line.say(f"{self.source.name}: {self.folder} is complete; {rest}")
 
     def _recipe(self, files: list[Path]) -> Recipe:
         """Everything that the shards' bytes depend on, under the names that an error shows."""
@@ -338,6 +338,19 @@ class _Corpus:
                 f"(data.val_fraction is {data.val_fraction}), so its loss cannot be evaluated. Raise that fraction, "
                 "or give more documents."
             )
+
+
+def _add_rows(folder: Path, manifest: Manifest, seq_len: int) -> bool:
+    """Build a complete corpus's row table if it has none that can be used; a read-only folder that has one will do."""
+    try:
+        for split in SPLITS:
+            RowTable.open(folder, manifest, split, seq_len)
+        return False
+    except DataError:
+        with file_lock(folder / LOCK_NAME, str(folder)):
+            shutil.rmtree(folder / f"rows-{seq_len}", ignore_errors=True)
+            build_row_tables(folder, manifest, seq_len)
+        return True
 
 
 def _no_documents(source: SourceSection, log: ReadLog, num_val: int = 0) -> DataError:

@@ -177,6 +177,17 @@ def test_help_works_from_anywhere(form, tmp_path):
     assert done.returncode == 2 and done.stderr.startswith("error: no-such-run: holds no checkpoint"), done.stderr
 
 
+@pytest.mark.launches
+def test_a_trained_run_is_exported_and_compared_on_its_held_out_rows(tiny_config, tmp_path, capsys):
+    command = ["launch/pretrain.py", str(tiny_config), "train.num_steps=4", f"run.dir={tmp_path / 'run'}"]
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert main([str(tmp_path / "run"), str(tmp_path / "out"), "--to", "hf", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["source"]["run"] == "run" and report["source"]["step"] == 4 and report["dtype"] == "fp32"
+    assert report["logits"]["rows"] == {"held-out": 4, "random": 2} and report["tokenizer"]["mismatches"] == 0
+
+
 def test_other_formats_are_not_offered(capsys):
     with pytest.raises(SystemExit) as stop:
         main(["runs/a", "out", "--to", "gguf"])

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from data_helpers import make_config, make_corpus, random_documents
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pretrain import data_plan
 from pretrain.data_plan import CorpusOrder, DataPlan, mixture_slots, open_plan, permutation, spread_slots
 from pretrain.errors import ConfigError, DataError
+from tests.data_helpers import make_config, make_corpus, random_documents
 
 SIZES = {"web": [13, 40, 7, 22, 31, 18], "code": [9, 11], "books": [25, 4, 60]}
 WEIGHTS = {"web": 0.7, "code": 0.2, "books": 0.1}

@@ -344,6 +344,15 @@ def test_transformers_does_not_take_our_kernels_for_its_own(llama_export):
     assert done.stdout.split()[0] == str(ROOT / "kernels" / "__init__.py")
 
 
+def test_a_second_package_named_kernels_is_explained(llama_export, monkeypatch):
+    def fail(*args, **kwargs):
+        raise ImportError("cannot import name 'CUDAProperties' from 'kernels'", name="kernels")
+
+    monkeypatch.setattr(hf_export.AutoModelForCausalLM, "from_pretrained", fail)
+    with pytest.raises(ExportError, match="PyPI's package `kernels` is installed .* Run `pip uninstall kernels`"):
+        hf_export.verify_model(make_model("llama"), llama_export[0], make_rows())
+
+
 def test_varied_texts_cut_from_samples_are_compared_too(tokenizer, llama_export):
     report = hf_export.verify_tokenizer(tokenizer, llama_export[0], ["held-out text with \u2581 in it\n" * 40])
     assert report["texts"] == 10_000 and report["mismatches"] == 0
