@@ -118,6 +118,14 @@ def test_operators_pass_opcheck(kind):
         torch.library.opcheck(ops.layer_norm_backward.default, backward)
 
 
+@pytest.mark.parametrize("kind", KINDS[:2])
+def test_what_is_normalised_is_the_residual_that_is_stored(kind):
+    arguments = inputs(kind, (5, 192), torch.bfloat16, "cpu", True)
+    y, total = implementations(kind, True)[0](*arguments)
+    assert torch.equal(total, arguments[0] + arguments[1])
+    assert torch.equal(y, implementations(kind, False)[0](total, None, *arguments[2:]))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_same_bits_every_time(kind):
     arguments = inputs(kind, (33, 64), torch.float32, "cpu", True)
