@@ -67,7 +67,7 @@ def attention_truth(
         kept_BHTS = keep_mask((B, H, T, num_keys), dropout_p, dropout_key)
         probs_BKGTS = torch.where(kept_BHTS.view(probs_BKGTS.shape), probs_BKGTS / (1.0 - dropout_p), 0.0)
     out_BKGTC = probs_BKGTS.to(v_BSKC.dtype) @ v_BK1SC
-    return out_BKGTC.permute(0, 3, 1, 2, 4).reshape(B, T, H, C)
+    return out_BKGTC.permute(0, 3, 1, 2, 4).flatten(2, 3)
 
 
 def attention(

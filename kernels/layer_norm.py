@@ -70,22 +70,22 @@ def add_layer_norm(
 
 @triton.jit
 def _forward_kernel(
-    x_ptr,
-    residual_ptr,
-    weight_ptr,
-    bias_ptr,
-    y_ptr,
-    sum_ptr,
-    mean_ptr,
-    rstd_ptr,
-    x_stride,
-    residual_stride,
+    x_ptr: tl.tensor,
+    residual_ptr: tl.tensor,
+    weight_ptr: tl.tensor,
+    bias_ptr: tl.tensor,
+    y_ptr: tl.tensor,
+    sum_ptr: tl.tensor,
+    mean_ptr: tl.tensor,
+    rstd_ptr: tl.tensor,
+    x_stride: tl.tensor,
+    residual_stride: tl.tensor,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
     EPS: tl.constexpr,  # a runtime float may arrive as fp64 and drag the whole row into fp64 arithmetic
     HAS_RESIDUAL: tl.constexpr,
     HAS_BIAS: tl.constexpr,
-):
+) -> None:
     row = tl.program_id(0).to(tl.int64)  # row * stride passes 2**31
     column = tl.arange(0, BLOCK)
     inside = column < WIDTH
@@ -110,31 +110,32 @@ def _forward_kernel(
 
 @triton.jit
 def _backward_kernel(
-    grad_y_ptr,
-    grad_sum_ptr,
-    x_ptr,
-    weight_ptr,
-    mean_ptr,
-    rstd_ptr,
-    grad_x_ptr,
-    partial_weight_ptr,
-    partial_bias_ptr,
-    grad_y_stride,
-    grad_sum_stride,
-    x_stride,
-    num_rows,
+    grad_y_ptr: tl.tensor,
+    grad_sum_ptr: tl.tensor,
+    x_ptr: tl.tensor,
+    weight_ptr: tl.tensor,
+    mean_ptr: tl.tensor,
+    rstd_ptr: tl.tensor,
+    grad_x_ptr: tl.tensor,
+    partial_weight_ptr: tl.tensor,
+    partial_bias_ptr: tl.tensor,
+    grad_y_stride: tl.tensor,
+    grad_sum_stride: tl.tensor,
+    x_stride: tl.tensor,
+    num_rows: tl.tensor,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
     HAS_GRAD_SUM: tl.constexpr,
     HAS_BIAS: tl.constexpr,
-):
+) -> None:
     program = tl.program_id(0).to(tl.int64)
+    row = program
     column = tl.arange(0, BLOCK)
     inside = column < WIDTH
     weight = tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
     grad_weight = tl.zeros((BLOCK,), dtype=tl.float32)
     grad_bias = tl.zeros((BLOCK,), dtype=tl.float32)
-    for row in range(program, num_rows, tl.num_programs(0)):
+    for _ in range(program, num_rows, tl.num_programs(0)):
         x = tl.load(x_ptr + row * x_stride + column, mask=inside, other=0.0).to(tl.float32)
         grad_y = tl.load(grad_y_ptr + row * grad_y_stride + column, mask=inside, other=0.0).to(tl.float32)
         mean = tl.load(mean_ptr + row)
@@ -151,6 +152,7 @@ def _backward_kernel(
             grad_sum_row = grad_sum_ptr + row * grad_sum_stride
             grad_x += tl.load(grad_sum_row + column, mask=inside, other=0.0).to(tl.float32)
         tl.store(grad_x_ptr + row * WIDTH + column, grad_x.to(grad_x_ptr.dtype.element_ty), mask=inside)
+        row += tl.num_programs(0)  # 64 bits, which the variable of the loop need not have
     # One partial sum a program and one reduction afterwards: no atomics, so the same bits on every run.
     tl.store(partial_weight_ptr + program * WIDTH + column, grad_weight, mask=inside)
     if HAS_BIAS:

@@ -1,4 +1,4 @@
-"""Convert a checkpoint for other software, and verify what was converted: `python launch/convert.py RUN OUT --to hf`."""
+"""Convert a checkpoint to files that other software loads, verified: `python launch/convert.py RUN OUT --to hf`."""
 
 from __future__ import annotations
 
@@ -25,7 +25,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("out", metavar="OUT", help="folder to make; it must not exist, or be empty")
     parser.add_argument("--step", type=int, help="checkpoint to convert; the newest good one by default")
     parser.add_argument("--to", choices=["hf"], required=True, help="format: hf is Hugging Face's, in safetensors")
-    parser.add_argument("--dtype", choices=["bf16", "fp16", "fp32"], help="precision of the weights; the run's by default")
+    parser.add_argument(
+        "--dtype", choices=["bf16", "fp16", "fp32"], help="precision of the weights; the run's by default"
+    )
     parser.add_argument("--json", action="store_true", help="print what was verified as one JSON object")
     arguments = parser.parse_args(argv)
     from pretrain.convert import convert
@@ -41,9 +43,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         logits, tokenizer = report["logits"], report["tokenizer"]
         print(
-            f"{arguments.out}: {logits['architecture']} of step {report['source']['step']} in {report['dtype']}; logits of "
-            f"{logits['tokens']} tokens within {logits['max_relative_difference']:.1e} of the trained model's, ids of "
-            f"{tokenizer['texts']} texts equal"
+            f"{arguments.out}: {logits['architecture']} of step {report['source']['step']} in {report['dtype']}. "
+            f"In transformers, logits of {logits['tokens']} tokens differ by at most {logits['max_difference']:.1e} "
+            f"({logits['max_relative_difference']:.1e} of the largest), ids of {tokenizer['mismatches']} of "
+            f"{tokenizer['texts']} texts."
         )
     return 0
 

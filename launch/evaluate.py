@@ -37,7 +37,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         loaded, device = load_run(arguments.run, arguments.step), best_device()
         rows = ValRows(loaded.config, loaded.tokenizer.fingerprint, arguments.max_rows)
         model = loaded.model.to(device)
-        result = evaluate(model, rows, loaded.tokenizer.token_bytes(), loaded.config.train.micro_batch_size, device=device)
+        result = evaluate(
+            model, rows, loaded.tokenizer.token_bytes(), loaded.config.train.micro_batch_size, device=device
+        )
     except LonghaulError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_status

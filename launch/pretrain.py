@@ -62,4 +62,9 @@ def show(error: Exception, *, is_shown: bool, rank: str = "0") -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(
+        status
+    )  # threads of gloo can abort a process that is done ("terminate called without an active exception")

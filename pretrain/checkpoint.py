@@ -23,6 +23,7 @@ from pretrain.checkpoint_files import (
     find_uncovered,
     folder_name,
     list_steps,
+    manifest_digest,
     tensor_key,
 )
 from pretrain.config import CheckpointSection
@@ -36,7 +37,9 @@ from pretrain.tensor_files import sync_folder, write_tensors, write_text
 class Checkpoints:
     """The checkpoints of one run folder."""
 
-    def __init__(self, folder: Path, section: CheckpointSection, ranks: Ranks, report: Callable[[str, str], None]) -> None:
+    def __init__(
+        self, folder: Path, section: CheckpointSection, ranks: Ranks, report: Callable[[str, str], None]
+    ) -> None:
         """Clean up what a killed save left behind.
 
         Args:
@@ -90,7 +93,9 @@ class Checkpoints:
             fragments.append((fragment.name, fragment.start, fragment.length))
             for state, view in fragment.tensors.items():
                 tensors[tensor_key(fragment.name, state, fragment.start)] = view.detach().cpu().clone()
-        num_bytes, sha256 = write_tensors(temporary / name, tensors, {"format": "longhaul", "rank": str(self.ranks.rank)})
+        num_bytes, sha256 = write_tensors(
+            temporary / name, tensors, {"format": "longhaul", "rank": str(self.ranks.rank)}
+        )
         return {"file": name, "bytes": num_bytes, "sha256": sha256, "fragments": fragments}
 
     def _manifest(self, engine: Engine, outcomes: list[dict], step: int, training: dict, about: dict) -> dict[str, Any]:
@@ -118,7 +123,8 @@ class Checkpoints:
 
     @staticmethod
     def _commit(temporary: Path, final: Path, manifest: dict[str, Any]) -> None:
-        write_text(temporary / MANIFEST, json.dumps(manifest, indent=1, allow_nan=False))
+        sealed = manifest | {"sha256": manifest_digest(manifest)}
+        write_text(temporary / MANIFEST, json.dumps(sealed, indent=1, allow_nan=False))
         os.rename(temporary, final)
         sync_folder(final.parent)
 
@@ -180,7 +186,9 @@ class Checkpoints:
 
     def _fill(self, engine: Engine, reader: CheckpointReader) -> dict[str, Any]:
         if reader.shapes != engine.parameter_shapes():
-            raise CheckpointError(f"{reader.folder}: holds another model than the config's; use the config that wrote it.")
+            raise CheckpointError(
+                f"{reader.folder}: holds another model than the config's; use the config that wrote it."
+            )
         for fragment in engine.replicated_fragments():
             for state, view in fragment.tensors.items():
                 view.copy_(reader.read(fragment.name, state, fragment.start, fragment.length))

@@ -6,6 +6,7 @@ folder is named `step-NNNNNNNN` and holds `manifest.json`: it is written under a
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import re
@@ -42,6 +43,12 @@ def tensor_key(parameter: str, state: str, start: int) -> str:
     return f"{parameter}/{state}/{start}"
 
 
+def manifest_digest(manifest: dict[str, Any]) -> str:
+    """Return the sha256 of a manifest without its `sha256` entry, written with sorted keys and no spaces."""
+    text = json.dumps(manifest, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 @dataclass(frozen=True)
 class Piece:
     """Where flat elements [start, start + length) of a parameter are: the name of the file that holds them."""
@@ -63,6 +70,8 @@ class CheckpointReader:
         self.folder = folder
         try:
             self.manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+            if self.manifest.pop("sha256") != manifest_digest(self.manifest):
+                raise ValueError("its sha256 is not the one that was written")
             version = self.manifest["format_version"]
             self.shapes = {name: tuple(entry["shape"]) for name, entry in self.manifest["parameters"].items()}
             self._pieces = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from pretrain.stream import ValRows
 from pretrain.tensor_files import sync_folder
 
 FORMATS = ("hf",)
-NUM_ROWS = 4
+MAX_ROWS, MAX_TOKENS = 4, 8192  # of whole rows; for 7B weights 8192 tokens are 2.3e14 operations, both sides together
 
 
 def convert(
@@ -65,23 +66,25 @@ def convert(
     return report
 
 
-def comparison_rows(loaded: LoadedRun) -> list[Tensor]:
+def comparison_rows(loaded: LoadedRun) -> dict[str, list[Tensor]]:
     """Token ids to compare logits on: held-out rows where the run's data is at hand, and random ones.
 
     Returns:
-        Rows of int64 [T]: up to four held-out ones, else as many random ones, all of `seq_len` tokens; then a random
-        one of a few tokens and one of a single token, whose shapes clients treat apart.
+        Rows of int64 [T], `held-out` and `random`: one to four held-out ones, else as many random ones, all of
+        `seq_len` tokens; then a random one of a few tokens and one of a single token.
     """
     vocab_size, seq_len = loaded.tokenizer.vocab_size, loaded.config.data.seq_len
     generator = torch.Generator().manual_seed(loaded.config.run.seed)
-    rows = _held_out_rows(loaded)
-    lengths = [seq_len] * (NUM_ROWS - len(rows)) + [min(7, seq_len), 1]
-    return rows + [torch.randint(vocab_size, (length,), generator=generator) for length in lengths]
+    num_rows = min(max(MAX_TOKENS // seq_len, 1), MAX_ROWS)
+    held_out = _held_out_rows(loaded, num_rows)
+    lengths = [seq_len] * (num_rows - len(held_out)) + [7, 1]
+    random = [torch.randint(vocab_size, (length,), generator=generator) for length in lengths]
+    return {"held-out": held_out, "random": random}
 
 
-def _held_out_rows(loaded: LoadedRun) -> list[Tensor]:
+def _held_out_rows(loaded: LoadedRun, num_rows: int) -> list[Tensor]:
     try:
-        held_out = ValRows(loaded.config, loaded.tokenizer.fingerprint, NUM_ROWS)
-        return list(held_out.batch(list(range(min(NUM_ROWS, held_out.num_rows)))).tokens_BT)
+        with closing(ValRows(loaded.config, loaded.tokenizer.fingerprint, num_rows)) as held_out:
+            return list(held_out.batch(range(held_out.num_rows)).tokens_BT)
     except (DataError, OSError):  # moved, deleted or damaged since: an export needs no training data
         return []

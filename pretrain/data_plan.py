@@ -48,7 +48,7 @@ def permutation(size: int, *key: Hashable) -> np.ndarray:
 
 
 def mixture_slots(weights: Sequence[float], period: int = MIXTURE_PERIOD) -> np.ndarray:
-    """Divides `period` slots by weight, largest remainders first, int64 [num_corpora]."""
+    """Divide `period` slots by weight, largest remainders first, int64 [num_corpora]."""
     shares = np.asarray(weights, dtype=np.float64) / np.sum(weights, dtype=np.float64) * period
     slots = np.floor(shares).astype(np.int64)
     remainders = np.argsort(slots - shares, kind="stable")
@@ -57,7 +57,7 @@ def mixture_slots(weights: Sequence[float], period: int = MIXTURE_PERIOD) -> np.
 
 
 def spread_slots(slots: np.ndarray) -> np.ndarray:
-    """Orders one period of the mixture so that every prefix has each corpus's share to within one row.
+    """Order one period of the mixture so that every prefix has each corpus's share to within one row.
 
     At each place, of the corpora that are far enough behind, the one with the nearest deadline comes.
 
@@ -116,7 +116,7 @@ class CorpusOrder:
     """The order of one corpus's rows over all epochs; other corpora do not matter to it."""
 
     def __init__(self, name: str, rows_per_block: np.ndarray, seed: int, window_shards: int) -> None:
-        """Takes the corpus's name, which keys its permutations, and its rows per block, [num_blocks]."""
+        """Take the corpus's name, which keys its permutations, and its rows per block, [num_blocks]."""
         self.name = name
         self.num_rows = int(np.sum(rows_per_block))
         self._rows_per_block = np.asarray(rows_per_block, dtype=np.int64)
@@ -124,7 +124,7 @@ class CorpusOrder:
         self._epochs, self._windows = _Cache(2), _Cache(_CACHED_WINDOWS)
 
     def locate(self, k: int) -> tuple[int, int, int]:
-        """Returns (epoch, block, row in the block) of the corpus's k-th row of the run."""
+        """Return (epoch, block, row in the block) of the corpus's k-th row of the run."""
         number, k = divmod(k, self.num_rows)
         epoch = self._epochs.get(number, lambda: self._order_blocks(number))
         window = int(np.searchsorted(epoch.window_begins, k, side="right")) - 1
@@ -160,7 +160,7 @@ class DataPlan:
         window_shards: int,
         identity: dict[str, str | int | float],
     ) -> None:
-        """Builds the mixture table; permutations are made when they are needed.
+        """Build the mixture table; permutations are made when they are needed.
 
         Args:
             corpora: (name, rows per block, weight) of each corpus.
@@ -204,7 +204,7 @@ class DataPlan:
         self.hash = hashlib.sha256(canonical.encode()).hexdigest()
 
     def locate(self, t: int) -> tuple[int, int, int, int]:
-        """Returns (number of the corpus, its epoch, block, row in the block) of the run's row t."""
+        """Return (number of the corpus, its epoch, block, row in the block) of the run's row t."""
         period, slot = divmod(t, MIXTURE_PERIOD)
         corpus = int(self._pattern[slot])
         k = period * int(self._slots[corpus]) + int(self._before[slot, corpus])
@@ -222,7 +222,7 @@ class DataPlan:
         return {order.name: round(counts[order.name] / order.num_rows, 4) for order in self._orders}
 
     def explain_difference(self, pieces: dict[str, Any]) -> str:
-        """Says what differs between the pieces of another plan and this one's, one clause a difference."""
+        """Say what differs between the pieces of another plan and this one's, one clause a difference."""
         names = sorted(name for name in pieces.keys() | self.pieces.keys() if pieces.get(name) != self.pieces.get(name))
         return "; ".join(
             f"{name} was {_shorten(pieces.get(name))} and is {_shorten(self.pieces.get(name))}" for name in names
@@ -257,7 +257,7 @@ class Corpus:
 
 
 def open_corpora(config: Config, tokenizer_fingerprint: str, split: str) -> list[Corpus]:
-    """Opens a split of every source, in the config's order, and checks that they fit each other.
+    """Open a split of every source, in the config's order, and check that they fit each other.
 
     Args:
         config: Uses `data.sources` and `data.seq_len`.
@@ -289,7 +289,7 @@ def open_corpora(config: Config, tokenizer_fingerprint: str, split: str) -> list
 
 
 def open_plan(config: Config, tokenizer_fingerprint: str) -> tuple[DataPlan, list[Corpus]]:
-    """Opens the training splits and the plan of their order.
+    """Open the training splits and the plan of their order.
 
     Raises:
         DataError: As `open_corpora`; or a corpus has no training rows.

@@ -58,10 +58,10 @@ class Ranks:
             result = action()
         except LonghaulError as error:
             problem = error
-        problems = [(rank, error) for rank, error in enumerate(self.gather(problem)) if error is not None]
+        problems = [(rank, found) for rank, found in enumerate(self.gather(problem)) if found is not None]
         if problems:
-            rank, error = problems[0]
-            agreed = type(error)(str(error) if rank == 0 else f"rank {rank}: {error}")
+            rank, first = problems[0]
+            agreed = type(first)(str(first) if rank == 0 else f"rank {rank}: {first}")
             agreed.agreed = True
             raise agreed
         return result  # type: ignore[return-value]

@@ -15,10 +15,13 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from types import ModuleType
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -58,6 +61,8 @@ class StepResult:
 def init_distributed(timeout_seconds: int) -> Ranks:
     """Join the process group (NCCL on GPUs, gloo on CPUs) and return this rank's place in it."""
     variables = export_rank_variables()
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it found no GPU
     import deepspeed  # seconds; only once the launcher's variables are known to be right
 
     _quieten(deepspeed)
@@ -77,7 +82,7 @@ def init_distributed(timeout_seconds: int) -> Ranks:
     return Ranks(int(variables["RANK"]), int(variables["LOCAL_RANK"]), int(variables["WORLD_SIZE"]), device)
 
 
-def _quieten(deepspeed) -> None:
+def _quieten(deepspeed: ModuleType) -> None:
     """Silence what DeepSpeed prints at every start for its own developers, and torch's notes to DeepSpeed's."""
     import deepspeed.runtime.bf16_optimizer as bf16_optimizer
 
@@ -145,9 +150,9 @@ class Engine:
         for group in list(dist.distributed_c10d._world.pg_map):
             dist.distributed_c10d._set_pg_timeout(timedelta(seconds=config.parallel.timeout_seconds), group)
 
-    def forward(self, *args, **kwargs):
+    def forward(self, *args: Any) -> torch.Tensor:
         """Run the model."""
-        return self._engine(*args, **kwargs)
+        return self._engine(*args)
 
     def train(self, mode: bool = True) -> None:
         """Switch the model between training and evaluation."""
@@ -223,7 +228,7 @@ class Engine:
             start = self.ranks.rank * size
             length = min(size, numel - start)  # the last partitions may be padding
             return (self._flat_masters()[group], offset, start, length) if length > 0 else None
-        mapping = parameter._hp_mapping
+        mapping = parameter._hp_mapping  # type: ignore[attr-defined]
         if mapping is None:
             return None
         flat = self._flat_masters()[mapping.param_group_index]
@@ -270,7 +275,9 @@ class Engine:
         if self.precision != "fp16":
             return None
         scaler = self._optimizer.loss_scaler
-        return {name: getattr(scaler, name) for name in ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")}
+        return {
+            name: getattr(scaler, name) for name in ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+        }
 
     def load_loss_scale_state(self, state: dict | None) -> None:
         """Restore what `loss_scale_state` returned."""
@@ -286,4 +293,5 @@ class Engine:
 def leave_distributed() -> None:
     """Leave the process group, so that the process ends without a warning."""
     if dist.is_initialized():
+        dist.barrier()  # rank 0 keeps the store that the others still need to say goodbye
         dist.destroy_process_group()

@@ -65,4 +65,6 @@ def evaluate(
     totals = [loss_sum, float(num_tokens), float(num_bytes)]
     loss_sum, tokens, text_bytes = ranks.sum(totals) if ranks else totals
     loss_mean = loss_sum / tokens
-    return Evaluation(loss_mean, math.exp(min(loss_mean, 700.0)), loss_sum / LN_2 / text_bytes, int(tokens), int(text_bytes))
+    return Evaluation(
+        loss_mean, math.exp(min(loss_mean, 700.0)), loss_sum / LN_2 / text_bytes, int(tokens), int(text_bytes)
+    )

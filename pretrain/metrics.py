@@ -84,7 +84,7 @@ class MetricLog:
         self._file = open(path, "a", encoding="utf-8", buffering=1)
         self._writer = None
         if section.tensorboard:
-            from torch.utils.tensorboard import SummaryWriter  # type: ignore[attr-defined]  # imports tensorboard
+            from torch.utils.tensorboard import SummaryWriter  # imports tensorboard
 
             purge_step = first_step + 1 if attempt > 1 else None
             self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=purge_step, flush_secs=10)
@@ -129,7 +129,9 @@ class MetricLog:
                 "eval/bits_per_byte": bits_per_byte}  # fmt: skip
         self._write(line)
         self._add_scalars(line, "", step)
-        self.say(f"step {step}  held-out loss {loss:.4f}  perplexity {perplexity:.2f}  bits per byte {bits_per_byte:.4f}")
+        self.say(
+            f"step {step}  held-out loss {loss:.4f}  perplexity {perplexity:.2f}  bits per byte {bits_per_byte:.4f}"
+        )
 
     def event(self, step: int, event: str, message: str) -> None:
         """Record that something happened: a start, a save, a skipped step, a damaged document."""

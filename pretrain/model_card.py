@@ -30,7 +30,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
 model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
-inputs = tokenizer("Once upon a time", return_tensors="pt", return_token_type_ids=False)
+inputs = tokenizer("Once upon a time", return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0], skip_special_tokens=True))
 ```
 
@@ -58,6 +58,7 @@ def model_card(shape: ModelShape, report: dict[str, Any]) -> str:
         report: what `verification.json` holds.
     """
     source, logits, tokens = report["source"], report["logits"], report["tokenizer"]
+    rows = " and ".join(f"{number} {kind}" for kind, number in logits["rows"].items() if number)
     padding = (shape.padded_vocab_size - shape.vocab_size) * shape.dim * (1 if shape.tie_embeddings else 2)
     heads = f"{shape.num_heads} query, {shape.num_kv_heads} key and value, {shape.head_dim} wide"
     facts = {
@@ -74,7 +75,7 @@ def model_card(shape: ModelShape, report: dict[str, Any]) -> str:
         "Config": f"sha256 {source['config_sha256']}",
     }
     checks = (
-        f"- logits of {logits['rows']} rows ({logits['tokens']:,} tokens, the longest row {logits['longest_row']:,}): "
+        f"- logits of {rows} rows ({logits['tokens']:,} tokens, the longest row {logits['longest_row']:,}): "
         f"largest difference {logits['max_difference']:.2g}, "
         f"{logits['max_relative_difference']:.2g} of the row's largest logit "
         f"(tolerance {logits['relative_tolerance']:g});\n"

@@ -15,7 +15,8 @@ def param_groups(model: nn.Module, weight_decay: float) -> list[dict]:
 
     Every parameter is in exactly one group; a group without parameters is left out.
     """
-    decaying, plain = [], []
+    decaying: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         is_matrix = parameter.dim() >= 2 and not name.startswith("position_embedding.")
         (decaying if is_matrix else plain).append(parameter)

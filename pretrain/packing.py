@@ -11,7 +11,7 @@ SEGMENT_DTYPE = np.dtype([("document", "<u4"), ("start", "<u4"), ("length", "<u4
 
 
 def pack(num_slots: np.ndarray, seq_len: int) -> tuple[np.ndarray, np.ndarray]:
-    """Packs documents into rows of at most `seq_len` slots.
+    """Pack documents into rows of at most `seq_len` slots.
 
     A document of n tokens has n - 1 slots: slot i shows token i and asks for token i + 1. A document of more
     than `seq_len` slots fills whole rows with its beginning; its rest is packed like any other document, so
@@ -39,7 +39,7 @@ def pack(num_slots: np.ndarray, seq_len: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _cut_into_segments(num_slots: np.ndarray, seq_len: int) -> np.ndarray:
-    """Cuts each document into pieces of `seq_len` slots and a rest."""
+    """Cut each document into pieces of `seq_len` slots and a rest."""
     num_pieces = -(-num_slots // seq_len)
     segments = np.empty(int(num_pieces.sum()), dtype=SEGMENT_DTYPE)
     document = np.repeat(np.arange(len(num_slots)), num_pieces)
@@ -52,7 +52,7 @@ def _cut_into_segments(num_slots: np.ndarray, seq_len: int) -> np.ndarray:
 
 
 def _best_fit(lengths: list[int], seq_len: int) -> np.ndarray:
-    """Gives each length, longest first, the row with the least free space that still holds it."""
+    """Give each length, longest first, the row with the least free space that still holds it."""
     rows = np.empty(len(lengths), dtype=np.int64)
     rows_by_space: dict[int, list[int]] = {}
     spaces: list[int] = []  # keys of rows_by_space in order

@@ -22,7 +22,7 @@ _IDENTITY_NAME = "identity.json"
 
 
 def build_row_tables(folder: str | Path, manifest: Manifest, seq_len: int) -> None:
-    """Packs both splits into rows of `seq_len` and stores the tables in `rows-<seq_len>`.
+    """Pack both splits into rows of `seq_len` and store the tables in `rows-<seq_len>`.
 
     The folder appears complete or not at all. Nothing is done if it is there for this very manifest.
 
@@ -57,7 +57,7 @@ def build_row_tables(folder: str | Path, manifest: Manifest, seq_len: int) -> No
 
 
 def _build_split(folder: Path, target: Path, manifest: Manifest, split: str, seq_len: int) -> None:
-    """Packs each shard and writes the split's three arrays; segments go to disk shard by shard."""
+    """Pack each shard and write the split's three arrays; segments go to disk shard by shard."""
     shards = manifest.shards(split)
     num_segments = 0
     for shard in shards:
@@ -104,12 +104,12 @@ class RowTable:
     """The rows of one split, read from disk when they are asked for."""
 
     def __init__(self, path: Path, segments: np.ndarray, offsets: np.ndarray, blocks: np.ndarray) -> None:
-        """Takes the three arrays of a split; use `open`."""
+        """Take the three arrays of a split; use `open`."""
         self._path, self._segments, self._offsets, self._blocks = path, segments, offsets, blocks
 
     @classmethod
     def open(cls, folder: str | Path, manifest: Manifest, split: str, seq_len: int) -> RowTable:
-        """Maps the table of a split.
+        """Map the table of a split.
 
         Raises:
             DataError: There is no table for this `seq_len`, it is of other shards, or it is damaged.
@@ -150,12 +150,12 @@ class RowTable:
         return np.diff(self._blocks)
 
     def locate(self, row: int) -> tuple[int, int]:
-        """Returns the block of the split's row number `row`, and its number there."""
+        """Return the block of the split's row number `row`, and its number there."""
         block = int(np.searchsorted(self._blocks, row, side="right")) - 1
         return block, row - int(self._blocks[block])
 
     def row(self, block: int, i: int) -> np.ndarray:
-        """Returns the segments of row `i` of a block, of `SEGMENT_DTYPE`; documents count within the block."""
+        """Return the segments of row `i` of a block, of `SEGMENT_DTYPE`; documents count within the block."""
         begin, end = self._offsets[self._blocks[block] + i : self._blocks[block] + i + 2].tolist()
         if not begin <= end <= len(self._segments):
             raise _damaged(self._path, f"row {i} of block {block} has segments {begin} to {end}")

@@ -82,15 +82,21 @@ class RunFolder:
 
     def _take_up(self, config: Config) -> int:
         saved = self.path / CONFIG_FILE
-        if saved.exists():
+        if list_steps(self.path / "checkpoints"):  # before the first checkpoint there is nothing to go on with
+            if not saved.exists():
+                raise ConfigError(
+                    f"{self.path}: has checkpoints and no {CONFIG_FILE}; expected both. Restore it, or use another "
+                    "run.dir."
+                )
             self._compare(load_config(saved), config)
-        elif list_steps(self.path / "checkpoints"):
-            raise ConfigError(f"{self.path}: has checkpoints and no {CONFIG_FILE}; expected both. Restore it, or use another run.dir.")
         write_text(saved, resolved_yaml(config))
-        tokenizer = self.path / TOKENIZER_FILE
-        if not tokenizer.exists():
-            tokenizer.write_bytes(Path(config.tokenizer.model).read_bytes())
         return self._write_environment()
+
+    def keep_tokenizer(self, model: bytes) -> None:
+        """Write the tokenizer's model file into the run folder, which thereby is all that generation needs."""
+        path = self.path / TOKENIZER_FILE
+        if not path.exists() or path.read_bytes() != model:
+            path.write_bytes(model)
 
     def _compare(self, old: Config, new: Config) -> None:
         refused = [
@@ -98,7 +104,9 @@ class RunFolder:
             if not change[0].startswith(FREE_TO_CHANGE) and change[0] not in new.run.allow_changes
         ]  # fmt: skip
         if refused:
-            lines = "\n".join(f"  {name}: {before!r} in the run folder, {after!r} now" for name, before, after in refused)
+            lines = "\n".join(
+                f"  {name}: {before!r} in the run folder, {after!r} now" for name, before, after in refused
+            )
             names = ", ".join(name for name, _, _ in refused)
             raise ConfigError(
                 f"{self.path}: belongs to another config; expected the same one:\n{lines}\n"
@@ -132,7 +140,7 @@ def environment() -> dict[str, Any]:
         except PackageNotFoundError:
             continue
     root = Path(__file__).resolve().parents[1]
-    commit = subprocess.run(["git", "-C", root, "describe", "--always", "--dirty"], capture_output=True, text=True)  # noqa: S607
+    commit = subprocess.run(["git", "-C", root, "describe", "--always", "--dirty"], capture_output=True, text=True)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
     return {
         "command": sys.argv, "versions": versions, "git_commit": commit.stdout.strip() or None, "host": platform.node(),
@@ -175,7 +183,9 @@ def load_run(run: str | Path, step: int | None = None) -> LoadedRun:
     path = Path(run)
     steps = list_steps(path / "checkpoints")
     if not steps:
-        raise ConfigError(f"{path}: holds no checkpoint; expected a run folder in which training has saved. Train first.")
+        raise ConfigError(
+            f"{path}: holds no checkpoint; expected a run folder in which training has saved. Train first."
+        )
     if step is not None and step not in steps:
         raise ConfigError(f"--step is {step}; expected one of the checkpoints in {path}: {', '.join(map(str, steps))}.")
     reader = _open_good(path, [step] if step is not None else list(reversed(steps)))
@@ -186,7 +196,9 @@ def load_run(run: str | Path, step: int | None = None) -> LoadedRun:
         for name, parameter in model.named_parameters():
             parameter.copy_(reader.read_whole(name))
     training = reader.training
-    return LoadedRun(model.eval(), config, tokenizer, reader.manifest["step"], training["num_tokens"], reader.folder, path)
+    return LoadedRun(
+        model.eval(), config, tokenizer, reader.manifest["step"], training["num_tokens"], reader.folder, path
+    )
 
 
 def _open_good(path: Path, steps: list[int]) -> CheckpointReader:

@@ -75,8 +75,8 @@ def check_optimizer(config: Config, plan: BatchPlan, ranks: Ranks) -> None:
     def complain() -> None:
         if worst > tolerance:
             raise TrainingError(
-                f"self-test: after {len(_SCALES)} steps of {config.optim.name} at ZeRO stage {engine.stage} a weight is "
-                f"{worst:.3g} from where torch's {config.optim.name} moves it; expected at most {tolerance:.3g}. "
+                f"self-test: after {len(_SCALES)} steps of {config.optim.name} at ZeRO stage {engine.stage} a weight "
+                f"is {worst:.3g} from where torch's {config.optim.name} moves it; expected at most {tolerance:.3g}. "
                 "The installed DeepSpeed does not do what was asked: use the pinned version."
             )
 

@@ -20,7 +20,7 @@ class DamagedDocumentError(DataError):
 
 
 def check_shards(folder: str | Path, shards: tuple[Shard, ...]) -> None:
-    """Checks that every tar and index is there, and every tar of the size that the manifest lists.
+    """Check that every tar and index is there, and every tar of the size that the manifest lists.
 
     Raises:
         DataError: Names the first shard that is missing, truncated or replaced, and how to mend it.
@@ -47,7 +47,7 @@ class ShardReader:
     """Reads single documents of one shard, each checked against its crc32."""
 
     def __init__(self, folder: str | Path, shard: Shard, dtype: str, verify_index: bool = True) -> None:
-        """Opens the tar and maps the index.
+        """Open the tar and map the index.
 
         Args:
             folder: Folder of the corpus.
@@ -71,7 +71,7 @@ class ShardReader:
         self._open()
 
     def read(self, document: int) -> np.ndarray:
-        """Returns the ids of one document, bos and eos included.
+        """Return the ids of one document, bos and eos included.
 
         Raises:
             DamagedDocumentError: The document is damaged on disk.
@@ -97,7 +97,7 @@ class ShardReader:
         )
 
     def close(self) -> None:
-        """Gives the file descriptor back."""
+        """Give the file descriptor back."""
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
@@ -123,13 +123,13 @@ class ShardCache:
     """Keeps the shards that are in use open, at most `capacity` of them: each takes two file descriptors."""
 
     def __init__(self, capacity: int = 128) -> None:
-        """Begins empty."""
+        """Begin empty."""
         self._capacity = capacity
         self._readers: OrderedDict[tuple[Path, str], ShardReader] = OrderedDict()
         self._verified: set[tuple[Path, str]] = set()
 
     def reader(self, folder: Path, shard: Shard, dtype: str) -> ShardReader:
-        """Returns an open reader; the one unused for longest makes room."""
+        """Return an open reader; the one unused for longest makes room."""
         key = (folder, shard.name)
         reader = self._readers.get(key)
         if reader is None:
@@ -142,6 +142,6 @@ class ShardCache:
         return reader
 
     def close(self) -> None:
-        """Closes all."""
+        """Close all."""
         while self._readers:
             self._readers.popitem()[1].close()

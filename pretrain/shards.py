@@ -95,7 +95,7 @@ class Manifest:
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def save(self, folder: str | Path) -> None:
-        """Writes `manifest.json` into `folder`, complete or not at all.
+        """Write `manifest.json` into `folder`, complete or not at all.
 
         Raises:
             DataError: The file cannot be written, for example because the disk is full.
@@ -108,7 +108,7 @@ class Manifest:
 
     @staticmethod
     def load(folder: str | Path) -> Manifest:
-        """Reads the manifest of a prepared corpus.
+        """Read the manifest of a prepared corpus.
 
         Raises:
             DataError: The corpus is not prepared, or the manifest is damaged or of another version.
@@ -136,7 +136,7 @@ class Manifest:
 
 
 def sync_folder(folder: str | Path) -> None:
-    """Makes renames inside `folder` survive a crash of the machine."""
+    """Make renames inside `folder` survive a crash of the machine."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -145,7 +145,7 @@ def sync_folder(folder: str | Path) -> None:
 
 
 def write_atomically(path: str | Path, content: bytes) -> None:
-    """Writes a file under a temporary name, syncs it and renames it: complete or absent."""
+    """Write a file under a temporary name, sync it and rename it: complete or absent."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp")
     try:
@@ -158,31 +158,6 @@ def write_atomically(path: str | Path, content: bytes) -> None:
         temporary.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
-
-
-def complete_shards(folder: str | Path, split: str) -> list[Shard]:
-    """Describes the complete shards of a split, from number 0 up to the first gap.
-
-    A `prepare` that was interrupted goes on after these. Both files of each shard are read and hashed.
-
-    Raises:
-        DataError: A shard's index is missing or damaged.
-    """
-    shards: list[Shard] = []
-    while (tar_path := Path(folder) / f"{split}-{len(shards):06d}.tar").exists():
-        name = tar_path.stem
-        index = _load_index(Path(folder), name)
-        shards.append(
-            Shard(
-                name=name,
-                num_bytes=tar_path.stat().st_size,
-                num_documents=len(index),
-                num_tokens=int(index["num_tokens"].sum(dtype=np.uint64)),
-                sha256=file_sha256(tar_path),
-                index_sha256=file_sha256(index_path(Path(folder), name)),
-            )
-        )
-    return shards
 
 
 class _HashedFile:
@@ -202,7 +177,7 @@ class _HashedFile:
         return len(data)
 
     def sync(self) -> str:
-        """Forces the bytes to disk, closes the file and returns its sha256."""
+        """Force the bytes to disk, close the file and return its sha256."""
         assert self._file is not None
         self._file.flush()
         os.fsync(self._file.fileno())
@@ -210,7 +185,7 @@ class _HashedFile:
         return self._sha256.hexdigest()
 
     def discard(self) -> None:
-        """Deletes the file. tarfile's stream writes once more when it is collected: that must not fail."""
+        """Delete the file. tarfile's stream writes once more when it is collected: that must not fail."""
         file, self._file = self._file, None
         if file is not None:
             try:
@@ -224,7 +199,7 @@ class ShardWriter:
     """Writes documents into shards of about `shard_bytes`, with bytes that depend on the documents alone."""
 
     def __init__(self, folder: str | Path, split: str, dtype: str, shard_bytes: int, first_shard: int = 0) -> None:
-        """Prepares the folder; files appear with the first document.
+        """Prepare the folder; files appear with the first document.
 
         Args:
             folder: Where the shards go; made if missing.
@@ -250,7 +225,7 @@ class ShardWriter:
         return f"{self._split}-{self._next_shard:06d}"
 
     def add(self, ids: np.ndarray) -> Shard | None:
-        """Appends one document.
+        """Append one document.
 
         Args:
             ids: Token ids, bos and eos included, of the shards' dtype or one that fits into it.
@@ -276,14 +251,14 @@ class ShardWriter:
         return None
 
     def close(self) -> Shard | None:
-        """Finishes the shard that is not full yet, if there is one, and returns it."""
+        """Finish the shard that is not full yet, if there is one, and return it."""
         try:
             return self._finish_shard() if self._file is not None else None
         except OSError as error:
             raise self._failure(error) from error
 
     def abort(self) -> None:
-        """Deletes the shard that is not complete; complete ones stay."""
+        """Delete the shard that is not complete; complete ones stay."""
         if self._file is not None:
             self._file.discard()
         self._file = self._tar = None

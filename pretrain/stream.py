@@ -81,7 +81,7 @@ class _RowReader:
         self._shards = ShardCache()
 
     def read(self, addresses: Sequence[_RowAddress]) -> tuple[Batch, list[str]]:
-        """Reads rows into one batch and names the damaged documents, whose place in the row stays empty."""
+        """Read rows into one batch and name the damaged documents, whose place in the row stays empty."""
         shape = (len(addresses), self._seq_len)
         tokens_BT = np.full(shape, _PAD_ID, dtype=np.int64)
         targets_BT = np.full(shape, IGNORED_TARGET, dtype=np.int64)
@@ -142,7 +142,7 @@ class _ReadAhead:
         self._thread.start()
 
     def take(self) -> StepRows:
-        """Returns the next step; raises what the thread raised, once the steps before it are taken."""
+        """Return the next step; raise what the thread raised, once the steps before it are taken."""
         with self._changed:
             self._changed.wait_for(lambda: self._steps or self._failure or self._stopped)
             if self._stopped:
@@ -154,7 +154,7 @@ class _ReadAhead:
             raise self._failure
 
     def stop(self) -> None:
-        """Ends the thread; a read that hangs in the file system is left behind, it does not hold up an exit."""
+        """End the thread; a read that hangs in the file system is left behind, it does not hold up an exit."""
         with self._changed:
             self._stopped = True
             self._changed.notify_all()
@@ -216,7 +216,7 @@ class TokenStream:
     def __init__(
         self, config: Config, batch_plan: BatchPlan, rank: int, tokenizer_fingerprint: str, cursor: int = 0
     ) -> None:
-        """Opens the corpora; reading begins with the first `next_step`.
+        """Open the corpora; reading begins with the first `next_step`.
 
         Args:
             config: Uses `data` and `run.seed`.
@@ -237,7 +237,7 @@ class TokenStream:
         self._closed = False
 
     def next_step(self) -> StepRows:
-        """Returns this rank's rows of the next step and moves the cursor past the step.
+        """Return this rank's rows of the next step and move the cursor past the step.
 
         Raises:
             DataError: A shard cannot be read.
@@ -264,7 +264,7 @@ class TokenStream:
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Goes to where another stream of the same plan was.
+        """Go to where another stream of the same plan was.
 
         Raises:
             DataError: The state belongs to another plan; names what differs.
@@ -280,7 +280,7 @@ class TokenStream:
         self.cursor = int(state["cursor"])
 
     def close(self) -> None:
-        """Ends the thread and closes the shards."""
+        """End the thread and close the shards."""
         self._stop_reading()
         self._closed = True
         self._read_step.close()
@@ -295,7 +295,7 @@ class ValRows:
     """
 
     def __init__(self, config: Config, tokenizer_fingerprint: str, max_rows: int) -> None:
-        """Opens the validation splits.
+        """Open the validation splits.
 
         Args:
             config: Uses `data`.
@@ -324,13 +324,13 @@ class ValRows:
         self._rows = _RowReader(config.data.seq_len)
 
     def batch(self, row_numbers: Sequence[int]) -> Batch:
-        """Reads the rows with these numbers, each from 0 to num_rows - 1."""
+        """Read the rows with these numbers, each from 0 to num_rows - 1."""
         batch, damaged = self._rows.read([self._locate(number) for number in row_numbers])
         self.damaged += [name for name in damaged if name not in self.damaged]
         return batch
 
     def close(self) -> None:
-        """Closes the shards."""
+        """Close the shards."""
         self._rows.close()
 
     def _locate(self, number: int) -> _RowAddress:

@@ -27,6 +27,7 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Map
         save_file(dict(tensors), path, metadata=dict(metadata))
     except SafetensorError as error:  # it wraps the operating system's errors
         raise OSError(str(error)) from None
+    path.chmod(path.parent.stat().st_mode & 0o666)  # safetensors lets nobody but the owner read
     with open(path, "rb+") as file:
         os.fsync(file.fileno())
     return path.stat().st_size, sha256_of(path)

@@ -25,7 +25,7 @@ from pretrain.model import Transformer
 from pretrain.run_folder import RunFolder, open_log
 from pretrain.schedule import lr_at
 from pretrain.self_test import check_optimizer
-from pretrain.stream import Batch, TokenStream, ValRows
+from pretrain.stream import Batch, StepRows, TokenStream, ValRows
 from pretrain.tokenizer import Tokenizer
 
 logger = logging.getLogger("longhaul")
@@ -76,11 +76,9 @@ def train(config: Config) -> int:
     Raises:
         LonghaulError: nothing was lost; the message says what to do.
     """
-    ranks = init_distributed(config.parallel.timeout_seconds)
-    try:
-        return train_on(config, ranks)
-    finally:
-        leave_distributed()
+    status = train_on(config, init_distributed(config.parallel.timeout_seconds))
+    leave_distributed()  # not after an error: the other ranks may be gone
+    return status
 
 
 def train_on(config: Config, ranks: Ranks) -> int:
@@ -111,6 +109,8 @@ def open_run(config: Config, ranks: Ranks, folder: RunFolder | None, stop: StopR
         folder.write_status("running", None, 0)
     plan = ranks.agree(lambda: BatchPlan.of(config, ranks.world_size))
     tokenizer = ranks.agree(lambda: Tokenizer(config.tokenizer.model))
+    if folder:
+        folder.keep_tokenizer(tokenizer.model_bytes)
     shape = resolve_shape(config.model, tokenizer.vocab_size, config.data.seq_len)
     stream = ranks.agree(lambda: TokenStream(config, plan, ranks.rank, tokenizer.fingerprint))
     cleanup.callback(stream.close)
@@ -165,7 +165,8 @@ def run_steps(run: Run) -> tuple[str, int, str]:
             save(run, last=True)
             return "done", EXIT_DONE, (
                 f"stopped early at step {progress.step}: the held-out loss has not fallen below "
-                f"{progress.best_counted_loss:.4f} for {config.eval.patience} evaluations; best step {progress.best_step}"
+                f"{progress.best_counted_loss:.4f} for {config.eval.patience} evaluations; best step "
+                f"{progress.best_step}"
             )  # fmt: skip
         if asked_to_stop and not at_end:
             save(run, last=True)
@@ -180,11 +181,8 @@ def run_steps(run: Run) -> tuple[str, int, str]:
 def train_step(run: Run) -> bool:
     """Do one optimizer update and report it; return whether any rank was asked to stop."""
     begin = time.perf_counter()
-    rows = run.stream.next_step()
+    rows, num_targets, num_damaged = read_rows(run)
     waited = time.perf_counter() - begin
-    num_targets, num_damaged = run.ranks.sum([rows.num_targets, len(rows.damaged)])
-    for document in rows.damaged:
-        logger.warning("step %d: %s is damaged and was masked", run.progress.step + 1, document)
     # DeepSpeed divides by micro-steps and ranks; what must remain is the sum over the step's targets / their number.
     scale = run.ranks.world_size * run.plan.num_micro_steps / max(num_targets, 1)
     loss_sum = torch.zeros((), device=run.ranks.device)
@@ -202,8 +200,32 @@ def train_step(run: Run) -> bool:
         loss=total_loss / max(num_targets, 1), grad_norm=result.grad_norm, lr=lr,
         step_seconds=time.perf_counter() - begin, data_wait_seconds=waited,
         memory_bytes=peak_memory_bytes(run.ranks.device), skipped_steps=0, epochs=run.stream.state()["epochs"],
-    ), result.applied, int(num_damaged))  # fmt: skip
+    ), result.applied, num_damaged)  # fmt: skip
     return stop_requests > 0
+
+
+def read_rows(run: Run) -> tuple[StepRows, int, int]:
+    """Take this rank's rows of the next step; return them and, over all ranks, the targets and damaged documents.
+
+    Raises:
+        LonghaulError: on all ranks, if any rank cannot read its rows.
+    """
+    rows, failure = StepRows([], 0, []), None
+    try:
+        rows = run.stream.next_step()
+    except LonghaulError as error:
+        failure = error
+    num_targets, num_damaged, num_failed = run.ranks.sum([rows.num_targets, len(rows.damaged), failure is not None])
+    if num_failed:
+        run.ranks.agree(lambda: _reraise(failure))
+    for document in rows.damaged:
+        logger.warning("step %d: %s is damaged and was masked", run.progress.step + 1, document)
+    return rows, int(num_targets), int(num_damaged)
+
+
+def _reraise(error: Exception | None) -> None:
+    if error is not None:
+        raise error
 
 
 def finish_step(run: Run, metrics: StepMetrics, applied: bool, num_damaged: int) -> None:
@@ -234,10 +256,13 @@ def judge(run: Run) -> Evaluation:
     """Evaluate on held-out documents; remember, and by choice save, the best so far."""
     assert run.val_rows is not None
     run.engine.train(False)
+    num_damaged = len(run.val_rows.damaged)
     result = evaluate(
         run.engine.forward, run.val_rows, run.tokenizer.token_bytes(), run.plan.micro_batch_size, run.ranks
     )
     run.engine.train()
+    for document in run.val_rows.damaged[num_damaged:]:
+        logger.warning("held-out %s is damaged and was not scored", document)
     progress = run.progress
     if run.log:
         run.log.evaluation(progress.step, progress.num_tokens, result.loss, result.perplexity, result.bits_per_byte)

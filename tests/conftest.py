@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+from tests.rank_helpers import prepare
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 TINY_CONFIG = """\
@@ -60,8 +59,5 @@ def write_tiny_corpus(folder: Path) -> Path:
 def tiny_config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A config file whose corpora and tokenizer have been prepared."""
     config = write_tiny_corpus(tmp_path_factory.mktemp("tiny") / "corpus")
-    done = subprocess.run(
-        [sys.executable, "launch/prepare.py", str(config)], cwd=ROOT, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr
+    prepare(config)
     return config

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from pretrain.batch_plan import BatchPlan
 from pretrain.config import Config
 from pretrain.row_table import build_row_tables
 from pretrain.shards import MANIFEST_VERSION, Manifest, Shard, ShardWriter
@@ -18,21 +18,20 @@ TOKENIZER = "a" * 64
 BOS, EOS, PAD = 1, 2, 3
 
 
-@dataclass(frozen=True)
-class Sizes:
-    """The fields of a BatchPlan that the stream uses."""
-
-    global_batch_size: int
-    rows_per_rank: int
-    micro_batch_size: int
-    num_micro_steps: int
-    seq_len: int
-
-    @classmethod
-    def of(cls, global_batch_size: int, world_size: int, micro_batch_size: int, seq_len: int) -> Sizes:
-        rows = global_batch_size // world_size
-        assert rows * world_size == global_batch_size and rows % micro_batch_size == 0
-        return cls(global_batch_size, rows, micro_batch_size, rows // micro_batch_size, seq_len)
+def batch_plan(global_batch_size: int, world_size: int, micro_batch_size: int, seq_len: int) -> BatchPlan:
+    """A step's sizes, without a config."""
+    rows_per_rank = global_batch_size // world_size
+    assert rows_per_rank * world_size == global_batch_size and rows_per_rank % micro_batch_size == 0
+    return BatchPlan(
+        global_batch_size=global_batch_size,
+        micro_batch_size=micro_batch_size,
+        num_micro_steps=rows_per_rank // micro_batch_size,
+        rows_per_rank=rows_per_rank,
+        seq_len=seq_len,
+        tokens_per_step=global_batch_size * seq_len,
+        num_steps=1,
+        world_size=world_size,
+    )
 
 
 def random_documents(num_documents: int, seed: int, vocab_size: int = 1000, mean: float = 30.0) -> list[np.ndarray]:

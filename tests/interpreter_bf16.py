@@ -14,7 +14,11 @@ import torch
 import triton.language as tl
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
-_cast, _binary, _convert = InterpreterBuilder.cast_impl, InterpreterBuilder.binary_op, InterpreterBuilder.create_fp_to_fp
+_cast, _binary, _convert = (
+    InterpreterBuilder.cast_impl,
+    InterpreterBuilder.binary_op,
+    InterpreterBuilder.create_fp_to_fp,
+)
 
 
 def _to_fp32(handle: TensorHandle) -> np.ndarray:

@@ -9,10 +9,21 @@ import os
 
 os.environ["TRITON_INTERPRET"] = "1"
 
-import interpreter_bf16  # noqa: E402
-import pytest  # noqa: E402
-import torch  # noqa: E402
-from norm_cases import DTYPES, KINDS, SHAPES, exact, implementations, inputs, measure, results, strided_ratio  # noqa: E402
+import pytest
+import torch
+
+from tests import interpreter_bf16
+from tests.norm_cases import (
+    DTYPES,
+    KINDS,
+    SHAPES,
+    exact,
+    implementations,
+    inputs,
+    measure,
+    results,
+    strided_ratio,
+)
 
 interpreter_bf16.install()
 torch.set_num_threads(1)
@@ -92,7 +103,7 @@ def test_operators_pass_opcheck(kind):
     x, residual, weight, bias = inputs(kind, (5, 24), torch.float32, "cpu", True)
     leaves = [x.requires_grad_(), residual.requires_grad_(), weight.requires_grad_()]
     ops, statistics = torch.ops.longhaul, torch.rand(5)
-    if kind == "rms":
+    if kind == "rmsnorm":
         torch.library.opcheck(ops.rms_norm.default, (leaves[0], leaves[2], 1e-5))
         torch.library.opcheck(ops.add_rms_norm.default, (*leaves, 1e-5))
         backward = (x.detach(), residual.detach(), x.detach(), weight.detach(), statistics)
@@ -111,3 +122,18 @@ def test_the_same_bits_every_time(kind):
     grads = [torch.randn(33, 64), torch.randn(33, 64)]
     first, second = results(norm, arguments, grads), results(norm, arguments, grads)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_that_lie_past_two_to_the_31(kind):
+    stride = 2**30
+    try:
+        memory = torch.empty(2 * stride + 64, dtype=torch.float16)  # address space; only three pages are touched
+    except RuntimeError:
+        pytest.skip("4 GiB of address space cannot be had")
+    far = memory.as_strided((3, 64), (stride, 1))
+    near, _, weight, bias = inputs(kind, (3, 64), torch.float16, "cpu", False)
+    far.copy_(near)
+    norm, _ = implementations(kind, False)
+    found = [results(norm, [x, None, weight, bias], [near]) for x in (far, near)]
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))

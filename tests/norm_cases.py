@@ -11,7 +11,7 @@ from torch import Tensor
 from kernels.layer_norm import add_layer_norm, add_layer_norm_truth, layer_norm, layer_norm_truth
 from kernels.rms_norm import add_rms_norm, add_rms_norm_truth, rms_norm, rms_norm_truth
 
-KINDS = ("rms", "layer", "layer_without_bias")
+KINDS = ("rmsnorm", "layernorm", "layernorm_without_bias")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 SHAPES = ((1, 1), (5, 7), (1, 64), (5, 192), (199, 64), (5, 760), (7, 1128))
 EPS = 1e-5
@@ -32,7 +32,7 @@ def poisoned_memory() -> Iterator[None]:
 
 def implementations(kind: str, with_residual: bool) -> tuple[Norm, Norm]:
     """Return the operation and its truth, both called as f(x, residual, weight, bias)."""
-    if kind == "rms":
+    if kind == "rmsnorm":
         if with_residual:
             return (
                 lambda x, r, w, b: add_rms_norm(x, r, w, EPS),
@@ -50,7 +50,7 @@ def implementations(kind: str, with_residual: bool) -> tuple[Norm, Norm]:
 def exact(kind: str, x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, ...]:
     """Compute the norm in the precision of its arguments, written independently of the truths."""
     total = x if residual is None else x + residual
-    centred = total if kind == "rms" else total - total.mean(-1, keepdim=True)
+    centred = total if kind == "rmsnorm" else total - total.mean(-1, keepdim=True)
     y = centred / (centred.pow(2).mean(-1, keepdim=True) + EPS).sqrt() * weight
     y = y if bias is None else y + bias
     return (y,) if residual is None else (y, total)
@@ -64,7 +64,7 @@ def inputs(kind: str, shape: tuple[int, int], dtype: torch.dtype, device: str, w
         return torch.randn(size, generator=generator).to(device, dtype)
 
     x, weight, bias = draw(*shape) * 1.5 + 0.5, 1.0 + 0.2 * draw(shape[1]), draw(shape[1])
-    return [x, draw(*shape) if with_residual else None, weight, bias if kind == "layer" else None]
+    return [x, draw(*shape) if with_residual else None, weight, bias if kind == "layernorm" else None]
 
 
 def results(norm: Norm, arguments: list, grads: list[Tensor]) -> list[Tensor]:

@@ -42,9 +42,11 @@ def train_plainly(config_path: Path, overrides: list[str]) -> tuple[list[float],
         optimizer.zero_grad()
         total = 0.0
         for batch in rows.micro_batches:
-            loss = model(batch.tokens_BT, batch.targets_BT, batch.doc_start_BT, batch.row_ids_B, step) / rows.num_targets
+            loss = (
+                model(batch.tokens_BT, batch.targets_BT, batch.doc_start_BT, batch.row_ids_B, step) / rows.num_targets
+            )
             loss.backward()
-            total += float(loss)
+            total += float(loss.detach())
         if config.optim.clip_norm > 0:
             torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip_norm)
         for group in optimizer.param_groups:

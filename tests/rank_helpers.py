@@ -14,6 +14,22 @@ from pretrain.checkpoint_files import CheckpointReader, folder_name, list_steps
 ROOT = Path(__file__).resolve().parents[1]
 
 
+def run_command(
+    *arguments: str | Path, timeout: float = 120, cwd: Path = ROOT, **environment: str
+) -> subprocess.CompletedProcess:
+    """Run one of the commands as a user does: `run_command("launch/prepare.py", config)`."""
+    command = [sys.executable, *map(str, arguments)]
+    return subprocess.run(
+        command, cwd=cwd, env=os.environ | environment, capture_output=True, text=True, timeout=timeout
+    )
+
+
+def prepare(config: Path, *overrides: str) -> None:
+    """Run `launch/prepare.py`, which must succeed."""
+    done = run_command("launch/prepare.py", config, *overrides, timeout=300)
+    assert done.returncode == 0, done.stderr
+
+
 def start_ranks(script: str, arguments: list[str], num_ranks: int, log: Path) -> list[subprocess.Popen]:
     """Start `num_ranks` processes of a script as a launcher would."""
     with socket.socket() as probe:

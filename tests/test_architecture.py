@@ -19,12 +19,12 @@ FILES = sorted(path.relative_to(ROOT) for package in PACKAGES for path in (ROOT 
 
 # A module imports modules of lower tiers only. `kernels` is below all of them.
 TIERS = (
-    "errors config spellings",
+    "errors config spellings hardware",
     "config_docs schedule batch_plan packing families console",
-    "checks tokenizer sources shards tensor_files distributed layers dropout",
-    "settings hf_tokenizer row_table model optim",
-    "data_plan engine checkpoint metrics guard",
-    "stream run_folder",
+    "checks tokenizer sources shards tensor_files distributed layers family_table model_card",
+    "settings hf_tokenizer row_table model optim checkpoint_files shard_reader journal workers",
+    "data_plan engine metrics guard",
+    "checkpoint stream run_folder",
     "evaluate generate hf_export self_test",
     "train prepare convert quickstart",
 )
@@ -44,10 +44,14 @@ FILE_OF_LIBRARY = {
     "zstandard": "pretrain/sources.py",
 }
 # Data is prepared on machines that have no use for torch, and its start-up is quick without it.
-WITHOUT_TORCH = "tokenizer sources shards packing row_table data_plan prepare settings checks config families schedule"
+WITHOUT_TORCH = (
+    "config settings checks families schedule batch_plan packing tokenizer hf_tokenizer sources shards shard_reader"
+    " row_table data_plan journal workers prepare"
+)
 
 MAX_FILE_LINES = 400
 MAX_BODY_LINES = 60
+MAX_COMMAND_LINES = 70
 MAX_OPTIONS = 150
 
 # Words by which code calls a section, beside its own name and `section`.
@@ -142,13 +146,15 @@ def test_every_option_is_read() -> None:
                 word = base.attr if isinstance(base, ast.Attribute) else base.id if isinstance(base, ast.Name) else ""
                 reads.add((word.lstrip("_").removesuffix("_section"), node.attr))
     keys = Counter(name.rpartition(".")[2] for name, option in options().items() if not option.section)
+    dead = []
     for name, option in options().items():
         if option.section:
             continue
         section, _, key = name.rpartition(".")
         words = {section, "section", *SECTION_WORDS.get(section, ())}
-        read = any(found == key and (keys[key] == 1 or word in words) for word, found in reads)
-        assert read, f"{name} is an option that nothing reads"
+        if not any(found == key and (keys[key] == 1 or word in words) for word, found in reads):
+            dead.append(name)
+    assert dead == [], "options that nothing reads"
 
 
 def test_options_are_few() -> None:
@@ -171,4 +177,4 @@ def test_no_command_has_the_name_of_a_standard_module() -> None:
 def test_commands_guard_sys_path(path: Path) -> None:
     text = (ROOT / path).read_text(encoding="utf-8")
     assert "sys.path[0] = str(Path(__file__).resolve().parents[1])" in text, f"{path} lacks the guard"
-    assert len(text.splitlines()) <= 60, f"{path} is not thin: move it to pretrain/"
+    assert len(text.splitlines()) <= MAX_COMMAND_LINES, f"{path} is not thin: move it to pretrain/"

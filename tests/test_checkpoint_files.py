@@ -7,12 +7,24 @@ import json
 import pytest
 import torch
 
-from pretrain.checkpoint_files import FORMAT_VERSION, CheckpointReader, Piece, find_uncovered, list_steps, tensor_key
+from pretrain.checkpoint_files import (
+    FORMAT_VERSION,
+    CheckpointReader,
+    Piece,
+    find_uncovered,
+    list_steps,
+    manifest_digest,
+    tensor_key,
+)
 from pretrain.errors import CheckpointError
 from pretrain.tensor_files import write_tensors
 
 WHOLE = torch.arange(24, dtype=torch.float32)
 CUTS = {"rank-00000.safetensors": (0, 7), "rank-00001.safetensors": (7, 10), "rank-00002.safetensors": (17, 7)}
+
+
+def seal(path, manifest):
+    (path / "manifest.json").write_text(json.dumps(manifest | {"sha256": manifest_digest(manifest)}))
 
 
 @pytest.fixture
@@ -29,7 +41,7 @@ def folder(tmp_path):
         pieces.append([name, start, length])
     manifest = {"format_version": FORMAT_VERSION, "step": 12, "training": {}, "about": {}, "states": ["master", "exp_avg"],
                 "parameters": {"w": {"shape": [4, 6], "fragments": pieces[::-1]}}, "files": files}  # fmt: skip
-    (path / "manifest.json").write_text(json.dumps(manifest))
+    seal(path, manifest)
     return path
 
 
@@ -74,9 +86,15 @@ def test_a_bad_manifest_is_refused(folder, content):
         CheckpointReader(folder)
 
 
+def test_a_changed_manifest_is_refused(folder):
+    path = folder / "manifest.json"
+    path.write_text(path.read_text().replace('"step": 12', '"step": 13'))
+    with pytest.raises(CheckpointError, match="its sha256 is not the one that was written"):
+        CheckpointReader(folder)
+
+
 def test_a_newer_format_is_refused(folder):
-    manifest = json.loads((folder / "manifest.json").read_text()) | {"format_version": FORMAT_VERSION + 1}
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    seal(folder, CheckpointReader(folder).manifest | {"format_version": FORMAT_VERSION + 1})
     with pytest.raises(CheckpointError, match=f"format version is {FORMAT_VERSION + 1}; expected {FORMAT_VERSION}"):
         CheckpointReader(folder)
 

@@ -9,8 +9,10 @@ import pytest
 
 from pretrain.batch_plan import BatchPlan
 from pretrain.config import Config
+from pretrain.errors import ConfigError
 from pretrain.families import ModelShape, num_parameters, resolve_shape
 from pretrain.settings import load_config, resolved_yaml
+from tests.rank_helpers import losses, prepare, run_cases
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -89,3 +91,48 @@ def test_shrinking_keeps_the_features(path: Path) -> None:
     assert (shape_of(small).num_kv_heads < 4) == (shape_of(full).num_kv_heads < shape_of(full).num_heads)
     assert num_parameters(shape_of(small)) < 300_000
     assert small.parallel == full.parallel
+
+
+@pytest.mark.launches
+def test_every_config_trains_two_steps_at_a_shrunken_size(tiny_config: Path, tmp_path: Path) -> None:
+    prepare(tiny_config, "data.seq_len=64")  # adds the row table of this length
+    folder = tiny_config.parent
+    data = [
+        f"tokenizer.model={folder}/tokenizer.model",
+        f"data.sources=[{{name: code, shards: {folder}/shards/code}}]",
+        "log.tensorboard=false",
+    ]
+    cases = [
+        {"config": str(path), "overrides": [*shrink(load_config(path)), *data, f"run.dir={tmp_path}/{path.stem}"]}
+        for path in CONFIGS
+    ]
+    assert run_cases(tiny_config, cases, 2, tmp_path / "ranks") == ["done"] * len(CONFIGS)
+    for path in CONFIGS:
+        first, second = losses(tmp_path / path.stem)
+        assert 5.5 < first < 7.0 and second < 7.0  # ln(512) is 6.24
+
+
+def test_the_readmes_config_loads(tmp_path: Path) -> None:
+    [block] = re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    (tmp_path / "mine.yaml").write_text(block, encoding="utf-8")
+    config = load_config(tmp_path / "mine.yaml")
+    assert BatchPlan.of(config, 32).num_micro_steps == 1  # as its batch script asks for
+
+
+def test_the_guides_error_messages_are_true(tmp_path: Path) -> None:
+    text = """tokenizer: {model: t.model, vocab_size: 32000}
+data:
+  sources:
+    - {name: mine, paths: [corpus], shards: data/mine}
+  seq_len: 2048
+
+model: {hidden_size: 1024, num_layers: 24, num_heads: 16}
+optim: {lr: '6e-4'}
+train: {num_steps: 20000, global_batch_size: 256, micro_batch_size: 12}
+"""
+    guide = (ROOT / "docs/getting-started.md").read_text(encoding="utf-8")
+    for wrong in (text, text.replace("hidden_size", "dim").replace("'6e-4'", "6e-4")):
+        (tmp_path / "mine.yaml").write_text(wrong, encoding="utf-8")
+        with pytest.raises(ConfigError) as caught:
+            load_config(tmp_path / "mine.yaml")
+        assert "error: " + str(caught.value).replace(f"{tmp_path}/", "") + "\n```" in guide

@@ -32,11 +32,15 @@ def test_a_file_gets_plain_lines_when_due():
     assert stream.getvalue() == "step 2\n"
 
 
-@pytest.mark.parametrize(("seconds", "text"), [(0.4, "0s"), (59, "59s"), (185, "3m05s"), (7620, "2h07m"), (356400, "4d03h")])
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.4, "0s"), (59, "59s"), (185, "3m05s"), (7620, "2h07m"), (356400, "4d03h")]
+)
 def test_durations(seconds, text):
     assert format_duration(seconds) == text
 
 
-@pytest.mark.parametrize(("value", "text"), [(950, "950"), (12345, "12.3k"), (4.56e6, "4.56M"), (7.89e9, "7.89B"), (1e12, "1T")])
+@pytest.mark.parametrize(
+    ("value", "text"), [(950, "950"), (12345, "12.3k"), (4.56e6, "4.56M"), (7.89e9, "7.89B"), (1e12, "1T")]
+)
 def test_counts(value, text):
     assert format_count(value) == text

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from data_helpers import make_config, make_corpus, random_documents
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pretrain import data_plan
 from pretrain.data_plan import CorpusOrder, DataPlan, mixture_slots, open_plan, permutation, spread_slots
 from pretrain.errors import ConfigError, DataError
+from tests.data_helpers import make_config, make_corpus, random_documents
 
 SIZES = {"web": [13, 40, 7, 22, 31, 18], "code": [9, 11], "books": [25, 4, 60]}
 WEIGHTS = {"web": 0.7, "code": 0.2, "books": 0.1}
@@ -23,9 +23,16 @@ def make_plan(names=("web", "code", "books"), seed=7, window_shards=2, weights=W
     return DataPlan(corpora, seed, window_shards, identity or {"data.seq_len": 32})
 
 
-def test_permutations_are_the_ones_of_the_first_release():
+def test_the_order_is_the_one_of_the_first_release():
     # Other values mean that runs which exist would go on with another order.
     assert permutation(12, 1, "web", 0).tolist() == [6, 8, 1, 2, 3, 10, 0, 7, 4, 11, 5, 9]
+    assert [make_plan().locate(t) for t in (0, 1, 2, 1000, 10**8)] == [
+        (0, 0, 3, 21),
+        (0, 0, 3, 2),
+        (1, 0, 1, 10),
+        (0, 5, 3, 9),
+        (0, 534313, 1, 30),
+    ]
     assert make_plan().hash == "9e2063039e0140cc5fb2e7bbf1e065b209763854e92e6e10e4aae9170def19ff"
 
 
@@ -164,7 +171,7 @@ def test_open_plan_reads_row_counts_and_fingerprints(folders):
     for corpus in corpora:
         assert plan.pieces[f"manifest of {corpus.name}"] == corpus.manifest.fingerprint()
         assert plan.pieces[f"rows of {corpus.name}"] == corpus.rows.num_rows
-    assert plan.pieces["share of web"] == "3072/4096"
+    assert plan.pieces["share of web"] == "3072/4096" and plan.pieces["tokenizer"] == "a" * 64
     assert plan.hash != open_plan(make_config(folders, seed=2), "a" * 64)[0].hash
 
 

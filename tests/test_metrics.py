@@ -78,5 +78,7 @@ def test_tensorboard_shows_one_value_a_step_after_a_restart(tmp_path):
     log.close()
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(1, 9.0), (2, 5.0), (3, 5.0), (4, 5.0)]
-    assert {"eval/loss", "eval/perplexity", "eval/bits_per_byte", "train/lr", "train/epoch/code"} <= set(events.Tags()["scalars"])
+    assert {"eval/loss", "eval/perplexity", "eval/bits_per_byte", "train/lr", "train/epoch/code"} <= set(
+        events.Tags()["scalars"]
+    )
     assert [line["step"] for line in read(tmp_path)] == [1, 2, 3, 4, 4, 4]

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from data_helpers import flip_bit, random_documents, write_shards
 
 from pretrain import shard_reader
 from pretrain.errors import DataError
 from pretrain.shard_reader import DamagedDocumentError, ShardCache, ShardReader, check_shards
 from pretrain.shards import load_index
+from tests.data_helpers import flip_bit, random_documents, write_shards
 
 
 @pytest.fixture

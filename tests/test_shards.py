@@ -1,16 +1,33 @@
 """Shards: any webdataset reader gets the documents, bytes are reproducible, a failure leaves nothing half."""
 
+import gc
+import hashlib
 import json
 import tarfile
+import warnings
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import webdataset
-from data_helpers import document, file_size_limit, make_corpus, random_documents, write_shards
 
 from pretrain.errors import DataError
-from pretrain.shards import Manifest, ShardWriter, complete_shards, load_index
+from pretrain.shards import Manifest, ShardWriter, load_index
+from tests.data_helpers import document, file_size_limit, make_corpus, random_documents, write_shards
+
+
+def names_of(shards):
+    """The files that make up complete shards."""
+    return sorted(name for shard in shards for name in (f"{shard.name}.tar", f"{shard.name}.index.npy"))
+
+
+def check_described_as_written(folder, shards):
+    for shard in shards:
+        tar, index = (folder / f"{shard.name}{suffix}" for suffix in (".tar", ".index.npy"))
+        assert hashlib.sha256(tar.read_bytes()).hexdigest() == shard.sha256
+        assert hashlib.sha256(index.read_bytes()).hexdigest() == shard.index_sha256
+        assert tar.stat().st_size == shard.num_bytes
+        assert np.load(index)["num_tokens"].sum() == shard.num_tokens
 
 
 def files_of(folder):
@@ -22,7 +39,10 @@ def test_webdatasets_own_reader_gives_the_documents(tmp_path, dtype, num_documen
     random = np.random.default_rng(0)
     documents = [document(random.integers(4, 60_000, length), dtype) for _ in range(num_documents)]
     (shard,) = write_shards(tmp_path, "train", documents, shard_bytes=1 << 30)
-    samples = list(webdataset.WebDataset(str(tmp_path / "train-000000.tar"), shardshuffle=False))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)  # webdataset leaves its files to the garbage collector
+        samples = list(webdataset.WebDataset(str(tmp_path / "train-000000.tar"), shardshuffle=False))
+        gc.collect()
     assert [s["__key__"] for s in samples] == [f"train-000000/{i:06d}" for i in range(len(samples))]
     assert len(samples) == 3 if num_documents == 3 else 3 < len(samples) < 10
     ids = np.frombuffer(b"".join(s["bin"] for s in samples), dtype=np.dtype(dtype).newbyteorder("<"))
@@ -31,8 +51,11 @@ def test_webdatasets_own_reader_gives_the_documents(tmp_path, dtype, num_documen
         np.testing.assert_array_equal(got, expected)
 
 
-def test_index_offsets_point_at_the_documents(tmp_path):
+@pytest.mark.parametrize("length", [None, 510, 524_286])  # members of exactly 1 MiB need no filling up
+def test_index_offsets_point_at_the_documents(tmp_path, length):
     documents = random_documents(3000, seed=1, mean=400)
+    if length:
+        documents = [document(np.arange(length) % 999 + i) for i in range((3 << 20) // (2 * length))]
     (shard,) = write_shards(tmp_path, "val", documents, shard_bytes=1 << 30)
     content = (tmp_path / "val-000000.tar").read_bytes()
     assert len(content) == shard.num_bytes and len(content) > 2 << 20
@@ -56,7 +79,8 @@ def test_bytes_depend_on_the_documents_alone(tmp_path):
 def test_shards_are_described_as_written_and_end_at_shard_bytes(tmp_path):
     documents = random_documents(500, seed=3)
     shards = write_shards(tmp_path, "train", documents, shard_bytes=8192)
-    assert list(shards) == complete_shards(tmp_path, "train")
+    assert [shard.name for shard in shards] == [f"train-{i:06d}" for i in range(len(shards))]
+    check_described_as_written(tmp_path, shards)
     assert sum(shard.num_documents for shard in shards) == len(documents)
     assert sum(shard.num_tokens for shard in shards) == sum(map(len, documents))
     assert all(shard.num_bytes < 8192 + 10240 + 2 * max(map(len, documents)) for shard in shards)
@@ -66,9 +90,8 @@ def test_an_interrupted_writer_goes_on_with_the_same_bytes(tmp_path):
     documents = random_documents(400, seed=4)
     write_shards(tmp_path / "whole", "train", documents)
     writer = ShardWriter(tmp_path / "cut", "train", "uint16", 8192)
-    for one in documents[:250]:
-        writer.add(one)  # and then the process is killed: temporary files stay
-    kept = complete_shards(tmp_path / "cut", "train")
+    kept = [shard for one in documents[:250] if (shard := writer.add(one))]
+    writer._file._file.close()  # as if the process were killed here: temporary files stay
     num_kept = sum(shard.num_documents for shard in kept)
     assert 0 < num_kept < 250
     again = ShardWriter(tmp_path / "cut", "train", "uint16", 8192, first_shard=len(kept))
@@ -82,9 +105,7 @@ def test_abort_leaves_complete_shards_only(tmp_path):
     writer = ShardWriter(tmp_path, "train", "uint16", 8192)
     shards = [shard for one in random_documents(200, seed=5) if (shard := writer.add(one))]
     writer.abort()
-    assert shards and sorted(files_of(tmp_path)) == sorted(
-        name for shard in shards for name in (f"{shard.name}.tar", f"{shard.name}.index.npy")
-    )
+    assert shards and sorted(files_of(tmp_path)) == names_of(shards)
     assert writer.close() is None
 
 
@@ -101,7 +122,8 @@ def test_full_disk_is_a_data_error_that_says_what_is_kept(tmp_path):
                 shards += [shard] if shard else []
                 if len(shards) == 2:
                     writer._shard_bytes = 1 << 30
-    assert complete_shards(tmp_path, "train") == shards and len(files_of(tmp_path)) == 4
+    assert len(shards) == 2 and sorted(files_of(tmp_path)) == names_of(shards)
+    check_described_as_written(tmp_path, shards)
 
 
 def test_ids_that_do_not_fit_the_dtype_are_refused(tmp_path):
@@ -111,7 +133,7 @@ def test_ids_that_do_not_fit_the_dtype_are_refused(tmp_path):
 
 def test_no_documents_make_no_shard(tmp_path):
     assert ShardWriter(tmp_path / "none", "val", "uint16", 8192).close() is None
-    assert complete_shards(tmp_path / "none", "val") == []
+    assert not (tmp_path / "none").exists()
 
 
 def test_manifest_round_trip_and_fingerprint(tmp_path):

@@ -11,18 +11,6 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
-from data_helpers import (
-    BOS,
-    EOS,
-    PAD,
-    TOKENIZER,
-    Sizes,
-    document,
-    flip_bit,
-    make_config,
-    make_corpus,
-    random_documents,
-)
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -30,6 +18,18 @@ from pretrain import stream as stream_module
 from pretrain.errors import DataError
 from pretrain.shards import load_index
 from pretrain.stream import IGNORED_TARGET, TokenStream, ValRows
+from tests.data_helpers import (
+    BOS,
+    EOS,
+    PAD,
+    TOKENIZER,
+    batch_plan,
+    document,
+    flip_bit,
+    make_config,
+    make_corpus,
+    random_documents,
+)
 
 GLOBAL_BATCH = 12
 NUM_STEPS = 10
@@ -45,7 +45,7 @@ def folders(tmp_path_factory):
 
 
 def make_stream(folders, rank=0, world_size=1, micro_batch_size=1, prefetch_steps=2, cursor=0, **config):
-    sizes = Sizes.of(GLOBAL_BATCH, world_size, micro_batch_size, seq_len=32)
+    sizes = batch_plan(GLOBAL_BATCH, world_size, micro_batch_size, seq_len=32)
     config = make_config(folders, prefetch_steps=prefetch_steps, **config)
     return TokenStream(config, sizes, rank, TOKENIZER, cursor)
 
@@ -348,8 +348,8 @@ def test_threads_end_with_their_streams(folders):
 
 def test_the_interpreter_exits_while_a_stream_reads_ahead(folders):
     program = (
-        "import sys; sys.path[:0] = ['.', 'tests']\n"
-        "from pathlib import Path; from test_stream import make_stream\n"
+        "import sys; sys.path.insert(0, '.')\n"
+        "from pathlib import Path; from tests.test_stream import make_stream\n"
         f"stream = make_stream({{Path({str(next(iter(folders)))!r}): 1.0}}, prefetch_steps=50)\n"
         "stream.next_step(); print(stream.cursor)"
     )

@@ -136,7 +136,9 @@ def test_steps_that_are_not_finite_are_skipped_or_end_the_run(tiny_config, tmp_p
         reader = newest(tmp_path / f"z{stage}")
         assert reader.training["progress"]["num_skipped"] == 2
         assert reader.training["optimizer_step"] == 18
-        assert all(bool(torch.isfinite(reader.read_whole(name, s)).all()) for name in reader.shapes for s in reader.states)
+        assert all(
+            bool(torch.isfinite(reader.read_whole(name, s)).all()) for name in reader.shapes for s in reader.states
+        )
         bad = outcomes[2 * index + 1]
         assert bad.startswith("TrainingError: step 7: gradients are not finite for 3 steps in a row"), bad
         status = json.loads((tmp_path / f"z{stage}-bad" / "status.json").read_text())
@@ -158,7 +160,10 @@ def test_damaged_checkpoints_are_passed_over_and_never_begin_anew(tiny_config, t
     events = [(line["step"], line["event"]) for line in metric_lines(run) if "event" in line]
     assert (12, "checkpoint_damaged") in events and (16, "checkpoint_damaged") in events
     assert losses(run)[:20] == losses(tmp_path / "still")  # the damaged 13 and 20 were not used, and nothing was lost
-    assert {p.name for p in (run / "checkpoints").glob("*.damaged")} >= {"step-00000013.damaged", "step-00000020.damaged"}
+    assert {p.name for p in (run / "checkpoints").glob("*.damaged")} >= {
+        "step-00000013.damaged",
+        "step-00000020.damaged",
+    }
     for manifest in (run / "checkpoints").glob("step-*/manifest.json"):
         manifest.write_text("{}")
     outcome = run_cases(tiny_config, [{"overrides": [*common, "train.num_steps=24"]}], 2, tmp_path / "again")

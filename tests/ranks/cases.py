@@ -23,7 +23,7 @@ from pretrain.settings import load_config
 
 def run_case(case: dict, config_path: str, ranks) -> str:
     """Run one case; return `done`, `stopped` or the error's text."""
-    config = load_config(config_path, case["overrides"])
+    config = load_config(case.get("config", config_path), case["overrides"])
     if "damage" in case:  # flip a bit of the newest checkpoint
         if ranks.is_first:
             path = sorted((Path(config.run.dir) / "checkpoints").glob("step-*[0-9]"))[-1] / case["damage"]
@@ -77,4 +77,9 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(
+        status
+    )  # threads of gloo can abort a process that is done ("terminate called without an active exception")

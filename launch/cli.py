@@ -1,0 +1,51 @@
+"""The commands under one name: `longhaul train CONFIG` is `python launch/pretrain.py CONFIG`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+
+if sys.path[0] == str(Path(__file__).resolve().parent):  # run as a file: launch/ would shadow the package `pretrain`
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+COMMANDS = {  # name: (module of launch, what it does)
+    "prepare": ("prepare", "turn raw text into a tokenizer and shards"),
+    "train": ("pretrain", "train, or go on from the newest good checkpoint"),
+    "evaluate": ("evaluate", "held-out loss, perplexity and bits per byte of a run"),
+    "generate": ("generate", "sample text from a run"),
+    "convert": ("convert", "convert a checkpoint for other software, and verify it"),
+    "quickstart": ("quickstart", "the whole journey on a small config, offline"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the named command with the arguments after its name; return its exit status."""
+    name, *rest = (sys.argv[1:] if argv is None else list(argv)) or ["--help"]
+    if name in ("-h", "--help"):
+        print(usage())
+        return 0
+    if name not in COMMANDS:
+        print(f"error: command is {name!r}; expected one of {', '.join(COMMANDS)}.\n\n{usage()}", file=sys.stderr)
+        return 2
+    status = import_module(f"launch.{COMMANDS[name][0]}").main(rest)
+    return int(status or 0)
+
+
+def usage() -> str:
+    """Return the help text."""
+    lines = [f"  {name:<12}{purpose}" for name, (_, purpose) in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: longhaul COMMAND ...\n\ncommands:",
+            *lines,
+            "\n`longhaul COMMAND --help` shows a command's arguments. `longhaul train` starts one process; more ranks:",
+            "  deepspeed --num_gpus 8 launch/pretrain.py configs/llama-350m.yaml",
+            "  torchrun --nproc-per-node 8 -m launch.pretrain configs/llama-350m.yaml",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,255 @@
+"""The whole journey on one small config, offline: each stage is a command that users run themselves.
+
+prepare -> train -> evaluate -> generate -> convert -> load the export in a process that knows transformers only. What
+is finished is found finished when it is run again.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import lzma
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pretrain.config import Config
+from pretrain.console import format_duration
+from pretrain.errors import EXIT_STOPPED, LonghaulError, TrainingError
+from pretrain.settings import load_config
+from pretrain.shard_reader import ShardReader
+from pretrain.shards import Manifest
+from pretrain.tokenizer import Tokenizer
+
+ROOT = Path(__file__).resolve().parents[1]
+PROMPT = "def "
+NUM_STAGES = 6
+DEEPSPEED_PORT = 29500  # its launcher's default
+
+# Runs where nothing of this project is imported: what anyone who is given the export folder would write.
+LOAD_WITH_TRANSFORMERS = """\
+import sys, transformers
+transformers.utils.logging.set_verbosity_error()
+transformers.utils.logging.disable_progress_bar()
+tokenizer = transformers.AutoTokenizer.from_pretrained(sys.argv[1])
+model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1])
+ids = tokenizer(sys.argv[2], return_tensors="pt")
+print(f"transformers {transformers.__version__}: {type(model).__name__}, {model.num_parameters():,} parameters")
+print(tokenizer.decode(model.generate(**ids, max_new_tokens=40, do_sample=False)[0], skip_special_tokens=True))
+"""
+
+
+@dataclass
+class _Progress:
+    """Seconds of each stage so far."""
+
+    begin: float = field(default_factory=time.perf_counter)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+def quickstart(config_path: str | Path, overrides: Sequence[str] = ()) -> None:
+    """Run every stage and print a summary.
+
+    Args:
+        config_path: YAML file.
+        overrides: `option=value`; on a GPU `train.precision=bf16` is put before them.
+
+    Raises:
+        LonghaulError: a stage failed or was stopped; its own message is above.
+    """
+    progress = _Progress()
+    on_gpu = torch.cuda.is_available()
+    overrides = [*(["train.precision=bf16"] if on_gpu else []), *overrides]
+    config = load_config(config_path, overrides)
+    num_available = torch.cuda.device_count() if on_gpu else min(2, len(os.sched_getaffinity(0)))
+    num_ranks, micro_batch_size = divide(config.train.global_batch_size, config.train.micro_batch_size, num_available)
+    if micro_batch_size != config.train.micro_batch_size:
+        overrides.append(f"train.micro_batch_size={micro_batch_size}")
+    arguments = [str(config_path), *overrides]
+    run = config.run.dir
+
+    _stage(progress, "prepare", [_script("prepare"), *arguments])
+    _train(progress, run, [*launcher(num_ranks), _script("pretrain"), *arguments])
+    held_out = json.loads(_stage(progress, "evaluate", [_script("evaluate"), run, "--json"], capture=True))
+    print(json.dumps(held_out))
+    sampling = ["--max-new-tokens", "120", "--temperature", "0.8", "--seed", "1"]
+    _stage(progress, "generate", [_script("generate"), run, "--prompt", PROMPT, *sampling])
+    export = Path(run, "exports", f"hf-step-{held_out['step']:08d}")
+    if export.exists():
+        _heading(progress, "convert", f"{export} was written and verified before")
+        progress.seconds["convert"] = 0.0
+    else:
+        export.parent.mkdir(parents=True, exist_ok=True)
+        _stage(progress, "convert", [_script("convert"), run, str(export), "--to", "hf"])
+    _stage(progress, "load", ["-c", LOAD_WITH_TRANSFORMERS, str(export), PROMPT], shown="(transformers alone)")
+    print(summary(config, held_out, export, progress.seconds, time.perf_counter() - progress.begin), flush=True)
+
+
+def _train(progress: _Progress, run: str, command: list[str]) -> None:
+    """Train; what became of it stands in `status.json`, because the launcher hides exit statuses."""
+    status_file = Path(run, "status.json")
+    before = status_file.stat().st_mtime_ns if status_file.exists() else 0
+    try:
+        _stage(progress, "train", command)
+    finally:
+        is_new = status_file.exists() and status_file.stat().st_mtime_ns != before
+        status = json.loads(status_file.read_text(encoding="utf-8")) if is_new else {}
+        if status.get("status") in ("stopped", "failed"):
+            raise _failure("train", status["exit_status"]) from None
+
+
+def _script(name: str) -> str:
+    """Return the path of a command, as short as it can be written here."""
+    path = ROOT / "launch" / f"{name}.py"
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
+
+
+def divide(global_batch_size: int, micro_batch_size: int, num_available: int) -> tuple[int, int]:
+    """Choose how many ranks to start, and the rows that each computes at once.
+
+    Returns:
+        the largest number of ranks, up to `num_available`, that divides the batch, and the largest micro-batch, up to
+        the given one, that divides a rank's rows.
+    """
+    num_ranks = max(ranks for ranks in range(1, num_available + 1) if global_batch_size % ranks == 0)
+    rows = global_batch_size // num_ranks
+    return num_ranks, max(size for size in range(1, min(micro_batch_size, rows) + 1) if rows % size == 0)
+
+
+def launcher(num_ranks: int) -> list[str]:
+    """Return DeepSpeed's launcher as the beginning of a command, on another port where its default one is taken."""
+    beside = Path(sys.executable).with_name("deepspeed")
+    found = str(beside) if beside.exists() else shutil.which("deepspeed")
+    if found is None:
+        raise TrainingError("deepspeed: its launcher is not installed; expected it beside Python. Run: make setup")
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the store itself does
+        try:
+            probe.bind(("", DEEPSPEED_PORT))
+            port = []
+        except OSError:
+            with socket.socket() as other:
+                other.bind(("", 0))
+                port = ["--master_port", str(other.getsockname()[1])]
+    # on a CPU it would start one rank a NUMA node if it were given no number
+    return [found, "--quiet", "--num_gpus", str(num_ranks), *port]
+
+
+def _heading(progress: _Progress, stage: str, text: str) -> None:
+    print(f"\n== {len(progress.seconds) + 1}/{NUM_STAGES} {stage}: {text}", flush=True)
+
+
+def _stage(progress: _Progress, stage: str, command: list[str], capture: bool = False, shown: str = "") -> str:
+    """Run one command under a heading; return its output if captured, raise if it fails."""
+    is_script = command[0] == "-c" or command[0].endswith(".py")
+    words = ["python", *command] if is_script else [Path(command[0]).name, *command[1:]]
+    _heading(progress, stage, shown or " ".join(f"'{word}'" if " " in word else word for word in words))
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
+    if not torch.cuda.is_available():
+        environment.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed warns in every process that it found no GPU
+    begin = time.perf_counter()
+    process = subprocess.Popen(
+        [sys.executable, *command] if is_script else command,
+        env=environment,
+        stdout=subprocess.PIPE if capture else None,
+        text=True,
+    )
+    output = _wait(process, stage)
+    progress.seconds[stage] = time.perf_counter() - begin
+    if process.returncode != 0:
+        raise _failure(stage, process.returncode)
+    return output
+
+
+def _wait(process: subprocess.Popen[str], stage: str) -> str:
+    """Wait for a stage; after Ctrl-C, which it got too, until it has saved and left."""
+    try:
+        return process.communicate()[0] or ""
+    except KeyboardInterrupt:
+        try:
+            process.communicate(timeout=60)
+        except subprocess.TimeoutExpired:
+            process.kill()
+        raise _failure(stage, EXIT_STOPPED) from None
+
+
+def _failure(stage: str, exit_status: int) -> LonghaulError:
+    """Return the error for a stage that did not end well."""
+    if exit_status == EXIT_STOPPED:
+        error = TrainingError(f"quickstart: stopped at {stage}. Run it again: it goes on from here.")
+    else:
+        error = TrainingError(
+            f"quickstart: {stage} ended with exit status {exit_status}; its message is above. Mend that and run it "
+            "again: finished stages are not repeated."
+        )
+    error.exit_status = exit_status if exit_status > 0 else 1
+    return error
+
+
+def held_out_text(config: Config) -> tuple[bytes, int]:
+    """Read the validation documents back from the shards.
+
+    Returns:
+        their text, one after the other, in UTF-8, and their number.
+    """
+    tokenizer = Tokenizer(config.tokenizer.model)
+    texts = []
+    for source in config.data.sources:
+        manifest = Manifest.load(source.shards)
+        for shard in manifest.shards("val"):
+            with closing(ShardReader(source.shards, shard, manifest.dtype)) as reader:
+                for number in range(shard.num_documents):
+                    texts.append(tokenizer.decode(reader.read(number)[1:-1].tolist()).encode())
+    return b"".join(texts), len(texts)
+
+
+def training_losses(run: str | Path) -> Iterator[float]:
+    """Yield the loss of every step of a run."""
+    with open(Path(run, "metrics.jsonl"), encoding="utf-8") as lines:
+        for line in lines:
+            values = json.loads(line)
+            if values.get("loss") is not None:
+                yield values["loss"]
+
+
+def summary(config: Config, held_out: dict[str, Any], export: Path, seconds: dict[str, float], total: float) -> str:
+    """Write what came out: the model beside general-purpose compressors, the losses, the times, the places."""
+    text, num_documents = held_out_text(config)
+    losses = list(training_losses(config.run.dir))
+    tokens_per_step = config.train.global_batch_size * config.data.seq_len
+    compressors = {"gzip -9": len(gzip.compress(text, 9)), "xz -9": len(lzma.compress(text, preset=9))}
+    rows = {"this model": held_out["bits_per_byte"]} | {
+        name: 8 * size / len(text) for name, size in compressors.items()
+    }
+    run, python = config.run.dir, Path(sys.executable)
+    inside = python.is_relative_to(ROOT)
+    folder = f"{python.parent.relative_to(ROOT) if inside else python.parent}/"
+    return "\n".join([
+        "\n== Summary\n",
+        f"Held out: {num_documents} documents, {len(text):,} bytes. Bits per byte (lower is better):",
+        *(f"  {name:<12}{bits:.3f}" for name, bits in rows.items()),
+        "The model has trained on other documents of this kind; the compressors see the held-out ones only.",
+        f"\nTraining loss {losses[0]:.3f} -> {losses[-1]:.3f} nats per token, {len(losses)} steps of "
+        f"{tokens_per_step:,} tokens; held-out loss {held_out['loss']:.3f}.",
+        f"\nTime: {', '.join(f'{stage} {format_duration(value)}' for stage, value in seconds.items())}; "
+        f"together {format_duration(total)}.",
+        "\nWhere everything is:",
+        f"  run folder   {run}",
+        f"  checkpoints  {run}/checkpoints",
+        f"  curves       {folder}tensorboard --logdir {run}/tensorboard",
+        f"  export       {export}   (loads in transformers: AutoModelForCausalLM.from_pretrained)",
+        "\nWhat to try next:",
+        f"  {folder}python launch/generate.py {run} --prompt 'import '",
+        f"  {folder}deepspeed launch/pretrain.py configs/quickstart.yaml run.dir=runs/longer train.num_steps=1000",
+        "  your own text: docs/getting-started.md",
+    ])  # fmt: skip

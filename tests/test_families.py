@@ -1,0 +1,146 @@
+import dataclasses
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from pretrain.config import ModelSection
+from pretrain.errors import ConfigError
+from pretrain.families import FAMILIES, flops_per_token, num_parameters, resolve_shape
+from pretrain.model import Transformer
+
+SMALL = {"dim": 32, "num_layers": 2, "num_heads": 4}
+
+
+def resolve(vocab_size=300, seq_len=16, **options):
+    return resolve_shape(ModelSection(**(SMALL | options)), vocab_size, seq_len)
+
+
+def problems(**options):
+    with pytest.raises(ConfigError) as error:
+        resolve(**options)
+    return str(error.value).splitlines()
+
+
+def test_defaults_of_llama():
+    shape = resolve()
+    assert (shape.norm, shape.activation, shape.positions) == ("rmsnorm", "swiglu", "rope")
+    assert not (shape.attention_bias or shape.ffn_bias or shape.tie_embeddings)
+    assert (shape.num_kv_heads, shape.head_dim, shape.ffn_dim) == (4, 8, 128)  # 8/3 of 32 is 85.3
+    assert (shape.vocab_size, shape.padded_vocab_size, shape.seq_len) == (300, 384, 16)
+
+
+def test_defaults_of_gpt2():
+    shape = resolve(family="gpt2")
+    assert (shape.norm, shape.activation, shape.positions) == ("layernorm", "gelu", "learned")
+    assert shape.attention_bias and shape.ffn_bias and shape.tie_embeddings
+    assert (shape.num_kv_heads, shape.head_dim, shape.ffn_dim) == (4, 8, 128)
+
+
+def test_default_ffn_dim_of_llama_is_the_published_rule():
+    assert resolve(dim=768, num_heads=12).ffn_dim == 2048
+    assert resolve(dim=1024, num_heads=16).ffn_dim == 2752  # 2730.7 rounded up
+
+
+def test_vocabulary_that_is_a_multiple_is_not_padded():
+    assert resolve(vocab_size=384).padded_vocab_size == 384
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"norm": "layernorm"},
+            "model.norm is layernorm; expected rmsnorm for family llama. Remove model.norm, or use model.family gpt2.",
+        ),
+        (
+            {"family": "gpt2", "attention_bias": False},
+            "model.attention_bias is false; expected true for family gpt2. Remove model.attention_bias, "
+            "or use model.family llama.",
+        ),
+        (
+            {"family": "gpt2", "num_kv_heads": 2},
+            "model.num_kv_heads is 2; expected num_heads (4) for family gpt2. Remove model.num_kv_heads, "
+            "or use model.family llama.",
+        ),
+        (
+            {"family": "gpt2", "head_dim": 16},
+            "model.head_dim is 16; expected dim / num_heads (8) for family gpt2. Remove model.head_dim, "
+            "or use model.family llama.",
+        ),
+        (
+            {"family": "gpt2", "rope_theta": 5e5},
+            "model.rope_theta is 500000; expected no value for positions learned, where it does nothing. "
+            "Remove model.rope_theta, or use model.family llama.",
+        ),
+        ({"dim": 2050, "num_heads": 16}, "model.dim is 2050; expected a multiple of model.num_heads (16). Use 2048 or 2064."),
+        ({"dim": 3}, "model.dim is 3; expected a multiple of model.num_heads (4). Use 4."),
+        (
+            {"num_heads": 12, "dim": 48, "num_kv_heads": 5},
+            "model.num_kv_heads is 5; expected a divisor of model.num_heads (12). Use 4 or 6.",
+        ),
+        ({"num_kv_heads": 8}, "model.num_kv_heads is 8; expected a divisor of model.num_heads (4). Use 4."),
+        ({"head_dim": 5}, "model.head_dim is 5; expected an even number for positions rope. Set model.head_dim to 4 or 6."),
+        (
+            {"dim": 60},
+            "dim / num_heads is 15; expected an even number for positions rope. Set model.head_dim to 14 or 16.",
+        ),
+    ],
+)  # fmt: skip
+def test_an_option_that_the_family_does_not_take(options, message):
+    assert problems(**options) == [message]
+
+
+def test_every_problem_is_reported_at_once():
+    lines = problems(
+        family="gpt2", norm="rmsnorm", activation="swiglu", positions="rope", ffn_bias=False, num_kv_heads=1
+    )
+    assert [line.split()[0] for line in lines] == [
+        "model.norm", "model.activation", "model.positions", "model.ffn_bias", "model.num_kv_heads",
+    ]  # fmt: skip
+
+
+def test_a_config_with_every_default_written_out_is_the_same():
+    section = ModelSection(**SMALL, family="gpt2")
+    assert resolve_shape(ModelSection(**section.model_dump()), 300, 16) == resolve_shape(section, 300, 16)
+
+
+SHAPES = [
+    resolve(),
+    resolve(num_kv_heads=1, head_dim=6, ffn_dim=50, attention_bias=True, ffn_bias=True, tie_embeddings=True),
+    resolve(family="gpt2"),
+    resolve(family="gpt2", tie_embeddings=False, num_layers=3),
+]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_num_parameters_is_that_of_the_module(shape):
+    assert num_parameters(shape) == sum(p.numel() for p in Transformer(shape, 1).parameters())
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_flops_count_the_weights_that_are_multiplied(shape):
+    matrices = sum(
+        p.numel() for n, p in Transformer(shape, 1).named_parameters() if p.dim() == 2 and "embedding" not in n
+    )
+    if shape.tie_embeddings:
+        matrices += shape.padded_vocab_size * shape.dim
+    matrices -= (shape.padded_vocab_size - shape.vocab_size) * shape.dim
+    attention = 12 * shape.num_layers * shape.num_heads * shape.head_dim * shape.seq_len
+    assert flops_per_token(shape, causal=False) == 6 * matrices + attention
+    assert flops_per_token(shape, causal=True) == 6 * matrices + attention / 2
+
+
+def test_flops_are_those_that_pytorch_counts():
+    # With dropout attention is explicit products, which the counter sees; the fused operator it does not.
+    shape = dataclasses.replace(resolve(vocab_size=384, attention_dropout=0.1), padded_vocab_size=384)
+    model, tokens = Transformer(shape, 1), torch.zeros(2, 16, dtype=torch.int64)
+    with FlopCounterMode(display=False) as counter:
+        model(tokens, tokens, torch.zeros_like(tokens), torch.arange(2)).backward()
+    assert counter.get_total_flops() == 2 * 16 * flops_per_token(shape, causal=False)
+
+
+def test_every_family_allows_its_own_defaults():
+    assert set(FAMILIES) == set(ModelSection.model_fields["family"].annotation.__args__)
+    for family in FAMILIES:
+        assert resolve(family=family).family == family

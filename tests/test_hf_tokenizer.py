@@ -1,0 +1,162 @@
+"""The exported tokenizer gives the ids of the trained one, whatever the text."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+from pathlib import Path
+
+import pytest
+import tokenizers
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from pretrain import hf_tokenizer
+from pretrain.config import TokenizerSection
+from pretrain.errors import ExportError
+from pretrain.hf_tokenizer import build_tokenizer, check_ids, varied_texts, write_tokenizer_files
+from pretrain.tokenizer import BOS_ID, CONTROL_SYMBOLS, EOS_ID, PAD_ID, UNK_ID, Tokenizer, choose_sample, fit
+
+LIBRARY = Path(os.__file__).parent
+SOURCES = [(LIBRARY / f"{name}.py").read_text(encoding="utf-8") for name in ("argparse", "ast", "calendar", "datetime")]
+
+
+def make_tokenizer(folder: Path, vocab_size: int, texts: list[str]) -> Tokenizer:
+    section = TokenizerSection(model=str(folder / f"{vocab_size}.model"), vocab_size=vocab_size)
+    Path(section.model).write_bytes(fit(choose_sample(texts, 300_000, seed=0), section))
+    return Tokenizer(section.model)
+
+
+@pytest.fixture(scope="module")
+def tokenizer_of(tmp_path_factory):
+    """A small tokenizer that knows ASCII alone, and a larger one that knows many scripts, by vocabulary size."""
+    folder = tmp_path_factory.mktemp("tokenizers")
+    return {
+        400: make_tokenizer(folder, 400, SOURCES),
+        3000: make_tokenizer(folder, 3000, SOURCES + varied_texts(900, 1)),
+    }
+
+
+@pytest.mark.parametrize("vocab_size", [400, 3000])
+def test_ids_and_text_are_the_same_for_thousands_of_texts(tokenizer_of, vocab_size):
+    tokenizer = tokenizer_of[vocab_size]
+    assert any("\n" in piece for piece, *_ in tokenizer.pieces()), "trained on chunks with newlines"
+    texts = varied_texts(4000, 2, SOURCES) + SOURCES
+    assert check_ids(tokenizer, texts) == []
+    exported = build_tokenizer(tokenizer)
+    ids = [tokenizer.encode(text) for text in texts]
+    assert exported.decode_batch(ids) == [tokenizer.decode(row) for row in ids] == texts
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.text(st.characters(exclude_categories=["Cs"]), max_size=200))
+def test_ids_are_the_same_for_any_text(tokenizer_of, text):
+    exported = build_tokenizer(tokenizer_of[400])
+    exported.encode_special_tokens = True
+    assert exported.encode(text, add_special_tokens=False).ids == tokenizer_of[400].encode(text)
+
+
+@pytest.mark.parametrize("by_age", [True, False])
+def test_ids_are_the_same_for_vocabularies_made_to_differ(tokenizer_of, tmp_path, by_age):
+    """Few letters and pieces with many splits, scored in the order of their making or at random."""
+    protobuf = pytest.importorskip("sentencepiece.sentencepiece_model_pb2")
+    rng = random.Random(by_age)
+    for alphabet in ("a", "ab", "a\u2581", "abc") * 8:
+        pieces = list(alphabet)
+        while len(pieces) < (7 if len(alphabet) == 1 else 30):
+            piece = rng.choice(pieces) + rng.choice(pieces)
+            pieces += [piece] if len(piece) <= 8 and piece not in pieces else []
+        merged = pieces[len(alphabet) :]
+        if not by_age:
+            rng.shuffle(merged)
+        model = protobuf.ModelProto.FromString(tokenizer_of[400].model_bytes)
+        others = [piece for piece in model.pieces if piece.type != 1]
+        del model.pieces[:]
+        model.pieces.extend(others)
+        for index, piece in enumerate([*merged, *alphabet]):
+            model.pieces.add(piece=piece, score=-index, type=1)
+        (tmp_path / "made.model").write_bytes(model.SerializeToString())
+        letters = alphabet.replace("\u2581", " ")
+        texts = ["".join(rng.choices(letters, k=rng.randint(1, 30))) for _ in range(100)]
+        texts += [text[:4] * 5 + text[4:7] for text in texts]
+        assert check_ids(Tokenizer(tmp_path / "made.model"), texts) == []
+
+
+def test_check_ids_returns_the_texts_that_differ(tokenizer_of, monkeypatch):
+    right = hf_tokenizer._merges
+    monkeypatch.setattr(hf_tokenizer, "_merges", lambda normal: right(normal)[::-1])
+    assert check_ids(tokenizer_of[3000], ["q", SOURCES[0], "z"]) == [SOURCES[0]]
+
+
+def test_special_tokens_keep_their_ids_and_are_parsed(tokenizer_of):
+    exported = build_tokenizer(tokenizer_of[400])
+    assert [exported.token_to_id(piece) for piece in ("<unk>", "<s>", "</s>", "<pad>")] == [
+        UNK_ID,
+        BOS_ID,
+        EOS_ID,
+        PAD_ID,
+    ]
+    for symbol in CONTROL_SYMBOLS:
+        ids = exported.encode(f"a{symbol} b", add_special_tokens=False).ids
+        assert ids[1] == exported.token_to_id(symbol) < tokenizer_of[400].vocab_size
+        assert exported.decode(ids) == "a b"
+    assert exported.get_vocab_size() == tokenizer_of[400].vocab_size
+
+
+def test_special_tokens_text_can_be_plain(tokenizer_of):
+    exported = build_tokenizer(tokenizer_of[400])
+    exported.encode_special_tokens = True
+    for symbol in ("<s>", "</s>", "<unk>", *CONTROL_SYMBOLS):
+        ids = exported.encode(symbol, add_special_tokens=False).ids
+        assert len(ids) > 1 and exported.decode(ids) == symbol
+
+
+def test_the_template_puts_bos_first(tokenizer_of):
+    exported = build_tokenizer(tokenizer_of[400])
+    assert exported.encode("x").ids == [BOS_ID, *tokenizer_of[400].encode("x")]
+    assert exported.encode("").ids == [BOS_ID]
+    assert exported.encode("x", "y").ids == [
+        BOS_ID, *tokenizer_of[400].encode("x"), BOS_ID, *tokenizer_of[400].encode("y")
+    ]  # fmt: skip
+
+
+def test_files_hold_the_same_tokenizer(tokenizer_of, tmp_path):
+    tokenizer = tokenizer_of[3000]
+    write_tokenizer_files(tokenizer, tmp_path, max_length=512)
+    assert (tmp_path / "tokenizer.model").read_bytes() == tokenizer.model_bytes
+    read = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    texts = varied_texts(300, 3)
+    assert [read.encode(text).ids for text in texts] == [build_tokenizer(tokenizer).encode(text).ids for text in texts]
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert config["tokenizer_class"] == "PreTrainedTokenizerFast" and config["model_max_length"] == 512
+    assert config["bos_token"] == "<s>" and config["add_bos_token"] is True and config["add_eos_token"] is False
+
+
+class Altered:
+    """A tokenizer whose pieces were changed."""
+
+    unk_id, bos_id, eos_id, pad_id = UNK_ID, BOS_ID, EOS_ID, PAD_ID
+
+    def __init__(self, tokenizer: Tokenizer, extra: tuple[str, float, str]) -> None:
+        self._pieces = [*tokenizer.pieces(), extra]
+
+    def pieces(self) -> list[tuple[str, float, str]]:
+        return self._pieces
+
+
+def test_pieces_without_a_counterpart_are_refused(tokenizer_of):
+    with pytest.raises(ExportError, match=r"1 pieces such as '<tool>' \(user_defined\) have no exact counterpart"):
+        build_tokenizer(Altered(tokenizer_of[400], ("<tool>", 0.0, "user_defined")))
+    with pytest.raises(ExportError, match="piece 'ж7ж' is not made of two other pieces; expected a sentencepiece BPE"):
+        build_tokenizer(Altered(tokenizer_of[400], ("ж7ж", -1e6, "normal")))
+
+
+def test_varied_texts_are_fixed_by_the_seed_and_varied():
+    texts = varied_texts(2000, 5)
+    assert texts == varied_texts(2000, 5) != varied_texts(2000, 6)
+    together = "".join(texts)
+    assert "\u2581" not in together and len(set(texts)) > 1900
+    for part in ("\r\n", "\t", "\x00", "e\u0301", "日本語", "😀", "नमस्ते", "  ", "</s>", "def"):
+        assert part in together
+    assert any(char > "\U00010000" for char in together) and max(map(len, texts)) >= 5000

@@ -1,0 +1,79 @@
+import pytest
+import torch
+
+from kernels.attention import attention, attention_truth, visibility
+from kernels.dropout import DropoutKey, keep_mask
+
+DOC_START = torch.tensor([[0, 0, 0, 3, 3, 5, 5, 5, 5, 9], [0] * 10, list(range(10))])
+
+
+def draw(queries=10, keys=10, heads=4, kv_heads=2, width=8, rows=3, dtype=torch.float32):
+    torch.manual_seed(0)
+    sizes = ((rows, queries, heads, width), (rows, keys, kv_heads, width), (rows, keys, kv_heads, width))
+    return [torch.randn(size).to(dtype).requires_grad_() for size in sizes]
+
+
+def by_hand(q, k, v, doc_start):
+    out = torch.zeros_like(q)
+    offset = k.shape[1] - q.shape[1]
+    for b in range(q.shape[0]):
+        for t in range(q.shape[1]):
+            seen = slice(int(doc_start[b, t]), offset + t + 1)
+            for h in range(q.shape[2]):
+                g = h * k.shape[2] // q.shape[2]
+                probabilities = (k[b, seen, g] @ q[b, t, h] / q.shape[3] ** 0.5).softmax(0)
+                out[b, t, h] = probabilities @ v[b, seen, g]
+    return out
+
+
+@pytest.mark.parametrize("function", [attention, attention_truth])
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_each_query_sees_its_document_up_to_itself(function, kv_heads):
+    q, k, v = draw(kv_heads=kv_heads)
+    y = function(q, k, v, visibility(DOC_START, 10, q.dtype))
+    torch.testing.assert_close(y, by_hand(q, k, v, DOC_START))
+
+
+def test_gradients_equal_those_of_the_truth():
+    tensors = draw()
+    visible = visibility(DOC_START, 10, torch.float32)
+    grad = torch.randn(3, 10, 4, 8)
+    found = torch.autograd.grad(attention(*tensors, visible), tensors, grad)
+    for a, b in zip(found, torch.autograd.grad(attention_truth(*tensors, visible), tensors, grad), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_queries_are_the_last_of_the_slots():
+    q, k, v = draw(queries=3)
+    starts = torch.tensor([[0, 0, 0], [4, 4, 4], [7, 8, 9]])
+    torch.testing.assert_close(attention(q, k, v, visibility(starts, 10, q.dtype)), by_hand(q, k, v, starts))
+
+
+def test_a_long_row_of_many_short_documents():
+    # Blocks of keys that a query sees nothing of must not leave NaN behind in the fused kernel.
+    q, k, v = draw(queries=700, keys=700, rows=1)
+    starts = (torch.arange(700) // 3 * 3)[None]
+    visible = visibility(starts, 700, q.dtype)
+    y = attention(q, k, v, visible)
+    torch.testing.assert_close(y, attention_truth(q, k, v, visible))
+    assert all(grad.isfinite().all() for grad in torch.autograd.grad(y.sum(), (q, k, v)))
+
+
+def test_bf16_stays_within_twice_the_rounding_of_the_truth():
+    wide = draw()
+    narrow = [x.detach().bfloat16() for x in wide]
+    exact = attention_truth(*(x.double() for x in narrow), visibility(DOC_START, 10, torch.float64))
+    visible = visibility(DOC_START, 10, torch.bfloat16)
+    error = (attention(*narrow, visible) - exact).abs().max()
+    assert error <= 2 * (attention_truth(*narrow, visible) - exact).abs().max()
+
+
+def test_dropout_drops_probabilities_by_the_mask_of_the_row():
+    q, k, _ = draw(kv_heads=4)
+    v = torch.eye(10)[None, :, None].expand(3, 10, 4, 10)  # the output is then the probabilities
+    visible, key = visibility(DOC_START, 10, q.dtype), DropoutKey(1, 2, torch.tensor([5, 6, 7]), 3, 1)
+    kept_BHTS = keep_mask((3, 4, 10, 10), 0.25, key)
+    probabilities = attention(q, k, v, visible).permute(0, 2, 1, 3)
+    dropped = attention(q, k, v, visible, 0.25, key).permute(0, 2, 1, 3)
+    torch.testing.assert_close(dropped, torch.where(kept_BHTS, probabilities / 0.75, 0.0))
+    assert attention(q, k, v, visible, 0.25, None).equal(attention(q, k, v, visible))

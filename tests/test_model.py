@@ -1,0 +1,299 @@
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from pretrain.config import ModelSection
+from pretrain.families import resolve_shape
+from pretrain.model import KVCache, Transformer
+
+LLAMA = {"family": "llama", "num_kv_heads": 2}
+GPT2 = {"family": "gpt2"}
+FAMILIES = pytest.mark.parametrize("options", [LLAMA, GPT2], ids=["llama", "gpt2"])
+VOCAB, LENGTH = 300, 24
+
+
+def build(options=LLAMA, seed=1, checkpointing="none", **more):
+    section = ModelSection(**({"dim": 32, "num_layers": 2, "num_heads": 4} | options | more))
+    return Transformer(resolve_shape(section, VOCAB, LENGTH), seed, checkpointing)
+
+
+def sharpen(model, std=0.2):
+    """Give weights at which every part of the model matters."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.normal_(1.0 if "norm.weight" in name else 0.0, std)
+    return model
+
+
+def batch(rows=2, seed=0, ends=((7, 15, 24), (24,))):
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(0, VOCAB, (rows, LENGTH), generator=generator)
+    targets = torch.randint(0, VOCAB, (rows, LENGTH), generator=generator)
+    starts = torch.zeros(rows, LENGTH, dtype=torch.int32)
+    for row in range(rows):
+        begin = 0
+        for end in ends[row % len(ends)]:
+            starts[row, begin:end] = begin
+            targets[row, end - 1] = -100
+            begin = end
+    return tokens, targets, starts
+
+
+def naive_losses(model, tokens, targets):
+    """Compute the losses of one document by another route: no packing, no kernels, no fused projections."""
+    s, p = model.shape, dict(model.named_parameters())
+    linear = lambda x, name: F.linear(x, p[f"{name}.weight"], p.get(f"{name}.bias"))  # noqa: E731
+
+    def norm(x, name):
+        if s.norm == "layernorm":
+            return F.layer_norm(x, (s.dim,), p[f"{name}.weight"], p[f"{name}.bias"], s.norm_eps)
+        return F.rms_norm(x, (s.dim,), p[f"{name}.weight"], s.norm_eps)
+
+    def rotate(x):  # complex form of RoPE: pairs (i, i + C/2)
+        half = s.head_dim // 2
+        angles = torch.outer(torch.arange(len(x)).double(), s.rope_theta ** -(torch.arange(half).double() / half))
+        turned = (
+            torch.complex(x[..., :half].double(), x[..., half:].double())
+            * torch.polar(1.0 + 0 * angles, angles)[:, None]
+        )
+        return torch.cat((turned.real, turned.imag), -1).float()
+
+    T, H, K, C = len(tokens), s.num_heads, s.num_kv_heads, s.head_dim
+    x = p["embedding.weight"][tokens]
+    if s.positions == "learned":
+        x = x + p["position_embedding.weight"][:T]
+    for i in range(s.num_layers):
+        name = f"blocks.{i}"
+        q, k, v = linear(norm(x, f"{name}.attention_norm"), f"{name}.attention.qkv").split((H * C, K * C, K * C), -1)
+        q, k, v = q.view(T, H, C), k.view(T, K, C), v.view(T, K, C)
+        if s.positions == "rope":
+            q, k = rotate(q), rotate(k)
+        k, v = k.repeat_interleave(H // K, 1), v.repeat_interleave(H // K, 1)
+        scores = torch.einsum("thc,shc->hts", q, k) / math.sqrt(C)
+        scores = scores.masked_fill(torch.ones(T, T).triu(1).bool(), -math.inf)
+        mixed = torch.einsum("hts,shc->thc", scores.softmax(-1), v).reshape(T, H * C)
+        x = x + linear(mixed, f"{name}.attention.output")
+        h = norm(x, f"{name}.ffn_norm")
+        if s.activation == "swiglu":
+            gate, up = linear(h, f"{name}.ffn.gate_up").split(s.ffn_dim, -1)
+            x = x + linear(F.silu(gate) * up, f"{name}.ffn.down")
+        else:
+            x = x + linear(F.gelu(linear(h, f"{name}.ffn.up"), approximate="tanh"), f"{name}.ffn.down")
+    output = p["embedding.weight" if s.tie_embeddings else "output.weight"]
+    logits = (norm(x, "final_norm") @ output.T)[:, : s.vocab_size]
+    return F.cross_entropy(logits, targets, reduction="none", ignore_index=-100)
+
+
+@FAMILIES
+def test_losses_equal_an_independent_implementation(options):
+    model = sharpen(build(options))
+    tokens, targets, starts = batch()
+    losses = model.token_losses(tokens, targets, starts)
+    for row, begin, end in ((0, 0, 7), (0, 7, 15), (0, 15, 24), (1, 0, 24)):
+        expected = naive_losses(model, tokens[row, begin:end], targets[row, begin:end])
+        torch.testing.assert_close(losses[row, begin:end], expected.detach(), rtol=1e-4, atol=1e-4)
+    total = model(tokens, targets, starts)
+    assert total.dtype == torch.float32 and total.dim() == 0
+    torch.testing.assert_close(total, losses.sum())
+
+
+@FAMILIES
+def test_gradients_equal_those_of_an_independent_implementation(options):
+    model = sharpen(build(options), std=0.1)
+    tokens, targets, starts = batch(rows=1)
+    model(tokens, targets, starts).backward()
+    found = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    sum(naive_losses(model, tokens[0, a:b], targets[0, a:b]).sum() for a, b in ((0, 7), (7, 15), (15, 24))).backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(found[name], parameter.grad, rtol=1e-3, atol=1e-3, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@FAMILIES
+def test_parameter_names(options):
+    names = [name for name, _ in build(options).named_parameters()]
+    inner = {
+        "llama": ["attention_norm.weight", "attention.qkv.weight", "attention.output.weight", "ffn_norm.weight",
+                  "ffn.gate_up.weight", "ffn.down.weight"],
+        "gpt2": ["attention_norm.weight", "attention_norm.bias", "attention.qkv.weight", "attention.qkv.bias",
+                 "attention.output.weight", "attention.output.bias", "ffn_norm.weight", "ffn_norm.bias", "ffn.up.weight",
+                 "ffn.up.bias", "ffn.down.weight", "ffn.down.bias"],
+    }[options["family"]]  # fmt: skip
+    ends = {
+        "llama": (["embedding.weight"], ["final_norm.weight", "output.weight"]),
+        "gpt2": (["embedding.weight", "position_embedding.weight"], ["final_norm.weight", "final_norm.bias"]),
+    }[options["family"]]
+    assert names == ends[0] + [f"blocks.{i}.{name}" for i in range(2) for name in inner] + ends[1]
+
+
+@FAMILIES
+def test_documents_do_not_see_each_other(options):
+    model = sharpen(build(options))
+    tokens, targets, starts = batch()
+    before = model.token_losses(tokens, targets, starts)
+    changed = tokens.clone()
+    changed[0, 7:15] = (changed[0, 7:15] + 1) % VOCAB
+    after = model.token_losses(changed, targets, starts)
+    assert torch.equal(before[0, :7], after[0, :7]) and torch.equal(before[0, 15:], after[0, 15:])
+    assert not torch.equal(before[0, 7:15], after[0, 7:15])
+
+
+@FAMILIES
+def test_a_token_does_not_see_later_ones(options):
+    model = sharpen(build(options))
+    tokens, targets, starts = batch(ends=((24,),))
+    before = model.token_losses(tokens, targets, starts)
+    tokens[:, 10:] = (tokens[:, 10:] + 1) % VOCAB
+    assert torch.equal(before[:, :10], model.token_losses(tokens, targets, starts)[:, :10])
+
+
+@FAMILIES
+def test_losses_of_a_document_do_not_depend_on_its_place_in_the_row(options):
+    model = sharpen(build(options))
+    tokens, targets, starts = batch(rows=1)
+    order = torch.cat((torch.arange(15, 24), torch.arange(0, 7), torch.arange(7, 15)))
+    moved_starts = torch.tensor([[0] * 9 + [9] * 7 + [16] * 8])
+    losses = model.token_losses(tokens, targets, starts)
+    moved = model.token_losses(tokens[:, order], targets[:, order], moved_starts)
+    torch.testing.assert_close(moved, losses[:, order], rtol=1e-5, atol=1e-5)
+
+
+@FAMILIES
+def test_loss_at_the_start_is_that_of_guessing(options):
+    model = build(options)
+    tokens, targets, starts = batch()
+    loss = model(tokens, targets, starts) / (targets != -100).sum()
+    assert loss.item() == pytest.approx(math.log(VOCAB), abs=0.1)
+
+
+def test_initial_values():
+    model = build(dim=128, num_layers=3, num_heads=4, attention_bias=True)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            assert (parameter == 0).all()
+        elif "norm" in name:
+            assert (parameter == 1).all()
+        else:
+            used = parameter[:VOCAB] if name in ("embedding.weight", "output.weight") else parameter
+            scale = math.sqrt(6) if name.endswith(("attention.output.weight", "down.weight")) else 1.0
+            assert used.std().item() == pytest.approx(0.02 / scale, rel=0.05)
+            assert abs(used.mean().item()) < 1e-3
+    assert (model.embedding.weight[VOCAB:] == 0).all() and (model.output.weight[VOCAB:] == 0).all()
+
+
+def test_initial_values_are_keyed_by_seed_and_name():
+    deep, shallow, other = build(num_layers=3), build(num_layers=2), build(seed=2)
+    assert torch.equal(deep.blocks[1].attention.qkv.weight, shallow.blocks[1].attention.qkv.weight)
+    assert not torch.equal(shallow.embedding.weight, other.embedding.weight)
+    assert not torch.equal(shallow.blocks[0].attention.qkv.weight, shallow.blocks[1].attention.qkv.weight)
+    torch.manual_seed(5)
+    assert torch.equal(build().embedding.weight, shallow.embedding.weight)
+
+
+def test_tied_weights_are_one_parameter_stored_once():
+    model = build(GPT2)
+    assert model.output.weight is model.embedding.weight
+    assert "output.weight" not in dict(model.named_parameters()) and "output.weight" not in model.state_dict()
+    other = build(GPT2, seed=2)
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(other.output.weight, model.embedding.weight)
+    untied = build(GPT2, tie_embeddings=False)
+    assert "output.weight" in untied.state_dict() and untied.output.weight is not untied.embedding.weight
+
+
+@FAMILIES
+def test_from_the_meta_device(options):
+    with torch.device("meta"):
+        model = build(options)
+    assert all(parameter.is_meta for parameter in model.parameters())
+    model.to_empty(device="cpu").initialise()
+    for (name, a), (_, b) in zip(model.named_parameters(), build(options).named_parameters(), strict=True):
+        assert torch.equal(a, b), name
+    if options is GPT2:
+        assert model.output.weight is model.embedding.weight
+
+
+@FAMILIES
+def test_bf16_stays_near_fp32(options):
+    tokens, targets, starts = batch()
+    wide = build(options, init_std=0.1)
+    exact = wide(tokens, targets, starts)
+    narrow = build(options, init_std=0.1).bfloat16()
+    loss = narrow(tokens, targets, starts)
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(exact.item(), rel=2e-3)
+    loss.backward()
+    assert all(p.grad.dtype == torch.bfloat16 and p.grad.isfinite().all() for p in narrow.parameters())
+
+
+@FAMILIES
+def test_activation_checkpointing_changes_nothing(options):
+    tokens, targets, starts = batch()
+    losses, grads = [], []
+    for kind in ("none", "full"):
+        model = build(options, checkpointing=kind, dropout=0.2, attention_dropout=0.2)
+        loss = model(tokens, targets, starts, torch.tensor([3, 4]), 7)
+        loss.backward()
+        losses.append(loss)
+        grads.append([p.grad for p in model.parameters()])
+    assert torch.equal(*losses)
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+@FAMILIES
+def test_dropout_does_not_depend_on_the_batch_that_a_row_is_in(options):
+    tokens, targets, starts = batch()
+    ids = torch.tensor([2**31 + 5, 11])
+    model = sharpen(build(options, dropout=0.3, attention_dropout=0.3), std=0.1)
+    together = model(tokens, targets, starts, ids, 3)
+    together.backward()
+    grads = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    apart = [model(tokens[i : i + 1], targets[i : i + 1], starts[i : i + 1], ids[i : i + 1], 3) for i in (0, 1)]
+    (apart[0] + apart[1]).backward()
+    torch.testing.assert_close(together, apart[0] + apart[1])
+    for grad, parameter in zip(grads, model.parameters(), strict=True):
+        torch.testing.assert_close(grad, parameter.grad, rtol=1e-4, atol=1e-4)
+
+
+def test_dropout_varies_with_the_step_and_the_row_and_stops_in_evaluation():
+    tokens, targets, starts = batch()
+    model, ids = build(dropout=0.3), torch.tensor([1, 2])
+    loss = model(tokens, targets, starts, ids, 0)
+    assert torch.equal(loss, model(tokens, targets, starts, ids, 0))
+    assert not torch.equal(loss, model(tokens, targets, starts, ids, 1))
+    assert not torch.equal(loss, model(tokens, targets, starts, ids + 2, 0))
+    plain = model.token_losses(tokens, targets, starts).sum()
+    model.eval()
+    torch.testing.assert_close(model(tokens, targets, starts, ids, 0), plain)
+
+
+@FAMILIES
+def test_cached_logits_equal_uncached_ones(options):
+    model = sharpen(build(options))
+    tokens = batch()[0]
+    whole = model.logits(tokens)
+    assert whole.shape == (2, LENGTH, VOCAB) and whole.dtype == torch.float32 and not whole.requires_grad
+    cache = KVCache(model.shape, torch.zeros(2, dtype=torch.int64), LENGTH, torch.float32)
+    pieces = [model.logits(tokens[:, a:b], cache) for a, b in ((0, 9), (9, 10), (10, 11), (11, 24))]
+    torch.testing.assert_close(torch.cat(pieces, 1), whole, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(model.logits(tokens, last_only=True), whole[:, -1:])
+
+
+@FAMILIES
+def test_left_padding_changes_nothing(options):
+    model = sharpen(build(options))
+    tokens = batch()[0]
+    padded = torch.cat((torch.full((2, 4), 3), tokens[:, :10]), 1)
+    cache = KVCache(model.shape, torch.tensor([4, 4]), 14, torch.float32)
+    torch.testing.assert_close(model.logits(padded, cache)[:, 4:], model.logits(tokens[:, :10]), rtol=1e-4, atol=1e-4)
+
+
+def test_logits_are_those_of_the_loss():
+    model = sharpen(build())
+    tokens, targets, _ = batch()
+    expected = F.cross_entropy(model.logits(tokens).flatten(0, 1), targets.flatten(), reduction="sum")
+    torch.testing.assert_close(model(tokens, targets, torch.zeros_like(tokens)).detach(), expected)
