@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kernels.dropout import DropoutKey, keep_mask
 
@@ -93,11 +94,32 @@ def attention(
     """
     if dropout_p > 0.0 and dropout_key is not None:
         return attention_truth(q_BTHC, k_BSKC, v_BSKC, visible, dropout_p, dropout_key)
+    num_heads, num_kv_heads = q_BTHC.shape[2], k_BSKC.shape[2]
+    if q_BTHC.is_cuda:
+        # Of PyTorch's GPU kernels flash takes no mask, cuDNN's can return NaN gradients with one (pytorch#196678), and
+        # the memory-efficient one refuses fewer key heads than query heads: explicit scores would run instead.
+        k_BSKC, v_BSKC = repeat_heads(k_BSKC, num_heads), repeat_heads(v_BSKC, num_heads)
+        with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
+            return _fused(q_BTHC, k_BSKC, v_BSKC, visible.bias_B1TS, grouped=False)
+    return _fused(q_BTHC, k_BSKC, v_BSKC, visible.bias_B1TS, grouped=num_heads != num_kv_heads)
+
+
+def repeat_heads(x_BSKC: Tensor, num_heads: int) -> Tensor:
+    """Repeat each key or value head for the query heads that share it.
+
+    Returns:
+        `[B, S, H, C]`.
+    """
+    B, S, K, C = x_BSKC.shape
+    return x_BSKC[:, :, :, None].expand(B, S, K, num_heads // K, C).reshape(B, S, num_heads, C)
+
+
+def _fused(q_BTHC: Tensor, k_BSKC: Tensor, v_BSKC: Tensor, bias_B1TS: Tensor, grouped: bool) -> Tensor:
     out_BHTC = F.scaled_dot_product_attention(
         q_BTHC.transpose(1, 2),
         k_BSKC.transpose(1, 2),
         v_BSKC.transpose(1, 2),
-        attn_mask=visible.bias_B1TS,
-        enable_gqa=q_BTHC.shape[2] != k_BSKC.shape[2],
+        attn_mask=bias_B1TS,
+        enable_gqa=grouped,
     )
     return out_BHTC.transpose(1, 2)

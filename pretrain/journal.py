@@ -126,7 +126,7 @@ class Journal:
         if len(old) > 1:
             check_recipe(folder, recipe, old[0]["recipe"])
             lines += self._restore(old[1:])
-        else:
+        elif not old:
             self._refuse_unknown_shards()
         content = "".join(json.dumps(line) + "\n" for line in lines).encode()
         if not old or self._path.read_bytes() != content:  # a line that was cut short must not stay

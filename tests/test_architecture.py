@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -155,6 +156,12 @@ def test_every_option_is_read() -> None:
         if not any(found == key and (keys[key] == 1 or word in words) for word, found in reads):
             dead.append(name)
     assert dead == [], "options that nothing reads"
+
+
+@pytest.mark.launches
+def test_text_is_prepared_without_torch() -> None:
+    check = "import sys, pretrain.prepare, pretrain.settings; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", check], cwd=ROOT, timeout=120).returncode == 0
 
 
 def test_options_are_few() -> None:

@@ -84,6 +84,13 @@ def test_leftovers_are_deleted_and_other_files_are_not(tmp_path: Path) -> None:
     assert {"notes.txt", "rows-64", "train-000001.tar"} <= names
 
 
+def test_a_first_shard_without_its_line_is_made_again(tmp_path: Path) -> None:
+    Journal(tmp_path, RECIPE)
+    write_shard(tmp_path, "train", 0)
+    assert Journal(tmp_path, RECIPE).shards == {"train": [], "val": []}
+    assert [path.name for path in tmp_path.iterdir()] == [JOURNAL_NAME]
+
+
 def test_another_recipe_is_refused_once_there_are_shards(tmp_path: Path) -> None:
     Journal(tmp_path, RECIPE)
     Journal(tmp_path, RECIPE | {"data.val_fraction": 0.2})  # nothing was made yet

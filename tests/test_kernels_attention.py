@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from kernels.attention import attention, attention_truth, visibility
+from kernels.attention import attention, attention_truth, repeat_heads, visibility
 from kernels.dropout import DropoutKey, keep_mask
 
 DOC_START = torch.tensor([[0, 0, 0, 3, 3, 5, 5, 5, 5, 9], [0] * 10, list(range(10))])
@@ -77,3 +77,15 @@ def test_dropout_drops_probabilities_by_the_mask_of_the_row():
     dropped = attention(q, k, v, visible, 0.25, key).permute(0, 2, 1, 3)
     torch.testing.assert_close(dropped, torch.where(kept_BHTS, probabilities / 0.75, 0.0))
     assert attention(q, k, v, visible, 0.25, None).equal(attention(q, k, v, visible))
+
+
+def test_repeated_heads_attend_as_grouped_ones_do():
+    q, k, v = draw()
+    visible, grad = visibility(DOC_START, 10, q.dtype), torch.randn(3, 10, 4, 8)
+    grouped = attention(q, k, v, visible)
+    repeated = attention(q, repeat_heads(k, 4), repeat_heads(v, 4), visible)
+    torch.testing.assert_close(repeated, grouped)
+    for a, b in zip(
+        torch.autograd.grad(repeated, (k, v), grad), torch.autograd.grad(grouped, (k, v), grad), strict=True
+    ):
+        torch.testing.assert_close(a, b)

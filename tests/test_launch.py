@@ -1,7 +1,8 @@
-"""Every way to start a command finds the library, although `launch/pretrain.py` has its name."""
+"""The commands start in every form that people use, in spite of `launch/` and `pretrain` sharing names with files."""
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -9,45 +10,79 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
-COMMANDS = sorted(path.stem for path in (ROOT / "launch").glob("*.py") if path.stem != "__init__")
-WITHOUT_TORCH = "import sys, pretrain.prepare; sys.exit('torch' in sys.modules)"
+from tests.rank_helpers import ROOT, losses, run_command
+
+pytestmark = pytest.mark.launches
+COMMANDS = sorted(path.stem for path in (ROOT / "launch").glob("*.py") if path.stem not in ("__init__", "cli"))
 
 
-def run(folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
-    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    return subprocess.run(
-        [sys.executable, *command], cwd=folder, env=environment, capture_output=True, text=True, timeout=120
-    )
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_has_examples(command):
+    done = run_command(f"launch/{command}.py", "--help")
+    assert done.returncode == 0 and "examples:" in done.stdout and done.stderr == ""
 
 
-@pytest.mark.launches
-@pytest.mark.parametrize("name", COMMANDS)
-def test_file_module_and_link(name: str, tmp_path: Path) -> None:
-    link = tmp_path / f"{name}.py"
-    link.symlink_to(ROOT / "launch" / link.name)
-    file = str(ROOT / "launch" / link.name)
-    for folder, command in [(ROOT, [f"launch/{name}.py"]), (ROOT, ["-m", f"launch.{name}"]), (tmp_path, [file]),
-                            (tmp_path, [str(link)])]:  # fmt: skip
-        done = run(folder, *command, "--help")
-        assert (done.returncode, done.stderr) == (0, "")
-        assert done.stdout.startswith("usage: ")
+def forms(command: str, folder: Path) -> dict[str, tuple[list[str], Path]]:
+    script = ROOT / "launch" / f"{command}.py"
+    link = folder / "link.py"
+    link.symlink_to(script)
+    return {
+        "file": ([f"launch/{command}.py"], ROOT),
+        "module": (["-m", f"launch.{command}"], ROOT),
+        "other folder": ([str(script)], folder),
+        "inside launch": ([f"{command}.py"], ROOT / "launch"),
+        "symlink": ([str(link)], folder),
+    }
 
 
-@pytest.mark.launches
-@pytest.mark.parametrize("form", [["-m", "launch.pretrain"], ["launch/pretrain.py"]], ids=["module", "file"])
-def test_the_library_is_found(form: list[str]) -> None:
-    done = run(ROOT, *form, "none.yaml")
-    assert done.returncode == 2
-    assert done.stderr == "error: none.yaml: cannot be read: No such file or directory.\n"
+@pytest.mark.parametrize("command", ["prepare", "pretrain"])
+def test_every_form_finds_the_library(command, tmp_path):
+    for name, (arguments, cwd) in forms(command, tmp_path).items():
+        done = run_command(*arguments, "absent.yaml", cwd=cwd)
+        assert done.returncode == 2 and done.stderr.startswith("error: absent.yaml"), (name, done.stderr)
 
 
-@pytest.mark.launches
-def test_text_is_prepared_without_torch() -> None:
-    assert run(ROOT, "-c", WITHOUT_TORCH).returncode == 0
+@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed", "deepspeed --module", "one process"])
+def test_every_launcher_trains(tiny_config, tmp_path, launcher):
+    target = {
+        "torchrun": ["-m", "torch.distributed.run", "--nproc-per-node", "2", "launch/pretrain.py"],
+        "deepspeed": ["-m", "deepspeed.launcher.runner", "--num_gpus", "2", "launch/pretrain.py"],
+        "deepspeed --module": ["-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--module", "launch.pretrain"],
+        "one process": ["launch/pretrain.py"],
+    }[launcher]
+    overrides = [f"run.dir={tmp_path}/run", "train.num_steps=4", "train.micro_batch_size=8", "log.tensorboard=true"]
+    done = run_command(*target, tiny_config, *overrides, OMP_NUM_THREADS="1", timeout=200)
+    assert done.returncode == 0, done.stderr
+    run = tmp_path / "run"
+    assert len(losses(run)) == 4
+    assert json.loads((run / "status.json").read_text())["status"] == "done"
+    start = json.loads((run / "environment.json").read_text())["starts"][0]
+    assert start["world_size"] == (1 if launcher == "one process" else 2) and start["versions"]["deepspeed"] == "0.19.8"
+    assert list((run / "tensorboard").glob("events*")) and (run / "tokenizer.model").exists()
+    assert "starting: " in (run / "log.txt").read_text()
+    again = run_command("launch/pretrain.py", tiny_config, *overrides)
+    assert again.returncode == 0, again.stderr
+    assert len(losses(run)) == 4  # it was done, and is not done again
 
 
-@pytest.mark.launches
-def test_transformers_imports_beside_our_kernels() -> None:
-    # its `is_kernels_available` finds our folder of that name
-    assert run(ROOT, "-c", "import kernels, transformers; transformers.AutoModelForCausalLM").returncode == 0
+def test_evaluate_prints_one_json_object(tiny_config, tmp_path):
+    overrides = [f"run.dir={tmp_path}/run", "train.num_steps=4", "eval.every_steps=4", "log.tensorboard=false"]
+    assert run_command("launch/pretrain.py", tiny_config, *overrides).returncode == 0
+    done = run_command("launch/evaluate.py", tmp_path / "run", "--json")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    during = next(line for line in lines if "eval/loss" in line)
+    assert result["step"] == 4
+    assert result["loss"] == pytest.approx(during["eval/loss"], rel=1e-5)
+    assert result["bits_per_byte"] == pytest.approx(during["eval/bits_per_byte"], rel=1e-5)
+    missing = run_command("launch/evaluate.py", tmp_path / "run", "--step", "3")
+    assert missing.returncode == 2 and "--step is 3; expected one of the checkpoints" in missing.stderr
+
+
+def test_the_console_command(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "launch.cli", "train", str(tmp_path / "absent.yaml")], cwd=ROOT, env=os.environ,
+        capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 2 and "absent.yaml" in done.stderr

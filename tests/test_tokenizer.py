@@ -100,6 +100,50 @@ def test_held_out_and_made_up_texts_come_back_and_get_the_same_ids_in_the_export
     assert check_round_trip(trained, ["fine", "\u2581", "a\u2581b"]) == ["\u2581", "a\u2581b"]
 
 
+def test_long_texts_get_the_ids_that_sentencepiece_gives_them_whole(trained: Tokenizer, texts: list[str]) -> None:
+    assert trained._words_are_independent
+    varied = varied_texts(300, 4, texts)
+    joined = ["".join(varied[begin : begin + 30]) for begin in range(0, 300, 30)]
+    spaces = [
+        "a " * 500,
+        " " * 2000,
+        "a" * 2000,
+        ("  " * 200 + "b") * 9,
+        "x\n " * 400,
+        "\u2581 \u2581" * 300,
+        "word\u2581 " * 99,
+    ]
+    for text in texts + joined + spaces:
+        assert trained.encode(text) == trained._processor.encode(text)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"add_dummy_prefix": True},
+        {"remove_extra_whitespaces": True},
+        {"normalization_rule_name": "nmt_nfkc"},
+        {"treat_whitespace_as_suffix": True},
+        {"split_by_whitespace": False},
+        {"model_type": "unigram"},
+        {"byte_fallback": False},
+    ],
+    ids=str,
+)
+def test_foreign_models_encode_whole_texts(
+    texts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, object]
+) -> None:
+    train = tokenizer_module.sentencepiece.SentencePieceTrainer.train
+    monkeypatch.setattr(
+        tokenizer_module.sentencepiece.SentencePieceTrainer, "train", lambda **named: train(**(named | options))
+    )
+    sample = choose_sample(texts[:20], 100_000, seed=1)
+    save_model(tmp_path / "foreign.model", fit(sample, section_of("unused", vocab_size=500)))
+    foreign = Tokenizer(tmp_path / "foreign.model")
+    assert not foreign._words_are_independent
+    assert foreign.encode(texts[30]) == foreign._processor.encode(texts[30])
+
+
 def test_special_ids_and_pieces(trained: Tokenizer) -> None:
     assert (trained.unk_id, trained.bos_id, trained.eos_id, trained.pad_id) == (UNK_ID, BOS_ID, EOS_ID, PAD_ID)
     pieces = trained.pieces()
