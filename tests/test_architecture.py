@@ -185,3 +185,9 @@ def test_commands_guard_sys_path(path: Path) -> None:
     text = (ROOT / path).read_text(encoding="utf-8")
     assert "sys.path[0] = str(Path(__file__).resolve().parents[1])" in text, f"{path} lacks the guard"
     assert len(text.splitlines()) <= MAX_COMMAND_LINES, f"{path} is not thin: move it to pretrain/"
+
+
+def test_the_readme_names_every_module() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    modules = [path.name for path in FILES if path.parts[0] == "pretrain" and path.stem != "__init__"]
+    assert [name for name in modules if f" {name}" not in readme] == []
