@@ -169,7 +169,7 @@ def test_options_are_few() -> None:
 
 
 def test_kernels_can_be_taken_for_another_package() -> None:
-    # transformers imports a package of this name if it finds one: https://pypi.org/project/kernels
+    # transformers imports a package of this name if it finds one
     assert (ROOT / "kernels/__init__.py").read_bytes() == b""
 
 
