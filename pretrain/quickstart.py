@@ -1,6 +1,6 @@
 """The whole journey on one small config, offline: each stage is a command that users run themselves.
 
-prepare -> train -> evaluate -> generate -> convert -> load the export in a process that knows transformers only. What
+prepare -> measure -> train -> evaluate -> generate -> convert -> load the export in a process that knows transformers only. What
 is finished is found finished when it is run again.
 """
 
@@ -14,6 +14,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing
@@ -26,6 +27,8 @@ import torch
 from pretrain.config import Config
 from pretrain.console import format_duration
 from pretrain.errors import EXIT_STOPPED, LonghaulError, TrainingError
+from pretrain.hardware import peak_flops
+from pretrain.run_folder import CONFIG_FILE
 from pretrain.settings import load_config
 from pretrain.shard_reader import ShardReader
 from pretrain.shards import Manifest
@@ -33,7 +36,9 @@ from pretrain.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 PROMPT = "def "
-NUM_STAGES = 6
+TRAIN_SECONDS = 200.0  # that the training stage is fitted to; with all other stages, about five minutes on two cores
+STEP_LIMITS = (120, 3000)
+PROBE_STEPS = 12
 DEEPSPEED_PORT = 29500  # its launcher's default
 
 # Runs where nothing of this project is imported: what anyone who is given the export folder would write.
@@ -51,8 +56,9 @@ print(tokenizer.decode(model.generate(**ids, max_new_tokens=40, do_sample=False)
 
 @dataclass
 class _Progress:
-    """Seconds of each stage so far."""
+    """Seconds of each stage so far, of how many."""
 
+    num_stages: int = 6
     begin: float = field(default_factory=time.perf_counter)
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -62,23 +68,35 @@ def quickstart(config_path: str | Path, overrides: Sequence[str] = ()) -> None:
 
     Args:
         config_path: YAML file.
-        overrides: `option=value`; on a GPU `train.precision=bf16` is put before them.
+        overrides: `option=value`. The precision and the number of steps are chosen for this machine: bf16 where its
+            matrix products are faster, and as many steps as fit a few minutes. A run that exists goes on as it began.
 
     Raises:
         LonghaulError: a stage failed or was stopped; its own message is above.
     """
     progress = _Progress()
-    on_gpu = torch.cuda.is_available()
-    overrides = [*(["train.precision=bf16"] if on_gpu else []), *overrides]
+    overrides = list(overrides)
     config = load_config(config_path, overrides)
-    num_available = torch.cuda.device_count() if on_gpu else min(2, len(os.sched_getaffinity(0)))
+    run = config.run.dir
+    given = {override.partition("=")[0] for override in overrides}
+    if Path(run, CONFIG_FILE).exists():  # it goes on as it began
+        begun = load_config(Path(run, CONFIG_FILE))
+        chosen = {"train.precision": begun.train.precision, "train.num_steps": begun.train.num_steps}
+    else:
+        chosen = {"train.precision": fastest_precision()}
+    overrides += [f"{name}={value}" for name, value in chosen.items() if name not in given]
+    is_measured = "train.num_steps" not in given | set(chosen)
+    progress.num_stages += is_measured
+    num_available = torch.cuda.device_count() if torch.cuda.is_available() else min(2, len(os.sched_getaffinity(0)))
     num_ranks, micro_batch_size = divide(config.train.global_batch_size, config.train.micro_batch_size, num_available)
     if micro_batch_size != config.train.micro_batch_size:
         overrides.append(f"train.micro_batch_size={micro_batch_size}")
-    arguments = [str(config_path), *overrides]
-    run = config.run.dir
 
-    _stage(progress, "prepare", [_script("prepare"), *arguments])
+    _stage(progress, "prepare", [_script("prepare"), str(config_path), *overrides])
+    if is_measured:
+        overrides.append(f"train.num_steps={_fit_steps(progress, num_ranks, [str(config_path), *overrides])}")
+    arguments = [str(config_path), *overrides]
+    config = load_config(config_path, overrides)
     _train(progress, run, [*launcher(num_ranks), _script("pretrain"), *arguments])
     held_out = json.loads(_stage(progress, "evaluate", [_script("evaluate"), run, "--json"], capture=True))
     print(json.dumps(held_out))
@@ -93,6 +111,29 @@ def quickstart(config_path: str | Path, overrides: Sequence[str] = ()) -> None:
         _stage(progress, "convert", [_script("convert"), run, str(export), "--to", "hf"])
     _stage(progress, "load", ["-c", LOAD_WITH_TRANSFORMERS, str(export), PROMPT], shown="(transformers alone)")
     print(summary(config, held_out, export, progress.seconds, time.perf_counter() - progress.begin), flush=True)
+
+
+def fastest_precision() -> str:
+    """Choose bf16 on a GPU and on a CPU with bf16 matrix units, fp32 elsewhere."""
+    if torch.cuda.is_available():
+        return "bf16"
+    cpu = torch.device("cpu")
+    return "bf16" if (peak_flops(cpu, "bf16") or 0) > 2 * (peak_flops(cpu, "fp32") or 0) else "fp32"
+
+
+def _fit_steps(progress: _Progress, num_ranks: int, arguments: list[str]) -> int:
+    """Train a few steps in a folder that is thrown away, and return how many fit `TRAIN_SECONDS`."""
+    with tempfile.TemporaryDirectory() as folder:
+        extra = [f"run.dir={folder}/probe", f"train.num_steps={PROBE_STEPS}", "schedule.warmup_steps=0",
+                 "eval.every_steps=0", "log.tensorboard=false"]  # fmt: skip
+        _stage(progress, "measure", [*launcher(num_ranks), _script("pretrain"), *arguments, *extra])
+        with open(Path(folder, "probe", "metrics.jsonl"), encoding="utf-8") as lines:
+            seconds = sorted(line["step_seconds"] for line in map(json.loads, lines) if "step_seconds" in line)
+    typical = seconds[len(seconds) // 2]
+    low, high = STEP_LIMITS
+    num_steps = min(max(round(TRAIN_SECONDS / typical, -1), low), high)
+    print(f"a step takes {typical:.3f} s here: {num_steps:.0f} steps")
+    return int(num_steps)
 
 
 def _train(progress: _Progress, run: str, command: list[str]) -> None:
@@ -146,7 +187,7 @@ def launcher(num_ranks: int) -> list[str]:
 
 
 def _heading(progress: _Progress, stage: str, text: str) -> None:
-    print(f"\n== {len(progress.seconds) + 1}/{NUM_STAGES} {stage}: {text}", flush=True)
+    print(f"\n== {len(progress.seconds) + 1}/{progress.num_stages} {stage}: {text}", flush=True)
 
 
 def _stage(progress: _Progress, stage: str, command: list[str], capture: bool = False, shown: str = "") -> str:

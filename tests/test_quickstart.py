@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from pretrain import quickstart as driver
 from pretrain.config import Config, TokenizerSection
 from pretrain.errors import LonghaulError
-from pretrain.settings import load_config
+from pretrain.settings import load_config, resolved_yaml
 from pretrain.shards import Manifest, ShardWriter
 from pretrain.tokenizer import Tokenizer, train_tokenizer
 
@@ -120,7 +120,7 @@ def test_a_stage_that_fails_ends_it(commands: Path, capfd: pytest.CaptureFixture
         driver.quickstart(ROOT / "configs/quickstart.yaml", [f"run.dir={commands / 'run'}"])
     assert caught.value.exit_status == 2
     captured = capfd.readouterr()
-    assert captured.out.startswith("\n== 1/6 prepare: python ")
+    assert captured.out.startswith("\n== 1/7 prepare: python ")
     assert captured.err == "the disk is full\n"
 
 
@@ -146,5 +146,38 @@ def test_training_is_judged_by_its_status_file(
     write = f"open({str(run / 'status.json')!r}, 'w').write({json.dumps(status)!r})" if status else ""
     write_commands(commands, prepare="", pretrain=f"{write}\nraise SystemExit({launcher_status})")
     with pytest.raises(LonghaulError, match=message) as caught:
-        driver.quickstart(ROOT / "configs/quickstart.yaml", [f"run.dir={run}"])
+        driver.quickstart(ROOT / "configs/quickstart.yaml", [f"run.dir={run}", "train.num_steps=50"])
     assert caught.value.exit_status == exit_status
+
+
+def test_as_many_steps_as_fit(commands: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    write_commands(
+        commands,
+        prepare="",
+        pretrain="""
+import json, os, pathlib, sys
+options = dict(word.split("=", 1) for word in sys.argv[2:])
+run = pathlib.Path(options["run.dir"])
+run.mkdir(parents=True)
+with open(run / "metrics.jsonl", "w") as file:
+    for step in range(int(options["train.num_steps"])):
+        file.write(json.dumps({"step": step, "loss": 1.0, "step_seconds": 0.4 if step > 1 else 9.0}) + "\\n")
+sys.exit(0 if run.name == "probe" else 5)
+""",
+    )
+    with pytest.raises(LonghaulError, match="train ended with exit status 5"):
+        driver.quickstart(ROOT / "configs/quickstart.yaml", [f"run.dir={commands / 'run'}"])
+    shown = capfd.readouterr().out
+    assert "a step takes 0.400 s here: 500 steps" in shown
+    assert "train.num_steps=500" in shown.split("train:")[1]
+
+
+def test_a_run_goes_on_as_it_began(commands: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    write_commands(commands, prepare="", pretrain="raise SystemExit(5)")
+    begun = load_config(ROOT / "configs/quickstart.yaml", ["train.num_steps=333", "train.precision=bf16"])
+    (commands / "run").mkdir()
+    (commands / "run" / "config.yaml").write_text(resolved_yaml(begun), encoding="utf-8")
+    with pytest.raises(LonghaulError, match="train ended"):
+        driver.quickstart(ROOT / "configs/quickstart.yaml", [f"run.dir={commands / 'run'}"])
+    shown = capfd.readouterr().out
+    assert "measure" not in shown and "train.precision=bf16 train.num_steps=333" in shown
