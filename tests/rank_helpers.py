@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from pretrain.checkpoint_files import CheckpointReader, folder_name, list_steps
@@ -46,8 +47,16 @@ def start_ranks(script: str, arguments: list[str], num_ranks: int, log: Path) ->
     return processes
 
 
-def run_cases(config: Path, cases: list[dict], num_ranks: int, folder: Path, timeout: float = 400) -> list[str]:
-    """Run cases on `num_ranks` ranks in one start; return their outcomes."""
+def run_cases(
+    config: Path,
+    cases: list[dict],
+    num_ranks: int,
+    folder: Path,
+    timeout: float = 400,
+    overrides: Sequence[str] = (),
+) -> list[str]:
+    """Run cases on `num_ranks` ranks in one start, `overrides` before their own; return their outcomes."""
+    cases = [case | {"overrides": [*overrides, *case["overrides"]]} for case in cases]
     folder.mkdir(parents=True, exist_ok=True)
     cases_path = folder / "cases.json"
     cases_path.write_text(json.dumps(cases))

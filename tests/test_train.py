@@ -1,0 +1,129 @@
+"""What a run does beyond stepping: early stopping, the best checkpoint, retention, a disk that is full, damaged text."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+
+from pretrain.checkpoint_files import CheckpointReader, list_steps
+from tests.rank_helpers import losses, metric_lines, run_cases
+
+pytestmark = pytest.mark.launches
+
+
+@pytest.fixture(scope="module")
+def runs(tiny_config, tmp_path_factory):
+    """Run all cases of this module in one start of one rank; return (outcomes by name, folder)."""
+    folder = tmp_path_factory.mktemp("train")
+    code = folder / "damaged-code"
+    shutil.copytree(tiny_config.parent / "shards" / "code", code)
+    shard = code / "train-000002.tar"
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 3] ^= 16
+    shard.write_bytes(content)
+    damaged = f"data.sources=[{{name: code, shards: {code}, weight: 3}}, {{name: prose, shards: {tiny_config.parent}/shards/prose}}]"
+    cases = {
+        "plain": [],
+        "recomputed": ["train.activation_checkpointing=full"],
+        "early": ["optim.lr=0.3", "optim.clip_norm=0", "schedule={name: constant}", "train.num_steps=60",
+                  "eval={every_steps: 3, patience: 2, max_rows: 8}"],
+        "best": ["eval={every_steps: 4, max_rows: 8}", "checkpoint={every_steps: 5, keep_last: 2}"],
+        "not-best": ["eval={every_steps: 4, max_rows: 8}", "checkpoint={every_steps: 5, keep_last: 1, keep_best: false}"],
+        "damaged": [damaged, "data.prefetch_steps=1"],
+        "undamaged": [damaged.replace(str(code), f"{tiny_config.parent}/shards/code")],
+        "wsd": ["schedule={name: wsd, warmup_steps: 2, decay_steps: 5, final_lr_ratio: 0}"],
+        "gpt2": ["model={family: gpt2, dim: 32, num_layers: 2, num_heads: 4, dropout: 0.1}"],
+        "tensors": ["log.tensorboard=true", "eval={every_steps: 10, max_rows: 4}"],
+    }  # fmt: skip
+    listed = [{"overrides": [f"run.dir={folder}/{name}", *overrides]} for name, overrides in cases.items()]
+    outcomes = run_cases(tiny_config, listed, 1, folder / "ranks")
+    return dict(zip(cases, outcomes, strict=True)), folder
+
+
+def evaluations(run):
+    return {line["step"]: line["eval/loss"] for line in metric_lines(run) if "eval/loss" in line}
+
+
+def test_recomputing_activations_changes_nothing(runs):
+    assert losses(runs[1] / "recomputed") == losses(runs[1] / "plain")
+
+
+def test_early_stopping_keeps_the_best(runs):
+    outcomes, folder = runs
+    run = folder / "early"
+    status = json.loads((run / "status.json").read_text())
+    assert outcomes["early"] == "done" and status["status"] == "done" and status["exit_status"] == 0
+    assert status["reason"].startswith(f"stopped early at step {status['step']}: the held-out loss has not fallen below")
+    judged = evaluations(run)
+    best = min(judged, key=judged.get)
+    assert status["step"] == best + 6 < 60  # two evaluations later
+    assert set(list_steps(run / "checkpoints")) >= {best, status["step"]}
+    again = CheckpointReader(run / "checkpoints" / f"step-{status['step']:08d}").training["progress"]
+    assert (again["best_step"], again["evals_without_improvement"]) == (best, 2)
+
+
+def test_retention_keeps_the_newest_and_the_best(runs):
+    _, folder = runs
+    judged = evaluations(folder / "best")
+    assert sorted(judged) == [4, 8, 12, 16, 20]
+    best = min(judged, key=judged.get)
+    saved = {5, 10, 15, 20} | {step for step in judged if judged[step] == min(judged[s] for s in judged if s <= step)}
+    assert list_steps(folder / "best" / "checkpoints") == sorted({best, *sorted(saved)[-2:]})
+    assert list_steps(folder / "not-best" / "checkpoints") == [20]
+
+
+def test_a_damaged_document_is_masked_counted_and_shifts_nothing(runs):
+    _, folder = runs
+    ours, whole = losses(folder / "damaged"), losses(folder / "undamaged")
+    events = [line["step"] for line in metric_lines(folder / "damaged") if line.get("event") == "damaged_documents"]
+    assert events and ours[: events[0] - 1] == whole[: events[0] - 1] and ours[events[0] - 1] != whole[events[0] - 1]
+    assert "train-000002.tar document" in (folder / "damaged" / "log.txt").read_text()
+    assert len(ours) == 20
+
+
+def test_the_rate_of_every_step_is_the_schedules(runs):
+    rates = [line["lr"] for line in metric_lines(runs[1] / "wsd") if "loss" in line]
+    assert rates[:2] == pytest.approx([1.5e-3, 3e-3]) and rates[2:15] == pytest.approx([3e-3] * 13)
+    assert rates[15:] == pytest.approx([2.4e-3, 1.8e-3, 1.2e-3, 0.6e-3, 0.0], abs=1e-9)
+
+
+def test_gpt2_learns_with_dropout(runs):
+    assert losses(runs[1] / "gpt2")[-1] < losses(runs[1] / "gpt2")[0] - 0.3
+
+
+def test_tensorboard_has_the_metrics(runs):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(runs[1] / "tensors" / "tensorboard")).Reload()
+    values = [event.value for event in events.Scalars("train/loss")]
+    assert values == pytest.approx(losses(runs[1] / "tensors"), rel=1e-6)
+    assert [event.step for event in events.Scalars("eval/bits_per_byte")] == [10, 20]
+
+
+def test_every_line_has_the_promised_keys(runs):
+    line = next(line for line in metric_lines(runs[1] / "plain") if "loss" in line)
+    assert set(line) >= {
+        "step", "tokens", "loss", "grad_norm", "lr", "tokens_per_second", "tokens_per_second_per_gpu", "step_seconds",
+        "mfu", "mfu_causal", "memory_bytes", "data_wait_seconds", "skipped_steps", "timestamp", "attempt",
+        "epoch/code", "epoch/prose",
+    }  # fmt: skip
+
+
+def test_a_full_disk_loses_no_run(tiny_config, tmp_path):
+    """Saves fail on a file system without space; the run goes on, and what was saved before stays."""
+    from tests.small_disk import small_disk
+
+    with small_disk(tmp_path / "disk", 900) as disk:
+        cases = [{"overrides": [f"run.dir={disk}/run", "checkpoint={every_steps: 2, keep_last: 10}", "log.every_steps=50"]}]
+        outcome = run_cases(tiny_config, cases, 2, tmp_path / "ranks", overrides=["train.micro_batch_size=8"])[0]
+        run = disk / "run"
+        assert outcome.startswith("CheckpointError:") and "a checkpoint could not be written" in outcome
+        failed = [line["step"] for line in metric_lines(run) if line.get("event") == "save_failed"]
+        saved = list_steps(run / "checkpoints")
+        assert saved and failed and saved[-1] < failed[0]
+        assert len(losses(run)) == 20  # it went on to the end
+        for step in saved:
+            CheckpointReader(run / "checkpoints" / f"step-{step:08d}").verify()
+        assert not list((run / "checkpoints").glob(".tmp-*"))
