@@ -24,7 +24,6 @@ setup(
         "deepspeed==0.19.8",  # options vanish between its patch releases
         "numpy>=1.26,<3",
         "pydantic>=2.10,<3",
-        "rich>=13,<16",
         "ruamel.yaml>=0.18,<0.20",
         "safetensors>=0.5,<1",
         "sentencepiece>=0.2.1,<0.3",
@@ -38,6 +37,7 @@ setup(
         "test": [
             "hypothesis>=6.100,<7",
             "mypy>=1.15,<3",
+            "psutil>=5.9,<8",
             "pytest>=8.3,<10",
             "pytest-timeout>=2.3,<3",
             "ruff>=0.15,<1",

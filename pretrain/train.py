@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
@@ -117,6 +118,7 @@ def open_run(config: Config, ranks: Ranks, folder: RunFolder | None, stop: StopR
     val_rows = ranks.agree(lambda: ValRows(config, tokenizer.fingerprint, config.eval.max_rows)
                            if config.eval.every_steps else None)  # fmt: skip
     if config.train.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with this
         torch.use_deterministic_algorithms(True)
     check_optimizer(config, plan, ranks)
     model = Transformer(shape, config.run.seed, config.train.activation_checkpointing)

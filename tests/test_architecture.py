@@ -34,7 +34,6 @@ TIER_OF = {module: tier for tier, modules in enumerate(TIERS) for module in modu
 # One third-party library, one file: what goes wrong with it is in one place, and the rest is testable without it.
 FILE_OF_LIBRARY = {
     "deepspeed": "pretrain/engine.py",
-    "rich": "pretrain/console.py",
     "ruamel": "pretrain/settings.py",
     "safetensors": "pretrain/tensor_files.py",
     "sentencepiece": "pretrain/tokenizer.py",

@@ -26,6 +26,7 @@ def runs(tiny_config, tmp_path_factory):
     damaged = f"data.sources=[{{name: code, shards: {code}, weight: 3}}, {{name: prose, shards: {tiny_config.parent}/shards/prose}}]"
     cases = {
         "plain": [],
+        "deterministic": ["train.deterministic=true"],
         "recomputed": ["train.activation_checkpointing=full"],
         "early": ["optim.lr=0.3", "optim.clip_norm=0", "schedule={name: constant}", "train.num_steps=60",
                   "eval={every_steps: 3, patience: 2, max_rows: 8}"],
@@ -46,7 +47,8 @@ def evaluations(run):
     return {line["step"]: line["eval/loss"] for line in metric_lines(run) if "eval/loss" in line}
 
 
-def test_recomputing_activations_changes_nothing(runs):
+def test_recomputing_activations_or_determinism_change_nothing_on_a_cpu(runs):
+    assert losses(runs[1] / "deterministic") == losses(runs[1] / "plain")
     assert losses(runs[1] / "recomputed") == losses(runs[1] / "plain")
 
 
