@@ -73,12 +73,16 @@ class RunFolder:
             ) from None
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self.attempt = self._take_up(config)
         except BlockingIOError:
+            self.close()
             raise ConfigError(
                 f"run.dir is {self.path}; expected a folder that no other job is training in (see its status.json). "
                 "Wait for that job, or use another run.dir."
             ) from None
-        self.attempt = self._take_up(config)
+        except BaseException:
+            self.close()
+            raise
 
     def _take_up(self, config: Config) -> int:
         saved = self.path / CONFIG_FILE

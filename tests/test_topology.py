@@ -168,3 +168,14 @@ def test_damaged_checkpoints_are_passed_over_and_never_begin_anew(tiny_config, t
         manifest.write_text("{}")
     outcome = run_cases(tiny_config, [{"overrides": [*common, "train.num_steps=24"]}], 2, tmp_path / "again")
     assert "none of its 2 checkpoints is intact" in outcome[0]
+
+
+def test_the_self_test_notices_another_optimizer_at_every_stage(tiny_config, tmp_path):
+    cases = [
+        {"overrides": [f"run.dir={tmp_path}/{name}-{stage}", f"optim={{name: {name}, lr: 1e-3}}",
+                       f"parallel.zero_stage={stage}", "train.micro_batch_size=8"], "sabotage": True}
+        for name in ("adamw", "rmsprop") for stage in STAGES
+    ]  # fmt: skip
+    outcomes = run_cases(tiny_config, cases, 2, tmp_path / "ranks")
+    for case, outcome in zip(cases, outcomes, strict=True):
+        assert outcome.startswith("TrainingError: self-test: after 3 steps of"), (case, outcome)

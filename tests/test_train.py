@@ -57,7 +57,9 @@ def test_early_stopping_keeps_the_best(runs):
     run = folder / "early"
     status = json.loads((run / "status.json").read_text())
     assert outcomes["early"] == "done" and status["status"] == "done" and status["exit_status"] == 0
-    assert status["reason"].startswith(f"stopped early at step {status['step']}: the held-out loss has not fallen below")
+    assert status["reason"].startswith(
+        f"stopped early at step {status['step']}: the held-out loss has not fallen below"
+    )
     judged = evaluations(run)
     best = min(judged, key=judged.get)
     assert status["step"] == best + 6 < 60  # two evaluations later
@@ -118,7 +120,9 @@ def test_a_full_disk_loses_no_run(tiny_config, tmp_path):
     from tests.small_disk import small_disk
 
     with small_disk(tmp_path / "disk", 900) as disk:
-        cases = [{"overrides": [f"run.dir={disk}/run", "checkpoint={every_steps: 2, keep_last: 10}", "log.every_steps=50"]}]
+        cases = [
+            {"overrides": [f"run.dir={disk}/run", "checkpoint={every_steps: 2, keep_last: 10}", "log.every_steps=50"]}
+        ]
         outcome = run_cases(tiny_config, cases, 2, tmp_path / "ranks", overrides=["train.micro_batch_size=8"])[0]
         run = disk / "run"
         assert outcome.startswith("CheckpointError:") and "a checkpoint could not be written" in outcome

@@ -15,9 +15,13 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[2])
 
+import torch
+
+from pretrain import engine as engine_module
 from pretrain import train as train_module
 from pretrain.engine import init_distributed, leave_distributed
 from pretrain.errors import LonghaulError
+from pretrain.optim import make_optimizer
 from pretrain.settings import load_config
 
 
@@ -31,6 +35,8 @@ def run_case(case: dict, config_path: str, ranks) -> str:
             content[len(content) // 2] ^= 1
             path.write_bytes(content)
         ranks.barrier()
+    if "sabotage" in case:  # DeepSpeed is handed another optimizer than the one that was asked for
+        engine_module.make_optimizer = lambda groups, section: torch.optim.SGD(groups, lr=section.lr)
     original = train_module.train_step
     if "signal_at" in case:
 
@@ -63,6 +69,7 @@ def run_case(case: dict, config_path: str, ranks) -> str:
         return f"{type(error).__name__}: {error}"
     finally:
         train_module.train_step = original
+        engine_module.make_optimizer = make_optimizer
 
 
 def main() -> int:

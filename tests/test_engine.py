@@ -1,0 +1,49 @@
+"""What DeepSpeed is told; that it does it is in test_topology.py."""
+
+from __future__ import annotations
+
+import pytest
+
+from pretrain.batch_plan import BatchPlan
+from pretrain.engine import deepspeed_settings, effective_stage
+from pretrain.settings import parse_config
+
+
+def config_of(**sections):
+    base = {
+        "model": {"dim": 32, "num_layers": 1, "num_heads": 2},
+        "tokenizer": {"model": "t.model", "vocab_size": 400},
+        "data": {"sources": [{"name": "a", "shards": "s"}], "seq_len": 32},
+        "optim": {"lr": 1e-3},
+        "train": {"num_steps": 4, "global_batch_size": 16, "micro_batch_size": 2, "precision": "fp32"},
+    }
+    return parse_config({name: base.get(name, {}) | sections.get(name, {}) for name in base | sections})
+
+
+@pytest.mark.parametrize(
+    ("stage", "precision", "runs"), [(0, "fp32", 0), (0, "bf16", 1), (0, "fp16", 1), (3, "bf16", 3)]
+)
+def test_low_precision_needs_a_stage_that_accumulates_in_fp32(stage, precision, runs):
+    assert effective_stage(stage, precision) == runs
+
+
+def test_settings_follow_the_batch_plan():
+    config = config_of(parallel={"zero_stage": 2}, train={"precision": "bf16"})
+    settings = deepspeed_settings(config, BatchPlan.of(config, 2))
+    assert settings["train_batch_size"] == 16
+    assert settings["train_micro_batch_size_per_gpu"] == 2
+    assert settings["gradient_accumulation_steps"] == 4
+    assert settings["zero_optimization"]["stage"] == 2 and not settings["zero_optimization"]["overlap_comm"]
+    assert settings["data_types"]["grad_accum_dtype"] == "fp32"
+    assert settings["bf16"] == {"enabled": True} and "fp16" not in settings
+    assert settings["gradient_clipping"] == 1.0
+
+
+def test_stage_0_clips_here_and_not_in_deepspeed():
+    config = config_of(parallel={"zero_stage": 0})
+    assert deepspeed_settings(config, BatchPlan.of(config, 1))["gradient_clipping"] == 0.0
+
+
+def test_fp16_scales_its_loss():
+    config = config_of(train={"precision": "fp16"})
+    assert deepspeed_settings(config, BatchPlan.of(config, 1))["fp16"]["enabled"]

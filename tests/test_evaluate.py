@@ -1,0 +1,38 @@
+"""Bits per byte, by hand and by `evaluate`."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from pretrain.evaluate import evaluate
+from pretrain.stream import Batch
+
+
+class Rows:
+    """Three rows of four tokens, of which two are not scored."""
+
+    num_rows = 3
+    targets = torch.tensor([[1, 2, 3, -100], [2, 2, 1, 0], [3, -100, 1, 2]])
+
+    def batch(self, numbers):
+        targets = self.targets[list(numbers)]
+        zeros = torch.zeros_like(targets)
+        return Batch(zeros, targets, zeros.int(), torch.tensor(list(numbers)))
+
+
+def uniform(tokens, targets, doc_start, row_ids, step):
+    return (targets >= 0).sum() * math.log(8.0)
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 2, 3, 8])
+def test_a_uniform_model_has_the_entropy_it_should(micro_batch_size):
+    token_bytes = np.array([0, 1, 2, 5], dtype=np.int32)
+    result = evaluate(uniform, Rows(), token_bytes, micro_batch_size)
+    num_bytes = sum(int(token_bytes[target]) for target in Rows.targets.flatten().tolist() if target >= 0)
+    assert (result.tokens, result.bytes) == (10, num_bytes)
+    assert result.loss == pytest.approx(math.log(8.0)) and result.perplexity == pytest.approx(8.0)
+    assert result.bits_per_byte == pytest.approx(10 * 3 / num_bytes)

@@ -1,0 +1,79 @@
+"""Whose a run folder is, and what may change when a run goes on."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from pretrain.errors import ConfigError
+from pretrain.run_folder import RunFolder, changed_options, flatten
+from pretrain.settings import load_config
+from tests.conftest import write_tiny_corpus
+
+
+@pytest.fixture
+def config(tmp_path):
+    return load_config(write_tiny_corpus(tmp_path / "corpus"), [f"run.dir={tmp_path}/run"])
+
+
+def test_differences_are_named_in_order(config):
+    other = config.model_copy(update={"optim": config.optim.model_copy(update={"lr": 0.5, "eps": 1e-6})})
+    assert changed_options(config, other) == [("optim.lr", 3e-3, 0.5), ("optim.eps", 1e-8, 1e-6)]
+    assert flatten({"a": {"b": [1, {"c": 2}]}, "d": None}) == {"a.b": [1, {"c": 2}], "d": None}
+
+
+def save_one(run):
+    (run / "checkpoints" / "step-00000003").mkdir(parents=True)
+    (run / "checkpoints" / "step-00000003" / "manifest.json").write_text("{}")
+
+
+def test_before_the_first_checkpoint_any_config_may_begin(tmp_path):
+    path = write_tiny_corpus(tmp_path / "corpus")
+    run = f"run.dir={tmp_path}/run"
+    first = RunFolder(load_config(path, [run]))
+    assert first.attempt == 1
+    first.close()
+    second = RunFolder(load_config(path, [run, "optim.lr=1e-2"]))
+    assert second.attempt == 2
+    second.close()
+    save_one(tmp_path / "run")
+    with pytest.raises(ConfigError, match=r"optim.lr: 0.01 in the run folder, 0.003 now"):
+        RunFolder(load_config(path, [run]))
+    third = RunFolder(load_config(path, [run, "optim.lr=1e-2", "parallel.zero_stage=3", "train.num_steps=99"]))
+    assert third.attempt == 3
+    third.close()
+    allowed = RunFolder(load_config(path, [run, "optim.lr=1e-3", "run.allow_changes=[optim.lr]"]))
+    allowed.close()
+    starts = json.loads((tmp_path / "run" / "environment.json").read_text())["starts"]
+    assert len(starts) == 4 and {"command", "versions", "git_commit", "host", "world_size"} <= set(starts[0])
+
+
+def test_a_folder_without_its_config_is_refused(config):
+    from pathlib import Path
+
+    run = Path(config.run.dir)
+    save_one(run)
+    with pytest.raises(ConfigError, match="has checkpoints and no config.yaml; expected both"):
+        RunFolder(config)
+
+
+def test_one_job_a_folder(config):
+    first = RunFolder(config)
+    with pytest.raises(ConfigError, match="no other job is training in"):
+        RunFolder(config)
+    first.close()
+    RunFolder(config).close()
+
+
+def test_status_is_whole_json(config):
+    folder = RunFolder(config)
+    folder.write_status("stopped", 75, 12, "a signal")
+    folder.close()
+    status = json.loads((folder.path / "status.json").read_text())
+    assert (status["status"], status["exit_status"], status["step"], status["reason"]) == (
+        "stopped",
+        75,
+        12,
+        "a signal",
+    )
