@@ -1,7 +1,7 @@
 """The whole journey on one small config, offline: each stage is a command that users run themselves.
 
-prepare -> measure -> train -> evaluate -> generate -> convert -> load the export in a process that knows transformers only. What
-is finished is found finished when it is run again.
+prepare -> measure -> train -> evaluate -> generate -> convert -> load the export in a process that knows transformers
+only. What is finished is found finished when it is run again.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def quickstart(config_path: str | Path, overrides: Sequence[str] = ()) -> None:
     given = {override.partition("=")[0] for override in overrides}
     if Path(run, CONFIG_FILE).exists():  # it goes on as it began
         begun = load_config(Path(run, CONFIG_FILE))
-        chosen = {"train.precision": begun.train.precision, "train.num_steps": begun.train.num_steps}
+        chosen: dict[str, object] = {"train.precision": begun.train.precision, "train.num_steps": begun.train.num_steps}
     else:
         chosen = {"train.precision": fastest_precision()}
     overrides += [f"{name}={value}" for name, value in chosen.items() if name not in given]
