@@ -30,7 +30,7 @@ from torch import nn
 from pretrain.batch_plan import BatchPlan
 from pretrain.config import Config
 from pretrain.distributed import Ranks, choose_device, export_rank_variables
-from pretrain.errors import ConfigError
+from pretrain.errors import ConfigError, TrainingError
 from pretrain.optim import create_state, make_optimizer, moment_names, param_groups
 
 MASTER = "master"
@@ -73,12 +73,20 @@ def init_distributed(timeout_seconds: int) -> Ranks:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if not dist.is_initialized():
-        deepspeed.init_distributed(
-            dist_backend="nccl" if device.type == "cuda" else "gloo",
-            auto_mpi_discovery=False,
-            verbose=False,
-            timeout=timedelta(seconds=timeout_seconds),
-        )
+        try:
+            deepspeed.init_distributed(
+                dist_backend="nccl" if device.type == "cuda" else "gloo",
+                auto_mpi_discovery=False,
+                verbose=False,
+                timeout=timedelta(seconds=timeout_seconds),
+            )
+        except RuntimeError as error:  # torch's network and store errors are such
+            address = f"{variables['MASTER_ADDR']}:{variables['MASTER_PORT']}"
+            raise TrainingError(
+                f"launch: rank {variables['RANK']} of {variables['WORLD_SIZE']} cannot meet the others at {address}; "
+                f"expected a free port there that all nodes reach ({str(error).splitlines()[0]}). Choose another port "
+                "(deepspeed --master_port, torchrun --master-port, MASTER_PORT)."
+            ) from None
     return Ranks(int(variables["RANK"]), int(variables["LOCAL_RANK"]), int(variables["WORLD_SIZE"]), device)
 
 

@@ -157,6 +157,18 @@ def test_a_batch_that_the_ranks_do_not_divide(tiny_config, tmp_path):
     assert "32" in shown[0] and shown[1] == ""  # said once, not once a rank
 
 
+def test_a_port_that_is_taken(tiny_config, tmp_path):
+    import socket
+
+    with socket.socket() as taken:
+        taken.bind(("0.0.0.0", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        variables = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        done = run_command(TRAIN, tiny_config, f"run.dir={tmp_path}/r", **variables)
+    check(done, 1, f"cannot meet the others at 127.0.0.1:{port}; expected a free port")
+
+
 def test_another_config_in_the_run_folder(tiny_config, tmp_path):
     common = [tiny_config, f"run.dir={tmp_path}/r", "train.num_steps=4"]
     assert run_command(TRAIN, *common).returncode == 0
