@@ -18,6 +18,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kernels.dropout import DropoutKey, keep_mask
 
+_SHORT_SLOTS_CPU = 256
+
 
 @dataclass(frozen=True)
 class Visibility:
@@ -101,6 +103,8 @@ def attention(
         k_BSKC, v_BSKC = repeat_heads(k_BSKC, num_heads), repeat_heads(v_BSKC, num_heads)
         with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
             return _fused(q_BTHC, k_BSKC, v_BSKC, visible.bias_B1TS, grouped=False)
+    if q_BTHC.dtype == torch.bfloat16 and k_BSKC.shape[1] <= _SHORT_SLOTS_CPU:
+        return _short(q_BTHC, k_BSKC, v_BSKC, visible.bias_B1TS)
     return _fused(q_BTHC, k_BSKC, v_BSKC, visible.bias_B1TS, grouped=num_heads != num_kv_heads)
 
 
@@ -112,6 +116,22 @@ def repeat_heads(x_BSKC: Tensor, num_heads: int) -> Tensor:
     """
     B, S, K, C = x_BSKC.shape
     return x_BSKC[:, :, :, None].expand(B, S, K, num_heads // K, C).reshape(B, S, num_heads, C)
+
+
+def _short(q_BTHC: Tensor, k_BSKC: Tensor, v_BSKC: Tensor, bias_B1TS: Tensor) -> Tensor:
+    """Attend by explicit bf16 scores, which on a CPU are quicker than PyTorch's fused kernel in short rows.
+
+    Forward and backward on one core, 1024 tokens, 4 heads of 64: 3.7 ms against 11.2 in rows of 128, 5.3 against 9.0
+    in rows of 256, the same in rows of 512.
+    """
+    B, T, H, C = q_BTHC.shape
+    S, K = k_BSKC.shape[1:3]
+    # The query heads that share a key head are rows of one product, so keys and values are not repeated.
+    q_BKRC = (q_BTHC * (1.0 / math.sqrt(C))).view(B, T, K, H // K, C).permute(0, 2, 3, 1, 4).reshape(B, K, -1, C)
+    scores_BKRS = q_BKRC @ k_BSKC.permute(0, 2, 3, 1).contiguous()
+    scores_BKGTS = scores_BKRS.view(B, K, H // K, T, S) + bias_B1TS[:, None]
+    out_BKRC = scores_BKGTS.softmax(-1).view(B, K, -1, S) @ v_BSKC.transpose(1, 2).contiguous()
+    return out_BKRC.view(B, K, H // K, T, C).permute(0, 3, 1, 2, 4).flatten(2, 3)
 
 
 def _fused(q_BTHC: Tensor, k_BSKC: Tensor, v_BSKC: Tensor, bias_B1TS: Tensor, grouped: bool) -> Tensor:

@@ -100,7 +100,7 @@ def quickstart(config_path: str | Path, overrides: Sequence[str] = ()) -> None:
     _train(progress, run, [*launcher(num_ranks), _script("pretrain"), *arguments])
     held_out = json.loads(_stage(progress, "evaluate", [_script("evaluate"), run, "--json"], capture=True))
     print(json.dumps(held_out))
-    sampling = ["--max-new-tokens", "120", "--temperature", "0.8", "--seed", "1"]
+    sampling = ["--max-new-tokens", "100", "--temperature", "0.8", "--seed", "1"]
     _stage(progress, "generate", [_script("generate"), run, "--prompt", PROMPT, *sampling])
     export = Path(run, "exports", f"hf-step-{held_out['step']:08d}")
     if export.exists():
