@@ -117,8 +117,12 @@ def fastest_precision() -> str:
     """Choose bf16 on a GPU and on a CPU with bf16 matrix units, fp32 elsewhere."""
     if torch.cuda.is_available():
         return "bf16"
-    cpu = torch.device("cpu")
-    return "bf16" if (peak_flops(cpu, "bf16") or 0) > 2 * (peak_flops(cpu, "fp32") or 0) else "fp32"
+    cpu, num_threads = torch.device("cpu"), torch.get_num_threads()
+    torch.set_num_threads(1)  # as a rank's; and threads that wait for each other on a busy machine measure that
+    try:
+        return "bf16" if (peak_flops(cpu, "bf16") or 0) > 2 * (peak_flops(cpu, "fp32") or 0) else "fp32"
+    finally:
+        torch.set_num_threads(num_threads)
 
 
 def _fit_steps(progress: _Progress, num_ranks: int, arguments: list[str]) -> int:
@@ -196,6 +200,7 @@ def _stage(progress: _Progress, stage: str, command: list[str], capture: bool = 
     words = ["python", *command] if is_script else [Path(command[0]).name, *command[1:]]
     _heading(progress, stage, shown or " ".join(f"'{word}'" if " " in word else word for word in words))
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
+    environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin slow each other down on a busy machine
     if not torch.cuda.is_available():
         environment.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed warns in every process that it found no GPU
     begin = time.perf_counter()
