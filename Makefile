@@ -7,7 +7,7 @@ BIN := .venv/bin
 SYSTEM_TORCH ?= $(if $(wildcard .venv/.installed-with-system-torch),1)
 STAMP := .venv/.installed-with-$(if $(SYSTEM_TORCH),system,own)-torch
 
-.PHONY: help setup quickstart test check clean
+.PHONY: help setup quickstart test check bench clean
 .DEFAULT_GOAL := help
 
 help: ## list the commands
@@ -45,6 +45,9 @@ check: setup ## check format, lint and types, then run the tests
 	@$(BIN)/mypy
 	@$(BIN)/python -m pytest
 
+bench: setup ## measure speed beside plain PyTorch's; a table, and JSON in bench-results
+	@PYTHON=$(BIN)/python bash benchmarks/gpu.sh
+
 clean: ## remove .venv and caches; data/ and runs/ stay
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	find kernels pretrain launch tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	find benchmarks kernels pretrain launch tests -name __pycache__ -type d -prune -exec rm -rf {} +

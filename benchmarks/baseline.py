@@ -1,0 +1,132 @@
+"""A Transformer as people write it in plain PyTorch: what Longhaul's is compared with.
+
+Same shape, same parameter names and, on rows of one document, same result as `pretrain.model.Transformer` (a test
+compares them), from torch's own layers: `nn.Linear`, `nn.RMSNorm` or `nn.LayerNorm`, causal
+`F.scaled_dot_product_attention`, and `F.cross_entropy` over all logits. Run it under autocast.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pretrain.families import ModelShape
+
+
+class Baseline(nn.Module):
+    """A pre-norm decoder-only Transformer; documents of a row see each other, as in most plain code."""
+
+    def __init__(self, shape: ModelShape) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(shape.padded_vocab_size, shape.dim)
+        learned = shape.positions == "learned"
+        self.position_embedding = nn.Embedding(shape.seq_len, shape.dim) if learned else None
+        self.blocks = nn.ModuleList(_Block(shape) for _ in range(shape.num_layers))
+        self.final_norm = _norm(shape)
+        self.output = nn.Linear(shape.dim, shape.padded_vocab_size, bias=False)
+        if shape.tie_embeddings:
+            self.output.weight = self.embedding.weight
+        for parameter in self.parameters():
+            if parameter.dim() > 1:
+                nn.init.normal_(parameter, 0.0, shape.init_std)
+        self._loss = self._mean_loss
+        if not learned:
+            exponents = torch.arange(0, shape.head_dim, 2).float() / shape.head_dim
+            angles_TR = torch.arange(shape.seq_len).float()[:, None] * (1.0 / shape.rope_theta**exponents)
+            self.register_buffer("cos_TC", torch.cat((angles_TR, angles_TR), -1).cos(), persistent=False)
+            self.register_buffer("sin_TC", torch.cat((angles_TR, angles_TR), -1).sin(), persistent=False)
+
+    def forward(self, tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
+        """Return the mean loss of a batch.
+
+        Args:
+            tokens_BT: int64 token ids.
+            targets_BT: int64, the token that follows each one; -100 where it is not scored.
+        """
+        x_BTD = self.embedding(tokens_BT)
+        tables = None
+        if self.position_embedding is None:
+            tables = self.cos_TC, self.sin_TC
+        else:
+            x_BTD = x_BTD + self.position_embedding(torch.arange(tokens_BT.shape[1], device=tokens_BT.device))
+        for block in self.blocks:
+            x_BTD = block(x_BTD, tables)
+        return self._loss(x_BTD, targets_BT)
+
+    def compile_parts(self, backend: str) -> None:
+        """Compile the block, once for all layers, and the output layer with its loss.
+
+        The same as compiling all at once but for what is fused across these borders; it takes seconds, not minutes.
+        """
+        for block in self.blocks:
+            block.compile(backend=backend, dynamic=False)
+        self._loss = torch.compile(self._mean_loss, backend=backend, dynamic=False)
+
+    def _mean_loss(self, x_BTD: Tensor, targets_BT: Tensor) -> Tensor:
+        logits_BTV = self.output(self.final_norm(x_BTD))
+        return F.cross_entropy(logits_BTV.flatten(0, 1), targets_BT.flatten())
+
+
+def _norm(shape: ModelShape) -> nn.Module:
+    kind = nn.RMSNorm if shape.norm == "rmsnorm" else nn.LayerNorm
+    return kind(shape.dim, eps=shape.norm_eps)
+
+
+def _rotate(x_BHTC: Tensor, cos_TC: Tensor, sin_TC: Tensor) -> Tensor:
+    first, second = x_BHTC.chunk(2, dim=-1)
+    return (x_BHTC * cos_TC + torch.cat((-second, first), dim=-1) * sin_TC).to(x_BHTC.dtype)
+
+
+class _Attention(nn.Module):
+    def __init__(self, shape: ModelShape) -> None:
+        super().__init__()
+        self.num_heads, self.num_kv_heads, self.head_dim = shape.num_heads, shape.num_kv_heads, shape.head_dim
+        qkv_dim = (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim
+        self.qkv = nn.Linear(shape.dim, qkv_dim, bias=shape.attention_bias)
+        self.output = nn.Linear(shape.num_heads * shape.head_dim, shape.dim, bias=shape.attention_bias)
+
+    def forward(self, x_BTD: Tensor, tables: tuple[Tensor, Tensor] | None) -> Tensor:
+        B, T, _ = x_BTD.shape
+        heads = [self.num_heads, self.num_kv_heads, self.num_kv_heads]
+        qkv = self.qkv(x_BTD).view(B, T, sum(heads), self.head_dim).transpose(1, 2)
+        q_BHTC, k_BKTC, v_BKTC = qkv.split(heads, dim=1)
+        if tables is not None:
+            q_BHTC, k_BKTC = _rotate(q_BHTC, *tables), _rotate(k_BKTC, *tables)
+        grouped = self.num_heads != self.num_kv_heads
+        out_BHTC = F.scaled_dot_product_attention(q_BHTC, k_BKTC, v_BKTC, is_causal=True, enable_gqa=grouped)
+        return self.output(out_BHTC.transpose(1, 2).reshape(B, T, -1))
+
+
+class _SwiGLU(nn.Module):
+    def __init__(self, shape: ModelShape) -> None:
+        super().__init__()
+        self.gate_up = nn.Linear(shape.dim, 2 * shape.ffn_dim, bias=shape.ffn_bias)
+        self.down = nn.Linear(shape.ffn_dim, shape.dim, bias=shape.ffn_bias)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        gate, up = self.gate_up(x_BTD).chunk(2, dim=-1)
+        return self.down(F.silu(gate) * up)
+
+
+class _GELU(nn.Module):
+    def __init__(self, shape: ModelShape) -> None:
+        super().__init__()
+        self.up = nn.Linear(shape.dim, shape.ffn_dim, bias=shape.ffn_bias)
+        self.down = nn.Linear(shape.ffn_dim, shape.dim, bias=shape.ffn_bias)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        return self.down(F.gelu(self.up(x_BTD), approximate="tanh"))
+
+
+class _Block(nn.Module):
+    def __init__(self, shape: ModelShape) -> None:
+        super().__init__()
+        self.attention_norm = _norm(shape)
+        self.attention = _Attention(shape)
+        self.ffn_norm = _norm(shape)
+        self.ffn = _SwiGLU(shape) if shape.activation == "swiglu" else _GELU(shape)
+
+    def forward(self, x_BTD: Tensor, tables: tuple[Tensor, Tensor] | None) -> Tensor:
+        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), tables)
+        return x_BTD + self.ffn(self.ffn_norm(x_BTD))

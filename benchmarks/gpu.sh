@@ -1,0 +1,122 @@
+#!/usr/bin/env bash
+# Everything that is measured, in one command of under 9 minutes: the GPU's tests, the norms, a training step of three
+# configs. Each part has its own time limit and writes its own JSON; what fails is said, and the rest goes on.
+#
+#   make bench                                      in .venv
+#   PYTHON=python3 bash benchmarks/gpu.sh           with another Python, e.g. the one of a container image
+#
+# OUT      folder of the results (bench-results)
+# WHEELS   folder of wheels that are installed, offline and for this run only, where DeepSpeed or what reads the
+#          configs is missing (.whl)
+# PARTS    what to run ("tests norms step")
+# CONFIGS  whose steps ("gpt2-124m llama-350m llama-1.3b")
+# SECONDS_IN_ALL   time limit (525); the steps get what tests and norms leave
+#
+# Exit status 1: a part failed or ran out of time; the others' results are there all the same.
+# Without a GPU it runs what can run there, at tiny sizes, and says what was left out.
+set -uo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+python=${PYTHON:-python3}
+out=${OUT:-bench-results}
+wheels=${WHEELS:-.whl}
+limit=${SECONDS_IN_ALL:-525}
+parts=" ${PARTS:-tests norms step} "
+read -ra configs <<<"${CONFIGS:-gpt2-124m llama-350m llama-1.3b}"
+notes=()
+failed=0
+site=
+mkdir -p "$out"
+trap '[ -z "$site" ] || rm -rf "$site"' EXIT
+
+left() { echo $((limit - SECONDS)); }
+
+part() { # NAME SECONDS COMMAND...: output to the log, status noted
+  local name=$1 seconds=$2 status=0 begin=$SECONDS
+  shift 2
+  if [ "$seconds" -lt 5 ]; then
+    notes+=("$name: left out: no time left")
+    failed=1
+    return 1
+  fi
+  echo "== $name (at most $seconds s)"
+  echo "== $name: $*" >>"$out/log.txt"
+  timeout --kill-after=5 "$seconds" "$@" >>"$out/log.txt" 2>&1 || status=$?
+  case $status in
+    0) notes+=("$name: done in $((SECONDS - begin)) s") ;;
+    124 | 137) notes+=("$name: stopped after $seconds s") ;;
+    *) notes+=("$name: FAILED with status $status after $((SECONDS - begin)) s; see $out/log.txt") ;;
+  esac
+  [ "$status" -eq 0 ] || failed=1
+  return "$status"
+}
+
+installed() { "$python" -c 'import sys; from importlib.util import find_spec
+sys.exit(any(not find_spec(name) for name in sys.argv[1:]))' "$@" 2>>"$out/log.txt"; }
+
+test_gpu() { # EXTRA ARGUMENTS...: pytest-benchmark, where installed, warns beside xdist, and warnings are errors here
+  part "tests/gpu" 130 "$python" -m pytest tests/gpu -q -p no:cacheprovider -p no:benchmark "$@"
+}
+
+: >"$out/log.txt"
+rm -f "$out"/norms.json "$out"/step-*.json
+if ! installed deepspeed pydantic ruamel ruamel.yaml; then
+  if compgen -G "$wheels/*.whl" >/dev/null; then
+    site=$(mktemp -d)
+    part "install of $wheels" 60 "$python" -m pip install -q --no-index --find-links "$wheels" --no-deps --no-compile \
+      --no-cache-dir --upgrade --target "$site" "$wheels"/*.whl && export PYTHONPATH="$site${PYTHONPATH:+:$PYTHONPATH}"
+  fi
+  for name in deepspeed pydantic ruamel.yaml; do
+    installed "${name%%.*}" || notes+=("$name is not installed, nor in $wheels: what needs it has no number")
+  done
+fi
+
+if "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>>"$out/log.txt"; then
+  shrink=()
+  steps=()
+  # several processes, because compiling several hundred small kernels is what takes the time
+  parallel=()
+  ! installed xdist || parallel=(-n 4)
+  if [[ $parts == *" tests "* ]]; then
+    test_gpu ${parallel[@]+"${parallel[@]}"}
+    case $? in 3 | 4) test_gpu ;; esac # pytest itself failed: once more, in one process
+    tests=$(grep -aE '^(=+ )?[0-9]+ (passed|failed|error|skipped)' "$out/log.txt" | tail -n 1)
+    notes+=("tests/gpu: ${tests:-no summary}")
+  fi
+  norm_seconds=100
+else
+  shrink=(--shrink)
+  steps=(--shrink --steps 3)
+  norm_seconds=60
+  notes+=("no GPU: tests/gpu and Liger left out; tiny sizes, torch.compile without code generation")
+fi
+
+if [[ $parts == *" norms "* ]]; then
+  part norms "$norm_seconds" "$python" benchmarks/norms.py --out "$out/norms.json" --seconds $((norm_seconds - 15)) \
+    ${shrink[@]+"${shrink[@]}"}
+fi
+
+results=("$out/norms.json")
+[[ $parts == *" step "* ]] || configs=()
+num_left=${#configs[@]}
+for name in ${configs[@]+"${configs[@]}"}; do
+  seconds=$(($(left) / num_left))
+  num_left=$((num_left - 1))
+  part "step $name" "$seconds" "$python" benchmarks/step.py "configs/$name.yaml" \
+    --out "$out/step-$name.json" --seconds $((seconds - 5)) ${steps[@]+"${steps[@]}"}
+  results+=("$out/step-$name.json")
+done
+
+echo
+printf '%s\n' "${notes[@]}"
+echo
+existing=()
+for file in "${results[@]}"; do [ ! -e "$file" ] || existing+=("$file"); done
+if [ "${#existing[@]}" -gt 0 ]; then
+  "$python" benchmarks/table.py "${existing[@]}" | tee "$out/table.txt"
+else
+  echo "no results; the last lines of $out/log.txt:"
+  tail -n 20 "$out/log.txt"
+fi
+echo "benchmarks: $SECONDS s; results in $out"
+exit "$failed"

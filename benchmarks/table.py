@@ -1,0 +1,92 @@
+"""Results as text: `python benchmarks/table.py bench-results/*.json`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+
+def render(records: Sequence[dict[str, Any]]) -> str:
+    """Write the results as tables, each machine and date once above the tables that it belongs to."""
+    parts: list[str] = []
+    last_head = ""
+    for record in records:
+        head = _head(record)
+        if head != last_head:
+            parts.append(head)
+        last_head = head
+        parts.append(_norms(record) if record["benchmark"] == "norms" else _steps(record))
+        parts += [f"  no number: {failure['part']}: {failure['error']}" for failure in record["failures"]]
+    return "\n".join(parts)
+
+
+def _head(record: dict[str, Any]) -> str:
+    device = record["device"]
+    versions = ", ".join(f"{name} {number}" for name, number in record["versions"].items() if number)
+    memory = f"{device['memory_bytes'] / 2**30:.0f} GiB"
+    shrunk = "\nSHRUNK: these numbers show that it runs, not how fast" if record["settings"].get("shrink") else ""
+    return (
+        f"{device['name']}, {memory}; {versions}; {record['date'][:10]}; commit {record['commit'] or 'unknown'}{shrunk}"
+    )
+
+
+def _aligned(lines: list[list[str]]) -> str:
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    texts = []
+    for line in lines:
+        cells = [
+            text.ljust(w) if i == 0 else text.rjust(w) for i, (text, w) in enumerate(zip(line, widths, strict=True))
+        ]
+        texts.append("  " + "  ".join(cells).rstrip())
+    return "\n".join(texts)
+
+
+def _norms(record: dict[str, Any]) -> str:
+    rows = record["rows"]
+    names = list(dict.fromkeys(row["implementation"] for row in rows))
+    numbers = {(r["operation"], r["width"], r["direction"], r["implementation"]): r for r in rows}
+    places = list(dict.fromkeys((r["operation"], r["width"], r["direction"]) for r in rows))
+    lines = [["microseconds (% of copy)", *names]]
+    for place in sorted(places, key=lambda place: (place[0].removeprefix("add_"), place)):
+        cells = []
+        for name in names:
+            row = numbers.get((*place, name))
+            cells.append(f"{row['microseconds']:.0f} ({row['percent_of_copy']:.0f}%)" if row else "-")
+        lines.append([f"{place[0]} D={place[1]} {place[2]}", *cells])
+    worst = max((row["relative_error"] for row in rows), default=0.0, key=lambda error: (error != error, error))
+    copy = record.get("copy_gigabytes_per_second", 0.0)
+    num_rows = record["settings"]["rows"]
+    return (
+        f"norms: N={num_rows}, bf16; a copy moves {copy:.0f} GB/s here; largest relative error {worst:.1e}\n"
+        + _aligned(lines)
+    )
+
+
+def _steps(record: dict[str, Any]) -> str:
+    lines = [["variant", "micro-batch", "ms/step", "tokens/s", "MFU", "causal MFU", "GiB"]]
+    for row in record["rows"]:
+        rates = [f"{100 * row[name]:.1f}%" if row[name] is not None else "-" for name in ("mfu", "mfu_causal")]
+        size = f"{row['num_micro_steps']}x{row['micro_batch_size']}x{row['seq_len']}"
+        lines.append(
+            [row["variant"], size, f"{1e3 * row['step_seconds']:.1f}", f"{row['tokens_per_second']:.0f}", *rates,
+             f"{row['peak_memory_bytes'] / 2**30:.1f}"]
+        )  # fmt: skip
+    size = f", {record['rows'][0]['num_parameters'] / 1e6:.3g} million parameters" if record["rows"] else ""
+    return f"training step: {Path(record['settings']['config']).stem}{size}\n" + _aligned(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; return its exit status."""
+    parser = argparse.ArgumentParser(prog="table", description=__doc__)
+    parser.add_argument("results", type=Path, nargs="+", metavar="FILE", help="JSON files of results")
+    arguments = parser.parse_args(argv)
+    print(render([json.loads(path.read_text(encoding="utf-8")) for path in arguments.results]))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,177 @@
+"""One whole update of the weights (forward, backward, clip, fused AdamW) in each of the ways that are compared.
+
+- `ours-deepspeed`: Longhaul's Transformer as training runs it, by `pretrain.engine.Engine` on one rank
+- `ours-torch`: the same Transformer with bf16 weights and fp32 master copies, by torch alone
+- `baseline-eager`, `baseline-compiled`: plain PyTorch under bf16 autocast, without and with `torch.compile`
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.baseline import Baseline
+from pretrain.config import Config
+from pretrain.families import ModelShape
+from pretrain.model import Transformer
+from pretrain.optim import make_optimizer, param_groups
+
+VARIANTS = ("ours-deepspeed", "baseline-compiled", "ours-torch", "baseline-eager")
+
+
+@dataclass(frozen=True)
+class Rows:
+    """One micro-batch of packed documents, in the order of `Transformer.forward`."""
+
+    tokens_BT: Tensor
+    targets_BT: Tensor
+    doc_start_BT: Tensor
+    row_ids_B: Tensor
+
+
+@dataclass(frozen=True)
+class Update:
+    """A model with its optimizer.
+
+    Args:
+        run: does one update from one micro-batch after another; returns the mean loss, so it waits for the device.
+        device: where the rows must be.
+        compile: is called once the micro-batch is chosen, since every size would be compiled again.
+    """
+
+    run: Callable[[list[Rows]], float]
+    device: torch.device
+    compile: Callable[[], None] = lambda: None
+
+
+def draw_rows(shape: ModelShape, num_rows: int, device: torch.device, seed: int = 0) -> Rows:
+    """Draw rows of random tokens in documents of random lengths, a third of a row on average; every slot is scored."""
+    generator = torch.Generator().manual_seed(seed)
+    size = (num_rows, shape.seq_len)
+    tokens_BT = torch.randint(shape.vocab_size, (num_rows, shape.seq_len + 1), generator=generator)
+    begins_BT = torch.rand(size, generator=generator) < 3 / shape.seq_len
+    slot_BT = torch.arange(shape.seq_len).expand(size)
+    doc_start_BT = torch.where(begins_BT, slot_BT, 0).cummax(1).values.int()
+    tensors = (tokens_BT[:, :-1], tokens_BT[:, 1:], doc_start_BT, torch.arange(num_rows))
+    return Rows(*(tensor.contiguous().to(device) for tensor in tensors))
+
+
+def make_ours(shape: ModelShape, device: torch.device, dtype: torch.dtype) -> Transformer:
+    """Build Longhaul's Transformer on the device with random weights, without the detour over the CPU's generator.
+
+    The weights are drawn in fp32, so that every dtype starts from the same ones.
+    """
+    with torch.device("meta"):
+        model = Transformer(shape, seed=1)
+    model = model.to_empty(device=device)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0.0, shape.init_std)
+            else:
+                parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+    return model.to(dtype).train()
+
+
+def make_update(variant: str, config: Config, shape: ModelShape, compile_backend: str) -> Update:
+    """Build a model with its optimizer.
+
+    Args:
+        variant: one of `VARIANTS`.
+        config: its optimizer and clipping are used; precision is bf16.
+        shape: of the model.
+        compile_backend: of `torch.compile`.
+    """
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    if variant == "ours-deepspeed":
+        return _by_engine(config, shape)
+    if variant == "ours-torch":
+        return _by_master_copies(make_ours(shape, device, torch.bfloat16), config, device)
+    with device:
+        model = Baseline(shape)
+    return _by_autocast(model, config, device, compile_backend if variant == "baseline-compiled" else None)
+
+
+def _by_engine(config: Config, shape: ModelShape) -> Update:
+    from pretrain.batch_plan import BatchPlan
+    from pretrain.engine import Engine, init_distributed
+
+    ranks = init_distributed(config.parallel.timeout_seconds)
+    model = make_ours(shape, ranks.device, torch.float32)
+    engine = Engine(model, config, BatchPlan.of(config, ranks.world_size), ranks)
+    engine.train()
+
+    def update(batches: list[Rows]) -> float:
+        num_targets = sum(rows.targets_BT.numel() for rows in batches)
+        loss_sum = torch.zeros((), device=ranks.device)
+        for index, rows in enumerate(batches):
+            loss = engine.forward(rows.tokens_BT, rows.targets_BT, rows.doc_start_BT, rows.row_ids_B, 0)
+            engine.backward(loss * (len(batches) / num_targets))  # DeepSpeed divides by the micro-steps
+            loss_sum += loss.detach()
+            if index < len(batches) - 1:
+                engine.end_micro_step()
+        if not engine.step(config.optim.lr).applied:
+            raise FloatingPointError("a gradient is not finite: the update was skipped")
+        return float(loss_sum) / num_targets
+
+    return Update(update, ranks.device)
+
+
+def _by_master_copies(model: Transformer, config: Config, device: torch.device) -> Update:
+    weights: list[Tensor] = list(model.parameters())
+    groups = param_groups(model, config.optim.weight_decay)
+    masters = {weight: nn.Parameter(weight.detach().float()) for weight in weights}
+    for group in groups:
+        group["params"] = [masters[weight] for weight in group["params"]]
+    optimizer = make_optimizer(groups, config.optim)
+
+    @torch.no_grad()
+    def gather_gradients() -> None:
+        for weight, master in masters.items():
+            assert weight.grad is not None
+            if master.grad is None:
+                master.grad = weight.grad.float()
+            else:
+                master.grad += weight.grad
+            weight.grad = None
+
+    def update(batches: list[Rows]) -> float:
+        optimizer.zero_grad()
+        num_targets = sum(rows.targets_BT.numel() for rows in batches)
+        loss_sum = torch.zeros((), device=device)
+        for rows in batches:
+            loss = model(rows.tokens_BT, rows.targets_BT, rows.doc_start_BT, rows.row_ids_B, 0)
+            (loss / num_targets).backward()
+            gather_gradients()
+            loss_sum += loss.detach()
+        nn.utils.clip_grad_norm_(list(masters.values()), config.optim.clip_norm)
+        optimizer.step()
+        with torch.no_grad():
+            torch._foreach_copy_(weights, [*masters.values()])
+        return float(loss_sum) / num_targets
+
+    return Update(update, device)
+
+
+def _by_autocast(model: Baseline, config: Config, device: torch.device, compile_backend: str | None) -> Update:
+    parameters = list(model.parameters())
+    optimizer = make_optimizer(param_groups(model, config.optim.weight_decay), config.optim)
+
+    def update(batches: list[Rows]) -> float:
+        optimizer.zero_grad()
+        loss_sum = torch.zeros((), device=device)
+        for rows in batches:
+            with torch.autocast(device.type, dtype=torch.bfloat16):
+                loss = model(rows.tokens_BT, rows.targets_BT) / len(batches)
+            loss.backward()
+            loss_sum += loss.detach()
+        nn.utils.clip_grad_norm_(parameters, config.optim.clip_norm)
+        optimizer.step()
+        return float(loss_sum)
+
+    if compile_backend is None:
+        return Update(update, device)
+    return Update(update, device, lambda: model.compile_parts(compile_backend))

@@ -1,0 +1,202 @@
+"""The benchmarks at tiny sizes on a CPU: that they run, what they write, and that what they compare is the same."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from benchmarks import norms, step, table, updates
+from benchmarks.baseline import Baseline
+from benchmarks.record import Record
+from pretrain.families import num_parameters
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIGS = [f"configs/{name}.yaml" for name in ("gpt2-124m", "llama-350m", "llama-1.3b")]
+RECORD_KEYS = {"benchmark", "date", "commit", "device", "versions", "settings", "rows", "failures"}
+STEP_KEYS = {
+    "variant", "num_parameters", "seq_len", "micro_batch_size", "num_micro_steps", "num_timed_steps", "step_seconds",
+    "step_seconds_range", "tokens_per_second", "mfu", "mfu_causal", "peak_flops", "peak_memory_bytes", "loss",
+}  # fmt: skip
+NORM_KEYS = {
+    "operation", "direction", "implementation", "num_rows", "width", "dtype", "microseconds", "gigabytes_per_second",
+    "percent_of_copy", "relative_error",
+}  # fmt: skip
+
+
+def step_arguments(config: str, **changes) -> argparse.Namespace:
+    base = {"config": str(ROOT / config), "shrink": True, "micro_batch": 2, "micro_steps": 2, "steps": 3}
+    return argparse.Namespace(**(base | changes))
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_the_baseline_computes_what_ours_computes(config: str) -> None:
+    _, shape = step.open_config(str(ROOT / config), shrink=True, micro_batch=2, num_micro_steps=1)
+    torch.manual_seed(1)
+    ours = updates.make_ours(shape, torch.device("cpu"), torch.float32)
+    baseline = Baseline(shape)
+    missing, unexpected = baseline.load_state_dict(ours.state_dict(), strict=False)
+    assert unexpected == [] and set(missing) <= {"output.weight"}  # tied
+    assert sum(parameter.numel() for parameter in baseline.parameters()) == num_parameters(shape)
+    rows = updates.draw_rows(shape, 2, torch.device("cpu"))
+    one_document = torch.zeros_like(rows.doc_start_BT)
+    expected = ours(rows.tokens_BT, rows.targets_BT, one_document) / rows.targets_BT.numel()
+    expected.backward()
+    actual = baseline(rows.tokens_BT, rows.targets_BT)
+    actual.backward()
+    torch.testing.assert_close(actual, expected)
+    grads = {name: parameter.grad for name, parameter in ours.named_parameters()}
+    for name, parameter in baseline.named_parameters():
+        torch.testing.assert_close(parameter.grad, grads[name], msg=name)
+
+
+def test_rows_are_packed_documents() -> None:
+    _, shape = step.open_config(str(ROOT / CONFIGS[0]), shrink=True, micro_batch=2, num_micro_steps=1)
+    rows = updates.draw_rows(shape, 8, torch.device("cpu"))
+    slot_T = torch.arange(shape.seq_len)
+    assert torch.equal(rows.tokens_BT[:, 1:], rows.targets_BT[:, :-1])
+    assert (rows.doc_start_BT <= slot_T).all() and (rows.doc_start_BT.diff() >= 0).all()
+    assert 8 < len(torch.unique(rows.doc_start_BT)) < 64
+    begins = rows.doc_start_BT.gather(1, rows.doc_start_BT.long())
+    assert torch.equal(begins, rows.doc_start_BT)  # a document begins where it says
+
+
+# torch.compile looks at the gradient of a block's input, and torch warns itself
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.parametrize("variant", ["baseline-eager", "baseline-compiled"])
+def test_a_variant_is_measured(variant: str) -> None:
+    row = step.measure(step_arguments(CONFIGS[1]), variant)
+    assert set(row) == STEP_KEYS
+    assert row["tokens_per_second"] == pytest.approx(2 * 2 * 64 / row["step_seconds"])
+    assert 0 < row["mfu_causal"] < row["mfu"]
+    assert row["num_timed_steps"] == 3 and 5.5 < row["loss"] < 7.0  # ln(512) is 6.24
+
+
+@pytest.mark.launches
+def test_a_step_by_deepspeed_is_the_step_by_torch(tmp_path: Path) -> None:
+    out = tmp_path / "step.json"
+    command = [sys.executable, "benchmarks/step.py", CONFIGS[0], "--shrink", "--steps", "3", "--micro-steps", "2"]
+    command += ["--variants", "ours-deepspeed,ours-torch", "--out", str(out)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    content = json.loads(out.read_text(encoding="utf-8"))
+    assert set(content) == RECORD_KEYS and content["failures"] == []
+    by_engine, by_torch = content["rows"]
+    assert set(by_engine) == STEP_KEYS
+    assert by_engine["loss"] == pytest.approx(by_torch["loss"], rel=1e-3)  # after six updates
+    assert "ours-deepspeed" in done.stdout and "SHRUNK" in done.stdout
+
+
+def test_a_variant_that_fails_does_not_stop_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    row = dict.fromkeys(STEP_KEYS, 1.0) | {"variant": "ours-torch"}
+
+    def measure_apart(arguments: argparse.Namespace, variant: str, seconds: float) -> dict:
+        assert 0 < seconds <= 100
+        if variant == "baseline-eager":
+            raise RuntimeError("took longer than 3 s")
+        return row
+
+    monkeypatch.setattr(step, "measure_apart", measure_apart)
+    out = tmp_path / "results/step.json"
+    arguments = [CONFIGS[0], "--variants", "baseline-eager,ours-torch", "--seconds", "100", "--out", str(out)]
+    assert step.main(arguments) == 0
+    content = json.loads(out.read_text(encoding="utf-8"))
+    assert content["rows"] == [row]
+    assert content["failures"] == [{"part": "baseline-eager", "error": "took longer than 3 s"}]
+    assert "no number: baseline-eager: took longer than 3 s" in capsys.readouterr().out
+
+
+def test_the_error_of_a_variant_is_recorded(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match=r"ConfigError: .*absent.yaml"):
+        step.measure_apart(step_arguments("configs/absent.yaml"), "baseline-eager", 60)
+
+
+@pytest.mark.parametrize(("capacity", "fits"), [(100, 1), (480, 8), (1e9, 64)])
+def test_the_largest_micro_batch_is_predicted(monkeypatch: pytest.MonkeyPatch, capacity: float, fits: int) -> None:
+    tried = []
+
+    def peak(update: object, shape: object, size: int) -> int:
+        tried.append(size)
+        return 50 + 40 * size
+
+    monkeypatch.setattr(step, "_peak_of_one", peak)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=capacity))
+    update = updates.Update(lambda batches: 0.0, torch.device("cpu"))
+    assert step.largest_micro_batch(update, None, 64) == max(fits, 2)  # the first two are what predicts
+    assert tried[-1] == max(fits, 2)
+
+
+def test_norms_are_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "norms.json"
+    assert norms.main(["--shrink", "--widths", "256", "--out", str(out)]) == 0
+    content = json.loads(out.read_text(encoding="utf-8"))
+    assert set(content) == RECORD_KEYS | {"copy_gigabytes_per_second"}
+    assert [failure["part"] for failure in content["failures"]] == ["liger"]
+    rows = content["rows"]
+    assert all(set(row) == NORM_KEYS for row in rows)
+    measured = {(row["operation"], row["direction"], row["implementation"]) for row in rows}
+    names = ("ours", "eager", "compiled")
+    assert measured == {(o, d, n) for o in norms.OPERATIONS for d in ("forward", "backward") for n in names}
+    assert all(row["relative_error"] < 1e-2 and row["microseconds"] > 0 for row in rows)
+    assert "add_rmsnorm D=256 backward" in capsys.readouterr().out
+
+
+def test_norms_go_on_when_one_fails(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def broken(*_: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        raise ValueError("no such kernel\nand more")
+
+    monkeypatch.setitem(norms.OURS, "rmsnorm", broken)
+    assert norms.main(["--shrink", "--widths", "64"]) == 0
+    shown = capsys.readouterr().out
+    assert "no number: rmsnorm ours D=64: ValueError: no such kernel\n" in shown
+    assert norms.main(["--shrink", "--widths", "64", "--seconds", "0"]) == 1
+    assert "no number: layernorm eager D=64: left out: no time left" in capsys.readouterr().out
+
+
+def test_the_table_shows_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first = Record("step", tmp_path / "a.json", {"config": "configs/llama-350m.yaml"})
+    row = dict.fromkeys(STEP_KEYS, 1.0) | {
+        "variant": "ours-torch", "num_micro_steps": 1, "micro_batch_size": 16, "seq_len": 2048, "step_seconds": 0.25,
+        "tokens_per_second": 131072.0, "mfu": 0.456, "mfu_causal": None, "peak_memory_bytes": 3 * 2**30,
+        "num_parameters": 345e6,
+    }  # fmt: skip
+    first.add(**row)
+    second = Record("norms", tmp_path / "b.json", {"rows": 64})
+    second.content["date"] = first.content["date"]
+    second.fail("rmsnorm", "OutOfMemoryError: CUDA out of memory")
+    assert table.main([str(tmp_path / "a.json"), str(tmp_path / "b.json")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert f"torch {torch.__version__}" in lines[0] and lines[1] == (
+        "training step: llama-350m, 345 million parameters"
+    )
+    assert lines[3].split() == ["ours-torch", "1x16x2048", "250.0", "131072", "45.6%", "-", "3.0"]
+    assert lines[-1] == "  no number: rmsnorm: OutOfMemoryError: CUDA out of memory"
+    assert sum("torch" in line and "python" in line for line in lines) == 1  # one machine, named once
+
+
+def test_a_recorded_error_that_is_nan_is_shown(tmp_path: Path) -> None:
+    record = Record("norms", None, {"rows": 64})
+    for error in (1e-3, float("nan"), 2e-3):
+        record.add(**(dict.fromkeys(NORM_KEYS, 1) | {"operation": "a", "implementation": "b", "relative_error": error}))
+    assert "largest relative error nan" in table.render([record.content])
+
+
+def test_the_script_goes_on_when_everything_fails(tmp_path: Path) -> None:
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\necho "called: $*"\nexit 3\n', encoding="utf-8")
+    python.chmod(0o755)
+    environment = os.environ | {"PYTHON": str(python), "OUT": str(tmp_path / "out"), "WHEELS": str(tmp_path)}
+    command = ["bash", str(ROOT / "benchmarks/gpu.sh")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and done.stderr == ""
+    for part in ("norms", "step gpt2-124m", "step llama-350m", "step llama-1.3b"):
+        assert f"{part}: FAILED with status 3 after" in done.stdout
+    assert "deepspeed is not installed, nor in" in done.stdout and "no GPU: tests/gpu and Liger left out" in done.stdout
+    assert "called: benchmarks/norms.py --out" in (tmp_path / "out/log.txt").read_text(encoding="utf-8")
