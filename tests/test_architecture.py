@@ -17,6 +17,7 @@ from pretrain.config_docs import options
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("kernels", "pretrain", "launch")
 FILES = sorted(path.relative_to(ROOT) for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
+BENCHMARKS = sorted(path.relative_to(ROOT) for path in (ROOT / "benchmarks").glob("*.py"))
 
 # A module imports modules of lower tiers only. `kernels` is below all of them.
 TIERS = (
@@ -114,7 +115,7 @@ def test_one_library_one_file(path: Path) -> None:
             assert FILE_OF_LIBRARY.get(library) == str(path), f"{path} imports {name}"
 
 
-@pytest.mark.parametrize("path", FILES, ids=str)
+@pytest.mark.parametrize("path", FILES + BENCHMARKS, ids=str)
 def test_files_and_functions_are_short(path: Path) -> None:
     num_lines = len((ROOT / path).read_text(encoding="utf-8").splitlines())
     assert num_lines <= MAX_FILE_LINES, f"{path} has {num_lines} lines"
@@ -124,7 +125,7 @@ def test_files_and_functions_are_short(path: Path) -> None:
         assert length <= MAX_BODY_LINES, f"{path}:{function.lineno}: the body of {function.name} has {length} lines"
 
 
-@pytest.mark.parametrize("path", FILES, ids=str)
+@pytest.mark.parametrize("path", FILES + BENCHMARKS, ids=str)
 def test_public_names_have_docstrings(path: Path) -> None:
     tree = tree_of(path)
     if (ROOT / path).read_text(encoding="utf-8"):
