@@ -167,14 +167,27 @@ class Checkpoints:
                 return self._fill(engine, CheckpointReader(folder))
             if self.ranks.is_first:
                 self.report("checkpoint_damaged", f"{'; '.join(problems)}. Going on from the one before.")
-                folder.rename(folder.with_name(folder.name + ".damaged"))
-            self.ranks.barrier()
+            self.ranks.agree(partial(self._set_aside, folder))
         if steps:
             raise CheckpointError(
                 f"{self.folder}: none of its {len(steps)} checkpoints is intact; expected one. Restore one from a "
                 "backup, or start again with another run.dir."
             )
         return None
+
+    def _set_aside(self, folder: Path) -> None:
+        """Take a damaged checkpoint's name from it, so that its step can be saved again."""
+        if not self.ranks.is_first:
+            return
+        number = 1
+        while (aside := folder.with_name(f"{folder.name}.damaged{'' if number == 1 else f'-{number}'}")).exists():
+            number += 1
+        try:
+            folder.rename(aside)
+        except OSError as error:
+            raise CheckpointError(
+                f"{folder}: is damaged and cannot be renamed ({error}); expected a writable folder. Move it away."
+            ) from None
 
     def _verify_share(self, folder: Path) -> str | None:
         try:

@@ -104,8 +104,8 @@ def effective_stage(zero_stage: int, precision: str) -> int:
     return zero_stage if precision == "fp32" else max(zero_stage, 1)
 
 
-def deepspeed_settings(config: Config, plan: BatchPlan) -> dict:
-    """Generate DeepSpeed's JSON for this config and number of ranks."""
+def deepspeed_settings(config: Config, plan: BatchPlan, num_parameters: int) -> dict:
+    """Generate DeepSpeed's JSON for this config, number of ranks and size of model."""
     stage = effective_stage(config.parallel.zero_stage, config.train.precision)
     settings: dict = {
         "train_batch_size": plan.global_batch_size,
@@ -119,6 +119,9 @@ def deepspeed_settings(config: Config, plan: BatchPlan) -> dict:
             "stage": stage,
             "overlap_comm": False,  # races and NaN: DeepSpeed #5545, #8061
             "contiguous_gradients": True,
+            # DeepSpeed allocates a bucket of this many elements whatever the model's size; its default is 2 GB in fp32.
+            "reduce_bucket_size": min(num_parameters, 500_000_000),
+            "allgather_bucket_size": min(num_parameters, 500_000_000),
         },
         "data_types": {"grad_accum_dtype": "fp32"},
     }
@@ -149,9 +152,10 @@ class Engine:
         self._names = {id(parameter): name for name, parameter in model.named_parameters()}
         self._shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
         model.to(ranks.device)
+        settings = deepspeed_settings(config, plan, sum(math.prod(shape) for shape in self._shapes.values()))
         optimizer = make_optimizer(param_groups(model, config.optim.weight_decay), config.optim)
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
-            model=model, optimizer=optimizer, config=deepspeed_settings(config, plan), dist_init_required=False
+            model=model, optimizer=optimizer, config=settings, dist_init_required=False
         )
         self._torch_optimizer = optimizer
         self._parameters = list(self._engine.module.named_parameters())

@@ -117,9 +117,7 @@ def open_run(config: Config, ranks: Ranks, folder: RunFolder | None, stop: StopR
     cleanup.callback(stream.close)
     val_rows = ranks.agree(lambda: ValRows(config, tokenizer.fingerprint, config.eval.max_rows)
                            if config.eval.every_steps else None)  # fmt: skip
-    if config.train.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with this
-        torch.use_deterministic_algorithms(True)
+    set_determinism(config.train.deterministic)
     check_optimizer(config, plan, ranks)
     model = Transformer(shape, config.run.seed, config.train.activation_checkpointing)
     engine = ranks.agree(lambda: Engine(model, config, plan, ranks))
@@ -150,6 +148,15 @@ def open_run(config: Config, ranks: Ranks, folder: RunFolder | None, stop: StopR
     run.event("start", f"{action}: {ranks.world_size} ranks on {ranks.device.type}, ZeRO stage {engine.stage}, "
               f"{config.train.precision}, {plan.tokens_per_step} tokens a step, {plan.num_steps} steps")  # fmt: skip
     return run
+
+
+def set_determinism(wanted: bool) -> None:
+    """Make torch choose deterministic algorithms, or the fastest."""
+    if wanted:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with this
+    torch.use_deterministic_algorithms(wanted)
+    # Else every torch.empty is filled, DeepSpeed's gradient buckets too, which are up to 2 GB a micro-step.
+    torch.utils.deterministic.fill_uninitialized_memory = False
 
 
 def run_steps(run: Run) -> tuple[str, int, str]:

@@ -29,7 +29,7 @@ def test_low_precision_needs_a_stage_that_accumulates_in_fp32(stage, precision, 
 
 def test_settings_follow_the_batch_plan():
     config = config_of(parallel={"zero_stage": 2}, train={"precision": "bf16"})
-    settings = deepspeed_settings(config, BatchPlan.of(config, 2))
+    settings = deepspeed_settings(config, BatchPlan.of(config, 2), 1000)
     assert settings["train_batch_size"] == 16
     assert settings["train_micro_batch_size_per_gpu"] == 2
     assert settings["gradient_accumulation_steps"] == 4
@@ -37,13 +37,14 @@ def test_settings_follow_the_batch_plan():
     assert settings["data_types"]["grad_accum_dtype"] == "fp32"
     assert settings["bf16"] == {"enabled": True} and "fp16" not in settings
     assert settings["gradient_clipping"] == 1.0
+    assert settings["zero_optimization"]["reduce_bucket_size"] == 1000
 
 
 def test_stage_0_clips_here_and_not_in_deepspeed():
     config = config_of(parallel={"zero_stage": 0})
-    assert deepspeed_settings(config, BatchPlan.of(config, 1))["gradient_clipping"] == 0.0
+    assert deepspeed_settings(config, BatchPlan.of(config, 1), 10**10)["gradient_clipping"] == 0.0
 
 
 def test_fp16_scales_its_loss():
     config = config_of(train={"precision": "fp16"})
-    assert deepspeed_settings(config, BatchPlan.of(config, 1))["fp16"]["enabled"]
+    assert deepspeed_settings(config, BatchPlan.of(config, 1), 10**10)["fp16"]["enabled"]

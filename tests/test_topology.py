@@ -148,7 +148,12 @@ def test_steps_that_are_not_finite_are_skipped_or_end_the_run(tiny_config, tmp_p
 
 
 def test_damaged_checkpoints_are_passed_over_and_never_begin_anew(tiny_config, tmp_path):
-    common = [f"run.dir={tmp_path}/run", "train.micro_batch_size=8", "checkpoint={every_steps: 4, keep_last: 2}"]
+    common = [
+        f"run.dir={tmp_path}/run",
+        "train.micro_batch_size=8",
+        "checkpoint={every_steps: 4, keep_last: 2}",
+        "schedule={name: constant}",
+    ]
     rank_file, cases = "rank-00001.safetensors", [{"overrides": common, "signal_at": 13}]
     cases += [
         {"overrides": common, "damage": rank_file},
