@@ -7,6 +7,7 @@ manifest and renames the folder. Whatever is killed at whatever moment, a folder
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 from collections.abc import Callable
@@ -32,6 +33,8 @@ from pretrain.engine import MASTER, Engine
 from pretrain.errors import CheckpointError
 from pretrain.optim import moment_names
 from pretrain.tensor_files import sync_folder, write_tensors, write_text
+
+logger = logging.getLogger("longhaul")
 
 
 class Checkpoints:
@@ -216,7 +219,10 @@ class Checkpoints:
             keep = set(steps[-self.section.keep_last :]) | ({best_step} if best_step is not None else set())
             for step in steps:
                 if step not in keep:
-                    self._remove(self.folder / folder_name(step))
+                    try:
+                        self._remove(self.folder / folder_name(step))
+                    except OSError as error:  # too many checkpoints are no reason to end a run
+                        logger.warning("checkpoint %d could not be removed: %s", step, error)
 
     @staticmethod
     def _remove(folder: Path) -> None:

@@ -280,17 +280,19 @@ def judge(run: Run) -> Evaluation:
     else:
         progress.evals_without_improvement += 1
     if progress.best_loss is None or result.loss < progress.best_loss:
+        before = progress.best_loss, progress.best_step
         progress.best_loss = result.loss
         if run.config.checkpoint.keep_best:
             progress.best_step = progress.step
-            save(run)
+            if not save(run):  # the best that exists is still the one before, and must not be pruned
+                progress.best_loss, progress.best_step = before
     return result
 
 
-def save(run: Run, last: bool = False) -> None:
+def save(run: Run, last: bool = False) -> bool:
     """Save a checkpoint and remove those that retention does not keep.
 
-    A failed save is reported and the run goes on, unless it is the last one.
+    A failed save is reported and the run goes on, unless it is the last one. Returns whether it was saved.
     """
     training = {"progress": asdict(run.progress), "num_tokens": run.progress.num_tokens, "data": run.stream.state()}
     about = {"config": run.config.model_dump(mode="json"), "longhaul": __version__, "torch": torch.__version__}
@@ -301,7 +303,8 @@ def save(run: Run, last: bool = False) -> None:
             error.agreed = True
             raise
         run.event("save_failed", str(error))
-        return
+        return False
     run.checkpoints.prune(run.progress.best_step)
     if run.folder:
         run.folder.write_status("running", None, run.progress.step)
+    return True

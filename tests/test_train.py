@@ -31,6 +31,7 @@ def runs(tiny_config, tmp_path_factory):
         "early": ["optim.lr=0.3", "optim.clip_norm=0", "schedule={name: constant}", "train.num_steps=60",
                   "eval={every_steps: 3, patience: 2, max_rows: 8}"],
         "best": ["eval={every_steps: 4, max_rows: 8}", "checkpoint={every_steps: 5, keep_last: 2}"],
+        "best-fails": ["eval={every_steps: 4, max_rows: 8}", "checkpoint={keep_last: 1}"],
         "not-best": ["eval={every_steps: 4, max_rows: 8}", "checkpoint={every_steps: 5, keep_last: 1, keep_best: false}"],
         "damaged": [damaged, "data.prefetch_steps=1"],
         "undamaged": [damaged.replace(str(code), f"{tiny_config.parent}/shards/code")],
@@ -38,7 +39,11 @@ def runs(tiny_config, tmp_path_factory):
         "gpt2": ["model={family: gpt2, dim: 32, num_layers: 2, num_heads: 4, dropout: 0.1}"],
         "tensors": ["log.tensorboard=true", "eval={every_steps: 10, max_rows: 4}"],
     }  # fmt: skip
-    listed = [{"overrides": [f"run.dir={folder}/{name}", *overrides]} for name, overrides in cases.items()]
+    extra = {"best-fails": {"signal_at": 9, "fail_save": [8]}}
+    listed = [
+        {"overrides": [f"run.dir={folder}/{name}", *overrides]} | extra.get(name, {})
+        for name, overrides in cases.items()
+    ]
     outcomes = run_cases(tiny_config, listed, 1, folder / "ranks")
     return dict(zip(cases, outcomes, strict=True)), folder
 
@@ -76,6 +81,13 @@ def test_retention_keeps_the_newest_and_the_best(runs):
     saved = {5, 10, 15, 20} | {step for step in judged if judged[step] == min(judged[s] for s in judged if s <= step)}
     assert list_steps(folder / "best" / "checkpoints") == sorted({best, *sorted(saved)[-2:]})
     assert list_steps(folder / "not-best" / "checkpoints") == [20]
+
+
+def test_a_best_checkpoint_that_cannot_be_saved_does_not_cost_the_one_before(runs):
+    outcomes, folder = runs
+    judged = evaluations(folder / "best-fails")
+    assert outcomes["best-fails"] == "stopped" and judged[8] < judged[4]
+    assert list_steps(folder / "best-fails" / "checkpoints") == [4, 9]
 
 
 def test_a_damaged_document_is_masked_counted_and_shifts_nothing(runs):

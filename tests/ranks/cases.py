@@ -1,7 +1,7 @@
 """Runs training cases one after the other in one start of the ranks, since a DeepSpeed start costs 10 s and more.
 
 Started by the tests on every rank: `cases.py CONFIG CASES.json`. CASES.json holds a list of
-{"overrides": [...], and by choice "signal_at", "signal_rank", "poison", "damage"}. What a case leaves behind is in its
+{"overrides": [...], and by choice "signal_at", "signal_rank", "poison", "damage", "fail_save"}. What a case leaves behind is in its
 run folder.
 """
 
@@ -20,7 +20,7 @@ import torch
 from pretrain import engine as engine_module
 from pretrain import train as train_module
 from pretrain.engine import init_distributed, leave_distributed
-from pretrain.errors import LonghaulError
+from pretrain.errors import CheckpointError, LonghaulError
 from pretrain.optim import make_optimizer
 from pretrain.settings import load_config
 
@@ -35,6 +35,15 @@ def run_case(case: dict, config_path: str, ranks) -> str:
             content[len(content) // 2] ^= 1
             path.write_bytes(content)
         ranks.barrier()
+    save = train_module.Checkpoints.save
+    if "fail_save" in case:  # saving these steps fails as it does on a full disk
+
+        def failing_save(self, engine, step, *rest):
+            if step in case["fail_save"]:
+                raise CheckpointError(f"step {step}: no space")
+            return save(self, engine, step, *rest)
+
+        train_module.Checkpoints.save = failing_save
     if "sabotage" in case:  # DeepSpeed is handed another optimizer than the one that was asked for
         engine_module.make_optimizer = lambda groups, section: torch.optim.SGD(groups, lr=section.lr)
     original = train_module.train_step
@@ -69,6 +78,7 @@ def run_case(case: dict, config_path: str, ranks) -> str:
         return f"{type(error).__name__}: {error}"
     finally:
         train_module.train_step = original
+        train_module.Checkpoints.save = save
         engine_module.make_optimizer = make_optimizer
 
 
