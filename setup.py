@@ -23,6 +23,7 @@ setup(
         *TORCH,
         "deepspeed==0.19.8",  # options vanish between its patch releases
         "numpy>=1.26,<3",
+        "pyarrow>=18,<30",
         "pydantic>=2.10,<3",
         "ruamel.yaml>=0.18,<0.20",
         "safetensors>=0.5,<1",
@@ -34,13 +35,16 @@ setup(
         "zstandard>=0.23,<1",
     ],
     extras_require={
+        "wandb": ["wandb>=0.19,<1"],
         "test": [
+            "datasets>=4,<6",
             "hypothesis>=6.100,<7",
             "mypy>=1.15,<3",
             "psutil>=5.9,<8",
             "pytest>=8.3,<10",
             "pytest-timeout>=2.3,<3",
             "ruff>=0.15,<1",
+            "wandb>=0.19,<1",
         ],
     },
     entry_points={"console_scripts": ["longhaul = launch.cli:main"]},
