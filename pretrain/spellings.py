@@ -77,6 +77,8 @@ _SPELLINGS_OF = {
     " local_batch_size micro_batch per_gpu_batch_size device_train_microbatch_size",
     "train.precision": "dtype torch_dtype bf16 fp16 mixed_precision params_dtype mixed_precision_param precision_type"
     " amp",
+    "train.z_loss": "z_loss_weight z_loss_multiplier z_loss_coeff zloss lse_square_scale auxiliary_loss_multiplier",
+    "train.label_smoothing": "label_smoothing_factor smoothing label_smooth",
     "train.activation_checkpointing": "gradient_checkpointing checkpoint_activations recompute_granularity"
     " recompute_activations activation_checkpoint use_checkpointing recompute",
     "train.deterministic": "deterministic_mode cudnn_deterministic full_determinism",
