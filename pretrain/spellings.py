@@ -43,7 +43,7 @@ _SPELLINGS_OF = {
     " tokenizer_name_or_path hf_assets_path",
     "tokenizer.vocab_size": "vocab num_embeddings padded_vocab_size make_vocab_size_divisible_by n_vocab"
     " vocabulary_size",
-    "data.sources": "data_path train_data_paths datasets dataset data_paths train_files data_impl blend data_mix",
+    "data.sources": "data_path train_data_paths datasets dataset data_paths train_files data_impl blend data_mix mix",
     "data.sources.*.weight": "sampling_weight mix_weight train_data_weights proportion probability",
     "data.sources.*.paths": "path files input data_files",
     "data.sources.*.shards": "shard_dir shard_path url urls",

@@ -88,7 +88,7 @@ class Cluster:
         host = socket.gethostname().partition(".")[0]
         conf = CONF.format(folder=self.folder, host=host, ports=ports, nodes=NODES)
         (self.folder / "slurm.conf").write_text(conf)
-        if not self.call("slurmctld", "-V").startswith("slurm-wlm 22."):  # newer ones look for cgroups even so
+        if not self.call("slurmctld", "-V").startswith("slurm-wlm 22."):  # newer ones ask for cgroups even so
             (self.folder / "cgroup.conf").write_text("CgroupPlugin=disabled\n")
         (self.folder / "state").mkdir()
         (self.folder / "munge.key").write_bytes(secrets.token_bytes(1024))

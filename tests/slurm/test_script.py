@@ -107,7 +107,7 @@ def test_what_slurm_ends_slurm_requeues(folder: Path) -> None:
 
 def test_a_cluster_that_does_not_requeue(folder: Path) -> None:
     code, said = train(folder, STATUS="75", STEP="00000003", SCONTROL_STATUS="1")
-    assert code == 75 and "SLURM does not requeue this job; submit the same command again to go on" in said
+    assert code == 75 and "status 75 at step 3; SLURM does not requeue this job. Submit the same command again to go on" in said
 
 
 @pytest.mark.parametrize(

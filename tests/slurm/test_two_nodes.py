@@ -73,11 +73,11 @@ def test_a_run_goes_on_after_everything_that_slurm_does_to_it(cluster, tiny_conf
         wait_for_attempt(1, 6)
         assert cluster.tasks(job) == {"0": NODES[0], "1": NODES[1]}
         cluster.call("scancel", "--signal=USR1", job)  # to the same processes as --signal before the time limit
-        cluster.wait(lambda: cluster.job(job)["Restarts"] == "1", "requeue after the signal")
+        cluster.wait(lambda: "status 75; requeued" in log.read_text(), "requeue after the signal")
         stopped = newest(run).manifest["step"]
         assert 6 <= stopped < NUM_STEPS - 30 and stopped % 9
         assert json.loads((run / "status.json").read_text())["exit_status"] == 75
-        assert f"status 75; requeued, to go on after step {stopped}" in log.read_text()
+        assert f"status 75; requeued, to go on after step {stopped}\n" in log.read_text()
         assert "0: " in log.read_text() and "Traceback" not in log.read_text()
 
         wait_for_attempt(2, stopped + 6)
@@ -131,5 +131,5 @@ def test_requeueing_that_is_switched_off_leaves_a_stopped_run(cluster, tiny_conf
     cluster.call("scancel", "--signal=USR1", job)
     cluster.wait(lambda: cluster.job(job)["JobState"] == "FAILED", "end of the job")
     assert cluster.job(job)["ExitCode"] == "75:0"
-    assert "SLURM does not requeue this job; submit the same command again" in (tmp_path / f"{job}.log").read_text()
+    assert "SLURM does not requeue this job. Submit the same command again" in (tmp_path / f"{job}.log").read_text()
     assert json.loads((run / "status.json").read_text())["status"] == "stopped"
