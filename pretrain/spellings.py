@@ -82,6 +82,8 @@ _SPELLINGS_OF = {
     " num_tokens_per_microbatch_per_dp_rank",
     "train.precision": "dtype torch_dtype bf16 fp16 mixed_precision params_dtype mixed_precision_param"
     " precision_type amp autocast_precision",
+    "train.z_loss": "z_loss_weight z_loss_multiplier z_loss_coeff zloss lse_square_scale auxiliary_loss_multiplier",
+    "train.label_smoothing": "label_smoothing_factor smoothing label_smooth",
     "train.activation_checkpointing": "gradient_checkpointing checkpoint_activations recompute_granularity"
     " recompute_activations activation_checkpoint use_checkpointing recompute ac_config",
     "train.deterministic": "deterministic_mode cudnn_deterministic full_determinism",
