@@ -48,7 +48,9 @@ def test_every_option_in_the_text_exists() -> None:
     sections = "|".join(sorted(section for section in SECTIONS if "." not in section))
     names = {word.replace("[]", ".*").partition("=")[0] for word in words(PAGE)}
     dotted = {
-        name for name in names if re.fullmatch(rf"({sections})\.[a-z_.*]+", name) and not name.endswith((".py", ".bin", ".json"))
+        name
+        for name in names
+        if re.fullmatch(rf"({sections})\.[a-z_.*]+", name) and not name.endswith((".py", ".bin", ".json"))
     }
     foreign = {name for _, there, _ in ROWS for name in words(there)}
     assert len(dotted) > 40 and sorted(dotted - foreign - set(options())) == []

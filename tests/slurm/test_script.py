@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.rank_helpers import ROOT
+from tests.slurm.cluster import why_not
 
 SCRIPT = ROOT / "launch/slurm/pretrain.sbatch"
 # Runs checks for real; "trains" by writing the checkpoint $STEP, if that is set, and leaving with $STATUS.
@@ -107,7 +108,10 @@ def test_what_slurm_ends_slurm_requeues(folder: Path) -> None:
 
 def test_a_cluster_that_does_not_requeue(folder: Path) -> None:
     code, said = train(folder, STATUS="75", STEP="00000003", SCONTROL_STATUS="1")
-    assert code == 75 and "status 75 at step 3; SLURM does not requeue this job. Submit the same command again to go on" in said
+    assert (
+        code == 75
+        and "status 75 at step 3; SLURM does not requeue this job. Submit the same command again to go on" in said
+    )
 
 
 @pytest.mark.parametrize(
@@ -142,3 +146,11 @@ def test_a_run_folder_that_not_all_nodes_see(folder: Path) -> None:
     (folder / "srun").write_text(hiding.replace("#!/bin/bash", "#!/bin/bash\nsleep() { :; }; export -f sleep"))
     code, said = train(folder)
     assert code == 2 and "which another node wrote; expected run.dir on a file system that all nodes share." in said
+
+
+def test_a_machine_without_slurm_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tests.slurm.cluster.shutil.which", lambda name, path: None if name == "slurmd" else name)
+    assert why_not() == "slurmd not found: install slurm-wlm munge"
+    monkeypatch.setattr("tests.slurm.cluster.shutil.which", lambda name, path: name)
+    monkeypatch.setattr("os.geteuid", lambda: 1000)
+    assert why_not() == "slurmd runs jobs as root only: run the tests as root"
