@@ -62,6 +62,17 @@ def _open_tokenizer(config: Config, line: LiveLine) -> Tokenizer:
         with file_lock(path.with_name(f".{path.name}.lock"), str(path)):
             if not path.exists():
                 _train_tokenizer(config, path, line)
+    return open_tokenizer(config)
+
+
+def open_tokenizer(config: Config) -> Tokenizer:
+    """Open the tokenizer of the config.
+
+    Raises:
+        ConfigError: it has another number of ids than the config says.
+        DataError: it is missing or damaged.
+    """
+    path = Path(config.tokenizer.model)
     tokenizer = Tokenizer(path)
     if tokenizer.vocab_size != config.tokenizer.vocab_size:
         raise ConfigError(

@@ -32,7 +32,7 @@ MAX_DOCUMENT_TOKENS = 2**26
 
 OnBad = Literal["skip", "error"]
 Content = TypeVar("Content", str, np.ndarray)
-AnyContent = TypeVar("AnyContent")
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,15 @@ def read_documents(
     Raises:
         DataError: a table has no such column; a bad document or file, where the config says `error`.
     """
-    for origin, content in _read_files(files, on_bad_file, log, lambda path: _contents(path, source.text_field, log)):
+    contents = read_files(files, on_bad_file, log, lambda path: _contents(path, source.text_field, log))
+    yield from judge_documents(contents, on_bad_document, log)
+
+
+def judge_documents(
+    contents: Iterable[tuple[str, str | Bad]], on_bad_document: OnBad, log: ReadLog
+) -> Iterator[Document]:
+    """Yield the documents that are to be used, of (origin, content); count them all."""
+    for origin, content in contents:
         log.counts["documents_read"] += 1
         text = _judge(content, origin, on_bad_document, log)
         if text is not None:
@@ -135,40 +143,46 @@ def read_token_documents(
         DataError: an id is none of the tokenizer's; a bad document or file, where the config says `error`.
     """
 
-    def contents(path: Path) -> Iterator[tuple[str, np.ndarray | _Bad]]:
+    def contents(path: Path) -> Iterator[tuple[str, np.ndarray | Bad]]:
         if path.suffix != ".bin":
             return
         for place, ids, position_bytes in read_ids(path, token_format, tokenizer.eos_id):
             log._position = partial(int, position_bytes)
             yield f"{path}:{place}", ids if len(ids) < MAX_DOCUMENT_TOKENS else _TOO_MANY_IDS
 
-    for origin, content in _read_files(files, on_bad_file, log, contents):
+    for origin, content in read_files(files, on_bad_file, log, contents):
         log.counts["documents_read"] += 1
-        if not isinstance(content, _Bad):
-            _check_ids(content, origin, tokenizer.vocab_size)
-            content = content[len(content) > 0 and content[0] == tokenizer.bos_id :]
-            content = content[: len(content) - (len(content) > 0 and content[-1] == tokenizer.eos_id)]
+        if not isinstance(content, Bad):
+            content = strip_ids(content, origin, tokenizer)
         ids = _judge(content, origin, on_bad_document, log)
         if ids is not None:
             yield TokenDocument(ids, origin)
 
 
-def _check_ids(ids: np.ndarray, origin: str, vocab_size: int) -> None:
-    if len(ids) and not 0 <= ids.min() <= ids.max() < vocab_size:
-        position = int(np.flatnonzero((ids < 0) | (ids >= vocab_size))[0])
+def strip_ids(ids: np.ndarray, origin: str, tokenizer: Tokenizer) -> np.ndarray:
+    """Drop a leading bos and a trailing eos.
+
+    Raises:
+        DataError: an id is none of the tokenizer's.
+    """
+    if len(ids) and not 0 <= ids.min() <= ids.max() < tokenizer.vocab_size:
+        position = int(np.flatnonzero((ids < 0) | (ids >= tokenizer.vocab_size))[0])
         raise DataError(
-            f"{origin}: id number {position} of the document is {ids[position]}; expected 0 to {vocab_size - 1}, the "
-            "ids of the tokenizer (tokenizer.model). Use the tokenizer that these files were made with."
+            f"{origin}: id number {position} of the document is {ids[position]}; expected 0 to "
+            f"{tokenizer.vocab_size - 1}, the ids of the tokenizer (tokenizer.model). Use the tokenizer that these "
+            "files were made with."
         )
+    ids = ids[1:] if len(ids) and ids[0] == tokenizer.bos_id else ids
+    return ids[:-1] if len(ids) and ids[-1] == tokenizer.eos_id else ids
 
 
-def _read_files(
+def read_files(
     files: Iterable[Path],
     on_bad_file: OnBad,
     log: ReadLog,
-    contents: Callable[[Path], Iterator[tuple[str, AnyContent]]],
-) -> Iterator[tuple[str, AnyContent]]:
-    """Yield (origin, content) of all files, with what happens to a file that breaks off."""
+    contents: Callable[[Path], Iterator[Item]],
+) -> Iterator[Item]:
+    """Yield what `contents` gives of each file; a file that breaks off is an error or counted, as the config says."""
     for path in files:
         size = 0
         try:
@@ -188,7 +202,7 @@ def _read_files(
             log._finished_bytes += size
 
 
-def _contents(path: Path, text_field: str, log: ReadLog) -> Iterator[tuple[str, str | _Bad]]:
+def _contents(path: Path, text_field: str, log: ReadLog) -> Iterator[tuple[str, str | Bad]]:
     """A file's documents, each with its origin."""
     kind = kind_of(path)
     if kind in ("parquet", "arrow"):
@@ -197,7 +211,7 @@ def _contents(path: Path, text_field: str, log: ReadLog) -> Iterator[tuple[str, 
             log._position = partial(int, position_bytes)
             for value in values:
                 row += 1
-                yield f"{path}:{row}", _decode_value(value, text_field)
+                yield f"{path}:{row}", decode_value(value, text_field)
         return
     with open(path, "rb") as raw, decompressed(raw, path, os.path.getsize(path)) as file:
         log._position = raw.tell
@@ -209,24 +223,29 @@ def _reason(error: Exception) -> str:
 
 
 @dataclass(frozen=True)
-class _Bad:
-    """Why there is no document: a reason to count, and what to say."""
+class Bad:
+    """Why there is no document.
+
+    Attributes:
+        reason: what it is counted as.
+        message: what is said of it.
+    """
 
     reason: str
     message: str
 
 
-_TOO_LONG = _Bad("too_long", f"it is longer than {MAX_DOCUMENT_BYTES:,} bytes")
-_TOO_MANY_IDS = _Bad("too_long", f"it has {MAX_DOCUMENT_TOKENS:,} ids or more; is the tokenizer's eos in the file?")
+_TOO_LONG = Bad("too_long", f"it is longer than {MAX_DOCUMENT_BYTES:,} bytes")
+_TOO_MANY_IDS = Bad("too_long", f"it has {MAX_DOCUMENT_TOKENS:,} ids or more; is the tokenizer's eos in the file?")
 
 
-def _whole_file(file: BinaryIO, path: Path, text_field: str) -> Iterator[tuple[str, str | _Bad]]:
+def _whole_file(file: BinaryIO, path: Path, text_field: str) -> Iterator[tuple[str, str | Bad]]:
     """A text file's one document."""
     data = file.read(MAX_DOCUMENT_BYTES + 1)
     yield str(path), _TOO_LONG if len(data) > MAX_DOCUMENT_BYTES else _decode(data)
 
 
-def _json_lines(file: BinaryIO, path: Path, text_field: str) -> Iterator[tuple[str, str | _Bad]]:
+def json_lines(file: BinaryIO, path: Path, text_field: str) -> Iterator[tuple[str, str | Bad]]:
     """A JSON lines file's documents."""
     number = 0
     while line := file.readline(MAX_DOCUMENT_BYTES + 1):
@@ -241,7 +260,7 @@ def _json_lines(file: BinaryIO, path: Path, text_field: str) -> Iterator[tuple[s
             yield f"{path}:{number}", ""
 
 
-def _csv_rows(file: BinaryIO, path: Path, text_field: str) -> Iterator[tuple[str, str | _Bad]]:
+def _csv_rows(file: BinaryIO, path: Path, text_field: str) -> Iterator[tuple[str, str | Bad]]:
     """A table's rows, of `.csv` or `.tsv`: quotes as spreadsheets write them, the columns' names in the first row."""
     lines = io.TextIOWrapper(file, "utf-8-sig", errors="surrogateescape", newline="")
     csv.field_size_limit(MAX_DOCUMENT_BYTES)
@@ -263,63 +282,63 @@ def _csv_rows(file: BinaryIO, path: Path, text_field: str) -> Iterator[tuple[str
         lines.detach()
 
 
-def _csv_value(row: list[str], column: int, num_columns: int) -> str | _Bad:
+def _csv_value(row: list[str], column: int, num_columns: int) -> str | Bad:
     if not row:
         return ""
     if len(row) != num_columns:
-        return _Bad("bad_row", f"it has {len(row)} fields, and the first row {num_columns}")
+        return Bad("bad_row", f"it has {len(row)} fields, and the first row {num_columns}")
     return _checked(row[column], "it is not UTF-8")
 
 
-def _decode_value(value: bytes | None, text_field: str) -> str | _Bad:
+def decode_value(value: bytes | None, text_field: str) -> str | Bad:
     """The text of one row of a table."""
     if value is None:
-        return _Bad("no_text", f"its column {text_field!r} is null")
+        return Bad("no_text", f"its column {text_field!r} is null")
     return _TOO_LONG if len(value) > MAX_DOCUMENT_BYTES else _decode(value, "utf-8")
 
 
-def _decode(data: bytes, encoding: str = "utf-8-sig") -> str | _Bad:
+def _decode(data: bytes, encoding: str = "utf-8-sig") -> str | Bad:
     try:
         return data.decode(encoding)
     except UnicodeDecodeError as error:
-        return _Bad("not_utf8", f"it is not UTF-8 ({error.reason} at byte {error.start:,})")
+        return Bad("not_utf8", f"it is not UTF-8 ({error.reason} at byte {error.start:,})")
 
 
-def _parse(line: bytes, text_field: str) -> str | _Bad:
+def _parse(line: bytes, text_field: str) -> str | Bad:
     """The text of one JSON line."""
     decoded = _decode(line)
-    if isinstance(decoded, _Bad):
+    if isinstance(decoded, Bad):
         return decoded
     try:
         record = json.loads(decoded)
     except (ValueError, RecursionError) as error:
-        return _Bad("bad_json", f"it is not JSON ({error})")
+        return Bad("bad_json", f"it is not JSON ({error})")
     if not isinstance(record, dict):
-        return _Bad("no_text", f"it is a JSON {type(record).__name__}, not an object")
+        return Bad("no_text", f"it is a JSON {type(record).__name__}, not an object")
     text = record.get(text_field)
     if not isinstance(text, str):
         has = f"is {type(text).__name__}, not a string" if text_field in record else "is missing"
-        return _Bad("no_text", f"its field {text_field!r} {has} (it has: {', '.join(sorted(record)[:8])})")
+        return Bad("no_text", f"its field {text_field!r} {has} (it has: {', '.join(sorted(record)[:8])})")
     return _checked(text, "it holds half of a surrogate pair, which UTF-8 cannot express")
 
 
-def _checked(text: str, otherwise: str) -> str | _Bad:
+def _checked(text: str, otherwise: str) -> str | Bad:
     """The text, if UTF-8 can express it."""
     try:
         text.encode()
     except UnicodeEncodeError:
-        return _Bad("not_utf8", otherwise)
+        return Bad("not_utf8", otherwise)
     return text
 
 
-def _judge(content: Content | _Bad, origin: str, on_bad_document: OnBad, log: ReadLog) -> Content | None:
+def _judge(content: Content | Bad, origin: str, on_bad_document: OnBad, log: ReadLog) -> Content | None:
     """The content of a document that is to be used; otherwise count or raise."""
-    if not isinstance(content, _Bad) and len(content) == 0:
+    if not isinstance(content, Bad) and len(content) == 0:
         log.skip("skipped_empty", f"{origin}: it is empty")
         return None
     if isinstance(content, str) and "\u2581" in content:
-        content = _Bad("u2581", "it holds the character U+2581, which the tokenizer would give back as a space")
-    if not isinstance(content, _Bad):
+        content = Bad("u2581", "it holds the character U+2581, which the tokenizer would give back as a space")
+    if not isinstance(content, Bad):
         return content
     if on_bad_document == "error":
         raise DataError(
@@ -330,4 +349,4 @@ def _judge(content: Content | _Bad, origin: str, on_bad_document: OnBad, log: Re
     return None
 
 
-_READERS = {"text": _whole_file, "jsonl": _json_lines, "csv": _csv_rows}
+_READERS = {"text": _whole_file, "jsonl": json_lines, "csv": _csv_rows}

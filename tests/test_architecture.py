@@ -26,9 +26,9 @@ TIERS = (
     "checks explain tokenizer table_files token_files shards tensor_files distributed layers family_table model_card",
     "settings hf_tokenizer row_table model optim checkpoint_files shard_reader journal workers sources",
     "data_plan engine metrics guard",
-    "checkpoint stream run_folder corpus",
-    "evaluate generate hf_export self_test dry_run",
-    "train prepare convert quickstart",
+    "checkpoint stream run_folder corpus source_sample",
+    "evaluate generate hf_export self_test prepare",
+    "train dry_run convert quickstart",
 )
 TIER_OF = {module: tier for tier, modules in enumerate(TIERS) for module in modules.split()}
 
@@ -48,7 +48,8 @@ FILE_OF_LIBRARY = {
 # Data is prepared on machines that have no use for torch, and its start-up is quick without it.
 WITHOUT_TORCH = (
     "config settings checks families schedule batch_plan packing tokenizer hf_tokenizer source_files table_files"
-    " token_files sources shards shard_reader row_table data_plan journal workers corpus dry_run prepare"
+    " token_files sources shards shard_reader row_table data_plan journal workers corpus source_sample prepare"
+    " dry_run"
 )
 
 MAX_FILE_LINES = 400
