@@ -139,8 +139,9 @@ def time_encoding(texts: Sequence[str], path: Path) -> dict[str, float]:
 def _describe(row: dict[str, Any]) -> str:
     rates = {key: row[f"{key}bytes_per_cpu_second"] / 1e6 for key in ("", "sentencepiece_", "tokenizer_")}
     return (
-        f"{row['num_processes']} processes: {row['seconds']:.1f} s, {row['cpu_seconds']:.1f} CPU s: {rates['']:.2f} MB a "
-        f"CPU second (sentencepiece alone {rates['sentencepiece_']:.2f}, our tokenizer alone {rates['tokenizer_']:.2f}); "
+        f"{row['num_processes']} processes: {row['seconds']:.1f} s, {row['cpu_seconds']:.1f} CPU s: {rates['']:.2f} MB "
+        f"a CPU second (sentencepiece alone {rates['sentencepiece_']:.2f}, our tokenizer alone "
+        f"{rates['tokenizer_']:.2f}); "
         f"peak memory {row['peak_bytes'] / 1e6:.0f} MB, the main process {row['peak_main_bytes'] / 1e6:.0f} MB"
     )
 

@@ -167,9 +167,12 @@ class _Reader:
         sample = self._sample
         fits = self._total * (_LIKELY_RATIO if compressed else 1) <= self._limit.text_bytes
         if kind in ("parquet", "arrow") and not fits:
-            num_rows = self._read_tables()
+            num_rows, column_bytes = self._read_tables()
             scale = num_rows / max(sample.num_read, 1)
-            return sample, len(sample.texts) * scale, sample.text_bytes * scale
+            text_bytes = sample.text_bytes * scale
+            # What the files say is nearer, unless equal values are stored once.
+            is_said = text_bytes / 2 < column_bytes < text_bytes * 2
+            return sample, len(sample.texts) * scale, column_bytes if is_said else text_bytes
         if kind == "jsonl" and not compressed and not fits:
             self._read_windows()
         else:
@@ -249,31 +252,32 @@ class _Reader:
             self._sample.stored_bytes += len(window)
             self._sample.num_read += log.counts["documents_read"]
 
-    def _read_tables(self) -> float:
-        """Read the first rows of random row groups or record batches; returns the number of rows of all files."""
+    def _read_tables(self) -> tuple[float, float]:
+        """Read the first rows of random row groups or record batches; returns rows and the column's bytes of all."""
         column, sample = self._source.text_field, self._sample
         files = list(self._sizes)
         self._rng.shuffle(files)
         parts: list[tuple[Path, int]] = []
-        num_rows = num_bytes = 0
+        num_rows = num_bytes = stored_bytes = 0
         for file in files:
-            rows = [num for num, _ in self._skim(file, column, frozenset())]
-            parts += [(file, number) for number, num in enumerate(rows) if num]
-            num_rows += sum(rows)
-            num_bytes += self._sizes[file]
+            for number, (part_rows, part_bytes, _) in enumerate(self._skim(file, column, frozenset())):
+                parts += [(file, number)] if part_rows else []
+                num_rows, num_bytes = num_rows + part_rows, num_bytes + part_bytes
+            stored_bytes += self._sizes[file]
             if self._limit.is_reached(sample):
                 break
         chosen: dict[Path, set[int]] = {}
         for file, number in self._rng.sample(parts, min(len(parts), _NUM_TABLE_PARTS)):
             chosen.setdefault(file, set()).add(number)
-        part_bytes = self._limit.text_bytes / max(min(len(parts), _NUM_TABLE_PARTS), 1)
+        limit_bytes = self._limit.text_bytes / max(min(len(parts), _NUM_TABLE_PARTS), 1)
         for file, numbers in chosen.items():
-            for _, values in self._skim(file, column, frozenset(numbers)):
-                self._read_values(file, values, part_bytes)
-        return num_rows * self._total / max(num_bytes, 1)
+            for _, _, values in self._skim(file, column, frozenset(numbers)):
+                self._read_values(file, values, limit_bytes)
+        scale = self._total / max(stored_bytes, 1)
+        return num_rows * scale, num_bytes * scale
 
-    def _skim(self, file: Path, column: str, numbers: frozenset[int]) -> Iterator[tuple[int, Values]]:
-        def contents(path: Path) -> Iterator[tuple[int, Values]]:
+    def _skim(self, file: Path, column: str, numbers: frozenset[int]) -> Iterator[tuple[int, int, Values]]:
+        def contents(path: Path) -> Iterator[tuple[int, int, Values]]:
             return skim_column(path, column, numbers.__contains__)
 
         return read_files([file], self._data.on_bad_file, ReadLog(), contents)

@@ -19,6 +19,7 @@ Values = list[bytes | None]  # UTF-8, or what should be; None for null
 
 _BATCH_BYTES = 1 << 22  # of a column, decoded at once
 _MAX_BATCH_ROWS = 4096
+_OFFSET_BYTES = 4  # beside the text of a value
 _READ_BUFFER_BYTES = 1 << 20  # of a Parquet file; without it a row group's whole column is in memory
 _FILE_MAGIC, _STREAM_END = b"ARROW1", b"\0\0\0\0"
 
@@ -36,7 +37,7 @@ def read_column(path: Path, column: str) -> Iterator[tuple[Values, int]]:
     """
     begin = 0
     with _broken_files():
-        for num_rows, end, arrays in _parts(path, column):
+        for num_rows, _, end, arrays in _parts(path, column):
             num_done = 0
             for values in arrays():
                 num_done += len(values)
@@ -44,8 +45,10 @@ def read_column(path: Path, column: str) -> Iterator[tuple[Values, int]]:
             begin = end
 
 
-def skim_column(path: Path, column: str, choose: Callable[[int], bool]) -> Iterator[tuple[int, Values]]:
-    """Yield the number of rows of each part of a file, with the first values of the parts that are chosen.
+def skim_column(path: Path, column: str, choose: Callable[[int], bool]) -> Iterator[tuple[int, int, Values]]:
+    """Yield for each part of a file its rows and the column's bytes, with the first values if the part is chosen.
+
+    The bytes are those of the text, but less where a Parquet file stores equal values once.
 
     Args:
         path, column: as for `read_column`.
@@ -55,11 +58,13 @@ def skim_column(path: Path, column: str, choose: Callable[[int], bool]) -> Itera
         DataError, BrokenFile: as `read_column`.
     """
     with _broken_files():
-        for number, (num_rows, _, arrays) in enumerate(_parts(path, column)):
-            yield num_rows, next(arrays(), []) if choose(number) else []
+        for number, (num_rows, num_bytes, _, arrays) in enumerate(_parts(path, column)):
+            num_bytes = max(num_bytes - _OFFSET_BYTES * num_rows, 0)
+            yield num_rows, num_bytes, next(arrays(), []) if choose(number) else []
 
 
-_Part = tuple[int, int, Callable[[], Iterator[Values]]]  # rows, bytes of the file up to its end, its values
+# Of a row group or record batch: rows, bytes of the column, bytes of the file up to its end, the column's values.
+_Part = tuple[int, int, int, Callable[[], Iterator[Values]]]
 
 
 def _parts(path: Path, column: str) -> Iterator[_Part]:
@@ -97,7 +102,7 @@ def _row_groups(path: Path, column: str) -> Iterator[_Part]:
                 for batch in file.iter_batches(batch_rows, row_groups=[number], columns=[column], use_threads=False):
                     yield from _slices(batch.column(0))
 
-            yield group.num_rows, size * num_done // max(metadata.num_rows, 1), arrays
+            yield group.num_rows, num_bytes, size * num_done // max(metadata.num_rows, 1), arrays
 
 
 def _record_batches(path: Path, column: str) -> Iterator[_Part]:
@@ -113,7 +118,8 @@ def _record_batches(path: Path, column: str) -> Iterator[_Part]:
         index = reader.schema.get_field_index(column)
         batches = map(reader.get_batch, range(reader.num_record_batches)) if is_file else reader
         for batch in batches:
-            yield batch.num_rows, content.tell(), partial(_slices, batch.column(index))
+            array = batch.column(index)
+            yield batch.num_rows, array.nbytes, content.tell(), partial(_slices, array)
         content.seek(size - len(_STREAM_END))
         if not is_file and content.read() != _STREAM_END:
             raise ValueError("its end is missing")
