@@ -130,8 +130,9 @@ def _train_tokenizer(config: Config, path: Path, line: LiveLine) -> None:
 
 
 def _training_texts(config: Config, held_out: list[str]) -> Iterator[str]:
-    """Training documents of all sources, by weight where there is more than is read; some others go to `held_out`."""
-    sources = [source for source in config.data.sources if source.paths]
+    """Training documents of all texts, by weight where there is more than is read; some others go to `held_out`."""
+    files_of = {source.name: list_files(source) for source in config.data.sources if source.paths}
+    sources = [source for source in config.data.sources if source.paths and token_format(files_of[source.name]) is None]
     total_weight = sum(source.weight for source in sources)
     held_out_bytes = 0
 
@@ -141,7 +142,7 @@ def _training_texts(config: Config, held_out: list[str]) -> Iterator[str]:
     for source in sources:
         limit = READ_MULTIPLE * config.tokenizer.sample_bytes * source.weight / total_weight
         read_bytes = 0
-        files = sorted(list_files(source), key=by_seeded_hash)
+        files = sorted(files_of[source.name], key=by_seeded_hash)
         log = ReadLog()
         for document in read_documents(files, source, config.data.on_bad_document, config.data.on_bad_file, log):
             data = document.text.encode()

@@ -189,8 +189,7 @@ class _Reader:
         prefix_bytes = float("inf") if fits else max(_MIN_PREFIX_BYTES, limit.text_bytes / len(self._sizes))
         files = [file for file, size in self._sizes.items() if size]
         is_text = kind_of(files[0]) == "text" if files else False
-        weights = {file: 1.0 if is_text else self._sizes[file] for file in files}
-        files.sort(key=lambda file: -(self._rng.random() ** (self._total / weights[file])))
+        files.sort(key=lambda file: self._rng.expovariate(1.0 if is_text else self._sizes[file]))
         num_files = 0
         for file in files:
             if limit.is_reached(sample):

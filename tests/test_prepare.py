@@ -647,3 +647,23 @@ def test_the_command_starts_in_every_form(form: str, tmp_path: Path) -> None:
     )
     assert done.returncode == 2, done.stderr
     assert done.stderr.startswith("error: ") and "none.yaml" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.launches
+def test_a_whole_prepare_does_without_torch_and_leaves_it_importable(done: Path, tmp_path: Path) -> None:
+    folder = copy_of(done, tmp_path / "fresh")
+    code = (
+        "import sys\n"
+        "from pathlib import Path\n"
+        "from pretrain.prepare import prepare\n"
+        "from tests.test_prepare import config_of\n"
+        "prepare(config_of(Path(sys.argv[1])))\n"
+        "print('torch' in sys.modules, 'webdataset' in sys.modules)\n"
+        "import torch\n"
+        "print(torch.zeros(2).sum().item())\n"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code, str(folder)], cwd=ROOT, capture_output=True, text=True, timeout=200
+    )
+    assert run.stdout.split() == ["False", "True", "0.0"], run.stderr
+    assert hashes(folder) == hashes(done)
