@@ -69,7 +69,10 @@ def idle_options(config: Config) -> dict[str, str]:
         idle["eval.min_delta"] = "It belongs to early stopping, and eval.patience is 0."
     for number, source in enumerate(config.data.sources):
         if not source.paths:
-            idle[f"data.sources.{number}.text_field"] = "It is for reading raw text, and the source has no paths."
+            reason = "It is for reading raw text, and the source has no paths."
+            idle[f"data.sources.{number}.text_field"] = idle[f"data.sources.{number}.format"] = reason
+        elif source.format != "auto":
+            idle[f"data.sources.{number}.text_field"] = "The source holds token ids, which have no text."
     return idle
 
 

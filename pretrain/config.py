@@ -88,12 +88,17 @@ class SourceSection(Section):
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", description="Name of the corpus; fixes its shuffling.")
     paths: list[str] = Field(
-        [], description="Raw text: files, folders or globs of text and `.jsonl`, either `.gz` or `.zst` too, or "
-        "`python-stdlib:`. Empty: the shards exist already."
+        [], description="What `prepare` reads: files, folders or globs of text, `.jsonl`, `.csv` and `.tsv`, each "
+        "`.gz` or `.zst` too, of `.parquet`, of folders that `datasets` saved, or of Megatron's or nanoGPT's token "
+        "ids; or `python-stdlib:`. Empty: the shards exist already."
     )  # fmt: skip
     shards: str = Field(description="Folder of the prepared shards.")
     weight: float = Field(1.0, gt=0, description="Share of training rows, relative to the other sources.")
-    text_field: str = Field("text", description="Field of a `.jsonl` line that holds the text.")
+    text_field: str = Field("text", description="Field of a `.jsonl` line, or column of a table, that holds the text.")
+    format: Literal["auto", "megatron", "nanogpt"] = Field(
+        "auto", description="What `.bin` files are: `nanogpt` bare token ids, `megatron` those with an `.idx` beside "
+        "them, which are recognised. Both hold ids of `tokenizer.model`."
+    )  # fmt: skip
 
 
 class DataSection(Section):

@@ -56,3 +56,11 @@ def format_count(value: float) -> str:
         if value >= limit:
             return f"{value / limit:.3g}{unit}"
     return f"{value:.0f}"
+
+
+def format_bytes(num_bytes: float) -> str:
+    """Write a number of bytes with a unit: `950 B`, `12.3 kB`, `4.6 GB`."""
+    for limit, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if num_bytes >= limit:
+            return f"{num_bytes / limit:.1f} {unit}"
+    return f"{num_bytes:.0f} B"

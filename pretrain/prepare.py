@@ -1,39 +1,27 @@
-"""Raw text to a tokenizer and shards of token ids: `launch/prepare.py`.
-
-This process reads, hashes and writes; others tokenize batches, whose results are taken in order, so the bytes do not
-depend on the number of processes. A run that was stopped, in whatever way, reads its sources again from the start, but
-tokenizes only what its complete shards do not hold. Memory holds 16 bytes of hash a document, about 100 as Python
-stores them, to find duplicates.
-"""
+"""Raw text to a tokenizer and shards of token ids: `launch/prepare.py`; each source's part is in `corpus.py`."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
-import shutil
 import time
 from collections.abc import Iterator
-from contextlib import closing
 from pathlib import Path
 
-from pretrain.config import Config, SourceSection
-from pretrain.console import LiveLine, format_duration
+from pretrain.config import Config
+from pretrain.console import LiveLine, format_bytes, format_duration
+from pretrain.corpus import Corpus, add_rows, no_documents
 from pretrain.errors import ConfigError, DataError
 from pretrain.hf_tokenizer import check_ids, varied_texts
-from pretrain.journal import LOCK_NAME, SPLITS, Journal, Recipe, check_recipe, file_lock, read_recipe
-from pretrain.row_table import RowTable, build_row_tables
-from pretrain.shard_reader import check_shards
-from pretrain.shards import MANIFEST_NAME, MANIFEST_VERSION, Manifest, Shard, ShardWriter
-from pretrain.sources import ReadLog, document_digest, files_identity, is_validation, list_files, read_documents
+from pretrain.journal import file_lock
+from pretrain.shards import Manifest
+from pretrain.source_files import list_files, token_format
+from pretrain.sources import ReadLog, document_digest, is_validation, read_documents
 from pretrain.tokenizer import Tokenizer, check_round_trip, choose_sample, fit, report, save_model
-from pretrain.workers import Batch, encode_batches, fit_in_process, num_usable_cores
+from pretrain.workers import fit_in_process, num_processes
 
-RECIPE_VERSION = 1  # of the rules that turn text into shards: hash, split, order
 READ_MULTIPLE = 10  # the tokenizer's sample is chosen from at most this many times its size
 HELD_OUT_BYTES = 4_000_000  # of documents that a new tokenizer is checked on
-BATCH_CHARACTERS = 1 << 18  # tokenized at once by one process: about 50 ms of work
-LIVE_SECONDS, PLAIN_SECONDS = 0.2, 10.0  # between updates on a terminal, and between lines elsewhere
 
 
 def prepare(config: Config) -> None:
@@ -53,9 +41,9 @@ def prepare(config: Config) -> None:
             tokenizer = _open_tokenizer(config, line)
         for source in sources:
             if source.paths:
-                _Corpus(source, config, tokenizer, line).prepare()
+                Corpus(source, config, tokenizer, line).prepare()
             else:
-                _add_rows(Path(source.shards), Manifest.load(source.shards), config.data.seq_len)
+                add_rows(Path(source.shards), Manifest.load(source.shards), config.data.seq_len)
                 line.say(f"{source.name}: {source.shards} has rows of {config.data.seq_len} tokens")
     except OSError as error:
         raise DataError(
@@ -66,17 +54,25 @@ def prepare(config: Config) -> None:
         line.end()
 
 
-def _num_processes(config: Config) -> int:
-    return config.data.prepare_processes or num_usable_cores()
-
-
 def _open_tokenizer(config: Config, line: LiveLine) -> Tokenizer:
     """The tokenizer of the config, trained now if its file does not exist."""
     path = Path(config.tokenizer.model)
     if not path.exists():
+        check_untokenized(config)
         with file_lock(path.with_name(f".{path.name}.lock"), str(path)):
             if not path.exists():
                 _train_tokenizer(config, path, line)
+    return open_tokenizer(config)
+
+
+def open_tokenizer(config: Config) -> Tokenizer:
+    """Open the tokenizer of the config.
+
+    Raises:
+        ConfigError: it has another number of ids than the config says.
+        DataError: it is missing or damaged.
+    """
+    path = Path(config.tokenizer.model)
     tokenizer = Tokenizer(path)
     if tokenizer.vocab_size != config.tokenizer.vocab_size:
         raise ConfigError(
@@ -86,15 +82,29 @@ def _open_tokenizer(config: Config, line: LiveLine) -> Tokenizer:
     return tokenizer
 
 
+def check_untokenized(config: Config) -> None:
+    """Check that no source holds ids of a tokenizer that is not there.
+
+    Raises:
+        ConfigError: one does, and they cannot be those of a tokenizer that would be trained now.
+    """
+    for source in config.data.sources:
+        if source.paths and (held := token_format(list_files(source))):
+            raise ConfigError(
+                f"tokenizer.model is {config.tokenizer.model}, which does not exist; expected the tokenizer that the "
+                f"ids of data.sources[{source.name}] ({held}) were made with. Copy it there."
+            )
+
+
 def _train_tokenizer(config: Config, path: Path, line: LiveLine) -> None:
     """Train the tokenizer, check it, and only then give it its name."""
     section = config.tokenizer
     held_out: list[str] = []
-    line.say(f"tokenizer: reading a sample of {_size(section.sample_bytes)}")
+    line.say(f"tokenizer: reading a sample of {format_bytes(section.sample_bytes)}")
     sample = choose_sample(_training_texts(config, held_out), section.sample_bytes, config.run.seed)
     begin = time.monotonic()
-    line.say(f"tokenizer: training {section.vocab_size:,} pieces on {_size(sum(map(len, sample)))} of text")
-    model = fit(sample, section) if _num_processes(config) == 1 else fit_in_process(sample, section)
+    line.say(f"tokenizer: training {section.vocab_size:,} pieces on {format_bytes(sum(map(len, sample)))} of text")
+    model = fit(sample, section) if num_processes(config.data) == 1 else fit_in_process(sample, section)
     unchecked = path.with_name(path.name + ".unchecked")
     save_model(unchecked, model)
     tokenizer = Tokenizer(unchecked)
@@ -120,8 +130,9 @@ def _train_tokenizer(config: Config, path: Path, line: LiveLine) -> None:
 
 
 def _training_texts(config: Config, held_out: list[str]) -> Iterator[str]:
-    """Training documents of all sources, by weight where there is more than is read; some others go to `held_out`."""
-    sources = [source for source in config.data.sources if source.paths]
+    """Training documents of all texts, by weight where there is more than is read; some others go to `held_out`."""
+    files_of = {source.name: list_files(source) for source in config.data.sources if source.paths}
+    sources = [source for source in config.data.sources if source.paths and token_format(files_of[source.name]) is None]
     total_weight = sum(source.weight for source in sources)
     held_out_bytes = 0
 
@@ -131,7 +142,7 @@ def _training_texts(config: Config, held_out: list[str]) -> Iterator[str]:
     for source in sources:
         limit = READ_MULTIPLE * config.tokenizer.sample_bytes * source.weight / total_weight
         read_bytes = 0
-        files = sorted(list_files(source), key=by_seeded_hash)
+        files = sorted(files_of[source.name], key=by_seeded_hash)
         log = ReadLog()
         for document in read_documents(files, source, config.data.on_bad_document, config.data.on_bad_file, log):
             data = document.text.encode()
@@ -144,232 +155,4 @@ def _training_texts(config: Config, held_out: list[str]) -> Iterator[str]:
             if read_bytes >= limit:
                 break
         if not log.counts["documents_read"]:
-            raise _no_documents(source, log)
-
-
-class _Corpus:
-    """One source on its way into its shards folder."""
-
-    def __init__(self, source: SourceSection, config: Config, tokenizer: Tokenizer, line: LiveLine) -> None:
-        self.source, self.config, self.tokenizer, self.line = source, config, tokenizer, line
-        self.folder = Path(source.shards)
-        self.log = ReadLog()
-        self.text_bytes = dict.fromkeys(SPLITS, 0)
-        self.num_documents = dict.fromkeys(SPLITS, 0)
-        self.chains = {split: hashlib.blake2b(digest_size=16) for split in SPLITS}  # over the digests, in order
-        self.new_bytes = 0  # of text that is tokenized now
-        self.begin_seconds, self.begin_position = time.monotonic(), 0  # when the first of it was read, and where
-        self.shown_seconds = self.begin_seconds
-
-    def prepare(self) -> None:
-        """Make the corpus complete, or see that it is."""
-        seq_len = self.config.data.seq_len
-        if not (self.folder / MANIFEST_NAME).exists():
-            with file_lock(self.folder / LOCK_NAME, str(self.folder)):
-                if not (self.folder / MANIFEST_NAME).exists():
-                    manifest = self._make()
-                    build_row_tables(self.folder, manifest, seq_len)
-                    manifest.save(self.folder)
-                    self._summarize(manifest)
-                    return
-        manifest = Manifest.load(self.folder)
-        self._check_complete(manifest)
-        is_new = _add_rows(self.folder, manifest, seq_len)
-        rest = f"added its rows of {seq_len} tokens" if is_new else "nothing to do"
-        self.line.say(f"{self.source.name}: {self.folder} is complete; {rest}")
-
-    def _recipe(self, files: list[Path]) -> Recipe:
-        """Everything that the shards' bytes depend on, under the names that an error shows."""
-        data = self.config.data
-        recipe: Recipe = {
-            "version": RECIPE_VERSION,
-            "data.sources[].name": self.source.name,
-            "data.sources[].text_field": self.source.text_field,
-            "data.val_fraction": data.val_fraction,
-            "data.drop_duplicates": data.drop_duplicates,
-            "data.shard_bytes": data.shard_bytes,
-            "the tokenizer": self.tokenizer.fingerprint,
-        }
-        if files:
-            identity = files_identity(files)
-            recipe |= {
-                "the number of source files": identity["num_files"],
-                "their bytes": identity["num_bytes"],
-                "the hash of their names and sizes": identity["sha256"],
-            }
-        return recipe
-
-    def _check_complete(self, manifest: Manifest) -> None:
-        """Check that a finished corpus is still there, and is what the config describes."""
-        check_shards(self.folder, manifest.train + manifest.val)
-        try:
-            recipe = self._recipe(list_files(self.source))
-        except DataError as error:  # the raw text may be gone once its shards exist
-            recipe = self._recipe([])
-            self.line.say(f"{self.source.name}: cannot compare {self.folder} with its sources: {error}")
-        old = read_recipe(self.folder)
-        if old is None:
-            old = {"data.sources[].name": manifest.corpus, "the tokenizer": manifest.tokenizer_fingerprint}
-            recipe = {key: recipe[key] for key in old} | {"the hash of all settings": _hash(recipe)}
-            old["the hash of all settings"] = manifest.source_fingerprint
-        check_recipe(self.folder, recipe, old)
-
-    def _make(self) -> Manifest:
-        """Write all shards that are not there yet."""
-        files = list_files(self.source)
-        recipe = self._recipe(files)
-        journal = Journal(self.folder, recipe)
-        data = self.config.data
-        dtype = self.tokenizer.id_dtype.name
-        writers = {
-            split: ShardWriter(self.folder, split, dtype, data.shard_bytes, len(journal.shards[split]))
-            for split in SPLITS
-        }
-
-        def note(split: str, shard: Shard | None) -> None:
-            if shard is not None:
-                journal.add(split, shard, self.chains[split].hexdigest())
-
-        batches = self._batches(files, journal)
-        model = self.config.tokenizer.model
-        try:
-            with closing(encode_batches(batches, model, self.tokenizer, _num_processes(self.config))) as encoded:
-                for batch, documents in encoded:
-                    for split, digest, ids in zip(batch.splits, batch.digests, documents, strict=True):
-                        self.chains[split].update(digest)
-                        note(split, writers[split].add(ids))
-            if not self.num_documents["train"]:
-                raise _no_documents(self.source, self.log, self.num_documents["val"])
-            for split in SPLITS:
-                note(split, writers[split].close())
-        finally:
-            for writer in writers.values():
-                writer.abort()
-        return Manifest(
-            version=MANIFEST_VERSION,
-            corpus=self.source.name,
-            dtype=dtype,
-            tokenizer_fingerprint=self.tokenizer.fingerprint,
-            vocab_size=self.tokenizer.vocab_size,
-            train=tuple(journal.shards["train"]),
-            val=tuple(journal.shards["val"]),
-            text_bytes=dict(self.text_bytes),
-            counts=dict(sorted(self.log.counts.items())),
-            source_fingerprint=_hash(recipe),
-        )
-
-    def _batches(self, files: list[Path], journal: Journal) -> Iterator[Batch]:
-        """The documents that complete shards do not hold; those that they hold are compared by their hashes."""
-        data = self.config.data
-        num_done = {split: sum(shard.num_documents for shard in journal.shards[split]) for split in SPLITS}
-        total_bytes = sum(file.stat().st_size for file in files)
-        digests: set[bytes] = set()
-        batch, num_characters = Batch(), 0
-        for document in read_documents(files, self.source, data.on_bad_document, data.on_bad_file, self.log):
-            content = document.text.encode()
-            digest = document_digest(content)
-            if data.drop_duplicates:
-                if digest in digests:
-                    self.log.skip("duplicates", f"{document.origin}: it is equal to an earlier document")
-                    continue
-                digests.add(digest)
-            split = "val" if is_validation(digest, data.val_fraction) else "train"
-            self.num_documents[split] += 1
-            self.text_bytes[split] += len(content)
-            self._show(total_bytes)
-            if self.num_documents[split] <= num_done[split]:
-                self.chains[split].update(digest)
-                if self.num_documents[split] == num_done[split]:
-                    self._check_chain(self.chains[split].hexdigest() == journal.chains[split])
-                continue
-            if not self.new_bytes:
-                self.begin_seconds, self.begin_position = time.monotonic(), self.log.position_bytes()
-            self.new_bytes += len(content)
-            batch.splits.append(split)
-            batch.digests.append(digest)
-            batch.texts.append(document.text)
-            num_characters += len(document.text)
-            if num_characters >= BATCH_CHARACTERS:
-                yield batch
-                batch, num_characters = Batch(), 0
-        self._check_chain(all(self.num_documents[split] >= num_done[split] for split in SPLITS))
-        if batch.texts:
-            yield batch
-
-    def _check_chain(self, is_equal: bool) -> None:
-        if not is_equal:
-            raise DataError(
-                f"{self.folder}: the source's documents are not those that its complete shards hold; expected the same "
-                "text as when `prepare` began. Restore the text, or delete this folder to prepare it again."
-            )
-
-    def _show(self, total_bytes: int) -> None:
-        """Show progress, if it is time to."""
-        now = time.monotonic()
-        if now - self.shown_seconds < (LIVE_SECONDS if self.line.is_terminal else PLAIN_SECONDS):
-            return
-        self.shown_seconds = now
-        position = self.log.position_bytes()
-        text = (
-            f"{self.source.name}: {position / max(total_bytes, 1):.0%} of {_size(total_bytes)}, "
-            f"{sum(self.num_documents.values()):,} documents"
-        )
-        if self.new_bytes and position > self.begin_position and now > self.begin_seconds:
-            elapsed = now - self.begin_seconds
-            left = elapsed * (total_bytes - position) / (position - self.begin_position)
-            text += f", {_size(self.new_bytes / elapsed)}/s, {format_duration(left)} left"
-        self.line.show(text, plain=True)
-
-    def _summarize(self, manifest: Manifest) -> None:
-        """Say what was made, and what was left out and why."""
-        name, data = self.source.name, self.config.data
-        for split in SPLITS:
-            shards, num_bytes = manifest.shards(split), manifest.text_bytes[split]
-            num_tokens = sum(shard.num_tokens for shard in shards)
-            self.line.say(
-                f"{name}: {split}: {self.num_documents[split]:,} documents, {_size(num_bytes)} of text, {num_tokens:,} "
-                f"tokens ({num_bytes / max(num_tokens, 1):.2f} bytes each) in {self.folder} (shards: {len(shards)})"
-            )
-        for reason, example in sorted(self.log.examples.items()):
-            self.line.say(f"{name}: {manifest.counts[reason]:,} {reason.replace('_', ' ')}; the first: {example}")
-        if data.val_fraction and not manifest.val:
-            self.line.say(
-                f"warning: {name}: none of its {self.num_documents['train']:,} documents is held out "
-                f"(data.val_fraction is {data.val_fraction}), so its loss cannot be evaluated. Raise that fraction, "
-                "or give more documents."
-            )
-
-
-def _add_rows(folder: Path, manifest: Manifest, seq_len: int) -> bool:
-    """Build a complete corpus's row table if it has none that can be used; a read-only folder that has one will do."""
-    try:
-        for split in SPLITS:
-            RowTable.open(folder, manifest, split, seq_len)
-        return False
-    except DataError:
-        with file_lock(folder / LOCK_NAME, str(folder)):
-            shutil.rmtree(folder / f"rows-{seq_len}", ignore_errors=True)
-            build_row_tables(folder, manifest, seq_len)
-        return True
-
-
-def _no_documents(source: SourceSection, log: ReadLog, num_val: int = 0) -> DataError:
-    """The error for a source that has nothing to train on."""
-    counts = "; ".join(f"{count:,} {reason.replace('_', ' ')}" for reason, count in sorted(log.counts.items()))
-    first = "".join(f" First {reason.replace('_', ' ')}: {text}." for reason, text in sorted(log.examples.items()))
-    held_out = f"; all of its {num_val} documents are held out by data.val_fraction" if num_val else ""
-    return DataError(
-        f"data.sources[{source.name}].paths: they give no document to train on ({counts}{held_out}); expected at least "
-        f"one. Correct the paths or data.sources[].text_field.{first}"
-    )
-
-
-def _hash(recipe: Recipe) -> str:
-    return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()
-
-
-def _size(num_bytes: float) -> str:
-    for limit, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if num_bytes >= limit:
-            return f"{num_bytes / limit:.1f} {unit}"
-    return f"{num_bytes:.0f} B"
+            raise no_documents(source, log)

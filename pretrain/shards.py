@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import sys
 import zlib
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -160,6 +161,23 @@ def write_atomically(path: str | Path, content: bytes) -> None:
     sync_folder(path.parent)
 
 
+def _import_webdataset() -> Any:
+    """Import webdataset, without torch if nobody has imported that yet.
+
+    It imports torch if it can, for its data loaders, and does without it if it cannot: 0.4 s and 36 MB instead of 3 s
+    and 226 MB, at every start of `prepare`. It is not imported at the top of the file, since readers need neither.
+    """
+    hides_torch = "torch" not in sys.modules
+    if hides_torch:
+        sys.modules["torch"] = None  # type: ignore[assignment]  # what Python takes for "not installed"
+    try:
+        import webdataset
+    finally:
+        if hides_torch:
+            del sys.modules["torch"]
+    return webdataset
+
+
 class _HashedFile:
     """A file that is hashed while it is written; after `discard` it takes writes without effect."""
 
@@ -266,8 +284,7 @@ class ShardWriter:
         self._records = []
 
     def _begin_shard(self) -> None:
-        import webdataset  # here, because it imports torch: workers that only read shards do without both
-
+        webdataset = _import_webdataset()
         self._folder.mkdir(parents=True, exist_ok=True)
         self._file = _HashedFile(self._folder / f".{self._name}.tar.tmp")
         # Fixed owner, mode and time: the same documents give the same bytes. mtime must be the integer 0: a

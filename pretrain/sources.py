@@ -1,45 +1,53 @@
-"""Raw text: which files a source names, and the documents in them.
+"""Documents of sources: of text, or of token ids that were made before.
 
-A text file is one document, and so is each line of a `.jsonl` file. What cannot be read is an error or a counted
-skip, as the config says; nothing is lost without being counted.
+A text file is one document, and so is each line of a `.jsonl` file and each row of a table. What cannot be read is an
+error or a counted skip, as the config says; nothing is lost without being counted.
 """
 
 from __future__ import annotations
 
-import glob
-import gzip
+import csv
 import hashlib
 import io
 import json
 import os
-import sysconfig
-import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import BinaryIO, Literal, cast
+from typing import BinaryIO, Literal, TypeVar
 
-import zstandard
+import numpy as np
 
 from pretrain.config import SourceSection
 from pretrain.errors import DataError
+from pretrain.source_files import BROKEN, READ_BYTES, BrokenFile, TokenFormat, bare_name, decompressed, kind_of
+from pretrain.table_files import read_column
+from pretrain.token_files import read_ids
+from pretrain.tokenizer import Tokenizer
 
-STDLIB = "python-stdlib:"
 MAX_DOCUMENT_BYTES = 2**28  # a document is held in memory in one piece, several at a time
-_NOT_TEXT = (".parquet", ".arrow", ".tar", ".tgz", ".zip", ".7z", ".bz2", ".xz", ".rar", ".pdf", ".npy", ".bin")
-_COMPRESSED = (".gz", ".zst")
-_READ_BYTES = 1 << 18
-_BROKEN = (OSError, EOFError, zlib.error, zstandard.ZstdError)
+MAX_DOCUMENT_TOKENS = 2**26
 
 OnBad = Literal["skip", "error"]
+Content = TypeVar("Content", str, np.ndarray)
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
 class Document:
-    """A text and where it is from: its file, and its line if it has one (`path:line`)."""
+    """A text and where it is from: its file, and its line or row if it has one (`path:line`)."""
 
     text: str
+    origin: str
+
+
+@dataclass(frozen=True)
+class TokenDocument:
+    """A document that came as ids, without bos and eos, and where it is from."""
+
+    ids: np.ndarray
     origin: str
 
 
@@ -55,7 +63,7 @@ class ReadLog:
     counts: Counter[str] = field(default_factory=Counter)
     examples: dict[str, str] = field(default_factory=dict)
     _finished_bytes: int = 0
-    _file: BinaryIO | None = None
+    _position: Callable[[], int] | None = None
 
     def skip(self, reason: str, message: str) -> None:
         """Count one skip and keep its message if it is the first for its reason."""
@@ -64,7 +72,7 @@ class ReadLog:
 
     def position_bytes(self) -> int:
         """Bytes of the source files, as stored, that were read so far."""
-        return self._finished_bytes + (self._file.tell() if self._file else 0)
+        return self._finished_bytes + (self._position() if self._position else 0)
 
 
 def document_digest(data: bytes) -> bytes:
@@ -81,88 +89,6 @@ def is_validation(digest: bytes, val_fraction: float) -> bool:
     return int.from_bytes(digest[:8], "big") < int(val_fraction * 2**64)
 
 
-def list_files(source: SourceSection) -> list[Path]:
-    """List the files that a source names, sorted by path, each once.
-
-    Folders are searched to any depth, without hidden names; `python-stdlib:` gives the `.py` files of this Python's
-    standard library.
-
-    Raises:
-        DataError: a path names nothing, or a file of a kind that is not read.
-    """
-    files: set[str] = set()
-    for pattern in source.paths:
-        found = set(_expand(pattern))
-        if not found:
-            where = f" (from {os.getcwd()})" if not os.path.isabs(os.path.expanduser(pattern)) else ""
-            raise DataError(
-                f"data.sources[{source.name}].paths: {pattern!r} names no file{where}; expected files, folders or "
-                "globs of text, or `python-stdlib:`. Correct the path."
-            )
-        files |= found
-    unfit = sorted(name for name in files if _bare_name(name).endswith(_NOT_TEXT))
-    if unfit:
-        raise DataError(
-            f"data.sources[{source.name}].paths: {unfit[0]} is one of {len(unfit)} files that are not text; expected "
-            "text or .jsonl files, either .gz or .zst too. Unpack or convert them, or name the text files with a glob "
-            "such as 'corpus/**/*.txt'."
-        )
-    by_real_path: dict[str, str] = {}  # links may lead to one file in several ways, or in circles
-    for name in sorted(files):
-        by_real_path.setdefault(os.path.realpath(name), name)
-    return [Path(name) for name in by_real_path.values()]
-
-
-def _expand(pattern: str) -> Iterator[str]:
-    if pattern == STDLIB:
-        yield from (name for name in _walk(sysconfig.get_paths()["stdlib"]) if name.endswith(".py"))
-        return
-    pattern = os.path.expanduser(pattern)
-    for name in [pattern] if os.path.lexists(pattern) else glob.glob(pattern, recursive=True):
-        if os.path.isdir(name):
-            yield from _walk(name)
-        elif os.path.isfile(name):
-            yield os.path.normpath(name)
-
-
-def _walk(folder: str) -> Iterator[str]:
-    """All files below a folder but hidden ones, installed packages and compiled Python; links are followed once."""
-    visited: set[str] = set()
-    for parent, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = [
-            name
-            for name in folders
-            if not name.startswith(".") and name not in ("__pycache__", "site-packages", "dist-packages")
-        ]
-        real = os.path.realpath(parent)
-        if real in visited:
-            folders.clear()
-            continue
-        visited.add(real)
-        for name in names:
-            path = os.path.normpath(os.path.join(parent, name))
-            if not name.startswith(".") and os.path.isfile(path):
-                yield path
-
-
-def _bare_name(path: str | Path) -> str:
-    """The file's name in lower case, without the suffix of its compression."""
-    name = os.path.basename(path).lower()
-    return name[: name.rindex(".")] if name.endswith(_COMPRESSED) else name
-
-
-def files_identity(files: Sequence[Path]) -> dict[str, int | str]:
-    """Number, total size and fingerprint of files: names below their common folder, and sizes.
-
-    A corpus that is moved or copied as a whole keeps its identity.
-    """
-    common = os.path.commonpath([file.parent for file in files])
-    sizes = [os.path.getsize(file) for file in files]
-    names = [os.path.relpath(file, common) for file in files]
-    digest = hashlib.sha256(json.dumps(list(zip(names, sizes, strict=True))).encode()).hexdigest()
-    return {"num_files": len(files), "num_bytes": sum(sizes), "sha256": digest}
-
-
 def read_documents(
     files: Iterable[Path], source: SourceSection, on_bad_document: OnBad, on_bad_file: OnBad, log: ReadLog
 ) -> Iterator[Document]:
@@ -172,30 +98,98 @@ def read_documents(
     always counted skips. Of a file that breaks off, the documents before the break are kept.
 
     Args:
-        files: text files, or JSON lines if named `.jsonl`; gzip or Zstandard if `.gz` or `.zst` follows.
-        source: names the field of a JSON line that holds the text.
+        files: of documents, as `source_files.list_files` gives them.
+        source: names the field of a JSON line, or the column of a table, that holds the text.
         on_bad_document: `error` raises for a document that is not UTF-8, not JSON, lacks the text, is longer than
-            `MAX_DOCUMENT_BYTES` or holds U+2581.
+            `MAX_DOCUMENT_BYTES` or holds U+2581, and for a row of another length than the first.
         on_bad_file: `error` raises for a file that cannot be read to its end.
         log: counts what was read and skipped.
 
     Raises:
-        DataError: a bad document or file, where the config says `error`.
+        DataError: a table has no such column; a bad document or file, where the config says `error`.
     """
+    contents = read_files(files, on_bad_file, log, lambda path: _contents(path, source.text_field, log))
+    yield from judge_documents(contents, on_bad_document, log)
+
+
+def judge_documents(
+    contents: Iterable[tuple[str, str | Bad]], on_bad_document: OnBad, log: ReadLog
+) -> Iterator[Document]:
+    """Yield the documents that are to be used, of (origin, content); count them all."""
+    for origin, content in contents:
+        log.counts["documents_read"] += 1
+        text = _judge(content, origin, on_bad_document, log)
+        if text is not None:
+            yield Document(text, origin)
+
+
+def read_token_documents(
+    files: Sequence[Path],
+    token_format: TokenFormat,
+    tokenizer: Tokenizer,
+    on_bad_document: OnBad,
+    on_bad_file: OnBad,
+    log: ReadLog,
+) -> Iterator[TokenDocument]:
+    """Read the documents of files of token ids in order, without the bos and eos that they may have.
+
+    Args:
+        files: `.bin` files, and Megatron's `.idx`.
+        token_format: what they are.
+        tokenizer: whose ids they hold.
+        on_bad_document, on_bad_file, log: as for `read_documents`.
+
+    Raises:
+        DataError: an id is none of the tokenizer's; a bad document or file, where the config says `error`.
+    """
+
+    def contents(path: Path) -> Iterator[tuple[str, np.ndarray | Bad]]:
+        if path.suffix != ".bin":
+            return
+        for place, ids, position_bytes in read_ids(path, token_format, tokenizer.eos_id):
+            log._position = partial(int, position_bytes)
+            yield f"{path}:{place}", ids if len(ids) < MAX_DOCUMENT_TOKENS else _TOO_MANY_IDS
+
+    for origin, content in read_files(files, on_bad_file, log, contents):
+        log.counts["documents_read"] += 1
+        if not isinstance(content, Bad):
+            content = strip_ids(content, origin, tokenizer)
+        ids = _judge(content, origin, on_bad_document, log)
+        if ids is not None:
+            yield TokenDocument(ids, origin)
+
+
+def strip_ids(ids: np.ndarray, origin: str, tokenizer: Tokenizer) -> np.ndarray:
+    """Drop a leading bos and a trailing eos.
+
+    Raises:
+        DataError: an id is none of the tokenizer's.
+    """
+    if len(ids) and not 0 <= ids.min() <= ids.max() < tokenizer.vocab_size:
+        position = int(np.flatnonzero((ids < 0) | (ids >= tokenizer.vocab_size))[0])
+        raise DataError(
+            f"{origin}: id number {position} of the document is {ids[position]}; expected 0 to "
+            f"{tokenizer.vocab_size - 1}, the ids of the tokenizer (tokenizer.model). Use the tokenizer that these "
+            "files were made with."
+        )
+    ids = ids[1:] if len(ids) and ids[0] == tokenizer.bos_id else ids
+    return ids[:-1] if len(ids) and ids[-1] == tokenizer.eos_id else ids
+
+
+def read_files(
+    files: Iterable[Path],
+    on_bad_file: OnBad,
+    log: ReadLog,
+    contents: Callable[[Path], Iterator[Item]],
+) -> Iterator[Item]:
+    """Yield what `contents` gives of each file; a file that breaks off is an error or counted, as the config says."""
     for path in files:
         size = 0
         try:
             size = os.path.getsize(path)
-            with open(path, "rb") as raw, _decompressed(raw, path, size) as file:
-                log._file = raw
-                lines = _json_lines if _bare_name(path).endswith(".jsonl") else _whole_file
-                for origin, content in lines(file, path, source.text_field):
-                    log.counts["documents_read"] += 1
-                    text = _judge(content, origin, on_bad_document, log)
-                    if text is not None:
-                        yield Document(text, origin)
+            yield from contents(path)
             log.counts["files_read"] += 1
-        except _BROKEN as error:
+        except BROKEN as error:
             message = f"{path}: the file cannot be read to its end ({_reason(error)})"
             if on_bad_file == "error":
                 raise DataError(
@@ -204,83 +198,61 @@ def read_documents(
                 ) from None
             log.skip("files_unreadable", message)
         finally:
-            log._file = None
+            log._position = None
             log._finished_bytes += size
+
+
+def _contents(path: Path, text_field: str, log: ReadLog) -> Iterator[tuple[str, str | Bad]]:
+    """A file's documents, each with its origin."""
+    kind = kind_of(path)
+    if kind in ("parquet", "arrow"):
+        row = 0
+        for values, position_bytes in read_column(path, text_field):
+            log._position = partial(int, position_bytes)
+            for value in values:
+                row += 1
+                yield f"{path}:{row}", decode_value(value, text_field)
+        return
+    with open(path, "rb") as raw, decompressed(raw, path, os.path.getsize(path)) as file:
+        log._position = raw.tell
+        yield from _READERS[kind](file, path, text_field)
 
 
 def _reason(error: Exception) -> str:
     return (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
 
 
-def _decompressed(raw: BinaryIO, path: Path, size: int) -> BinaryIO:
-    """The file's content as a stream that raises where the compressed data ends too early."""
-    name = path.name.lower()
-    if not name.endswith(_COMPRESSED):
-        return raw
-    if size == 0:
-        raise EOFError("it is empty, which no compressed file is")
-    if name.endswith(".gz"):
-        return cast(BinaryIO, io.BufferedReader(gzip.GzipFile(fileobj=raw), _READ_BYTES))
-    return cast(BinaryIO, io.BufferedReader(_ZstdStream(raw), _READ_BYTES))
-
-
-class _ZstdStream(io.RawIOBase):
-    """Zstandard frames one after another; zstandard's own reader takes a cut frame for the end of the file."""
-
-    def __init__(self, raw: BinaryIO) -> None:
-        self._raw = raw
-        self._frame: zstandard.ZstdDecompressionObj | None = None
-        self._input = b""
-        self._output = memoryview(b"")
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
-        while not self._output:
-            self._input = self._input or self._raw.read(1 << 16)
-            if not self._input:
-                if self._frame is not None:
-                    raise EOFError("its last Zstandard frame is cut short")
-                return 0
-            if self._frame is None:
-                # `zstd --long` writes windows of up to 2 GiB, which the library refuses unless told.
-                self._frame = zstandard.ZstdDecompressor(max_window_size=2**31).decompressobj()
-            self._output = memoryview(self._frame.decompress(self._input))
-            self._input = b""
-            if self._frame.eof:
-                self._input, self._frame = self._frame.unused_data, None
-        length = min(len(buffer), len(self._output))
-        buffer[:length] = self._output[:length]
-        self._output = self._output[length:]
-        return length
-
-
 @dataclass(frozen=True)
-class _Bad:
-    """Why there is no document: a reason to count, and what to say."""
+class Bad:
+    """Why there is no document.
+
+    Attributes:
+        reason: what it is counted as.
+        message: what is said of it.
+    """
 
     reason: str
     message: str
 
 
-_TOO_LONG = _Bad("too_long", f"it is longer than {MAX_DOCUMENT_BYTES:,} bytes")
+_TOO_LONG = Bad("too_long", f"it is longer than {MAX_DOCUMENT_BYTES:,} bytes")
+_TOO_MANY_IDS = Bad("too_long", f"it has {MAX_DOCUMENT_TOKENS:,} ids or more; is the tokenizer's eos in the file?")
 
 
-def _whole_file(file: BinaryIO, path: Path, text_field: str) -> Iterator[tuple[str, str | _Bad]]:
+def _whole_file(file: BinaryIO, path: Path, text_field: str) -> Iterator[tuple[str, str | Bad]]:
     """A text file's one document."""
     data = file.read(MAX_DOCUMENT_BYTES + 1)
     yield str(path), _TOO_LONG if len(data) > MAX_DOCUMENT_BYTES else _decode(data)
 
 
-def _json_lines(file: BinaryIO, path: Path, text_field: str) -> Iterator[tuple[str, str | _Bad]]:
+def json_lines(file: BinaryIO, path: Path, text_field: str) -> Iterator[tuple[str, str | Bad]]:
     """A JSON lines file's documents."""
     number = 0
     while line := file.readline(MAX_DOCUMENT_BYTES + 1):
         number += 1
         if len(line) > MAX_DOCUMENT_BYTES:
             while line and not line.endswith(b"\n"):
-                line = file.readline(_READ_BYTES)
+                line = file.readline(READ_BYTES)
             yield f"{path}:{number}", _TOO_LONG
         elif line.strip():
             yield f"{path}:{number}", _parse(line, text_field)
@@ -288,43 +260,85 @@ def _json_lines(file: BinaryIO, path: Path, text_field: str) -> Iterator[tuple[s
             yield f"{path}:{number}", ""
 
 
-def _decode(data: bytes) -> str | _Bad:
+def _csv_rows(file: BinaryIO, path: Path, text_field: str) -> Iterator[tuple[str, str | Bad]]:
+    """A table's rows, of `.csv` or `.tsv`: quotes as spreadsheets write them, the columns' names in the first row."""
+    lines = io.TextIOWrapper(file, "utf-8-sig", errors="surrogateescape", newline="")
+    csv.field_size_limit(MAX_DOCUMENT_BYTES)
+    reader = csv.reader(lines, delimiter="\t" if bare_name(path).endswith(".tsv") else ",", strict=True)
     try:
-        return data.decode("utf-8-sig")
+        header = next(reader, [])
+        if header.count(text_field) != 1:
+            raise DataError(
+                f"{path}: its first row names {header.count(text_field) or 'no'} column {text_field!r}; expected one "
+                f"(data.sources[].text_field) of: {', '.join(header[:20]) or 'nothing'}. Set text_field to the one "
+                "that holds the text; a file without such a row needs one."
+            )
+        column = header.index(text_field)
+        for number, row in enumerate(reader, 1):
+            yield f"{path}:{number}", _csv_value(row, column, len(header))
+    except csv.Error as error:
+        raise BrokenFile(f"{error}, in line {reader.line_num:,}") from None
+    finally:
+        lines.detach()
+
+
+def _csv_value(row: list[str], column: int, num_columns: int) -> str | Bad:
+    if not row:
+        return ""
+    if len(row) != num_columns:
+        return Bad("bad_row", f"it has {len(row)} fields, and the first row {num_columns}")
+    return _checked(row[column], "it is not UTF-8")
+
+
+def decode_value(value: bytes | None, text_field: str) -> str | Bad:
+    """The text of one row of a table."""
+    if value is None:
+        return Bad("no_text", f"its column {text_field!r} is null")
+    return _TOO_LONG if len(value) > MAX_DOCUMENT_BYTES else _decode(value, "utf-8")
+
+
+def _decode(data: bytes, encoding: str = "utf-8-sig") -> str | Bad:
+    try:
+        return data.decode(encoding)
     except UnicodeDecodeError as error:
-        return _Bad("not_utf8", f"it is not UTF-8 ({error.reason} at byte {error.start:,})")
+        return Bad("not_utf8", f"it is not UTF-8 ({error.reason} at byte {error.start:,})")
 
 
-def _parse(line: bytes, text_field: str) -> str | _Bad:
+def _parse(line: bytes, text_field: str) -> str | Bad:
     """The text of one JSON line."""
     decoded = _decode(line)
-    if isinstance(decoded, _Bad):
+    if isinstance(decoded, Bad):
         return decoded
     try:
         record = json.loads(decoded)
     except (ValueError, RecursionError) as error:
-        return _Bad("bad_json", f"it is not JSON ({error})")
+        return Bad("bad_json", f"it is not JSON ({error})")
     if not isinstance(record, dict):
-        return _Bad("no_text", f"it is a JSON {type(record).__name__}, not an object")
+        return Bad("no_text", f"it is a JSON {type(record).__name__}, not an object")
     text = record.get(text_field)
     if not isinstance(text, str):
         has = f"is {type(text).__name__}, not a string" if text_field in record else "is missing"
-        return _Bad("no_text", f"its field {text_field!r} {has} (it has: {', '.join(sorted(record)[:8])})")
+        return Bad("no_text", f"its field {text_field!r} {has} (it has: {', '.join(sorted(record)[:8])})")
+    return _checked(text, "it holds half of a surrogate pair, which UTF-8 cannot express")
+
+
+def _checked(text: str, otherwise: str) -> str | Bad:
+    """The text, if UTF-8 can express it."""
     try:
         text.encode()
     except UnicodeEncodeError:
-        return _Bad("not_utf8", "it holds half of a surrogate pair, which UTF-8 cannot express")
+        return Bad("not_utf8", otherwise)
     return text
 
 
-def _judge(content: str | _Bad, origin: str, on_bad_document: OnBad, log: ReadLog) -> str | None:
-    """The text of a document that is to be used; otherwise count or raise."""
-    if content == "":
+def _judge(content: Content | Bad, origin: str, on_bad_document: OnBad, log: ReadLog) -> Content | None:
+    """The content of a document that is to be used; otherwise count or raise."""
+    if not isinstance(content, Bad) and len(content) == 0:
         log.skip("skipped_empty", f"{origin}: it is empty")
         return None
     if isinstance(content, str) and "\u2581" in content:
-        content = _Bad("u2581", "it holds the character U+2581, which the tokenizer would give back as a space")
-    if isinstance(content, str):
+        content = Bad("u2581", "it holds the character U+2581, which the tokenizer would give back as a space")
+    if not isinstance(content, Bad):
         return content
     if on_bad_document == "error":
         raise DataError(
@@ -333,3 +347,6 @@ def _judge(content: str | _Bad, origin: str, on_bad_document: OnBad, log: ReadLo
         )
     log.skip(f"skipped_{content.reason}", f"{origin}: {content.message}")
     return None
+
+
+_READERS = {"text": _whole_file, "jsonl": json_lines, "csv": _csv_rows}

@@ -19,7 +19,7 @@ from multiprocessing.connection import Connection
 
 import numpy as np
 
-from pretrain.config import TokenizerSection
+from pretrain.config import DataSection, TokenizerSection
 from pretrain.errors import DataError, LonghaulError
 from pretrain.tokenizer import Tokenizer, fit
 
@@ -28,11 +28,22 @@ _MEMORY_PER_SAMPLE_BYTE = 15  # of sentencepiece's trainer, measured
 
 @dataclass
 class Batch:
-    """Documents that are tokenized together: split, digest and text of each."""
+    """Documents that are tokenized together: split, digest and text of each, or its ids if it came as ids.
+
+    Attributes:
+        size: characters or ids in all.
+    """
 
     splits: list[str] = field(default_factory=list)
     digests: list[bytes] = field(default_factory=list)
     texts: list[str] = field(default_factory=list)
+    ids: list[np.ndarray] = field(default_factory=list)
+    size: int = 0
+
+
+def num_processes(data: DataSection) -> int:
+    """Processes that tokenize: what the config says, or one per core."""
+    return data.prepare_processes or num_usable_cores()
 
 
 def num_usable_cores() -> int:

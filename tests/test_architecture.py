@@ -22,19 +22,20 @@ BENCHMARKS = sorted(path.relative_to(ROOT) for path in (ROOT / "benchmarks").glo
 # A module imports modules of lower tiers only. `kernels` is below all of them.
 TIERS = (
     "errors config spellings hardware start_clock",
-    "config_docs schedule batch_plan packing families console",
-    "checks explain tokenizer sources shards tensor_files distributed layers family_table model_card",
-    "settings hf_tokenizer row_table model optim checkpoint_files shard_reader journal workers",
+    "config_docs schedule batch_plan packing families console source_files",
+    "checks explain tokenizer table_files token_files shards tensor_files distributed layers family_table model_card",
+    "settings hf_tokenizer row_table model optim checkpoint_files shard_reader journal workers sources",
     "data_plan engine metrics guard",
-    "checkpoint stream run_folder",
-    "evaluate generate hf_export self_test",
-    "train prepare convert quickstart",
+    "checkpoint stream run_folder corpus source_sample",
+    "evaluate generate hf_export self_test prepare",
+    "train dry_run convert quickstart",
 )
 TIER_OF = {module: tier for tier, modules in enumerate(TIERS) for module in modules.split()}
 
 # One third-party library, one file: what goes wrong with it is in one place, and the rest is testable without it.
 FILE_OF_LIBRARY = {
     "deepspeed": "pretrain/engine.py",
+    "pyarrow": "pretrain/table_files.py",
     "ruamel": "pretrain/settings.py",
     "safetensors": "pretrain/tensor_files.py",
     "sentencepiece": "pretrain/tokenizer.py",
@@ -42,12 +43,13 @@ FILE_OF_LIBRARY = {
     "tokenizers": "pretrain/hf_tokenizer.py",
     "transformers": "pretrain/hf_export.py",
     "webdataset": "pretrain/shards.py",
-    "zstandard": "pretrain/sources.py",
+    "zstandard": "pretrain/source_files.py",
 }
 # Data is prepared on machines that have no use for torch, and its start-up is quick without it.
 WITHOUT_TORCH = (
-    "config settings checks families schedule batch_plan packing tokenizer hf_tokenizer sources shards shard_reader"
-    " row_table data_plan journal workers prepare"
+    "config settings checks families schedule batch_plan packing tokenizer hf_tokenizer source_files table_files"
+    " token_files sources shards shard_reader row_table data_plan journal workers corpus source_sample prepare"
+    " dry_run"
 )
 
 MAX_FILE_LINES = 400

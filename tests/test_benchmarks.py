@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import norms, reading, startup, step, table, updates
+from benchmarks import norms, prepare, reading, startup, step, table, updates
 from benchmarks.baseline import Baseline
 from benchmarks.record import Record
 from pretrain.families import num_parameters
@@ -249,3 +249,29 @@ def test_the_script_goes_on_when_everything_fails(tmp_path: Path) -> None:
         assert f"{part}: FAILED with status 3 after" in done.stdout
     assert "deepspeed is not installed, nor in" in done.stdout and "no GPU: tests/gpu and Liger left out" in done.stdout
     assert "called: benchmarks/norms.py --out" in (tmp_path / "out/log.txt").read_text(encoding="utf-8")
+
+
+@pytest.mark.launches
+def test_prepare_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "prepare.json"
+    arguments = ["--megabytes", "1", "--vocab-size", "1000", "--processes", "1", "2", "--out", str(out)]
+    assert prepare.main(arguments) == 0
+    content = json.loads(out.read_text(encoding="utf-8"))
+    assert set(content) == RECORD_KEYS
+    assert [row["num_processes"] for row in content["rows"]] == [1, 2]
+    assert len({row["sha256"] for row in content["rows"]}) == 1
+    for row in content["rows"]:
+        assert row["num_bytes"] > 1e6 and row["peak_bytes"] >= row["peak_main_bytes"] > 1e7
+        assert min(value for key, value in row.items() if key.endswith("_second") or key.endswith("seconds")) > 0
+    assert "all bytes are equal" in capsys.readouterr().out
+
+
+def test_bytes_that_differ_fail_the_benchmark(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    row = {"seconds": 1.0, "cpu_seconds": 1.0, "peak_bytes": 1, "peak_main_bytes": 1}
+    monkeypatch.setattr(
+        prepare, "run_prepare", lambda folder, number: row | {"num_processes": number, "sha256": str(number)}
+    )
+    assert prepare.main(["--megabytes", "0.3", "--vocab-size", "400", "--processes", "1", "2"]) == 1
+    assert "THE BYTES DIFFER" in capsys.readouterr().out

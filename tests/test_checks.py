@@ -48,6 +48,16 @@ def test_a_good_config_has_no_problem() -> None:
             "data.sources.0.text_field",
             "It is for reading raw text, and the source has no paths.",
         ),
+        (
+            {"data__sources": [{"name": "web", "shards": "x"}]},
+            "data.sources.0.format",
+            "It is for reading raw text, and the source has no paths.",
+        ),
+        (
+            {"data__sources": [{"name": "web", "shards": "x", "paths": ["a.bin"], "format": "nanogpt"}]},
+            "data.sources.0.text_field",
+            "The source holds token ids, which have no text.",
+        ),
     ],
 )
 def test_options_that_would_do_nothing(changes: dict[str, Any], option: str, reason: str) -> None:

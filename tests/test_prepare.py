@@ -22,6 +22,7 @@ import pytest
 import zstandard
 
 from launch.prepare import main
+from pretrain import corpus as corpus_module
 from pretrain import prepare as prepare_module
 from pretrain.config import Config
 from pretrain.errors import ConfigError, DataError
@@ -147,7 +148,7 @@ def test_every_document_comes_back_exactly_and_in_order(done: Path) -> None:
 def test_bytes_do_not_depend_on_the_number_of_processes(
     done: Path, tmp_path: Path, num_processes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(prepare_module, "BATCH_CHARACTERS", 2000)
+    monkeypatch.setattr(corpus_module, "BATCH_CHARACTERS", 2000)
     (tmp_path / "raw").symlink_to(done / "raw")
     prepare(config_of(tmp_path, prepare_processes=num_processes))  # trains the tokenizer too
     assert hashes(tmp_path) == hashes(done)
@@ -273,7 +274,7 @@ def test_complete_shards_are_not_tokenized_again(done: Path, fresh: Path, monkey
         return encode(self, text)
 
     monkeypatch.setattr(Tokenizer, "encode_document", count)
-    monkeypatch.setattr(prepare_module, "BATCH_CHARACTERS", 2000)
+    monkeypatch.setattr(corpus_module, "BATCH_CHARACTERS", 2000)
     with pytest.raises(KeyboardInterrupt):
         prepare(config_of(fresh))
     num_kept = sum(json.loads(line)["shard"]["num_documents"] for line in journal_lines(fresh)[1:])
@@ -586,14 +587,14 @@ def test_progress_has_rate_and_time_left(
     fresh: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     line = r"web: \d+% of [\d.]+ kB, \d+ documents, [\d.]+ [kM]?B/s, \d+s left"
-    monkeypatch.setattr(prepare_module, "PLAIN_SECONDS", 0.0)
+    monkeypatch.setattr(corpus_module, "PLAIN_SECONDS", 0.0)
     prepare(config_of(fresh))
     lines = capsys.readouterr().err.splitlines()
     assert sum(bool(re.fullmatch(line, text)) for text in lines) > 100
     terminal = io.StringIO()
     terminal.isatty = lambda: True  # type: ignore[method-assign]
     monkeypatch.setattr(sys, "stderr", terminal)
-    monkeypatch.setattr(prepare_module, "LIVE_SECONDS", 0.0)
+    monkeypatch.setattr(corpus_module, "LIVE_SECONDS", 0.0)
     prepare(config_of(fresh, source={"shards": str(fresh / "again")}))
     assert len(re.findall(r"\r\x1b\[K" + line[:30], terminal.getvalue())) > 100
 
@@ -646,3 +647,23 @@ def test_the_command_starts_in_every_form(form: str, tmp_path: Path) -> None:
     )
     assert done.returncode == 2, done.stderr
     assert done.stderr.startswith("error: ") and "none.yaml" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.launches
+def test_a_whole_prepare_does_without_torch_and_leaves_it_importable(done: Path, tmp_path: Path) -> None:
+    folder = copy_of(done, tmp_path / "fresh")
+    code = (
+        "import sys\n"
+        "from pathlib import Path\n"
+        "from pretrain.prepare import prepare\n"
+        "from tests.test_prepare import config_of\n"
+        "prepare(config_of(Path(sys.argv[1])))\n"
+        "print('torch' in sys.modules, 'webdataset' in sys.modules)\n"
+        "import torch\n"
+        "print(torch.zeros(2).sum().item())\n"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code, str(folder)], cwd=ROOT, capture_output=True, text=True, timeout=200
+    )
+    assert run.stdout.split() == ["False", "True", "0.0"], run.stderr
+    assert hashes(folder) == hashes(done)
