@@ -19,14 +19,18 @@ from pathlib import Path
 
 from pretrain.config import Config, SourceSection
 from pretrain.console import LiveLine, format_duration
-from pretrain.errors import ConfigError, DataError
-from pretrain.hf_tokenizer import check_ids, varied_texts
+from pretrain.errors import DataError
+from pretrain.hf_tokenizer import check_ids
 from pretrain.journal import LOCK_NAME, SPLITS, Journal, Recipe, check_recipe, file_lock, read_recipe
 from pretrain.row_table import RowTable, build_row_tables
+from pretrain.sentencepiece_tokenizer import SentencePieceTokenizer, choose_sample, fit, report
 from pretrain.shard_reader import check_shards
 from pretrain.shards import MANIFEST_NAME, MANIFEST_VERSION, Manifest, Shard, ShardWriter
 from pretrain.sources import ReadLog, document_digest, files_identity, is_validation, list_files, read_documents
-from pretrain.tokenizer import Tokenizer, check_round_trip, choose_sample, fit, report, save_model
+from pretrain.tokenizer import Tokenizer, check_round_trip, save_file
+from pretrain.tokenizer_files import main_file, open_tokenizer
+from pretrain.tokenizer_trial import try_out
+from pretrain.varied_texts import varied_texts
 from pretrain.workers import Batch, encode_batches, fit_in_process, num_usable_cores
 
 RECIPE_VERSION = 1  # of the rules that turn text into shards: hash, split, order
@@ -72,17 +76,16 @@ def _num_processes(config: Config) -> int:
 
 def _open_tokenizer(config: Config, line: LiveLine) -> Tokenizer:
     """The tokenizer of the config, trained now if its file does not exist."""
-    path = Path(config.tokenizer.model)
+    path = main_file(config.tokenizer.model)
     if not path.exists():
         with file_lock(path.with_name(f".{path.name}.lock"), str(path)):
             if not path.exists():
                 _train_tokenizer(config, path, line)
-    tokenizer = Tokenizer(path)
-    if tokenizer.vocab_size != config.tokenizer.vocab_size:
-        raise ConfigError(
-            f"tokenizer.vocab_size is {config.tokenizer.vocab_size}; expected {tokenizer.vocab_size}, the size of "
-            f"{path}. Set tokenizer.vocab_size={tokenizer.vocab_size}, or another tokenizer.model to train a new one."
-        )
+    tokenizer = open_tokenizer(config.tokenizer)
+    is_needed = any(source.paths and not Path(source.shards, MANIFEST_NAME).exists() for source in config.data.sources)
+    if is_needed and not tokenizer.is_exact:
+        for text in try_out(tokenizer, _training_texts(config, []), config.run.seed):
+            line.say(f"tokenizer: {text}")
     return tokenizer
 
 
@@ -96,8 +99,8 @@ def _train_tokenizer(config: Config, path: Path, line: LiveLine) -> None:
     line.say(f"tokenizer: training {section.vocab_size:,} pieces on {_size(sum(map(len, sample)))} of text")
     model = fit(sample, section) if _num_processes(config) == 1 else fit_in_process(sample, section)
     unchecked = path.with_name(path.name + ".unchecked")
-    save_model(unchecked, model)
-    tokenizer = Tokenizer(unchecked)
+    save_file(unchecked, model)
+    tokenizer = SentencePieceTokenizer(unchecked, section.bos, section.eos)
     kind = "held-out" if held_out else "sampled"
     judged_on = held_out or [chunk.decode() for chunk in sample[:500]]
     texts = judged_on + varied_texts(500, config.run.seed, judged_on)
@@ -231,9 +234,9 @@ class _Corpus:
                 journal.add(split, shard, self.chains[split].hexdigest())
 
         batches = self._batches(files, journal)
-        model = self.config.tokenizer.model
+        section = self.config.tokenizer
         try:
-            with closing(encode_batches(batches, model, self.tokenizer, _num_processes(self.config))) as encoded:
+            with closing(encode_batches(batches, section, self.tokenizer, _num_processes(self.config))) as encoded:
                 for batch, documents in encoded:
                     for split, digest, ids in zip(batch.splits, batch.digests, documents, strict=True):
                         self.chains[split].update(digest)
@@ -265,7 +268,8 @@ class _Corpus:
         total_bytes = sum(file.stat().st_size for file in files)
         digests: set[bytes] = set()
         batch, num_characters = Batch(), 0
-        for document in read_documents(files, self.source, data.on_bad_document, data.on_bad_file, self.log):
+        policy = data.on_bad_document, data.on_bad_file, self.log, self.tokenizer.loses_u2581
+        for document in read_documents(files, self.source, *policy):
             content = document.text.encode()
             digest = document_digest(content)
             if data.drop_duplicates:

@@ -164,8 +164,9 @@ def files_identity(files: Sequence[Path]) -> dict[str, int | str]:
 
 
 def read_documents(
-    files: Iterable[Path], source: SourceSection, on_bad_document: OnBad, on_bad_file: OnBad, log: ReadLog
-) -> Iterator[Document]:
+    files: Iterable[Path], source: SourceSection, on_bad_document: OnBad, on_bad_file: OnBad, log: ReadLog,
+    loses_u2581: bool = True,
+) -> Iterator[Document]:  # fmt: skip
     """Read the documents of files in order.
 
     A byte order mark at a file's start is dropped, as it is not text; line ends stay as they are. Empty documents are
@@ -175,9 +176,10 @@ def read_documents(
         files: text files, or JSON lines if named `.jsonl`; gzip or Zstandard if `.gz` or `.zst` follows.
         source: names the field of a JSON line that holds the text.
         on_bad_document: `error` raises for a document that is not UTF-8, not JSON, lacks the text, is longer than
-            `MAX_DOCUMENT_BYTES` or holds U+2581.
+            `MAX_DOCUMENT_BYTES` or holds U+2581 that the tokenizer loses.
         on_bad_file: `error` raises for a file that cannot be read to its end.
         log: counts what was read and skipped.
+        loses_u2581: whether the tokenizer does; documents with it are bad ones then.
 
     Raises:
         DataError: a bad document or file, where the config says `error`.
@@ -191,7 +193,7 @@ def read_documents(
                 lines = _json_lines if _bare_name(path).endswith(".jsonl") else _whole_file
                 for origin, content in lines(file, path, source.text_field):
                     log.counts["documents_read"] += 1
-                    text = _judge(content, origin, on_bad_document, log)
+                    text = _judge(content, origin, on_bad_document, log, loses_u2581)
                     if text is not None:
                         yield Document(text, origin)
             log.counts["files_read"] += 1
@@ -317,12 +319,12 @@ def _parse(line: bytes, text_field: str) -> str | _Bad:
     return text
 
 
-def _judge(content: str | _Bad, origin: str, on_bad_document: OnBad, log: ReadLog) -> str | None:
+def _judge(content: str | _Bad, origin: str, on_bad_document: OnBad, log: ReadLog, loses_u2581: bool) -> str | None:
     """The text of a document that is to be used; otherwise count or raise."""
     if content == "":
         log.skip("skipped_empty", f"{origin}: it is empty")
         return None
-    if isinstance(content, str) and "\u2581" in content:
+    if loses_u2581 and isinstance(content, str) and "\u2581" in content:
         content = _Bad("u2581", "it holds the character U+2581, which the tokenizer would give back as a space")
     if isinstance(content, str):
         return content

@@ -22,11 +22,12 @@ BENCHMARKS = sorted(path.relative_to(ROOT) for path in (ROOT / "benchmarks").glo
 # A module imports modules of lower tiers only. `kernels` is below all of them.
 TIERS = (
     "errors config spellings hardware",
-    "config_docs schedule batch_plan packing families console",
-    "checks explain tokenizer sources shards tensor_files distributed layers family_table model_card",
-    "settings hf_tokenizer row_table model optim checkpoint_files shard_reader journal workers",
-    "data_plan engine metrics guard",
-    "checkpoint stream run_folder",
+    "config_docs schedule batch_plan packing families console tokenizer",
+    "checks explain sentencepiece_model varied_texts sources shards tensor_files distributed layers family_table model_card",
+    "settings sentencepiece_tokenizer row_table model optim checkpoint_files shard_reader journal",
+    "data_plan engine metrics guard hf_tokenizer",
+    "checkpoint stream tokenizer_files tokenizer_trial",
+    "run_folder tokenizer_export workers",
     "evaluate generate hf_export self_test",
     "train prepare convert quickstart",
 )
@@ -37,7 +38,7 @@ FILE_OF_LIBRARY = {
     "deepspeed": "pretrain/engine.py",
     "ruamel": "pretrain/settings.py",
     "safetensors": "pretrain/tensor_files.py",
-    "sentencepiece": "pretrain/tokenizer.py",
+    "sentencepiece": "pretrain/sentencepiece_tokenizer.py",
     "tensorboard": "pretrain/metrics.py",
     "tokenizers": "pretrain/hf_tokenizer.py",
     "transformers": "pretrain/hf_export.py",
@@ -46,7 +47,8 @@ FILE_OF_LIBRARY = {
 }
 # Data is prepared on machines that have no use for torch, and its start-up is quick without it.
 WITHOUT_TORCH = (
-    "config settings checks families schedule batch_plan packing tokenizer hf_tokenizer sources shards shard_reader"
+    "config settings checks families schedule batch_plan packing tokenizer sentencepiece_model sentencepiece_tokenizer"
+    " hf_tokenizer tokenizer_files tokenizer_trial tokenizer_export varied_texts sources shards shard_reader"
     " row_table data_plan journal workers prepare"
 )
 

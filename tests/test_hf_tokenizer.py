@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import json
 import os
 import random
@@ -15,17 +17,28 @@ from hypothesis import strategies as st
 from pretrain import hf_tokenizer
 from pretrain.config import TokenizerSection
 from pretrain.errors import ExportError
-from pretrain.hf_tokenizer import build_tokenizer, check_ids, varied_texts, write_tokenizer_files
-from pretrain.tokenizer import BOS_ID, CONTROL_SYMBOLS, EOS_ID, PAD_ID, UNK_ID, Tokenizer, choose_sample, fit
+from pretrain.hf_tokenizer import build_tokenizer, check_ids
+from pretrain.sentencepiece_tokenizer import (
+    BOS_ID,
+    CONTROL_SYMBOLS,
+    EOS_ID,
+    PAD_ID,
+    UNK_ID,
+    SentencePieceTokenizer,
+    choose_sample,
+    fit,
+)
+from pretrain.tokenizer_files import write_tokenizer_files
+from pretrain.varied_texts import varied_texts
 
 LIBRARY = Path(os.__file__).parent
 SOURCES = [(LIBRARY / f"{name}.py").read_text(encoding="utf-8") for name in ("argparse", "ast", "calendar", "datetime")]
 
 
-def make_tokenizer(folder: Path, vocab_size: int, texts: list[str]) -> Tokenizer:
+def make_tokenizer(folder: Path, vocab_size: int, texts: list[str]) -> SentencePieceTokenizer:
     section = TokenizerSection(model=str(folder / f"{vocab_size}.model"), vocab_size=vocab_size)
     Path(section.model).write_bytes(fit(choose_sample(texts, 300_000, seed=0), section))
-    return Tokenizer(section.model)
+    return SentencePieceTokenizer(section.model)
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +54,7 @@ def tokenizer_of(tmp_path_factory):
 @pytest.mark.parametrize("vocab_size", [400, 3000])
 def test_ids_and_text_are_the_same_for_thousands_of_texts(tokenizer_of, vocab_size):
     tokenizer = tokenizer_of[vocab_size]
-    assert any("\n" in piece for piece, *_ in tokenizer.pieces()), "trained on chunks with newlines"
+    assert any("\n" in piece for piece, *_ in tokenizer.file.pieces), "trained on chunks with newlines"
     texts = varied_texts(4000, 2, SOURCES) + SOURCES
     assert check_ids(tokenizer, texts) == []
     exported = build_tokenizer(tokenizer)
@@ -70,7 +83,7 @@ def test_ids_are_the_same_for_vocabularies_made_to_differ(tokenizer_of, tmp_path
         merged = pieces[len(alphabet) :]
         if not by_age:
             rng.shuffle(merged)
-        model = protobuf.ModelProto.FromString(tokenizer_of[400].model_bytes)
+        model = protobuf.ModelProto.FromString(tokenizer_of[400].files["tokenizer.model"])
         others = [piece for piece in model.pieces if piece.type != 1]
         del model.pieces[:]
         model.pieces.extend(others)
@@ -80,7 +93,7 @@ def test_ids_are_the_same_for_vocabularies_made_to_differ(tokenizer_of, tmp_path
         letters = alphabet.replace("\u2581", " ")
         texts = ["".join(rng.choices(letters, k=rng.randint(1, 30))) for _ in range(100)]
         texts += [text[:4] * 5 + text[4:7] for text in texts]
-        assert check_ids(Tokenizer(tmp_path / "made.model"), texts) == []
+        assert check_ids(SentencePieceTokenizer(tmp_path / "made.model"), texts) == []
 
 
 def test_check_ids_returns_the_texts_that_differ(tokenizer_of, monkeypatch):
@@ -124,7 +137,7 @@ def test_the_template_puts_bos_first(tokenizer_of):
 def test_files_hold_the_same_tokenizer(tokenizer_of, tmp_path):
     tokenizer = tokenizer_of[3000]
     write_tokenizer_files(tokenizer, tmp_path, max_length=512)
-    assert (tmp_path / "tokenizer.model").read_bytes() == tokenizer.model_bytes
+    assert (tmp_path / "tokenizer.model").read_bytes() == tokenizer.files["tokenizer.model"]
     read = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     texts = varied_texts(300, 3)
     assert [read.encode(text).ids for text in texts] == [build_tokenizer(tokenizer).encode(text).ids for text in texts]
@@ -133,30 +146,30 @@ def test_files_hold_the_same_tokenizer(tokenizer_of, tmp_path):
     assert config["bos_token"] == "<s>" and config["add_bos_token"] is True and config["add_eos_token"] is False
 
 
-class Altered:
-    """A tokenizer whose pieces were changed."""
+def altered(tokenizer: SentencePieceTokenizer, **changes: object) -> SentencePieceTokenizer:
+    """A tokenizer whose model file says something else."""
+    other = copy.copy(tokenizer)
+    other.file = dataclasses.replace(tokenizer.file, **changes)
+    return other
 
-    unk_id, bos_id, eos_id, pad_id = UNK_ID, BOS_ID, EOS_ID, PAD_ID
 
-    def __init__(self, tokenizer: Tokenizer, extra: tuple[str, float, str]) -> None:
-        self._pieces = [*tokenizer.pieces(), extra]
-
-    def pieces(self) -> list[tuple[str, float, str]]:
-        return self._pieces
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "word"}, "the model is of type word"),
+        ({"whitespace_is_suffix": True}, "the space of a word is put behind it"),
+        ({"escape_whitespaces": False}, "spaces stay spaces in pieces"),
+        ({"denormalizes": True}, "text is changed again when it is decoded"),
+    ],
+)
+def test_models_without_a_counterpart_are_refused(tokenizer_of, changes, message):
+    with pytest.raises(ExportError, match=f"tokenizer: {message}.*, which has no exact counterpart in tokenizer.json"):
+        build_tokenizer(altered(tokenizer_of[400], **changes))
 
 
 def test_pieces_without_a_counterpart_are_refused(tokenizer_of):
-    with pytest.raises(ExportError, match=r"1 pieces such as '<tool>' \(user_defined\) have no exact counterpart"):
-        build_tokenizer(Altered(tokenizer_of[400], ("<tool>", 0.0, "user_defined")))
-    with pytest.raises(ExportError, match="piece 'ж7ж' is not made of two other pieces; expected a sentencepiece BPE"):
-        build_tokenizer(Altered(tokenizer_of[400], ("ж7ж", -1e6, "normal")))
-
-
-def test_varied_texts_are_fixed_by_the_seed_and_varied():
-    texts = varied_texts(2000, 5)
-    assert texts == varied_texts(2000, 5) != varied_texts(2000, 6)
-    together = "".join(texts)
-    assert "\u2581" not in together and len(set(texts)) > 1900
-    for part in ("\r\n", "\t", "\x00", "e\u0301", "日本語", "😀", "नमस्ते", "  ", "</s>", "def"):
-        assert part in together
-    assert any(char > "\U00010000" for char in together) and max(map(len, texts)) >= 5000
+    pieces = tokenizer_of[400].file.pieces
+    with pytest.raises(ExportError, match=r"1 pieces such as \['x'\] are unused, which has no exact counterpart"):
+        build_tokenizer(altered(tokenizer_of[400], pieces=(*pieces, ("x", 0.0, "unused"))))
+    with pytest.raises(ExportError, match="piece 'ж7ж' is not made of two other pieces; expected so in a BPE model"):
+        build_tokenizer(altered(tokenizer_of[400], pieces=(*pieces, ("ж7ж", -1e6, "normal"))))
