@@ -217,19 +217,14 @@ def build_tokenizer(tokenizer: SentencePieceTokenizer) -> tokenizers.Tokenizer:
     """
     file = tokenizer.file
     _check_kind(file)
-    # A symbol that users defined is found before anything else. As an added token of tokenizer.json it cuts the text
-    # into parts that are normalized one by one, which is the same only if each part stays as it is but for its spaces.
-    symbols = [symbol for symbol in file.of_kind("user_defined") if " " not in symbol]  # a space is never seen
-    is_plain = not (file.charsmap or file.add_dummy_prefix or file.remove_extra_whitespaces)
-    built = tokenizers.Tokenizer(
-        _bpe(tokenizer, ignore_merges=bool(symbols) and not is_plain) if file.model_type == "bpe" else _unigram(file)
-    )
+    built = tokenizers.Tokenizer(_unigram(file) if file.model_type == "unigram" else _bpe(tokenizer))
     built.normalizer = normalizers.Sequence(list(_normalizers(file)))
-    if symbols and is_plain:
-        built.add_tokens([AddedToken(symbol, special=False, normalized=True) for symbol in symbols])
-    elif symbols:
-        longest_first = sorted(symbols, key=lambda symbol: (-len(symbol), symbol))
-        built.pre_tokenizer = pre_tokenizers.Split(Regex("|".join(map(re.escape, longest_first))), "isolated")
+    symbols = [symbol for symbol in file.of_kind("user_defined") if " " not in symbol]  # spaces are U+2581 by then
+    if symbols and file.model_type == "bpe":
+        if _changes_spaces_only(file):
+            built.add_tokens([AddedToken(symbol, special=False, normalized=True) for symbol in symbols])
+        else:  # as added tokens they would cut the text into parts that are normalized one by one
+            built.pre_tokenizer = pre_tokenizers.Split(Regex(_symbol_pattern(tokenizer, symbols)), "isolated")
     strip = [decoders.Strip(" ", 1, 0)] if file.add_dummy_prefix or file.remove_extra_whitespaces else []
     built.decoder = decoders.Sequence(
         [decoders.Replace(SPACE_PIECE, " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
@@ -262,7 +257,34 @@ def _normalizers(file: ModelFile) -> Iterator[normalizers.Normalizer]:
                 yield normalizers.Replace(unknown[0], _UNKNOWN)
 
 
-def _bpe(tokenizer: SentencePieceTokenizer, ignore_merges: bool) -> models.BPE:
+def _changes_spaces_only(file: ModelFile) -> bool:
+    return not (file.charsmap or file.add_dummy_prefix or file.remove_extra_whitespaces)
+
+
+def _symbol_pattern(tokenizer: SentencePieceTokenizer, symbols: Sequence[str]) -> str:
+    """Where BPE must not merge: around symbols that users defined.
+
+    No merge leads to such a symbol, so the model has `ignore_merges`: a stretch of text that is in the vocabulary is
+    that piece. A stretch that spells a control or byte piece must not be taken for it: its first piece is cut off,
+    where it stands right behind the symbol that was matched before (`\\G`).
+    """
+    longest_first = sorted(symbols, key=lambda symbol: (-len(symbol), symbol))
+    symbol = "|".join(map(re.escape, longest_first))
+    rests: dict[str, list[str]] = {}
+    around = longest_first[0].replace(SPACE_PIECE, " ")
+    marker = tokenizer.file.pieces.index((longest_first[0], 0.0, "user_defined"))
+    for piece in tokenizer.file.of_kind("control", "unknown", "byte"):
+        ids = tokenizer.encode(around + piece + around)
+        name, _, kind = tokenizer.file.pieces[ids[ids.index(marker) + 1]]
+        head = name if kind == "normal" else piece[0]
+        rests.setdefault(head, []).append(piece.removeprefix(head))
+    cuts = [
+        rf"\G{re.escape(head)}(?=(?:{'|'.join(map(re.escape, rest))})(?:{symbol}|\z))" for head, rest in rests.items()
+    ]
+    return "|".join([symbol, *cuts])
+
+
+def _bpe(tokenizer: SentencePieceTokenizer) -> models.BPE:
     file = tokenizer.file
     return models.BPE(
         vocab={piece: index for index, (piece, _, _) in enumerate(file.pieces)},
@@ -270,7 +292,7 @@ def _bpe(tokenizer: SentencePieceTokenizer, ignore_merges: bool) -> models.BPE:
         unk_token=tokenizer.name_of(tokenizer.unk_id),
         fuse_unk=True,
         byte_fallback=file.has_bytes,
-        ignore_merges=ignore_merges,  # no merge leads to a symbol that users defined
+        ignore_merges=bool(file.of_kind("user_defined")) and not _changes_spaces_only(file),
     )
 
 
@@ -280,11 +302,11 @@ def _unigram(file: ModelFile) -> models.Unigram:
     An unknown character scores 10 less than the lowest piece, here less than in sentencepiece. That changes nothing:
     the characters of all pieces are pieces themselves, so every way to cut a text has the same unknown ones.
     """
-    normal = [score for _, score, kind in file.pieces if kind == "normal"]
-    unreachable = 1000.0 * min([*normal, -1.0])
-    other = {"user_defined": 0.0}  # the highest, for a text that is nothing else
+    scores = file.unigram_scores()
+    unreachable = 1000.0 * min([*scores, -1.0])
     vocabulary = [
-        (piece, score if kind == "normal" else other.get(kind, unreachable)) for piece, score, kind in file.pieces
+        (piece, score if kind in ("normal", "user_defined") else unreachable)
+        for (piece, _, kind), score in zip(file.pieces, scores, strict=True)
     ]
     unk_id = next(index for index, (*_, kind) in enumerate(file.pieces) if kind == "unknown")
     return models.Unigram(vocabulary, unk_id=unk_id, byte_fallback=file.has_bytes)

@@ -264,15 +264,15 @@ def test_signals_stop_the_command_and_it_goes_on(done: Path, tmp_path: Path) -> 
 
 
 def test_complete_shards_are_not_tokenized_again(done: Path, fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    encode, counts = Tokenizer.encode_document, Counter[str]()
+    encode, counts = SentencePieceTokenizer.encode, Counter[str]()
 
-    def count(self: Tokenizer, text: str):
+    def count(self: SentencePieceTokenizer, text: str):
         counts["documents"] += 1
         if counts["documents"] == 300:
             raise KeyboardInterrupt
         return encode(self, text)
 
-    monkeypatch.setattr(Tokenizer, "encode_document", count)
+    monkeypatch.setattr(SentencePieceTokenizer, "encode", count)
     monkeypatch.setattr(prepare_module, "BATCH_CHARACTERS", 2000)
     with pytest.raises(KeyboardInterrupt):
         prepare(config_of(fresh))
