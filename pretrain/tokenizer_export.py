@@ -61,7 +61,7 @@ def verify_tokenizer(tokenizer: Tokenizer, exported: Any, samples: Sequence[str]
 
     Returns:
         The number of texts and tokens compared; the number of texts with other ids of the same score, which only a
-        unigram model has; and the tokens that the client puts before each text.
+        unigram model has; how many come back exactly; and the tokens that the client puts before each text.
 
     Raises:
         ExportError: ids, text or a special token differ, naming the first text.
@@ -74,9 +74,10 @@ def verify_tokenizer(tokenizer: Tokenizer, exported: Any, samples: Sequence[str]
     texts = varied_texts(num_texts, seed=0, samples=[s.replace(SPACE_PIECE, "") for s in samples], words=words)
     # Special tokens' text is plain text to us; a client parses it unless it is told otherwise, as here.
     all_ids = exported(texts, split_special_tokens=True, add_special_tokens=False, verbose=False)["input_ids"]
-    num_tokens = num_ties = 0
+    num_tokens = num_ties = num_restored = 0
     for text, expected, ids in zip(texts, tokenizer.encode_batch(texts), all_ids, strict=True):
         num_tokens += len(ids)
+        num_restored += tokenizer.decode(expected) == text
         if ids != expected and is_tie(tokenizer, expected, ids):
             num_ties += 1
         elif ids != expected:
@@ -92,6 +93,9 @@ def verify_tokenizer(tokenizer: Tokenizer, exported: Any, samples: Sequence[str]
         "tokens": num_tokens,
         "mismatches": 0,
         "ties": num_ties,
+        "restored": num_restored,
+        "loses_u2581": tokenizer.loses_u2581,
+        "documents_begin_with": tokenizer.name_of(tokenizer.bos_id),
         "begins_texts_with": exported.convert_ids_to_tokens(exported("")["input_ids"]),
     }
 

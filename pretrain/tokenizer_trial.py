@@ -54,8 +54,8 @@ def try_out(tokenizer: Tokenizer, documents: Iterable[str], seed: int) -> list[s
         )
     if counted != num_bytes:
         lines.append(
-            f"its ids stand for {counted / max(num_bytes, 1):.3%} of the bytes of the text, so bits per byte are off by "
-            "as much"
+            f"its ids stand for {counted / max(num_bytes, 1):.3%} of the bytes of the text, so bits per byte are off "
+            "by as much"
         )
     if isinstance(tokenizer, SentencePieceTokenizer):
         lines += _exportable(tokenizer, texts, seed)

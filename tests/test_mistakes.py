@@ -104,7 +104,13 @@ def test_a_tokenizer_of_other_shards(tiny_config, tmp_path):
     ).tokenizer
     train_tokenizer(iter([tiny_config.parent.joinpath("code/ast.py").read_text()] * 3), section, seed=1)
     check(
-        run_command(TRAIN, tiny_config, f"tokenizer.model={tmp_path}/other.model", f"run.dir={tmp_path}/r"),
+        run_command(
+            TRAIN,
+            tiny_config,
+            f"tokenizer.model={tmp_path}/other.model",
+            "tokenizer.vocab_size=480",
+            f"run.dir={tmp_path}/r",
+        ),
         1,
         "tokenizer",
     )
