@@ -27,7 +27,7 @@ PLAIN = {"normalization_rule_name": "identity", "byte_fallback": True}
 
 def make_tokenizers(folder: Path) -> dict[str, dict[str, object]]:
     """One of each kind; the `tokenizer` section of the config of each."""
-    json_size, foreign_size = 600, 900
+    json_size, foreign_size = 600, 1500
     bare = train_json("gpt2", folder / "bare", json_size, files=False)
     with_files = train_json("llama3", folder / "with-files", json_size)
     train_json("qwen", folder / "rebuilt", json_size)

@@ -28,7 +28,7 @@ def train_json(kind: str, folder: Path, vocab_size: int = 600, files: bool = Tru
                "qwen": ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], "metaspace": ["<unk>", "<s>", "</s>"]}[kind]  # fmt: skip
     built = _metaspace() if kind == "metaspace" else _byte_level(kind)
     alphabet = [] if kind == "metaspace" else pre_tokenizers.ByteLevel.alphabet()
-    first = special + [f"<0x{byte:02X}>" for byte in range(256)] if kind == "metaspace" else []
+    first = special + ([f"<0x{byte:02X}>" for byte in range(256)] if kind == "metaspace" else [])
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size, special_tokens=first, initial_alphabet=alphabet, show_progress=False
     )
@@ -87,7 +87,7 @@ def _metaspace() -> tokenizers.Tokenizer:
     return built
 
 
-def train_sentencepiece(path: Path, texts: Sequence[str] = (), vocab_size: int = 900, **options: object) -> Path:
+def train_sentencepiece(path: Path, texts: Sequence[str] = (), vocab_size: int = 1500, **options: object) -> Path:
     """Train a sentencepiece model with the library's own defaults but for some options."""
     sample = choose_sample(texts or SOURCES + varied_texts(900, 1), 200_000, seed=0)
     model = io.BytesIO()
