@@ -30,6 +30,7 @@ from pretrain.sentencepiece_tokenizer import (
 )
 from pretrain.tokenizer_files import write_tokenizer_files
 from pretrain.varied_texts import varied_texts
+from tests.tokenizer_helpers import train_sentencepiece
 
 LIBRARY = Path(os.__file__).parent
 SOURCES = [(LIBRARY / f"{name}.py").read_text(encoding="utf-8") for name in ("argparse", "ast", "calendar", "datetime")]
@@ -173,3 +174,52 @@ def test_pieces_without_a_counterpart_are_refused(tokenizer_of):
         build_tokenizer(altered(tokenizer_of[400], pieces=(*pieces, ("x", 0.0, "unused"))))
     with pytest.raises(ExportError, match="piece 'ж7ж' is not made of two other pieces; expected so in a BPE model"):
         build_tokenizer(altered(tokenizer_of[400], pieces=(*pieces, ("ж7ж", -1e6, "normal"))))
+
+
+PLAIN = {"normalization_rule_name": "identity", "byte_fallback": True}
+SYMBOLS = ["<tool>", "<|sep|>", "\u2581\u2581", "\n", "\t", "ab  c"]
+FOREIGN = {
+    "llama2": {"model_type": "bpe", "remove_extra_whitespaces": False, "split_digits": True, **PLAIN},
+    "llama2-symbols": {"model_type": "bpe", "remove_extra_whitespaces": False, "user_defined_symbols": SYMBOLS, **PLAIN},
+    "bpe-defaults": {"model_type": "bpe", "normalization_rule_name": "identity"},
+    "bpe-symbols": {"model_type": "bpe", "remove_extra_whitespaces": False, "add_dummy_prefix": False,
+                    "user_defined_symbols": SYMBOLS, **PLAIN},
+    "unigram-defaults": {"normalization_rule_name": "identity"},
+    "unigram-no-bos": {"bos_id": -1, "pad_id": 0, "eos_id": 1, "unk_id": 2, "normalization_rule_name": "identity"},
+    "unigram-symbols": {"user_defined_symbols": SYMBOLS, "remove_extra_whitespaces": False, **PLAIN},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_models_of_others_get_the_same_ids_or_ties(tmp_path, name):
+    tokenizer = SentencePieceTokenizer(train_sentencepiece(tmp_path / "a.model", **FOREIGN[name]))
+    texts = varied_texts(3000, 2, SOURCES, [*tokenizer.special_tokens(), *tokenizer.own_symbols()]) + SOURCES
+    assert check_ids(tokenizer, texts) == []
+    exported = build_tokenizer(tokenizer)
+    for text, ids in zip(texts, tokenizer.encode_batch(texts), strict=True):
+        if tokenizer.unk_id not in ids:
+            assert exported.decode(ids) == tokenizer.decode(ids), text
+    exported.encode_special_tokens = True
+    theirs = exported.encode_batch_fast(texts, add_special_tokens=False)
+    different = sum(e.ids != ids for e, ids in zip(theirs, tokenizer.encode_batch(texts), strict=True))
+    assert (different > 0) == name.startswith("unigram"), "only unigram models have ties"
+
+
+@pytest.mark.parametrize("model_type", ["bpe", "unigram"])
+def test_compatibility_normalizers_are_found_to_differ(tmp_path, model_type):
+    tokenizer = SentencePieceTokenizer(train_sentencepiece(tmp_path / "a.model", model_type=model_type))
+    assert check_ids(tokenizer, ["plain text", "\ufb01ne \u00bd \u3000 ok"]) == []
+    hangul = "\u1112\u1161\u11ab"  # sentencepiece composes it
+    assert check_ids(tokenizer, [hangul, "x"]) == [hangul]
+
+
+def test_rules_for_single_characters_have_a_counterpart(tmp_path):
+    rules = tmp_path / "rules.tsv"
+    rules.write_text("41\t61\nE9\t65\n", encoding="utf-8")  # A to a, and e acute to e
+    tokenizer = SentencePieceTokenizer(
+        train_sentencepiece(
+            tmp_path / "a.model", model_type="bpe", byte_fallback=True, normalization_rule_tsv=str(rules)
+        )
+    )
+    assert tokenizer.file.charsmap and tokenizer.decode(tokenizer.encode("A\u00e9B")) == "aeB"
+    assert check_ids(tokenizer, varied_texts(3000, 2, SOURCES) + SOURCES) == []

@@ -14,7 +14,7 @@ from pretrain import sentencepiece_tokenizer as tokenizer_module
 from pretrain import tokenizer as base_module
 from pretrain.config import TokenizerSection
 from pretrain.errors import ConfigError, DataError
-from pretrain.hf_tokenizer import check_ids
+from pretrain.hf_tokenizer import build_tokenizer, check_ids
 from pretrain.sentencepiece_tokenizer import (
     BOS_ID,
     CHUNK_CHARACTERS,
@@ -308,3 +308,33 @@ def test_the_report_says_what_was_learned(trained: SentencePieceTokenizer, texts
     assert lines[2].startswith("example: '")
     assert len(report(trained, ["short"], "sampled").splitlines()) == 2
     assert report(trained, ["short"], "sampled").splitlines()[0].endswith("on 5 bytes of sampled text")
+
+
+@pytest.fixture(scope="module")
+def unigram(tmp_path_factory: pytest.TempPathFactory, texts: list[str]) -> SentencePieceTokenizer:
+    path = tmp_path_factory.mktemp("unigram") / "tokenizer.model"
+    train_tokenizer(iter(texts[10:]), section_of(path, kind="unigram"), seed=1)
+    return SentencePieceTokenizer(path)
+
+
+def test_unigram_models_are_as_exact_as_bpe(unigram: SentencePieceTokenizer, texts: list[str]) -> None:
+    """Not even ties: sums of rounded scores are exact, and both libraries take the first of equal ones."""
+    judged = texts + varied_texts(3000, 3, texts, list(unigram.special_tokens()))
+    assert check_round_trip(unigram, judged) == []
+    exported = build_tokenizer(unigram)
+    exported.encode_special_tokens = True
+    encodings = exported.encode_batch_fast(judged, add_special_tokens=False)
+    assert [encoding.ids for encoding in encodings] == unigram.encode_batch(judged)
+    assert unigram.kind == "sentencepiece unigram with byte fallback" and unigram.is_exact and unigram._cuts_text
+    assert all((score * 128) % 1 == 0 for _, score, _ in unigram.file.pieces)
+
+
+def test_unigram_training_is_deterministic(texts: list[str]) -> None:
+    sample = choose_sample(texts[10:], 300_000, seed=1)
+    first = fit(sample, section_of("unused", kind="unigram"))
+    assert first == fit(sample, section_of("unused", kind="unigram")) != fit(sample, section_of("unused"))
+
+
+def test_a_unigram_vocabulary_that_does_not_fit_is_explained(texts: list[str]) -> None:
+    with pytest.raises(ConfigError, match=r"vocab_size is 5000; expected at most \d+, the pieces that"):
+        fit([texts[0].encode()[:6000]], section_of("unused", vocab_size=5000, kind="unigram"))
