@@ -112,7 +112,7 @@ class DataSection(Section):
     drop_duplicates: Bool = Field(True, description="Drop documents that are byte for byte equal to an earlier one.")
     on_bad_document: Literal["skip", "error"] = Field(
         "skip", description="What to do with a document that is not UTF-8, not JSON, lacks the text field or holds "
-        "U+2581, which sentencepiece cannot restore. Skipped ones are counted and reported."
+        "U+2581 where the tokenizer cannot restore it. Skipped ones are counted and reported."
     )  # fmt: skip
     on_bad_file: Literal["skip", "error"] = Field(
         "error", description="What to do with a source file that cannot be read to its end."
