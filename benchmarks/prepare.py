@@ -29,7 +29,7 @@ import sentencepiece
 
 from benchmarks.record import ROOT, Record
 from pretrain.config import TokenizerSection
-from pretrain.tokenizer import Tokenizer, train_tokenizer
+from pretrain.sentencepiece_tokenizer import SentencePieceTokenizer, train_tokenizer
 
 _SAMPLE_SECONDS = 0.1  # between looks at memory
 CONFIG = """
@@ -125,7 +125,7 @@ def folder_sha256(folder: Path) -> str:
 def time_encoding(texts: Sequence[str], path: Path) -> dict[str, float]:
     """CPU seconds of sentencepiece alone, a document a call, and of our tokenizer, in turns of some documents."""
     processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
-    tokenizer = Tokenizer(path)
+    tokenizer = SentencePieceTokenizer(path)
     seconds = {"sentencepiece": 0.0, "tokenizer": 0.0}
     for begin in range(0, len(texts), 50):
         for name, encode in (("sentencepiece", processor.encode), ("tokenizer", tokenizer.encode_document)):

@@ -42,11 +42,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(json.dumps(report))
     else:
         logits, tokenizer = report["logits"], report["tokenizer"]
+        ties = f", and {tokenizer['ties']} have other ids of the same score" if tokenizer["ties"] else ""
+        if "class_replaced_because" in tokenizer:
+            print(f"note: tokenizer_class was replaced: {tokenizer['class_replaced_because']}", file=sys.stderr)
         print(
             f"{arguments.out}: {logits['architecture']} of step {report['source']['step']} in {report['dtype']}. "
             f"In transformers, logits of {logits['tokens']} tokens differ by at most {logits['max_difference']:.1e} "
             f"({logits['max_relative_difference']:.1e} of the largest), ids of {tokenizer['mismatches']} of "
-            f"{tokenizer['texts']} texts."
+            f"{tokenizer['texts']} texts{ties}."
         )
     return 0
 

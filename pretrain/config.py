@@ -71,9 +71,12 @@ class ModelSection(Section):
 
 
 class TokenizerSection(Section):
-    """The sentencepiece tokenizer; `prepare` trains it if the file does not exist."""
+    """The tokenizer; `prepare` trains a sentencepiece model if the file does not exist."""
 
-    model: str = Field(description="Path of the sentencepiece model file.")
+    model: str = Field(
+        description="A sentencepiece model file, or Hugging Face's `tokenizer.json`, or the folder that holds one."
+    )
+    kind: Literal["bpe", "unigram"] = Field("bpe", description="What is trained if the file does not exist.")
     vocab_size: int = Field(ge=300, le=2**20, description="Number of token ids, special and byte ones included.")
     sample_bytes: int = Field(
         100_000_000, ge=10_000, description="Bytes of text that it is trained on; memory is about 15 times this."
@@ -81,6 +84,10 @@ class TokenizerSection(Section):
     character_coverage: float = Field(
         0.99995, gt=0.9, le=1.0, description="Share of characters that get pieces of their own; the rest are bytes."
     )
+    bos: str | None = Field(
+        None, description="Token that begins documents. Null: the one that the tokenizer names, or else eos."
+    )
+    eos: str | None = Field(None, description="Token that ends documents. Null: the one that the tokenizer names.")
 
 
 class SourceSection(Section):
@@ -110,7 +117,7 @@ class DataSection(Section):
     drop_duplicates: Bool = Field(True, description="Drop documents that are byte for byte equal to an earlier one.")
     on_bad_document: Literal["skip", "error"] = Field(
         "skip", description="What to do with a document that is not UTF-8, not JSON, lacks the text field or holds "
-        "U+2581, which sentencepiece cannot restore. Skipped ones are counted and reported."
+        "U+2581 where the tokenizer cannot restore it. Skipped ones are counted and reported."
     )  # fmt: skip
     on_bad_file: Literal["skip", "error"] = Field(
         "error", description="What to do with a source file that cannot be read to its end."

@@ -166,9 +166,7 @@ class Corpus:
     ) -> Generator[tuple[Batch, list[np.ndarray]], None, None]:
         """Batches with their documents' ids, bos and eos included."""
         if held is None:
-            yield from encode_batches(
-                batches, self.config.tokenizer.model, self.tokenizer, num_processes(self.config.data)
-            )
+            yield from encode_batches(batches, self.config.tokenizer, self.tokenizer, num_processes(self.config.data))
         else:
             yield from ((batch, batch.ids) for batch in batches)
 
@@ -176,7 +174,8 @@ class Corpus:
         """The source's documents, each with what its digest is of, and the bytes of its text."""
         data, held = self.config.data, token_format(files)
         if held is None:
-            for document in read_documents(files, self.source, data.on_bad_document, data.on_bad_file, self.log):
+            policy = data.on_bad_document, data.on_bad_file, self.log, self.tokenizer.loses_u2581
+            for document in read_documents(files, self.source, *policy):
                 content = document.text.encode()
                 yield document, content, len(content)
             return

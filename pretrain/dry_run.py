@@ -17,11 +17,13 @@ from pretrain.config import Config, SourceSection
 from pretrain.console import format_bytes, format_count, format_duration
 from pretrain.errors import ConfigError
 from pretrain.packing import SEGMENT_DTYPE, pack
-from pretrain.prepare import check_untokenized, open_tokenizer
+from pretrain.prepare import check_untokenized
+from pretrain.sentencepiece_tokenizer import SentencePieceTokenizer, choose_sample, fit
 from pretrain.shards import INDEX_DTYPE, MANIFEST_NAME, Manifest
 from pretrain.source_files import list_files, token_format
 from pretrain.source_sample import Estimate, estimate_texts, estimate_tokens
-from pretrain.tokenizer import Tokenizer, choose_sample, fit
+from pretrain.tokenizer import Tokenizer
+from pretrain.tokenizer_files import main_file, open_tokenizer
 from pretrain.workers import num_processes, num_usable_cores
 
 SAMPLE_BYTES, SAMPLE_SECONDS = 8_000_000, 4.0  # of all sources together: read, and again tokenized
@@ -101,8 +103,12 @@ def forecast(config: Config) -> dict[str, Any]:
         ConfigError, DataError: as `prepare`, for what it meets.
     """
     sources = config.data.sources
-    estimates = _estimate_texts(config)
-    encoder = _open_encoder(config, [text for parts in estimates.values() for part in parts for text in part.texts])
+    is_there = main_file(config.tokenizer.model).exists()
+    tokenizer = open_tokenizer(config.tokenizer) if is_there else None
+    estimates = _estimate_texts(config, tokenizer.loses_u2581 if tokenizer else True)
+    encoder = _open_encoder(
+        config, tokenizer, [text for parts in estimates.values() for part in parts for text in part.texts]
+    )
     forecasts = [_foresee(source, config, encoder, estimates.get(source.name, [])) for source in sources]
     total = {
         key: sum(getattr(one, key) for one in forecasts)
@@ -124,26 +130,32 @@ def _is_complete(source: SourceSection) -> bool:
     return not source.paths or Path(source.shards, MANIFEST_NAME).exists()
 
 
-def _estimate_texts(config: Config) -> dict[str, list[Estimate]]:
+def _estimate_texts(config: Config, loses_u2581: bool) -> dict[str, list[Estimate]]:
     """Samples of all sources of text that are not complete."""
     found = {source.name: list_files(source) for source in config.data.sources if not _is_complete(source)}
     texts = {name: files for name, files in found.items() if token_format(files) is None}
     share = max(len(texts), 1)
     return {
         source.name: estimate_texts(
-            texts[source.name], source, config.data, SAMPLE_BYTES / share, SAMPLE_SECONDS / share, config.run.seed
+            texts[source.name],
+            source,
+            config.data,
+            SAMPLE_BYTES / share,
+            SAMPLE_SECONDS / share,
+            config.run.seed,
+            loses_u2581,
         )
         for source in config.data.sources
         if source.name in texts
     }
 
 
-def _open_encoder(config: Config, texts: list[str]) -> _Encoder:
+def _open_encoder(config: Config, tokenizer: Tokenizer | None, texts: list[str]) -> _Encoder:
     """The config's tokenizer; or one that is trained on half of the sample, if there is none."""
     if all(_is_complete(source) for source in config.data.sources):
         return _Encoder(None, "counted")
-    if Path(config.tokenizer.model).exists():
-        return _Encoder(open_tokenizer(config), f"counted with {config.tokenizer.model}")
+    if tokenizer is not None:
+        return _Encoder(tokenizer, f"counted with {config.tokenizer.model}")
     check_untokenized(config)
     texts = random.Random(config.run.seed).sample(texts, len(texts))
     halves: tuple[list[str], list[str]] = ([], [])
@@ -162,7 +174,7 @@ def _open_encoder(config: Config, texts: list[str]) -> _Encoder:
     with tempfile.NamedTemporaryFile(suffix=".model") as file:
         file.write(model)
         file.flush()
-        tokenizer = Tokenizer(file.name)
+        tokenizer = SentencePieceTokenizer(Path(file.name), config.tokenizer.bos, config.tokenizer.eos)
     seen, unseen = (_Encoder(tokenizer, "").measure(half, SAMPLE_SECONDS / 4)[0] for half in halves)
     # A tokenizer of much more text lies between what this one does on its own text and on other text.
     basis = f"estimated by a tokenizer trained on {format_bytes(sum(map(len, sample)))} now; there is none yet"
@@ -175,7 +187,7 @@ def _foresee(source: SourceSection, config: Config, encoder: _Encoder, estimates
     data = config.data
     files = list_files(source)
     if held := token_format(files):
-        tokenizer = open_tokenizer(config)
+        tokenizer = open_tokenizer(config.tokenizer)
         estimates = [estimate_tokens(files, held, tokenizer, data, SAMPLE_BYTES // 4, config.run.seed)]
     num_documents = num_bytes = num_tokens = seconds = 0.0
     lengths: list[int] = []

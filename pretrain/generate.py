@@ -118,15 +118,16 @@ def generate(
         chosen = [_choose(*row, options) for row in zip(logits_BV, generators, strict=True)]
         for row, completion in enumerate(done):
             if not completion.finish:
-                _append(completion, chosen[row], tokenizer, options, room=seq_len - len(prompt_ids[row]))
+                before = prompt_ids[row]
+                _append(completion, chosen[row], tokenizer, options, before, room=seq_len - len(before))
                 if completion.finish:
                     start_B[row] = cache.num_slots  # from here on padding, so that no position passes seq_len
         if all(completion.finish for completion in done):
             break
         tokens_BT = torch.tensor(chosen, device=device)[:, None]
-    for completion in done:
+    for row, completion in enumerate(done):
         if completion.finish != "stop":
-            completion.text = tokenizer.decode(completion.ids)
+            completion.text = _text_after(tokenizer, prompt_ids[row], completion.ids)
     return done
 
 
@@ -140,13 +141,21 @@ def _generators(prompts: Sequence[str], seed: int) -> list[torch.Generator]:
     return generators
 
 
-def _append(completion: Completion, token: int, tokenizer: Tokenizer, options: GenerateOptions, room: int) -> None:
+def _text_after(tokenizer: Tokenizer, before: Sequence[int], ids: Sequence[int]) -> str:
+    """The text of ids after others: of ids alone, a tokenizer with a dummy prefix drops the first space."""
+    last = before[-1:]
+    return tokenizer.decode([*last, *ids])[len(tokenizer.decode(last)) :]
+
+
+def _append(
+    completion: Completion, token: int, tokenizer: Tokenizer, options: GenerateOptions, before: Sequence[int], room: int
+) -> None:
     if token == tokenizer.eos_id:
         completion.finish = "eos"
         return
     completion.ids.append(token)
     if options.stop:
-        text = tokenizer.decode(completion.ids)
+        text = _text_after(tokenizer, before, completion.ids)
         ends = [position for position in (text.find(stop) for stop in options.stop) if position >= 0]
         if ends:
             completion.text, completion.finish = text[: min(ends)], "stop"

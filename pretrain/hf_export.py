@@ -23,12 +23,12 @@ import pretrain
 from pretrain.errors import ExportError
 from pretrain.families import ModelShape
 from pretrain.family_table import export_tensors, import_tensors, published_config
-from pretrain.hf_tokenizer import varied_texts, write_tokenizer_files
 from pretrain.model import Transformer
 from pretrain.model_card import model_card
 from pretrain.run_folder import LoadedRun
 from pretrain.tensor_files import write_tensors, write_text
-from pretrain.tokenizer import SPACE_PIECE, Tokenizer
+from pretrain.tokenizer import Tokenizer
+from pretrain.tokenizer_export import export_tokenizer
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 MAX_SHARD_BYTES = 5_000_000_000  # what the Hub advises: larger files are slow to fetch again
@@ -72,7 +72,6 @@ def export_hf(
     files = _write_weights(loaded, out_dir, DTYPES[dtype], max_shard_bytes)
     _write_json(out_dir / "config.json", _hf_config(shape, tokenizer, DTYPES[dtype]))
     _write_json(out_dir / "generation_config.json", _generation_config(tokenizer))
-    write_tokenizer_files(tokenizer, out_dir, shape.seq_len)
     samples = [tokenizer.decode(row.tolist()) for kind in rows.values() for row in kind]
     report = {
         "source": source_of(loaded),
@@ -80,7 +79,7 @@ def export_hf(
         "files": files,
         "versions": _versions(),
         "logits": verify_model(loaded.model, out_dir, rows),
-        "tokenizer": verify_tokenizer(tokenizer, out_dir, samples),
+        "tokenizer": export_tokenizer(tokenizer, out_dir, shape.seq_len, samples, NUM_TEXTS, load_tokenizer),
     }
     _write_json(out_dir / "verification.json", report)
     write_text(out_dir / "README.md", model_card(shape, report))
@@ -250,6 +249,11 @@ def _load(auto_class: Any, out_dir: Path, **options: Any) -> Any:
             transformers.logging.enable_progress_bar()
 
 
+def load_tokenizer(out_dir: Path) -> Any:
+    """Load an export's tokenizer as a user will."""
+    return _load(AutoTokenizer, out_dir)
+
+
 _REPORT_IT = "Nothing was exported; report this with the run's config.yaml, it is a bug or an untested transformers."
 
 
@@ -299,45 +303,3 @@ def _compare_logits(ours_TV: Tensor, theirs_TV: Tensor, where: str) -> tuple[flo
             f"(largest difference in the row: {largest:.3g}). {_REPORT_IT}"
         )
     return largest, scale, int((ours_TV.argmax(1) != theirs_TV.argmax(1)).sum())
-
-
-def verify_tokenizer(tokenizer: Tokenizer, out_dir: Path, samples: Sequence[str]) -> dict[str, Any]:
-    """Load an export's tokenizer with transformers and compare ids and decoded text on varied texts.
-
-    Args:
-        tokenizer: the trained tokenizer.
-        out_dir: the export.
-        samples: real text to cut some of the texts from; may be empty.
-
-    Returns:
-        The number of texts and tokens compared.
-
-    Raises:
-        ExportError: ids, text or a special token differ, naming the first text.
-    """
-    exported = _load(AutoTokenizer, out_dir)
-    where = "export: tokenizer"
-    ours: dict[str, object] = {"vocab_size": tokenizer.vocab_size}
-    ours |= {name: getattr(tokenizer, name) for name in ("unk_id", "bos_id", "eos_id", "pad_id")}
-    theirs: dict[str, object] = {"vocab_size": len(exported)}
-    theirs |= {f"{name}_id": getattr(exported, f"{name}_token_id") for name in ("unk", "bos", "eos", "pad")}
-    for piece_id, (piece, _, kind) in enumerate(tokenizer.pieces()):
-        if kind == "control":  # a client must be able to give it as text, and get one id
-            ours[piece] = [piece_id]
-            theirs[piece] = exported.encode(piece, add_special_tokens=False)
-    for name, value in ours.items():
-        if theirs[name] != value:
-            raise ExportError(f"{where}: {name} is {theirs[name]} in transformers; expected {value}. {_REPORT_IT}")
-    texts = varied_texts(NUM_TEXTS, seed=0, samples=[sample.replace(SPACE_PIECE, "") for sample in samples])
-    # Special tokens' text is plain text to sentencepiece; a client parses it unless it is told otherwise, as here.
-    all_ids = exported(texts, split_special_tokens=True, verbose=False)["input_ids"]
-    num_tokens = 0
-    for text, ids in zip(texts, all_ids, strict=True):
-        expected = [tokenizer.bos_id, *tokenizer.encode(text)]
-        num_tokens += len(ids)
-        if ids != expected:
-            raise ExportError(f"{where}: ids of {text!r} are {ids} in transformers; expected {expected}. {_REPORT_IT}")
-        decoded = exported.decode(ids, skip_special_tokens=True)
-        if decoded != tokenizer.decode(expected[1:]):
-            raise ExportError(f"{where}: {ids} decode to {decoded!r} in transformers; expected {text!r}. {_REPORT_IT}")
-    return {"class": type(exported).__name__, "texts": len(texts), "tokens": num_tokens, "mismatches": 0}

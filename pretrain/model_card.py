@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from typing import Any
 
 from pretrain.families import ModelShape, num_parameters
@@ -34,9 +35,7 @@ inputs = tokenizer("Once upon a time", return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0], skip_special_tokens=True))
 ```
 
-It is a base model: it continues text and follows no instructions. Documents began with the bos token in training, and
-the tokenizer puts it first. Text of special tokens is read as these tokens unless `split_special_tokens=True`. Text
-with U+2581 does not come back as it was: the tokenizer writes spaces that way.
+It is a base model: it continues text and follows no instructions. {tokenizer_notes}
 
 ## Verification
 
@@ -68,7 +67,7 @@ def model_card(shape: ModelShape, report: dict[str, Any]) -> str:
         "Attention heads": heads,
         "Embeddings": "shared with the output layer" if shape.tie_embeddings else "separate from the output layer",
         "Context length": f"{shape.seq_len:,} tokens",
-        "Tokenizer": f"sentencepiece BPE with byte fallback, {shape.vocab_size:,} tokens",
+        "Tokenizer": f"{tokens['kind']}, {shape.vocab_size:,} tokens",
         "Trained on": f"{source['tokens']:,} tokens in {source['step']:,} steps (run {source['run']}, "
         f"{source['checkpoint']})",
         "Weights": report["dtype"],
@@ -81,7 +80,8 @@ def model_card(shape: ModelShape, report: dict[str, Any]) -> str:
         f"(tolerance {logits['relative_tolerance']:g});\n"
         "- every weight came back bit for bit;\n"
         f"- token ids and decoded text of {tokens['texts']:,} texts in many scripts, code, emoji and control "
-        f"characters ({tokens['tokens']:,} tokens): {tokens['mismatches']} differ."
+        f"characters ({tokens['tokens']:,} tokens): {tokens['mismatches']} differ"
+        + (f", {tokens['ties']} have other ids of the same score." if tokens["ties"] else ".")
     )
     return _CARD.format(
         name=source["run"],
@@ -90,5 +90,24 @@ def model_card(shape: ModelShape, report: dict[str, Any]) -> str:
         transformers_version=report["versions"]["transformers"],
         dtype=report["dtype"],
         checks=checks,
+        tokenizer_notes=_tokenizer_notes(tokens),
         versions=", ".join(f"{library} {version}" for library, version in report["versions"].items()),
     )
+
+
+def _tokenizer_notes(tokens: dict[str, Any]) -> str:
+    """What a user of the tokenizer must know, from the report on it; one paragraph of lines."""
+    begin = tokens["documents_begin_with"]
+    is_put = tokens["begins_texts_with"] == [begin]
+    notes = [
+        f"Documents began with `{begin}` in training, and the tokenizer "
+        + ("puts it first." if is_put else "does not put it first: do so where a text begins."),
+        "Text of special tokens is read as these tokens unless `split_special_tokens=True`.",
+    ]
+    if tokens["loses_u2581"]:
+        notes.append("Text with U+2581 does not come back as it was: the tokenizer writes spaces that way.")
+    if lost := tokens["texts"] - tokens["restored"]:
+        notes.append(
+            f"Other text may not come back exactly either: {lost:,} of {tokens['texts']:,} made-up ones did not."
+        )
+    return textwrap.fill(" ".join(notes), 120)

@@ -12,12 +12,16 @@ from pretrain.config import Config
 from pretrain.console import LiveLine, format_bytes, format_duration
 from pretrain.corpus import Corpus, add_rows, no_documents
 from pretrain.errors import ConfigError, DataError
-from pretrain.hf_tokenizer import check_ids, varied_texts
+from pretrain.hf_tokenizer import check_ids
 from pretrain.journal import file_lock
-from pretrain.shards import Manifest
+from pretrain.sentencepiece_tokenizer import SentencePieceTokenizer, choose_sample, fit, report
+from pretrain.shards import MANIFEST_NAME, Manifest
 from pretrain.source_files import list_files, token_format
 from pretrain.sources import ReadLog, document_digest, is_validation, read_documents
-from pretrain.tokenizer import Tokenizer, check_round_trip, choose_sample, fit, report, save_model
+from pretrain.tokenizer import Tokenizer, check_round_trip, save_file
+from pretrain.tokenizer_files import main_file, open_tokenizer
+from pretrain.tokenizer_trial import try_out
+from pretrain.varied_texts import varied_texts
 from pretrain.workers import fit_in_process, num_processes
 
 READ_MULTIPLE = 10  # the tokenizer's sample is chosen from at most this many times its size
@@ -56,29 +60,17 @@ def prepare(config: Config) -> None:
 
 def _open_tokenizer(config: Config, line: LiveLine) -> Tokenizer:
     """The tokenizer of the config, trained now if its file does not exist."""
-    path = Path(config.tokenizer.model)
+    path = main_file(config.tokenizer.model)
     if not path.exists():
         check_untokenized(config)
         with file_lock(path.with_name(f".{path.name}.lock"), str(path)):
             if not path.exists():
                 _train_tokenizer(config, path, line)
-    return open_tokenizer(config)
-
-
-def open_tokenizer(config: Config) -> Tokenizer:
-    """Open the tokenizer of the config.
-
-    Raises:
-        ConfigError: it has another number of ids than the config says.
-        DataError: it is missing or damaged.
-    """
-    path = Path(config.tokenizer.model)
-    tokenizer = Tokenizer(path)
-    if tokenizer.vocab_size != config.tokenizer.vocab_size:
-        raise ConfigError(
-            f"tokenizer.vocab_size is {config.tokenizer.vocab_size}; expected {tokenizer.vocab_size}, the size of "
-            f"{path}. Set tokenizer.vocab_size={tokenizer.vocab_size}, or another tokenizer.model to train a new one."
-        )
+    tokenizer = open_tokenizer(config.tokenizer)
+    is_needed = any(source.paths and not Path(source.shards, MANIFEST_NAME).exists() for source in config.data.sources)
+    if is_needed and not tokenizer.is_exact:
+        for text in try_out(tokenizer, _training_texts(config, []), config.run.seed):
+            line.say(f"tokenizer: {text}")
     return tokenizer
 
 
@@ -106,8 +98,8 @@ def _train_tokenizer(config: Config, path: Path, line: LiveLine) -> None:
     line.say(f"tokenizer: training {section.vocab_size:,} pieces on {format_bytes(sum(map(len, sample)))} of text")
     model = fit(sample, section) if num_processes(config.data) == 1 else fit_in_process(sample, section)
     unchecked = path.with_name(path.name + ".unchecked")
-    save_model(unchecked, model)
-    tokenizer = Tokenizer(unchecked)
+    save_file(unchecked, model)
+    tokenizer = SentencePieceTokenizer(unchecked, section.bos, section.eos)
     kind = "held-out" if held_out else "sampled"
     judged_on = held_out or [chunk.decode() for chunk in sample[:500]]
     texts = judged_on + varied_texts(500, config.run.seed, judged_on)

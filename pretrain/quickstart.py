@@ -32,7 +32,7 @@ from pretrain.run_folder import CONFIG_FILE
 from pretrain.settings import load_config
 from pretrain.shard_reader import ShardReader
 from pretrain.shards import Manifest
-from pretrain.tokenizer import Tokenizer
+from pretrain.tokenizer_files import open_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 PROMPT = "def "
@@ -248,7 +248,7 @@ def held_out_text(config: Config) -> tuple[bytes, int]:
     Returns:
         their text, one after the other, in UTF-8, and their number.
     """
-    tokenizer = Tokenizer(config.tokenizer.model)
+    tokenizer = open_tokenizer(config.tokenizer)
     texts = []
     for source in config.data.sources:
         manifest = Manifest.load(source.shards)

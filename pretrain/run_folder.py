@@ -27,15 +27,25 @@ from pretrain.model import Transformer
 from pretrain.settings import load_config, parse_config, resolved_yaml
 from pretrain.tensor_files import write_text
 from pretrain.tokenizer import Tokenizer
+from pretrain.tokenizer_files import open_tokenizer
 
 CONFIG_FILE = "config.yaml"
-TOKENIZER_FILE = "tokenizer.model"
 # Changing these does not change what the run computes, beyond its length.
 FREE_TO_CHANGE = (
     "parallel.", "train.micro_batch_size", "train.num_steps", "train.num_tokens", "eval.", "checkpoint.", "log.",
     "guard.", "run.allow_changes", "run.dir", "data.prefetch_steps", "data.prepare_processes",
 )  # fmt: skip
-_PACKAGES = ("torch", "deepspeed", "triton", "webdataset", "sentencepiece", "numpy", "safetensors", "pydantic")
+_PACKAGES = (
+    "torch",
+    "deepspeed",
+    "triton",
+    "webdataset",
+    "sentencepiece",
+    "tokenizers",
+    "numpy",
+    "safetensors",
+    "pydantic",
+)
 
 
 def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
@@ -95,12 +105,6 @@ class RunFolder:
             self._compare(load_config(saved), config)
         write_text(saved, resolved_yaml(config))
         return self._write_environment()
-
-    def keep_tokenizer(self, model: bytes) -> None:
-        """Write the tokenizer's model file into the run folder, which thereby is all that generation needs."""
-        path = self.path / TOKENIZER_FILE
-        if not path.exists() or path.read_bytes() != model:
-            path.write_bytes(model)
 
     def _compare(self, old: Config, new: Config) -> None:
         refused = [
@@ -194,7 +198,7 @@ def load_run(run: str | Path, step: int | None = None) -> LoadedRun:
         raise ConfigError(f"--step is {step}; expected one of the checkpoints in {path}: {', '.join(map(str, steps))}.")
     reader = _open_good(path, [step] if step is not None else list(reversed(steps)))
     config = parse_config(reader.manifest["about"]["config"])
-    tokenizer = Tokenizer(path / TOKENIZER_FILE)
+    tokenizer = open_tokenizer(config.tokenizer, path)
     model = Transformer(resolve_shape(config.model, tokenizer.vocab_size, config.data.seq_len), config.run.seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -105,8 +105,9 @@ class _Limit:
 
 
 def estimate_texts(
-    files: Sequence[Path], source: SourceSection, data: DataSection, limit_bytes: float, seconds: float, seed: int
-) -> list[Estimate]:
+    files: Sequence[Path], source: SourceSection, data: DataSection, limit_bytes: float, seconds: float, seed: int,
+    loses_u2581: bool = True,
+) -> list[Estimate]:  # fmt: skip
     """Estimate the text of files of documents, by their kinds, each compressed or not.
 
     Args:
@@ -115,6 +116,7 @@ def estimate_texts(
         limit_bytes: of text to read, about.
         seconds: to read for, about.
         seed: of the choice.
+        loses_u2581: as for `read_documents`.
 
     Raises:
         DataError: as `read_documents`, for what the sample meets.
@@ -129,7 +131,7 @@ def estimate_texts(
         share = max(size / max(total, 1), 0.1)
         limit = _Limit(limit_bytes * share, seconds * share)
         begin = time.monotonic()
-        reader = _Reader(part, source, data, limit, random.Random(seed))
+        reader = _Reader(part, source, data, limit, random.Random(seed), loses_u2581)
         sample, num_documents, text_bytes = reader.estimate(kind, compressed)
         per_byte = (time.monotonic() - begin) / max(sample.text_bytes, 1)
         estimates.append(Estimate(num_documents, text_bytes, None, sample.texts, [], per_byte, sample.is_whole))
@@ -155,8 +157,10 @@ class _Reader:
     """Files of one kind of a source, from which a sample is read."""
 
     def __init__(
-        self, files: Sequence[Path], source: SourceSection, data: DataSection, limit: _Limit, rng: random.Random
-    ) -> None:
+        self, files: Sequence[Path], source: SourceSection, data: DataSection, limit: _Limit, rng: random.Random,
+        loses_u2581: bool,
+    ) -> None:  # fmt: skip
+        self._loses_u2581 = loses_u2581
         self._sizes = {file: os.path.getsize(file) for file in files}
         self._source, self._data, self._limit, self._rng = source, data, limit, rng
         self._sample = Sample()
@@ -209,9 +213,9 @@ class _Reader:
         begin = sample.text_bytes
         position: int | None = None
         used: tuple[int, int, int, int] | None = None  # stored bytes; then documents read, kept, and their bytes
-        data = self._data
+        policy = self._data.on_bad_document, self._data.on_bad_file, log, self._loses_u2581
         before = 0, len(sample.texts), sample.text_bytes
-        for document in read_documents([file], self._source, data.on_bad_document, data.on_bad_file, log):
+        for document in read_documents([file], self._source, *policy):
             if position is not None and log.position_bytes() != position:
                 used = (position, *before)
             position = log.position_bytes()
@@ -246,7 +250,7 @@ class _Reader:
                     lines = content.readlines(_WINDOW_BYTES)
             window, log = b"".join(lines), ReadLog()
             contents = json_lines(io.BytesIO(window), file, self._source.text_field)
-            for document in judge_documents(contents, self._data.on_bad_document, log):
+            for document in judge_documents(contents, self._data.on_bad_document, log, self._loses_u2581):
                 self._sample.add(document)
             self._sample.stored_bytes += len(window)
             self._sample.num_read += log.counts["documents_read"]
@@ -285,7 +289,7 @@ class _Reader:
         log, sample = ReadLog(), self._sample
         end = sample.text_bytes + limit_bytes
         contents = ((str(file), decode_value(value, self._source.text_field)) for value in values)
-        for document in judge_documents(contents, self._data.on_bad_document, log):
+        for document in judge_documents(contents, self._data.on_bad_document, log, self._loses_u2581):
             sample.add(document)
             if sample.text_bytes >= end:
                 break

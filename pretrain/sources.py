@@ -90,8 +90,9 @@ def is_validation(digest: bytes, val_fraction: float) -> bool:
 
 
 def read_documents(
-    files: Iterable[Path], source: SourceSection, on_bad_document: OnBad, on_bad_file: OnBad, log: ReadLog
-) -> Iterator[Document]:
+    files: Iterable[Path], source: SourceSection, on_bad_document: OnBad, on_bad_file: OnBad, log: ReadLog,
+    loses_u2581: bool = True,
+) -> Iterator[Document]:  # fmt: skip
     """Read the documents of files in order.
 
     A byte order mark at a file's start is dropped, as it is not text; line ends stay as they are. Empty documents are
@@ -101,24 +102,26 @@ def read_documents(
         files: of documents, as `source_files.list_files` gives them.
         source: names the field of a JSON line, or the column of a table, that holds the text.
         on_bad_document: `error` raises for a document that is not UTF-8, not JSON, lacks the text, is longer than
-            `MAX_DOCUMENT_BYTES` or holds U+2581, and for a row of another length than the first.
+            `MAX_DOCUMENT_BYTES` or holds U+2581 that the tokenizer loses, and for a row of another length than the
+            first.
         on_bad_file: `error` raises for a file that cannot be read to its end.
         log: counts what was read and skipped.
+        loses_u2581: whether the tokenizer does; documents with it are bad ones then.
 
     Raises:
         DataError: a table has no such column; a bad document or file, where the config says `error`.
     """
     contents = read_files(files, on_bad_file, log, lambda path: _contents(path, source.text_field, log))
-    yield from judge_documents(contents, on_bad_document, log)
+    yield from judge_documents(contents, on_bad_document, log, loses_u2581)
 
 
 def judge_documents(
-    contents: Iterable[tuple[str, str | Bad]], on_bad_document: OnBad, log: ReadLog
+    contents: Iterable[tuple[str, str | Bad]], on_bad_document: OnBad, log: ReadLog, loses_u2581: bool = True
 ) -> Iterator[Document]:
     """Yield the documents that are to be used, of (origin, content); count them all."""
     for origin, content in contents:
         log.counts["documents_read"] += 1
-        text = _judge(content, origin, on_bad_document, log)
+        text = _judge(content, origin, on_bad_document, log, loses_u2581)
         if text is not None:
             yield Document(text, origin)
 
@@ -263,7 +266,7 @@ def json_lines(file: BinaryIO, path: Path, text_field: str) -> Iterator[tuple[st
 def _csv_rows(file: BinaryIO, path: Path, text_field: str) -> Iterator[tuple[str, str | Bad]]:
     """A table's rows, of `.csv` or `.tsv`: quotes as spreadsheets write them, the columns' names in the first row."""
     lines = io.TextIOWrapper(file, "utf-8-sig", errors="surrogateescape", newline="")
-    csv.field_size_limit(MAX_DOCUMENT_BYTES)
+    previous_limit = csv.field_size_limit(MAX_DOCUMENT_BYTES)  # of the whole process: others read csv too
     reader = csv.reader(lines, delimiter="\t" if bare_name(path).endswith(".tsv") else ",", strict=True)
     try:
         header = next(reader, [])
@@ -279,6 +282,7 @@ def _csv_rows(file: BinaryIO, path: Path, text_field: str) -> Iterator[tuple[str
     except csv.Error as error:
         raise BrokenFile(f"{error}, in line {reader.line_num:,}") from None
     finally:
+        csv.field_size_limit(previous_limit)
         lines.detach()
 
 
@@ -331,12 +335,14 @@ def _checked(text: str, otherwise: str) -> str | Bad:
     return text
 
 
-def _judge(content: Content | Bad, origin: str, on_bad_document: OnBad, log: ReadLog) -> Content | None:
+def _judge(
+    content: Content | Bad, origin: str, on_bad_document: OnBad, log: ReadLog, loses_u2581: bool = False
+) -> Content | None:
     """The content of a document that is to be used; otherwise count or raise."""
     if not isinstance(content, Bad) and len(content) == 0:
         log.skip("skipped_empty", f"{origin}: it is empty")
         return None
-    if isinstance(content, str) and "\u2581" in content:
+    if loses_u2581 and isinstance(content, str) and "\u2581" in content:
         content = Bad("u2581", "it holds the character U+2581, which the tokenizer would give back as a space")
     if not isinstance(content, Bad):
         return content

@@ -41,6 +41,9 @@ _SPELLINGS_OF = {
     "model.init_std": "initializer_range init_method_std init_method",
     "tokenizer.model": "tokenizer_model tokenizer_path tokenizer_name tokenizer_dir vocab_file tokenizer_file"
     " tokenizer_name_or_path hf_assets_path",
+    "tokenizer.kind": "tokenizer_type",
+    "tokenizer.bos": "bos_token",
+    "tokenizer.eos": "eos_token eod_token",
     "tokenizer.vocab_size": "vocab num_embeddings padded_vocab_size make_vocab_size_divisible_by n_vocab"
     " vocabulary_size",
     "data.sources": "data_path train_data_paths datasets dataset data_paths train_files data_impl blend data_mix mix",

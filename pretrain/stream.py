@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from pretrain.batch_plan import BatchPlan
 
 IGNORED_TARGET = -100
-_PAD_ID = 3  # tokenizer.PAD_ID, not imported: reading rows does without sentencepiece
+_PAD_ID = 3  # pad of the tokenizers trained here; of others any id does: padding is not scored, nor attended to
 _STOP_SECONDS = 5.0
 
 

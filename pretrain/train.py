@@ -30,6 +30,7 @@ from pretrain.self_test import check_optimizer
 from pretrain.start_clock import StartClock
 from pretrain.stream import Batch, StepRows, TokenStream, ValRows
 from pretrain.tokenizer import Tokenizer
+from pretrain.tokenizer_files import keep_files, open_tokenizer
 
 logger = logging.getLogger("longhaul")
 
@@ -122,9 +123,9 @@ def open_run(
     if folder:
         folder.write_status("running", None, 0)
     plan = ranks.agree(lambda: BatchPlan.of(config, ranks.world_size))
-    tokenizer = ranks.agree(lambda: Tokenizer(config.tokenizer.model))
+    tokenizer = ranks.agree(lambda: open_tokenizer(config.tokenizer))
     if folder:
-        folder.keep_tokenizer(tokenizer.model_bytes)
+        keep_files(tokenizer, folder.path)
     shape = resolve_shape(config.model, tokenizer.vocab_size, config.data.seq_len)
     stream = ranks.agree(lambda: TokenStream(config, plan, ranks.rank, tokenizer.fingerprint))
     cleanup.callback(stream.close)

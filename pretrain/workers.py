@@ -21,7 +21,9 @@ import numpy as np
 
 from pretrain.config import DataSection, TokenizerSection
 from pretrain.errors import DataError, LonghaulError
-from pretrain.tokenizer import Tokenizer, fit
+from pretrain.sentencepiece_tokenizer import fit
+from pretrain.tokenizer import Tokenizer
+from pretrain.tokenizer_files import open_tokenizer
 
 _MEMORY_PER_SAMPLE_BYTE = 15  # of sentencepiece's trainer, measured
 
@@ -52,13 +54,13 @@ def num_usable_cores() -> int:
 
 
 def encode_batches(
-    batches: Iterator[Batch], path: str, tokenizer: Tokenizer, num_processes: int
+    batches: Iterator[Batch], section: TokenizerSection, tokenizer: Tokenizer, num_processes: int
 ) -> Generator[tuple[Batch, list[np.ndarray]], None, None]:
     """Tokenize batches; their order and results do not depend on the number of processes.
 
     Args:
         batches: read in this process, at most `2 * num_processes + 1` ahead of what is taken.
-        path: the tokenizer's model file, which the processes read.
+        section: names the tokenizer's file, which the processes read.
         tokenizer: what was read from it here.
         num_processes: 1 tokenizes in this process.
 
@@ -70,10 +72,10 @@ def encode_batches(
     """
     if num_processes == 1:
         for batch in batches:
-            yield batch, [tokenizer.encode_document(text) for text in batch.texts]
+            yield batch, tokenizer.encode_documents(batch.texts)
         return
     spawn = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(num_processes, spawn, _begin_encoder, (path,))
+    pool = ProcessPoolExecutor(num_processes, spawn, _begin_encoder, (section,))
     waiting: deque[tuple[Batch, Future[list[np.ndarray]]]] = deque()
     try:
         for batch in batches:
@@ -94,7 +96,7 @@ def encode_batches(
 
 
 def fit_in_process(sample: Sequence[bytes], section: TokenizerSection) -> bytes:
-    """Train as `tokenizer.fit` does, in a process that can be interrupted and gives its memory back.
+    """Train as `sentencepiece_tokenizer.fit` does, in a process that can be interrupted and gives its memory back.
 
     Raises:
         ConfigError, DataError: as `fit`; or the process was killed.
@@ -144,17 +146,21 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
+_section: TokenizerSection | None = None
 _tokenizer: Tokenizer | None = None
 
 
-def _begin_encoder(path: str) -> None:
-    global _tokenizer
+def _begin_encoder(section: TokenizerSection) -> None:
+    global _section
     _begin_worker()
-    _tokenizer = Tokenizer(path)
+    _section = section
 
 
 def _encode(fingerprint: str, texts: list[str]) -> list[np.ndarray]:
-    assert _tokenizer is not None
+    global _tokenizer
+    assert _section is not None
+    if _tokenizer is None:  # not before: an error of the initializer would say nothing but that the process ended
+        _tokenizer = open_tokenizer(_section)
     if _tokenizer.fingerprint != fingerprint:
         raise DataError("tokenizer.model was replaced while documents were tokenized; expected one model. Run again.")
-    return [_tokenizer.encode_document(text) for text in texts]
+    return _tokenizer.encode_documents(texts)

@@ -12,7 +12,7 @@ from pretrain.model import Transformer
 from pretrain.schedule import lr_at
 from pretrain.settings import load_config
 from pretrain.stream import TokenStream
-from pretrain.tokenizer import Tokenizer
+from pretrain.tokenizer_files import open_tokenizer
 
 
 def plain_optimizer(model: torch.nn.Module, section) -> torch.optim.Optimizer:
@@ -31,7 +31,7 @@ def plain_optimizer(model: torch.nn.Module, section) -> torch.optim.Optimizer:
 def train_plainly(config_path: Path, overrides: list[str]) -> tuple[list[float], dict[str, torch.Tensor]]:
     """Train on one process with whole batches; return the losses and the final weights."""
     config = load_config(config_path, overrides)
-    tokenizer = Tokenizer(config.tokenizer.model)
+    tokenizer = open_tokenizer(config.tokenizer)
     plan = BatchPlan.of(config, 1)
     stream = TokenStream(config, plan, 0, tokenizer.fingerprint)
     shape = resolve_shape(config.model, tokenizer.vocab_size, config.data.seq_len)

@@ -22,13 +22,16 @@ BENCHMARKS = sorted(path.relative_to(ROOT) for path in (ROOT / "benchmarks").glo
 # A module imports modules of lower tiers only. `kernels` is below all of them.
 TIERS = (
     "errors config spellings hardware start_clock",
-    "config_docs schedule batch_plan packing families console source_files",
-    "checks explain tokenizer table_files token_files shards tensor_files distributed layers family_table model_card",
-    "settings hf_tokenizer row_table model optim checkpoint_files shard_reader journal workers sources",
-    "data_plan engine metrics guard",
-    "checkpoint stream run_folder corpus source_sample",
-    "evaluate generate hf_export self_test prepare",
-    "train dry_run convert quickstart",
+    "config_docs schedule batch_plan packing families console tokenizer source_files",
+    "checks explain sentencepiece_model varied_texts table_files token_files shards tensor_files distributed layers"
+    " family_table model_card",
+    "settings sentencepiece_tokenizer row_table model optim checkpoint_files shard_reader journal sources",
+    "data_plan engine metrics guard hf_tokenizer",
+    "checkpoint stream tokenizer_files tokenizer_trial source_sample",
+    "run_folder tokenizer_export workers",
+    "evaluate generate hf_export self_test corpus",
+    "train prepare convert quickstart",
+    "dry_run",
 )
 TIER_OF = {module: tier for tier, modules in enumerate(TIERS) for module in modules.split()}
 
@@ -38,7 +41,7 @@ FILE_OF_LIBRARY = {
     "pyarrow": "pretrain/table_files.py",
     "ruamel": "pretrain/settings.py",
     "safetensors": "pretrain/tensor_files.py",
-    "sentencepiece": "pretrain/tokenizer.py",
+    "sentencepiece": "pretrain/sentencepiece_tokenizer.py",
     "tensorboard": "pretrain/metrics.py",
     "tokenizers": "pretrain/hf_tokenizer.py",
     "transformers": "pretrain/hf_export.py",
@@ -47,9 +50,9 @@ FILE_OF_LIBRARY = {
 }
 # Data is prepared on machines that have no use for torch, and its start-up is quick without it.
 WITHOUT_TORCH = (
-    "config settings checks families schedule batch_plan packing tokenizer hf_tokenizer source_files table_files"
-    " token_files sources shards shard_reader row_table data_plan journal workers corpus source_sample prepare"
-    " dry_run"
+    "config settings checks families schedule batch_plan packing tokenizer sentencepiece_model sentencepiece_tokenizer"
+    " hf_tokenizer tokenizer_files tokenizer_trial tokenizer_export varied_texts source_files table_files token_files"
+    " sources shards shard_reader row_table data_plan journal workers corpus source_sample prepare dry_run"
 )
 
 MAX_FILE_LINES = 400

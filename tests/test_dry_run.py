@@ -22,8 +22,8 @@ from pretrain.dry_run import forecast
 from pretrain.errors import ConfigError, DataError
 from pretrain.prepare import prepare
 from pretrain.row_table import RowTable
+from pretrain.sentencepiece_tokenizer import SentencePieceTokenizer, train_tokenizer
 from pretrain.shards import Manifest
-from pretrain.tokenizer import Tokenizer, train_tokenizer
 from tests.test_table_files import save_dataset, write_csv
 from tests.token_writers import write_megatron, write_nanogpt
 
@@ -58,7 +58,7 @@ def config_of(folder: Path, sources: list[dict], vocab_size: int = VOCAB_SIZE, *
     )
 
 
-def write_kind(folder: Path, kind: str, texts: list[str], tokenizer: Tokenizer) -> dict:
+def write_kind(folder: Path, kind: str, texts: list[str], tokenizer: SentencePieceTokenizer) -> dict:
     """Write documents as a kind of file; returns the source's options."""
     folder.mkdir(parents=True, exist_ok=True)
     path, options = folder / f"a{kind}", {}
@@ -92,14 +92,14 @@ def snapshot(folder: Path) -> dict[str, tuple[int, int]]:
 
 
 @pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str], Tokenizer]:
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str], SentencePieceTokenizer]:
     """A folder with a tokenizer, texts of 5 MB, and the tokenizer."""
     folder, texts = tmp_path_factory.mktemp("dry"), stdlib_texts()
     assert sum(map(len, texts)) > 4_000_000
     train_tokenizer(
         texts, TokenizerSection(model=str(folder / "t.model"), vocab_size=VOCAB_SIZE, sample_bytes=500_000), 1
     )
-    return folder, texts, Tokenizer(folder / "t.model")
+    return folder, texts, SentencePieceTokenizer(folder / "t.model")
 
 
 def is_near(foreseen: float, real: float, share: float = 0.1) -> bool:

@@ -96,15 +96,21 @@ def test_a_truncated_shard(tiny_config, tmp_path):
 
 
 def test_a_tokenizer_of_other_shards(tiny_config, tmp_path):
+    from pretrain.sentencepiece_tokenizer import train_tokenizer
     from pretrain.settings import load_config
-    from pretrain.tokenizer import train_tokenizer
 
     section = load_config(
         tiny_config, [f"tokenizer.model={tmp_path}/other.model", "tokenizer.vocab_size=480"]
     ).tokenizer
     train_tokenizer(iter([tiny_config.parent.joinpath("code/ast.py").read_text()] * 3), section, seed=1)
     check(
-        run_command(TRAIN, tiny_config, f"tokenizer.model={tmp_path}/other.model", f"run.dir={tmp_path}/r"),
+        run_command(
+            TRAIN,
+            tiny_config,
+            f"tokenizer.model={tmp_path}/other.model",
+            "tokenizer.vocab_size=480",
+            f"run.dir={tmp_path}/r",
+        ),
         1,
         "tokenizer",
     )

@@ -29,10 +29,10 @@ from pretrain.errors import ConfigError, DataError
 from pretrain.journal import LOCK_NAME, file_lock
 from pretrain.prepare import prepare
 from pretrain.row_table import RowTable
+from pretrain.sentencepiece_tokenizer import SentencePieceTokenizer
 from pretrain.shard_reader import ShardReader
 from pretrain.shards import Manifest
 from pretrain.sources import document_digest, is_validation
-from pretrain.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 VOCAB_SIZE = 420
@@ -113,7 +113,7 @@ def hashes(folder: Path) -> dict[str, str]:
 
 
 def read_back(folder: Path, split: str) -> list[str]:
-    manifest, tokenizer = Manifest.load(folder / "shards"), Tokenizer(folder / "t.model")
+    manifest, tokenizer = Manifest.load(folder / "shards"), SentencePieceTokenizer(folder / "t.model")
     texts = []
     for shard in manifest.shards(split):
         reader = ShardReader(folder / "shards", shard, manifest.dtype)
@@ -135,7 +135,7 @@ def test_every_document_comes_back_exactly_and_in_order(done: Path) -> None:
     assert {split: read_back(done, split) for split in expected} == expected
     assert manifest.text_bytes == {split: len("".join(part).encode()) for split, part in expected.items()}
     assert manifest.counts == {"documents_read": 400, "files_read": 103}
-    assert manifest.tokenizer_fingerprint == Tokenizer(done / "t.model").fingerprint
+    assert manifest.tokenizer_fingerprint == SentencePieceTokenizer(done / "t.model").fingerprint
     assert (manifest.corpus, manifest.vocab_size, manifest.dtype) == ("web", VOCAB_SIZE, "uint16")
     assert len(manifest.train) > 3 and len(manifest.val) >= 1
     for split in expected:
@@ -265,15 +265,15 @@ def test_signals_stop_the_command_and_it_goes_on(done: Path, tmp_path: Path) -> 
 
 
 def test_complete_shards_are_not_tokenized_again(done: Path, fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    encode, counts = Tokenizer.encode_document, Counter[str]()
+    encode, counts = SentencePieceTokenizer.encode, Counter[str]()
 
-    def count(self: Tokenizer, text: str):
+    def count(self: SentencePieceTokenizer, text: str):
         counts["documents"] += 1
         if counts["documents"] == 300:
             raise KeyboardInterrupt
         return encode(self, text)
 
-    monkeypatch.setattr(Tokenizer, "encode_document", count)
+    monkeypatch.setattr(SentencePieceTokenizer, "encode", count)
     monkeypatch.setattr(corpus_module, "BATCH_CHARACTERS", 2000)
     with pytest.raises(KeyboardInterrupt):
         prepare(config_of(fresh))

@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from pretrain import quickstart as driver
 from pretrain.config import Config, TokenizerSection
 from pretrain.errors import LonghaulError
+from pretrain.sentencepiece_tokenizer import SentencePieceTokenizer, train_tokenizer
 from pretrain.settings import load_config, resolved_yaml
 from pretrain.shards import Manifest, ShardWriter
-from pretrain.tokenizer import Tokenizer, train_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXTS = [f"def f{number}(x):\n    return x + {number}  # größe\n" for number in range(40)]
@@ -55,7 +55,7 @@ def small_config(folder: Path) -> Config:
     """Return the quickstart's config with a corpus of `TEXTS` prepared in `folder`: the last five are held out."""
     section = TokenizerSection(model=str(folder / "t.model"), vocab_size=320, sample_bytes=10_000)
     train_tokenizer(iter(TEXTS), section, seed=1)
-    tokenizer = Tokenizer(section.model)
+    tokenizer = SentencePieceTokenizer(section.model)
     shards = {}
     for split, texts in (("train", TEXTS[:-5]), ("val", TEXTS[-5:])):
         writer = ShardWriter(folder / "shards", split, "uint16", shard_bytes=1 << 20)

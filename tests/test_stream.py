@@ -420,5 +420,5 @@ def test_damaged_held_out_documents_are_named_once_and_not_scored(tmp_path, monk
 
 
 def test_pad_id_is_the_tokenizers():
-    tokenizer = pytest.importorskip("pretrain.tokenizer")
+    tokenizer = pytest.importorskip("pretrain.sentencepiece_tokenizer")
     assert stream_module._PAD_ID == tokenizer.PAD_ID == PAD and tokenizer.BOS_ID == BOS and tokenizer.EOS_ID == EOS

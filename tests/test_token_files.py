@@ -15,11 +15,11 @@ from pretrain import sources, token_files
 from pretrain.config import Config, SourceSection, TokenizerSection
 from pretrain.errors import ConfigError, DataError
 from pretrain.prepare import prepare
+from pretrain.sentencepiece_tokenizer import SentencePieceTokenizer, train_tokenizer
 from pretrain.shard_reader import ShardReader
 from pretrain.shards import Manifest
 from pretrain.source_files import list_files, token_format
 from pretrain.sources import ReadLog, document_digest, is_validation, read_token_documents
-from pretrain.tokenizer import Tokenizer, train_tokenizer
 from tests.token_writers import write_llmc, write_megatron, write_nanogpt
 
 VOCAB_SIZE = 420
@@ -40,12 +40,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def tokenizer(folder: Path) -> Tokenizer:
-    return Tokenizer(folder / "t.model")
+def tokenizer(folder: Path) -> SentencePieceTokenizer:
+    return SentencePieceTokenizer(folder / "t.model")
 
 
 @pytest.fixture(scope="module")
-def documents(tokenizer: Tokenizer) -> list[list[int]]:
+def documents(tokenizer: SentencePieceTokenizer) -> list[list[int]]:
     return [tokenizer.encode(text_of(number)) for number in range(200)]
 
 
@@ -53,14 +53,16 @@ def source_of(*paths: str | Path, **options: str) -> SourceSection:
     return SourceSection(name="ids", paths=[str(path) for path in paths], shards="unused", **options)
 
 
-def read(source: SourceSection, tokenizer: Tokenizer, on_bad_document: str = "error", on_bad_file: str = "error"):
+def read(
+    source: SourceSection, tokenizer: SentencePieceTokenizer, on_bad_document: str = "error", on_bad_file: str = "error"
+):
     log, files = ReadLog(), list_files(source)
     held = token_format(files)
     assert held is not None
     return list(read_token_documents(files, held, tokenizer, on_bad_document, on_bad_file, log)), log
 
 
-def ids_of(source: SourceSection, tokenizer: Tokenizer) -> list[list[int]]:
+def ids_of(source: SourceSection, tokenizer: SentencePieceTokenizer) -> list[list[int]]:
     return [document.ids.tolist() for document in read(source, tokenizer)[0]]
 
 
@@ -98,7 +100,7 @@ def read_back(folder: Path, split: str) -> list[list[int]]:
 @pytest.mark.parametrize("sequences_each", [1, 3])
 @pytest.mark.parametrize("ends", ["bare", "eod", "bos and eod"])
 def test_megatron_documents_come_back(
-    tmp_path: Path, tokenizer: Tokenizer, documents: list, dtype: str, sequences_each: int, ends: str
+    tmp_path: Path, tokenizer: SentencePieceTokenizer, documents: list, dtype: str, sequences_each: int, ends: str
 ) -> None:
     bos, eos = ([tokenizer.bos_id] if "bos" in ends else []), ([tokenizer.eos_id] if "eod" in ends else [])
     stored = [[*bos, *ids, *eos] for ids in documents]
@@ -113,7 +115,12 @@ def test_megatron_documents_come_back(
 @pytest.mark.parametrize("chunk", [1 << 22, 7])
 @pytest.mark.parametrize("kind", ["nanogpt", "llm.c", "llm.c uint32", "without a last eos", "with bos"])
 def test_nanogpt_documents_come_back(
-    tmp_path: Path, tokenizer: Tokenizer, documents: list, kind: str, chunk: int, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    tokenizer: SentencePieceTokenizer,
+    documents: list,
+    kind: str,
+    chunk: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(token_files, "_CHUNK_IDS", chunk)
     path = tmp_path / "train.bin"
@@ -132,7 +139,7 @@ def test_nanogpt_documents_come_back(
         assert found[1].origin == f"{path}:{len(documents[0]) + 1}"
 
 
-def test_empty_documents_are_counted(tmp_path: Path, tokenizer: Tokenizer) -> None:
+def test_empty_documents_are_counted(tmp_path: Path, tokenizer: SentencePieceTokenizer) -> None:
     write_megatron(tmp_path / "a", [[7, 8], [], [tokenizer.eos_id], [9]])
     found, log = read(source_of(tmp_path), tokenizer)
     assert [document.ids.tolist() for document in found] == [[7, 8], [9]] and log.counts["skipped_empty"] == 2
@@ -141,7 +148,7 @@ def test_empty_documents_are_counted(tmp_path: Path, tokenizer: Tokenizer) -> No
     assert [document.ids.tolist() for document in found] == [[7, 8], [9]] and log.counts["skipped_empty"] == 1
 
 
-def test_a_pair_is_found_by_its_stem_its_files_or_its_folder(tmp_path: Path, tokenizer: Tokenizer) -> None:
+def test_a_pair_is_found_by_its_stem_its_files_or_its_folder(tmp_path: Path, tokenizer: SentencePieceTokenizer) -> None:
     write_megatron(tmp_path / "b_text_document", [[7]])
     write_megatron(tmp_path / "a_text_document", [[8]])
     both = [tmp_path / f"{name}_text_document.{suffix}" for name in "ab" for suffix in ("bin", "idx")]
@@ -175,7 +182,9 @@ def test_files_that_do_not_fit_the_format_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("bad", [VOCAB_SIZE, 65_535, -3])
-def test_an_id_that_is_not_the_tokenizers_is_an_error(tmp_path: Path, tokenizer: Tokenizer, bad: int) -> None:
+def test_an_id_that_is_not_the_tokenizers_is_an_error(
+    tmp_path: Path, tokenizer: SentencePieceTokenizer, bad: int
+) -> None:
     write_megatron(tmp_path / "a", [[7, 8], [9, 10, bad, 11]], "int32")
     message = rf"a.bin:2: id number 2 of the document is {bad}; expected 0 to 419, the ids of the tokenizer"
     with pytest.raises(DataError, match=message):  # whatever the config says of bad documents and files
@@ -225,7 +234,7 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("what", DAMAGES)
-def test_a_damaged_index_is_an_error_or_counted(tmp_path: Path, tokenizer: Tokenizer, what: str) -> None:
+def test_a_damaged_index_is_an_error_or_counted(tmp_path: Path, tokenizer: SentencePieceTokenizer, what: str) -> None:
     write_megatron(tmp_path / "a", [[7, 8], [9], [10, 11, 12, 13]])
     (tmp_path / "a.idx").write_bytes(damaged((tmp_path / "a.idx").read_bytes(), what))
     write_megatron(tmp_path / "b", [[5]])
@@ -239,7 +248,7 @@ def test_a_damaged_index_is_an_error_or_counted(tmp_path: Path, tokenizer: Token
 
 @pytest.mark.parametrize("change", [-2, -1, 2])
 def test_ids_of_another_length_than_the_index_says_are_an_error(
-    tmp_path: Path, tokenizer: Tokenizer, change: int
+    tmp_path: Path, tokenizer: SentencePieceTokenizer, change: int
 ) -> None:
     path = write_megatron(tmp_path / "a", [[7, 8], [9]])
     data = path.read_bytes()
@@ -248,7 +257,7 @@ def test_ids_of_another_length_than_the_index_says_are_an_error(
         read(source_of(tmp_path / "a"), tokenizer)
 
 
-def test_damaged_bare_ids_are_an_error(tmp_path: Path, tokenizer: Tokenizer) -> None:
+def test_damaged_bare_ids_are_an_error(tmp_path: Path, tokenizer: SentencePieceTokenizer) -> None:
     path = tmp_path / "a.bin"
     source = source_of(path, format="nanogpt")
     path.write_bytes(b"")
@@ -264,7 +273,7 @@ def test_damaged_bare_ids_are_an_error(tmp_path: Path, tokenizer: Tokenizer) -> 
 
 
 def test_a_file_without_the_tokenizers_eos_says_so(
-    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, tokenizer: SentencePieceTokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sources, "MAX_DOCUMENT_TOKENS", 50)
     write_nanogpt(tmp_path / "a.bin", [[7] * 60, [8]], 5)
@@ -278,7 +287,7 @@ def test_a_file_without_the_tokenizers_eos_says_so(
 
 @pytest.mark.parametrize("kind", ["megatron", "nanogpt"])
 def test_prepare_imports_every_document_once(
-    tmp_path: Path, folder: Path, tokenizer: Tokenizer, documents: list, kind: str
+    tmp_path: Path, folder: Path, tokenizer: SentencePieceTokenizer, documents: list, kind: str
 ) -> None:
     stored = [*documents, documents[3], documents[5]]
     if kind == "megatron":

@@ -17,7 +17,8 @@ import pytest
 from pretrain import workers
 from pretrain.config import TokenizerSection
 from pretrain.errors import ConfigError, DataError
-from pretrain.tokenizer import Tokenizer, choose_sample, fit, save_model
+from pretrain.sentencepiece_tokenizer import SentencePieceTokenizer, choose_sample, fit
+from pretrain.tokenizer import save_file
 from pretrain.workers import Batch, encode_batches, fit_in_process
 
 TEXTS = [f"document {number} {'about many different words ' * (number % 7)}\n" for number in range(300)]
@@ -28,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[1]
 def section(tmp_path_factory: pytest.TempPathFactory) -> TokenizerSection:
     path = tmp_path_factory.mktemp("workers") / "tokenizer.model"
     section = TokenizerSection(model=str(path), vocab_size=310, sample_bytes=20_000)
-    save_model(path, fit(choose_sample(TEXTS, 20_000, 1), section))
+    save_file(path, fit(choose_sample(TEXTS, 20_000, 1), section))
     return section
 
 
@@ -41,10 +42,10 @@ def batches_of(num_batches: int, log: list[int]) -> Iterator[Batch]:
 
 @pytest.mark.parametrize("num_processes", [1, 2])
 def test_batches_come_back_in_order_and_reading_ahead_is_bounded(section: TokenizerSection, num_processes: int) -> None:
-    tokenizer = Tokenizer(section.model)
+    tokenizer = SentencePieceTokenizer(section.model)
     read: list[int] = []
     seen = 0
-    with closing(encode_batches(batches_of(30, read), section.model, tokenizer, num_processes)) as encoded:
+    with closing(encode_batches(batches_of(30, read), section, tokenizer, num_processes)) as encoded:
         for batch, documents in encoded:
             assert batch.texts == TEXTS[seen * 10 : seen * 10 + 10]
             for text, ids in zip(batch.texts, documents, strict=True):
@@ -56,7 +57,7 @@ def test_batches_come_back_in_order_and_reading_ahead_is_bounded(section: Tokeni
 
 
 def test_a_killed_worker_is_an_error_not_a_hang(section: TokenizerSection) -> None:
-    encoded = encode_batches(batches_of(30, []), section.model, Tokenizer(section.model), 2)
+    encoded = encode_batches(batches_of(30, []), section, SentencePieceTokenizer(section.model), 2)
     next(encoded)
     for process in multiprocessing.active_children():
         process.kill()
@@ -68,9 +69,13 @@ def test_a_killed_worker_is_an_error_not_a_hang(section: TokenizerSection) -> No
 
 def test_a_replaced_tokenizer_is_an_error(section: TokenizerSection, tmp_path: Path) -> None:
     other = tmp_path / "other.model"
-    save_model(other, fit(choose_sample(TEXTS, 20_000, 1), section.model_copy(update={"vocab_size": 305})))
+    save_file(other, fit(choose_sample(TEXTS, 20_000, 1), section.model_copy(update={"vocab_size": 305})))
+    smaller = section.model_copy(update={"model": str(other)})
+    with pytest.raises(ConfigError, match="tokenizer.vocab_size is 310; expected 305, the size of .*other.model"):
+        list(encode_batches(batches_of(3, []), smaller, SentencePieceTokenizer(section.model), 2))
+    replaced = smaller.model_copy(update={"vocab_size": 305})
     with pytest.raises(DataError, match="tokenizer.model was replaced while documents were tokenized"):
-        list(encode_batches(batches_of(3, []), str(other), Tokenizer(section.model), 2))
+        list(encode_batches(batches_of(3, []), replaced, SentencePieceTokenizer(section.model), 2))
 
 
 def test_training_in_a_process_gives_the_same_model(section: TokenizerSection) -> None:
@@ -95,12 +100,13 @@ def test_a_trainer_that_is_killed_is_an_error(section: TokenizerSection, monkeyp
 
 ORPHANS = """
 import os, sys
-from pretrain.tokenizer import Tokenizer
+from pretrain.config import TokenizerSection
+from pretrain.sentencepiece_tokenizer import SentencePieceTokenizer
 from pretrain.workers import Batch, encode_batches
 import multiprocessing
 if __name__ == "__main__":
     batches = (Batch(["train"], [b""], ["text"]) for _ in range(100))
-    encoded = encode_batches(batches, sys.argv[1], Tokenizer(sys.argv[1]), 2)
+    encoded = encode_batches(batches, TokenizerSection(model=sys.argv[1], vocab_size=310), SentencePieceTokenizer(sys.argv[1]), 2)
     next(encoded)
     print(*(child.pid for child in multiprocessing.active_children()), flush=True)
     os.kill(os.getpid(), 9)

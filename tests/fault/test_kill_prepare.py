@@ -19,7 +19,7 @@ import pytest
 import zstandard
 
 from pretrain.config import TokenizerSection
-from pretrain.tokenizer import Tokenizer, train_tokenizer
+from pretrain.sentencepiece_tokenizer import SentencePieceTokenizer, train_tokenizer
 from tests.rank_helpers import ROOT
 from tests.test_prepare import text_of
 from tests.test_table_files import save_dataset, write_csv
@@ -36,7 +36,7 @@ def write_sources(raw: Path, num_texts: int) -> dict[str, list[str]]:
     texts = {kind: [text_of(1000 * number + n, 200) for n in range(num_texts)] for number, kind in enumerate(KINDS)}
     section = TokenizerSection(model=str(raw / "t.model"), vocab_size=600, sample_bytes=100_000)
     train_tokenizer(texts["text"], section, 1)
-    tokenizer = Tokenizer(raw / "t.model")
+    tokenizer = SentencePieceTokenizer(raw / "t.model")
     for number, text in enumerate(texts["text"]):
         (raw / f"{number:05d}.txt").write_text(text, newline="")
     lines = "".join(json.dumps({"text": text}) + "\n" for text in texts["jsonl"])

@@ -1,4 +1,4 @@
-"""Tokenizer: exact round trips, the same ids in the export, and what its training refuses."""
+"""sentencepiece: exact round trips, the same ids in the export, and what its training refuses."""
 
 from __future__ import annotations
 
@@ -10,26 +10,27 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pretrain import tokenizer as tokenizer_module
+from pretrain import sentencepiece_tokenizer as tokenizer_module
+from pretrain import tokenizer as base_module
 from pretrain.config import TokenizerSection
 from pretrain.errors import ConfigError, DataError
-from pretrain.hf_tokenizer import check_ids, varied_texts
-from pretrain.tokenizer import (
+from pretrain.hf_tokenizer import build_tokenizer, check_ids
+from pretrain.sentencepiece_tokenizer import (
     BOS_ID,
     CHUNK_CHARACTERS,
     CONTROL_SYMBOLS,
     EOS_ID,
     PAD_ID,
     UNK_ID,
-    Tokenizer,
-    check_round_trip,
+    SentencePieceTokenizer,
     choose_sample,
     chunk_text,
     fit,
     report,
-    save_model,
     train_tokenizer,
 )
+from pretrain.tokenizer import check_round_trip, save_file
+from pretrain.varied_texts import varied_texts
 
 VOCAB_SIZE = 700
 
@@ -49,11 +50,11 @@ def texts() -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory, texts: list[str]) -> Tokenizer:
+def trained(tmp_path_factory: pytest.TempPathFactory, texts: list[str]) -> SentencePieceTokenizer:
     path = tmp_path_factory.mktemp("tokenizer") / "deep/tokenizer.model"
     train_tokenizer(iter(texts[10:]), section_of(path), seed=1)
     assert [file.name for file in path.parent.iterdir()] == ["tokenizer.model"]
-    return Tokenizer(path)
+    return SentencePieceTokenizer(path)
 
 
 @pytest.mark.parametrize(
@@ -84,7 +85,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, texts: list[str]) -> Token
         "\U0010ffff\ue000",
     ],
 )
-def test_texts_come_back_exactly(trained: Tokenizer, text: str) -> None:
+def test_texts_come_back_exactly(trained: SentencePieceTokenizer, text: str) -> None:
     ids = trained.encode(text)
     assert trained.decode(ids) == text
     assert all(id_ > PAD_ID and id_ < trained.vocab_size for id_ in ids)
@@ -92,7 +93,7 @@ def test_texts_come_back_exactly(trained: Tokenizer, text: str) -> None:
 
 
 def test_held_out_and_made_up_texts_come_back_and_get_the_same_ids_in_the_export(
-    trained: Tokenizer, texts: list[str]
+    trained: SentencePieceTokenizer, texts: list[str]
 ) -> None:
     judged = texts[:10] + varied_texts(1000, 3, texts[:10])
     assert check_round_trip(trained, judged) == []
@@ -100,8 +101,10 @@ def test_held_out_and_made_up_texts_come_back_and_get_the_same_ids_in_the_export
     assert check_round_trip(trained, ["fine", "\u2581", "a\u2581b"]) == ["\u2581", "a\u2581b"]
 
 
-def test_long_texts_get_the_ids_that_sentencepiece_gives_them_whole(trained: Tokenizer, texts: list[str]) -> None:
-    assert trained._words_are_independent
+def test_long_texts_get_the_ids_that_sentencepiece_gives_them_whole(
+    trained: SentencePieceTokenizer, texts: list[str]
+) -> None:
+    assert trained._cuts_text
     varied = varied_texts(300, 4, texts)
     joined = ["".join(varied[begin : begin + 30]) for begin in range(0, 300, 30)]
     spaces = [
@@ -125,7 +128,6 @@ def test_long_texts_get_the_ids_that_sentencepiece_gives_them_whole(trained: Tok
         {"normalization_rule_name": "nmt_nfkc"},
         {"treat_whitespace_as_suffix": True},
         {"split_by_whitespace": False},
-        {"model_type": "unigram"},
         {"byte_fallback": False},
     ],
     ids=str,
@@ -138,15 +140,15 @@ def test_foreign_models_encode_whole_texts(
         tokenizer_module.sentencepiece.SentencePieceTrainer, "train", lambda **named: train(**(named | options))
     )
     sample = choose_sample(texts[:20], 100_000, seed=1)
-    save_model(tmp_path / "foreign.model", fit(sample, section_of("unused", vocab_size=500)))
-    foreign = Tokenizer(tmp_path / "foreign.model")
-    assert not foreign._words_are_independent
+    save_file(tmp_path / "foreign.model", fit(sample, section_of("unused", vocab_size=500)))
+    foreign = SentencePieceTokenizer(tmp_path / "foreign.model")
+    assert not foreign._cuts_text
     assert foreign.encode(texts[30]) == foreign._processor.encode(texts[30])
 
 
-def test_special_ids_and_pieces(trained: Tokenizer) -> None:
+def test_special_ids_and_pieces(trained: SentencePieceTokenizer) -> None:
     assert (trained.unk_id, trained.bos_id, trained.eos_id, trained.pad_id) == (UNK_ID, BOS_ID, EOS_ID, PAD_ID)
-    pieces = trained.pieces()
+    pieces = trained.file.pieces
     assert len(pieces) == trained.vocab_size == VOCAB_SIZE
     assert [piece for piece, _, kind in pieces if kind == "control"] == ["<s>", "</s>", "<pad>", *CONTROL_SYMBOLS]
     assert [piece for piece, _, kind in pieces if kind == "unknown"] == ["<unk>"]
@@ -157,24 +159,24 @@ def test_special_ids_and_pieces(trained: Tokenizer) -> None:
     assert trained.decode([BOS_ID, *trained.encode("text"), EOS_ID, PAD_ID]) == "text"
 
 
-def test_digits_are_split_and_newlines_merged(trained: Tokenizer) -> None:
-    words = [piece for piece, _, kind in trained.pieces() if kind == "normal"]
+def test_digits_are_split_and_newlines_merged(trained: SentencePieceTokenizer) -> None:
+    words = [piece for piece, _, kind in trained.file.pieces if kind == "normal"]
     assert not any(len(word) > 1 and any(char.isdigit() for char in word) for word in words)
     assert sum("\n" in word for word in words) > 10
     assert any(set(word) == {"\u2581"} and len(word) >= 4 for word in words)  # indentation
 
 
-def test_token_bytes_match_the_pieces(trained: Tokenizer) -> None:
+def test_token_bytes_match_the_pieces(trained: SentencePieceTokenizer) -> None:
     token_bytes = trained.token_bytes()
     assert token_bytes.dtype == np.int32 and token_bytes.shape == (VOCAB_SIZE,)
-    for id_, (_, _, kind) in enumerate(trained.pieces()):
+    for id_, (_, _, kind) in enumerate(trained.file.pieces):
         if kind == "normal":
             assert token_bytes[id_] == len(trained.decode([id_]).encode())
         else:
             assert token_bytes[id_] == (1 if kind == "byte" else 0)
 
 
-def test_documents_get_bos_and_eos(trained: Tokenizer) -> None:
+def test_documents_get_bos_and_eos(trained: SentencePieceTokenizer) -> None:
     ids = trained.encode_document("some text")
     assert ids.dtype == np.dtype("<u2")
     assert ids.tolist() == [BOS_ID, *trained.encode("some text"), EOS_ID]
@@ -183,14 +185,14 @@ def test_documents_get_bos_and_eos(trained: Tokenizer) -> None:
 
 
 def test_training_is_deterministic_and_ignores_the_order_of_documents(
-    trained: Tokenizer, texts: list[str], tmp_path: Path
+    trained: SentencePieceTokenizer, texts: list[str], tmp_path: Path
 ) -> None:
     shuffled = texts[10:]
     random.Random(0).shuffle(shuffled)
     train_tokenizer(shuffled, section_of(tmp_path / "again.model"), seed=1)
-    again = Tokenizer(tmp_path / "again.model")
-    assert again.model_bytes == trained.model_bytes
-    assert again.fingerprint == trained.fingerprint == hashlib.sha256(trained.model_bytes).hexdigest()
+    again = SentencePieceTokenizer(tmp_path / "again.model")
+    assert again.files["tokenizer.model"] == trained.files["tokenizer.model"]
+    assert again.fingerprint == trained.fingerprint == hashlib.sha256(trained.files["tokenizer.model"]).hexdigest()
     assert choose_sample(texts, 50_000, seed=1) != choose_sample(texts, 50_000, seed=2)
 
 
@@ -253,12 +255,12 @@ def test_no_text_is_an_error(texts: list[str], tmp_path: Path) -> None:
 
 def test_a_missing_tokenizer_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"a.model: the tokenizer is not readable \(No such file.* Run `launch/prepare"):
-        Tokenizer(tmp_path / "a.model")
+        SentencePieceTokenizer(tmp_path / "a.model")
 
 
 @pytest.mark.parametrize("damage", ["empty", "cut", "cut a lot", "text", "cut after a piece"])
-def test_a_damaged_tokenizer_is_an_error(trained: Tokenizer, tmp_path: Path, damage: str) -> None:
-    model = trained.model_bytes
+def test_a_damaged_tokenizer_is_an_error(trained: SentencePieceTokenizer, tmp_path: Path, damage: str) -> None:
+    model = trained.files["tokenizer.model"]
     end_of_first_piece = 2 + model[1]
     damaged = {
         "empty": b"",
@@ -268,33 +270,36 @@ def test_a_damaged_tokenizer_is_an_error(trained: Tokenizer, tmp_path: Path, dam
         "cut after a piece": model[:end_of_first_piece],
     }[damage]
     (tmp_path / "a.model").write_bytes(damaged)
-    with pytest.raises(DataError, match=r"a.model: (the tokenizer is damaged \(.+\); expected a sent|bos id is -1)"):
-        Tokenizer(tmp_path / "a.model")
+    with pytest.raises(
+        (DataError, ConfigError),
+        match=r"a.model: (the tokenizer is damaged \(.+\); expected a sent|it does not say which token ends)",
+    ):
+        SentencePieceTokenizer(tmp_path / "a.model")
 
 
 def test_saving_replaces_the_file_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    save_model(tmp_path / "a.model", b"old")
-    monkeypatch.setattr(tokenizer_module.os, "fsync", lambda file: (_ for _ in ()).throw(OSError(28, "No space left")))
+    save_file(tmp_path / "a.model", b"old")
+    monkeypatch.setattr(base_module.os, "fsync", lambda file: (_ for _ in ()).throw(OSError(28, "No space left")))
     with pytest.raises(OSError, match="No space left"):
-        save_model(tmp_path / "a.model", b"new")
+        save_file(tmp_path / "a.model", b"new")
     assert (tmp_path / "a.model").read_bytes() == b"old"
 
 
-def test_large_vocabularies_use_four_bytes(trained: Tokenizer, tmp_path: Path) -> None:
+def test_large_vocabularies_use_four_bytes(trained: SentencePieceTokenizer, tmp_path: Path) -> None:
     # No small text gives 65,537 pieces: add unused ones to a real model, in protobuf as sentencepiece writes it.
     extra = b"".join(
         b"\x0a" + bytes([len(body)]) + body
         for number in range(65_537 - VOCAB_SIZE)
         for body in [b"\x0a" + bytes([len(str(number)) + 1]) + b"x" + str(number).encode() + b"\x18\x05"]
     )
-    (tmp_path / "large.model").write_bytes(trained.model_bytes + extra)
-    large = Tokenizer(tmp_path / "large.model")
+    (tmp_path / "large.model").write_bytes(trained.files["tokenizer.model"] + extra)
+    large = SentencePieceTokenizer(tmp_path / "large.model")
     assert large.vocab_size == 65_537 and large.encode_document("text").dtype == np.dtype("<u4")
-    assert large.pieces()[-1][2] == "unused"
+    assert large.file.pieces[-1][2] == "unused"
     assert large.token_bytes()[-1] == 0
 
 
-def test_the_report_says_what_was_learned(trained: Tokenizer, texts: list[str]) -> None:
+def test_the_report_says_what_was_learned(trained: SentencePieceTokenizer, texts: list[str]) -> None:
     lines = report(trained, texts[:3]).splitlines()
     num_bytes = sum(len(text.encode()) for text in texts[:3])
     assert lines[0].startswith("700 pieces, ") and "with a newline" in lines[0]
@@ -303,3 +308,33 @@ def test_the_report_says_what_was_learned(trained: Tokenizer, texts: list[str]) 
     assert lines[2].startswith("example: '")
     assert len(report(trained, ["short"], "sampled").splitlines()) == 2
     assert report(trained, ["short"], "sampled").splitlines()[0].endswith("on 5 bytes of sampled text")
+
+
+@pytest.fixture(scope="module")
+def unigram(tmp_path_factory: pytest.TempPathFactory, texts: list[str]) -> SentencePieceTokenizer:
+    path = tmp_path_factory.mktemp("unigram") / "tokenizer.model"
+    train_tokenizer(iter(texts[10:]), section_of(path, kind="unigram"), seed=1)
+    return SentencePieceTokenizer(path)
+
+
+def test_unigram_models_are_as_exact_as_bpe(unigram: SentencePieceTokenizer, texts: list[str]) -> None:
+    """Not even ties: sums of rounded scores are exact, and both libraries take the first of equal ones."""
+    judged = texts + varied_texts(3000, 3, texts, list(unigram.special_tokens()))
+    assert check_round_trip(unigram, judged) == []
+    exported = build_tokenizer(unigram)
+    exported.encode_special_tokens = True
+    encodings = exported.encode_batch_fast(judged, add_special_tokens=False)
+    assert [encoding.ids for encoding in encodings] == unigram.encode_batch(judged)
+    assert unigram.kind == "sentencepiece unigram with byte fallback" and unigram.is_exact and unigram._cuts_text
+    assert all((score * 128) % 1 == 0 for _, score, _ in unigram.file.pieces)
+
+
+def test_unigram_training_is_deterministic(texts: list[str]) -> None:
+    sample = choose_sample(texts[10:], 300_000, seed=1)
+    first = fit(sample, section_of("unused", kind="unigram"))
+    assert first == fit(sample, section_of("unused", kind="unigram")) != fit(sample, section_of("unused"))
+
+
+def test_a_unigram_vocabulary_that_does_not_fit_is_explained(texts: list[str]) -> None:
+    with pytest.raises(ConfigError, match=r"vocab_size is 5000; expected at most \d+, the pieces that"):
+        fit([texts[0].encode()[:6000]], section_of("unused", vocab_size=5000, kind="unigram"))
