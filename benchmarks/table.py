@@ -19,7 +19,7 @@ def render(records: Sequence[dict[str, Any]]) -> str:
         if head != last_head:
             parts.append(head)
         last_head = head
-        parts.append(_norms(record) if record["benchmark"] == "norms" else _steps(record))
+        parts.append({"norms": _norms, "prepare": _prepare}.get(record["benchmark"], _steps)(record))
         parts += [f"  no number: {failure['part']}: {failure['error']}" for failure in record["failures"]]
     return "\n".join(parts)
 
@@ -77,6 +77,17 @@ def _steps(record: dict[str, Any]) -> str:
         )  # fmt: skip
     size = f", {record['rows'][0]['num_parameters'] / 1e6:.3g} million parameters" if record["rows"] else ""
     return f"training step: {Path(record['settings']['config']).stem}{size}\n" + _aligned(lines)
+
+
+def _prepare(record: dict[str, Any]) -> str:
+    lines = [["processes", "seconds", "CPU s", "MB/CPU s", "sentencepiece", "tokenizer", "MB of memory", "in main"]]
+    for row in record["rows"]:
+        rates = [row[f"{key}bytes_per_cpu_second"] / 1e6 for key in ("", "sentencepiece_", "tokenizer_")]
+        sizes = [f"{row[key] / 1e6:.0f}" for key in ("peak_bytes", "peak_main_bytes")]
+        seconds = [f"{row[key]:.1f}" for key in ("seconds", "cpu_seconds")]
+        lines.append([str(row["num_processes"]), *seconds, *(f"{rate:.2f}" for rate in rates), *sizes])
+    size = f"{record['rows'][0]['num_bytes'] / 1e6:.0f} MB of text" if record["rows"] else ""
+    return f"prepare: {size}; sentencepiece and our tokenizer alone, in MB a CPU second\n" + _aligned(lines)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
