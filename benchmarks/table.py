@@ -19,7 +19,7 @@ def render(records: Sequence[dict[str, Any]]) -> str:
         if head != last_head:
             parts.append(head)
         last_head = head
-        parts.append({"norms": _norms, "prepare": _prepare}.get(record["benchmark"], _steps)(record))
+        parts.append(_TABLES[record["benchmark"]](record))
         parts += [f"  no number: {failure['part']}: {failure['error']}" for failure in record["failures"]]
     return "\n".join(parts)
 
@@ -88,6 +88,42 @@ def _prepare(record: dict[str, Any]) -> str:
         lines.append([str(row["num_processes"]), *seconds, *(f"{rate:.2f}" for rate in rates), *sizes])
     size = f"{record['rows'][0]['num_bytes'] / 1e6:.0f} MB of text" if record["rows"] else ""
     return f"prepare: {size}; sentencepiece and our tokenizer alone, in MB a CPU second\n" + _aligned(lines)
+
+
+def _reading(record: dict[str, Any]) -> str:
+    lines = [["rows", "million tokens/s", "fill"]]
+    for row in record["rows"]:
+        fill = f"{100 * row['fill']:.3f}%" if row["fill"] is not None else "-"
+        lines.append([f"{row['part']} T={row['seq_len']}", f"{row['tokens_per_second'] / 1e6:.1f}", fill])
+    return f"rows on one core, {record['settings']['tokens'] / 1e6:.3g} million tokens of documents\n" + _aligned(lines)
+
+
+def _overhead(record: dict[str, Any]) -> str:
+    lines = [
+        ["training loop beside bare torch", "ours ms/step", "bare ms/step", "ratio", "by CPU time", "loss differs by"]
+    ]
+    for row in record["rows"]:
+        lines.append(
+            [row["case"], f"{1e3 * row['ours_seconds']:.1f}", f"{1e3 * row['bare_seconds']:.1f}",
+             f"{row['ratio']:.3f}", f"{row['cpu_ratio']:.3f}", f"{row['largest_loss_difference']:.1e}"]
+        )  # fmt: skip
+    return _aligned(lines)
+
+
+def _startup(record: dict[str, Any]) -> str:
+    lines = [["start to first step", "seconds"]]
+    lines += [[row["part"], f"{row['seconds']:.2f}"] for row in record["rows"]]
+    return _aligned(lines)
+
+
+_TABLES = {
+    "norms": _norms,
+    "step": _steps,
+    "reading": _reading,
+    "overhead": _overhead,
+    "startup": _startup,
+    "prepare": _prepare,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -87,6 +87,7 @@ class ModelShape:
     vocab_size: int
     padded_vocab_size: int
     seq_len: int
+    logit_softcap: float | None = None  # logits are bounded to +- this
 
 
 def resolve_shape(model: ModelSection, vocab_size: int, seq_len: int) -> ModelShape:

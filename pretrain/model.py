@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor, nn
@@ -57,13 +58,22 @@ class _LayerCache:
 class Transformer(nn.Module):
     """A pre-norm decoder-only Transformer over rows of packed documents."""
 
-    def __init__(self, shape: ModelShape, seed: int, activation_checkpointing: str = "none") -> None:
+    def __init__(
+        self,
+        shape: ModelShape,
+        seed: int,
+        activation_checkpointing: str = "none",
+        z_loss: float = 0.0,
+        label_smoothing: float = 0.0,
+    ) -> None:
         """Build the model and draw its initial weights.
 
         Args:
             shape: from `families.resolve_shape`.
             seed: fixes the initial weights and dropout.
             activation_checkpointing: `full` computes each block again in the backward pass, `none` does not.
+            z_loss: part of the training objective, as in `linear_cross_entropy`.
+            label_smoothing: likewise.
         """
         super().__init__()
         self.shape, self.seed = shape, seed
@@ -72,10 +82,10 @@ class Transformer(nn.Module):
         self.position_embedding = Embedding(shape.seq_len, shape.dim) if shape.positions == "learned" else None
         self.blocks = nn.ModuleList(Block(shape, layer) for layer in range(shape.num_layers))
         self.final_norm = make_norm(shape)
-        self.output = Output(shape, tied_to=self.embedding.weight if shape.tie_embeddings else None)
+        tied_to = self.embedding.weight if shape.tie_embeddings else None
+        self.output = Output(shape, tied_to, z_loss, label_smoothing)
         self.initialise()
 
-    @torch.no_grad()
     def initialise(self) -> None:
         """Draw the initial weights; each parameter from its own generator, keyed by the seed and its name.
 
@@ -86,22 +96,26 @@ class Transformer(nn.Module):
 
         Source: Radford et al. 2019 (GPT-2), section 2.3.
         """
-        for name, parameter in self.named_parameters():
-            if parameter.is_meta:
-                continue
-            owner, kind = name.rsplit(".", 1)
-            if kind == "bias":
-                parameter.zero_()
-            elif owner.endswith("norm"):
-                parameter.fill_(1.0)
-            else:
-                writes_residual = owner.endswith((".attention.output", ".ffn.down"))
-                std = self.shape.init_std / (math.sqrt(2 * self.shape.num_layers) if writes_residual else 1.0)
-                digest = hashlib.sha256(f"{self.seed}:{name}".encode()).digest()
-                generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-                parameter.copy_(torch.empty(parameter.shape, device="cpu").normal_(0.0, std, generator=generator))
-                if owner in ("embedding", "output"):
-                    parameter[self.shape.vocab_size :] = 0.0
+        parameters = [(name, parameter) for name, parameter in self.named_parameters() if not parameter.is_meta]
+        # A generator draws on one core; drawing is most of the start of a large model.
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+            list(pool.map(lambda item: self._initialise(*item), parameters))
+
+    @torch.no_grad()
+    def _initialise(self, name: str, parameter: nn.Parameter) -> None:
+        owner, kind = name.rsplit(".", 1)
+        if kind == "bias":
+            parameter.zero_()
+        elif owner.endswith("norm"):
+            parameter.fill_(1.0)
+        else:
+            writes_residual = owner.endswith((".attention.output", ".ffn.down"))
+            std = self.shape.init_std / (math.sqrt(2 * self.shape.num_layers) if writes_residual else 1.0)
+            digest = hashlib.sha256(f"{self.seed}:{name}".encode()).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+            parameter.copy_(torch.empty(parameter.shape, device="cpu").normal_(0.0, std, generator=generator))
+            if owner in ("embedding", "output"):
+                parameter[self.shape.vocab_size :] = 0.0
 
     def forward(
         self,
@@ -111,8 +125,8 @@ class Transformer(nn.Module):
         row_ids_B: Tensor | None = None,
         step: int = 0,
         per_token: bool = False,
-    ) -> Tensor:
-        """Compute the loss of a batch.
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Compute the training objective and the cross-entropy of a batch.
 
         Args:
             tokens_BT: int64 token ids.
@@ -120,10 +134,11 @@ class Transformer(nn.Module):
             doc_start_BT: int, the slot of the row where each token's document begins.
             row_ids_B: int64, the global number of each row, which keys dropout; None: no dropout.
             step: of training, which keys dropout.
-            per_token: return the loss of each token, without gradients, instead of the sum.
+            per_token: return the cross-entropy of each token, without gradients, instead of the sums.
 
         Returns:
-            fp32 nats: the sum over the scored tokens, or `[B, T]`.
+            fp32 nats: two sums over the scored tokens, of the objective, which has gradients, and of the
+            cross-entropy, which has none; or `[B, T]`.
         """
         key = DropoutKey(self.seed, step, row_ids_B) if self.training and row_ids_B is not None else None
         hidden_BTD = self._hidden(tokens_BT, doc_start_BT, self._positions(doc_start_BT, 0), key, None)

@@ -136,7 +136,7 @@ def test_flops_are_those_that_pytorch_counts():
     shape = dataclasses.replace(resolve(vocab_size=384, attention_dropout=0.1), padded_vocab_size=384)
     model, tokens = Transformer(shape, 1), torch.zeros(2, 16, dtype=torch.int64)
     with FlopCounterMode(display=False) as counter:
-        model(tokens, tokens, torch.zeros_like(tokens), torch.arange(2)).backward()
+        model(tokens, tokens, torch.zeros_like(tokens), torch.arange(2))[0].backward()
     assert counter.get_total_flops() == 2 * 16 * flops_per_token(shape, causal=False)
 
 

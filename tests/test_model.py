@@ -95,7 +95,7 @@ def test_losses_equal_an_independent_implementation(options):
     for row, begin, end in ((0, 0, 7), (0, 7, 15), (0, 15, 24), (1, 0, 24)):
         expected = naive_losses(model, tokens[row, begin:end], targets[row, begin:end])
         torch.testing.assert_close(losses[row, begin:end], expected.detach(), rtol=1e-4, atol=1e-4)
-    total = model(tokens, targets, starts)
+    total, _ = model(tokens, targets, starts)
     assert total.dtype == torch.float32 and total.dim() == 0
     torch.testing.assert_close(total, losses.sum())
 
@@ -104,7 +104,7 @@ def test_losses_equal_an_independent_implementation(options):
 def test_gradients_equal_those_of_an_independent_implementation(options):
     model = sharpen(build(options), std=0.1)
     tokens, targets, starts = batch(rows=1)
-    model(tokens, targets, starts).backward()
+    model(tokens, targets, starts)[0].backward()
     found = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
     sum(naive_losses(model, tokens[0, a:b], targets[0, a:b]).sum() for a, b in ((0, 7), (7, 15), (15, 24))).backward()
@@ -165,7 +165,7 @@ def test_losses_of_a_document_do_not_depend_on_its_place_in_the_row(options):
 def test_loss_at_the_start_is_that_of_guessing(options):
     model = build(options)
     tokens, targets, starts = batch()
-    loss = model(tokens, targets, starts) / (targets != -100).sum()
+    loss = model(tokens, targets, starts)[0] / (targets != -100).sum()
     assert loss.item() == pytest.approx(math.log(VOCAB), abs=0.1)
 
 
@@ -220,9 +220,9 @@ def test_from_the_meta_device(options):
 def test_bf16_stays_near_fp32(options):
     tokens, targets, starts = batch()
     wide = build(options, init_std=0.1)
-    exact = wide(tokens, targets, starts)
+    exact, _ = wide(tokens, targets, starts)
     narrow = build(options, init_std=0.1).bfloat16()
-    loss = narrow(tokens, targets, starts)
+    loss, _ = narrow(tokens, targets, starts)
     assert loss.dtype == torch.float32
     assert loss.item() == pytest.approx(exact.item(), rel=2e-3)
     loss.backward()
@@ -235,7 +235,7 @@ def test_activation_checkpointing_changes_nothing(options):
     losses, grads = [], []
     for kind in ("none", "full"):
         model = build(options, checkpointing=kind, dropout=0.2, attention_dropout=0.2)
-        loss = model(tokens, targets, starts, torch.tensor([3, 4]), 7)
+        loss, _ = model(tokens, targets, starts, torch.tensor([3, 4]), 7)
         loss.backward()
         losses.append(loss)
         grads.append([p.grad for p in model.parameters()])
@@ -248,11 +248,11 @@ def test_dropout_does_not_depend_on_the_batch_that_a_row_is_in(options):
     tokens, targets, starts = batch()
     ids = torch.tensor([2**31 + 5, 11])
     model = sharpen(build(options, dropout=0.3, attention_dropout=0.3), std=0.1)
-    together = model(tokens, targets, starts, ids, 3)
+    together, _ = model(tokens, targets, starts, ids, 3)
     together.backward()
     grads = [p.grad.clone() for p in model.parameters()]
     model.zero_grad()
-    apart = [model(tokens[i : i + 1], targets[i : i + 1], starts[i : i + 1], ids[i : i + 1], 3) for i in (0, 1)]
+    apart = [model(tokens[i : i + 1], targets[i : i + 1], starts[i : i + 1], ids[i : i + 1], 3)[0] for i in (0, 1)]
     (apart[0] + apart[1]).backward()
     torch.testing.assert_close(together, apart[0] + apart[1])
     for grad, parameter in zip(grads, model.parameters(), strict=True):
@@ -262,13 +262,13 @@ def test_dropout_does_not_depend_on_the_batch_that_a_row_is_in(options):
 def test_dropout_varies_with_the_step_and_the_row_and_stops_in_evaluation():
     tokens, targets, starts = batch()
     model, ids = build(dropout=0.3), torch.tensor([1, 2])
-    loss = model(tokens, targets, starts, ids, 0)
-    assert torch.equal(loss, model(tokens, targets, starts, ids, 0))
-    assert not torch.equal(loss, model(tokens, targets, starts, ids, 1))
-    assert not torch.equal(loss, model(tokens, targets, starts, ids + 2, 0))
+    loss, _ = model(tokens, targets, starts, ids, 0)
+    assert torch.equal(loss, model(tokens, targets, starts, ids, 0)[0])
+    assert not torch.equal(loss, model(tokens, targets, starts, ids, 1)[0])
+    assert not torch.equal(loss, model(tokens, targets, starts, ids + 2, 0)[0])
     plain = model.token_losses(tokens, targets, starts).sum()
     model.eval()
-    torch.testing.assert_close(model(tokens, targets, starts, ids, 0), plain)
+    torch.testing.assert_close(model(tokens, targets, starts, ids, 0)[0], plain)
 
 
 @FAMILIES
@@ -296,4 +296,4 @@ def test_logits_are_those_of_the_loss():
     model = sharpen(build())
     tokens, targets, _ = batch()
     expected = F.cross_entropy(model.logits(tokens).flatten(0, 1), targets.flatten(), reduction="sum")
-    torch.testing.assert_close(model(tokens, targets, torch.zeros_like(tokens)).detach(), expected)
+    torch.testing.assert_close(model(tokens, targets, torch.zeros_like(tokens))[0].detach(), expected)

@@ -23,6 +23,7 @@ from pretrain.engine import init_distributed, leave_distributed
 from pretrain.errors import CheckpointError, LonghaulError
 from pretrain.optim import make_optimizer
 from pretrain.settings import load_config
+from pretrain.start_clock import StartClock
 
 
 def run_case(case: dict, config_path: str, ranks) -> str:
@@ -61,8 +62,9 @@ def run_case(case: dict, config_path: str, ranks) -> str:
             forward = run.engine.forward
 
             def bad_forward(*args):
-                loss = forward(*args)
-                return loss * float("nan") if ranks.rank == ranks.world_size - 1 else loss
+                objective, loss = forward(*args)
+                factor = float("nan") if ranks.rank == ranks.world_size - 1 else 1.0
+                return objective * factor, loss * factor
 
             if run.progress.step + 1 in case["poison"]:
                 run.engine.forward = bad_forward
@@ -73,7 +75,7 @@ def run_case(case: dict, config_path: str, ranks) -> str:
 
         train_module.train_step = poisoned_step
     try:
-        return {0: "done", 75: "stopped"}[train_module.train_on(config, ranks)]
+        return {0: "done", 75: "stopped"}[train_module.train_on(config, ranks, StartClock())]
     except LonghaulError as error:
         return f"{type(error).__name__}: {error}"
     finally:
