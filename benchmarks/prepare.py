@@ -28,6 +28,7 @@ import psutil
 import sentencepiece
 
 from benchmarks.record import ROOT, Record
+from benchmarks.table import render
 from pretrain.config import TokenizerSection
 from pretrain.sentencepiece_tokenizer import SentencePieceTokenizer, train_tokenizer
 
@@ -136,16 +137,6 @@ def time_encoding(texts: Sequence[str], path: Path) -> dict[str, float]:
     return seconds
 
 
-def _describe(row: dict[str, Any]) -> str:
-    rates = {key: row[f"{key}bytes_per_cpu_second"] / 1e6 for key in ("", "sentencepiece_", "tokenizer_")}
-    return (
-        f"{row['num_processes']} processes: {row['seconds']:.1f} s, {row['cpu_seconds']:.1f} CPU s: {rates['']:.2f} MB "
-        f"a CPU second (sentencepiece alone {rates['sentencepiece_']:.2f}, our tokenizer alone "
-        f"{rates['tokenizer_']:.2f}); "
-        f"peak memory {row['peak_bytes'] / 1e6:.0f} MB, the main process {row['peak_main_bytes'] / 1e6:.0f} MB"
-    )
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit status: 1 if the bytes differ."""
     parser = argparse.ArgumentParser(prog="prepare", description=__doc__.splitlines()[0])
@@ -174,7 +165,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                      for key, value in time_encoding(part, model).items()}  # fmt: skip
             row |= {"num_bytes": num_bytes, "bytes_per_cpu_second": num_bytes / row["cpu_seconds"], **alone}
             record.add(**row)
-            print(_describe(row), flush=True)
+    print(render([record.content]))
     hashes = {row["sha256"] for row in record.content["rows"]}
     print("all bytes are equal" if len(hashes) == 1 else "THE BYTES DIFFER")
     return 0 if len(hashes) == 1 else 1

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGES = ("torch", "triton", "deepspeed", "liger-kernel", "numpy")
+PACKAGES = ("torch", "triton", "deepspeed", "liger-kernel", "numpy", "sentencepiece")
 
 
 def describe_device() -> dict[str, Any]:

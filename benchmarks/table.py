@@ -79,6 +79,17 @@ def _steps(record: dict[str, Any]) -> str:
     return f"training step: {Path(record['settings']['config']).stem}{size}\n" + _aligned(lines)
 
 
+def _prepare(record: dict[str, Any]) -> str:
+    lines = [["processes", "seconds", "CPU s", "MB/CPU s", "sentencepiece", "tokenizer", "MB of memory", "in main"]]
+    for row in record["rows"]:
+        rates = [row[f"{key}bytes_per_cpu_second"] / 1e6 for key in ("", "sentencepiece_", "tokenizer_")]
+        sizes = [f"{row[key] / 1e6:.0f}" for key in ("peak_bytes", "peak_main_bytes")]
+        seconds = [f"{row[key]:.1f}" for key in ("seconds", "cpu_seconds")]
+        lines.append([str(row["num_processes"]), *seconds, *(f"{rate:.2f}" for rate in rates), *sizes])
+    size = f"{record['rows'][0]['num_bytes'] / 1e6:.0f} MB of text" if record["rows"] else ""
+    return f"prepare: {size}; sentencepiece and our tokenizer alone, in MB a CPU second\n" + _aligned(lines)
+
+
 def _reading(record: dict[str, Any]) -> str:
     lines = [["rows", "million tokens/s", "fill"]]
     for row in record["rows"]:
@@ -105,7 +116,14 @@ def _startup(record: dict[str, Any]) -> str:
     return _aligned(lines)
 
 
-_TABLES = {"norms": _norms, "step": _steps, "reading": _reading, "overhead": _overhead, "startup": _startup}
+_TABLES = {
+    "norms": _norms,
+    "step": _steps,
+    "reading": _reading,
+    "overhead": _overhead,
+    "startup": _startup,
+    "prepare": _prepare,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

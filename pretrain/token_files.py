@@ -17,7 +17,7 @@ _MEGATRON_MAGIC, _MEGATRON_VERSION, _MEGATRON_HEADER_BYTES = b"MMIDIDX\x00\x00",
 _MEGATRON_DTYPES = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
 _MEGATRON_FLOATS = (6, 7)
 _LLMC_HEADER_BYTES = 1024
-_LLMC_MAGICS = {20240520: (1, "<u2"), 20240801: (7, "<u4")}  # magic: version, dtype
+_LLMC_DTYPES = {20240520: "<u2", 20240801: "<u4"}  # by magic
 _CHUNK_IDS = 1 << 22  # looked through at once
 
 
@@ -142,9 +142,9 @@ def map_flat_ids(path: Path) -> tuple[np.ndarray, int]:
         raise BrokenFile("it is empty")
     header = content[:_LLMC_HEADER_BYTES]
     if len(header) == _LLMC_HEADER_BYTES:
-        magic, version, num_ids = (int(value) for value in header.view("<i4")[:3])
-        if magic in _LLMC_MAGICS and _LLMC_MAGICS[magic][0] == version:
-            dtype = np.dtype(_LLMC_MAGICS[magic][1])
+        magic, _, num_ids = (int(value) for value in header.view("<i4")[:3])
+        if magic in _LLMC_DTYPES:
+            dtype = np.dtype(_LLMC_DTYPES[magic])
             expected = _LLMC_HEADER_BYTES + num_ids * dtype.itemsize
             if len(content) != expected:
                 raise BrokenFile(f"it has {len(content):,} bytes, not the {expected:,} of the ids that its header says")

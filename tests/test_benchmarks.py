@@ -263,7 +263,8 @@ def test_prepare_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     for row in content["rows"]:
         assert row["num_bytes"] > 1e6 and row["peak_bytes"] >= row["peak_main_bytes"] > 1e7
         assert min(value for key, value in row.items() if key.endswith("_second") or key.endswith("seconds")) > 0
-    assert "all bytes are equal" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "all bytes are equal" in shown and "prepare: 1 MB of text; sentencepiece and our tokenizer alone" in shown
 
 
 def test_bytes_that_differ_fail_the_benchmark(
