@@ -122,7 +122,7 @@ def _by_engine(config: Config, shape: ModelShape) -> Update:
 
 def _by_master_copies(model: Transformer, config: Config, device: torch.device) -> Update:
     weights: list[Tensor] = list(model.parameters())
-    groups = param_groups(model, config.optim.weight_decay)
+    groups = param_groups(model, config.optim)
     masters = {weight: nn.Parameter(weight.detach().float()) for weight in weights}
     for group in groups:
         group["params"] = [masters[weight] for weight in group["params"]]
@@ -158,7 +158,7 @@ def _by_master_copies(model: Transformer, config: Config, device: torch.device) 
 
 def _by_autocast(model: Baseline, config: Config, device: torch.device, compile_backend: str | None) -> Update:
     parameters = list(model.parameters())
-    optimizer = make_optimizer(param_groups(model, config.optim.weight_decay), config.optim)
+    optimizer = make_optimizer(param_groups(model, config.optim), config.optim)
 
     def update(batches: list[Rows]) -> float:
         optimizer.zero_grad()

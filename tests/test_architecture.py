@@ -22,8 +22,8 @@ BENCHMARKS = sorted(path.relative_to(ROOT) for path in (ROOT / "benchmarks").glo
 # A module imports modules of lower tiers only. `kernels` is below all of them.
 TIERS = (
     "errors config spellings hardware",
-    "config_docs schedule batch_plan packing families console",
-    "checks explain tokenizer sources shards tensor_files distributed layers family_table model_card",
+    "config_docs schedule batch_plan packing families console matrix_exchange lion",
+    "checks explain tokenizer sources shards tensor_files distributed layers family_table model_card muon",
     "settings hf_tokenizer row_table model optim checkpoint_files shard_reader journal workers",
     "data_plan engine metrics guard",
     "checkpoint stream run_folder",
@@ -35,6 +35,7 @@ TIER_OF = {module: tier for tier, modules in enumerate(TIERS) for module in modu
 # One third-party library, one file: what goes wrong with it is in one place, and the rest is testable without it.
 FILE_OF_LIBRARY = {
     "deepspeed": "pretrain/engine.py",
+    "pydantic_core": "pretrain/settings.py",
     "ruamel": "pretrain/settings.py",
     "safetensors": "pretrain/tensor_files.py",
     "sentencepiece": "pretrain/tokenizer.py",
@@ -56,7 +57,7 @@ MAX_COMMAND_LINES = 70
 MAX_OPTIONS = 150
 
 # Words by which code calls a section, beside its own name and `section`.
-SECTION_WORDS = {"data.sources.*": {"source"}, "eval": {"evaluation"}}
+SECTION_WORDS = {"data.sources.*": {"source"}, "optim.groups.*": {"rule"}, "eval": {"evaluation"}}
 
 
 @cache
