@@ -75,8 +75,8 @@ def _check_patterns(rules: Sequence[OptimGroupSection], names: Sequence[str]) ->
             near = difflib.get_close_matches(rule.match, kinds, n=3)
             advice = f"Near it: {', '.join(near)}." if near else f"There are: {', '.join(kinds)}."
         problems.append(
-            f"optim.groups.{number}.match is {rule.match}; expected a pattern that some parameter's name matches first. "
-            f"{advice}"
+            f"optim.groups.{number}.match is {rule.match}; expected a pattern that some parameter's name matches "
+            f"first. {advice}"
         )
     if problems:
         raise ConfigError("\n".join(problems))

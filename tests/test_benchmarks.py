@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import norms, step, table, updates
+from benchmarks import norms, optimizers, step, table, updates
 from benchmarks.baseline import Baseline
 from benchmarks.record import Record
 from pretrain.families import num_parameters
@@ -200,3 +200,11 @@ def test_the_script_goes_on_when_everything_fails(tmp_path: Path) -> None:
         assert f"{part}: FAILED with status 3 after" in done.stdout
     assert "deepspeed is not installed, nor in" in done.stdout and "no GPU: tests/gpu and Liger left out" in done.stdout
     assert "called: benchmarks/norms.py --out" in (tmp_path / "out/log.txt").read_text(encoding="utf-8")
+
+
+def test_optimizers_are_timed(capsys: pytest.CaptureFixture[str]) -> None:
+    model = ["model.dim=32", "model.num_layers=1", "model.num_heads=2", "model.num_kv_heads=2"]
+    assert optimizers.main([str(ROOT / "configs/quickstart.yaml"), *model, "--repeats", "2"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[1:]] == list(optimizers.NAMES)
+    assert all(float(line.split()[1]) > 0 and line.endswith(" ms") for line in lines[1:])
