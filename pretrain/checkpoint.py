@@ -122,7 +122,7 @@ class Checkpoints:
                     "fragments": [list(asdict(piece).values()) for piece in pieces[name]],
                 }
                 for name, shape in shapes.items()
-            },  # fmt: skip
+            },
             "files": {
                 outcome["file"]: {"bytes": outcome["bytes"], "sha256": outcome["sha256"]} for outcome in outcomes
             },

@@ -218,7 +218,7 @@ class Engine:
     def fragments(self) -> Iterator[Fragment]:
         """Yield what this rank owns, in the model's order; every element belongs to exactly one rank.
 
-        The optimizer's state is created first where it does not exist yet, so that it can be saved or filled.
+        Before the first update the optimizer's state is created, so that it can be saved or filled.
         """
         self._create_state()
         for index, (name, parameter) in enumerate(self._parameters):
@@ -232,7 +232,9 @@ class Engine:
             yield Fragment(name, self._shapes[name], start, length, tensors)
 
     def _create_state(self) -> None:
-        """Create the optimizer's state where it does not exist yet, so that it can be saved or filled."""
+        """Create the optimizer's state before its first update, so that it can be saved or filled."""
+        if self._num_updates:
+            return  # what is missing now was lost, and must not be saved as zeros
         groups = self._torch_optimizer.param_groups
         if self.stage == 0:
             tensors = [(parameter, group) for group in groups for parameter in group["params"]]

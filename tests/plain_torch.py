@@ -43,6 +43,7 @@ def plain_optimizer(model: torch.nn.Module, section):
 
 def train_plainly(config_path: Path, overrides: list[str]) -> tuple[list[float], dict[str, torch.Tensor]]:
     """Train on one process with whole batches; return the losses and the final weights."""
+    torch.set_num_threads(1)  # as the ranks: with more, a busy machine makes these tiny matrices ten times slower
     config = load_config(config_path, overrides)
     tokenizer = Tokenizer(config.tokenizer.model)
     plan = BatchPlan.of(config, 1)
