@@ -109,7 +109,8 @@ class Checkpoints:
                 pieces[name].append(Piece(outcome["file"], start, length))
                 problems += [f"'{name}' has no '{state}'" for state in engine.states[name] if state not in states]
         if problems := problems + find_uncovered(shapes, pieces):
-            raise CheckpointError(f"state is missing: {'; '.join(problems)}")
+            more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+            raise CheckpointError(f"state is missing: {'; '.join(problems[:3])}{more}")
         return {
             "format_version": FORMAT_VERSION,
             "step": step,
