@@ -28,7 +28,7 @@ NAMES = ("adamw", "muon", "lion", "sgd", "rmsprop")
 
 def median_seconds(name: str, model: Transformer, repeats: int) -> float:
     """Return the median time of an update of the model's fp32 weights by the named optimizer."""
-    section = OptimSection(name=name, lr=1e-3)  # type: ignore[arg-type]
+    section = OptimSection(name=name, lr=1e-3)
     optimizer = make_optimizer(param_groups(model, section), section)
     gradients = [torch.randn_like(parameter) for parameter in model.parameters()]
 
