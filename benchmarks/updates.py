@@ -136,7 +136,7 @@ def by_torch(
     if config.train.precision == "bf16":
         model.bfloat16()
     weights: list[Tensor] = list(model.parameters())
-    groups = param_groups(model, config.optim.weight_decay)
+    groups = param_groups(model, config.optim)
     has_masters = config.train.precision != "fp32"
     masters = {weight: nn.Parameter(weight.detach().float()) if has_masters else weight for weight in weights}
     for group in groups:
@@ -177,7 +177,7 @@ def by_torch(
 
 def _by_autocast(model: Baseline, config: Config, device: torch.device, compile_backend: str | None) -> Update:
     parameters = list(model.parameters())
-    optimizer = make_optimizer(param_groups(model, config.optim.weight_decay), config.optim)
+    optimizer = make_optimizer(param_groups(model, config.optim), config.optim)
 
     def update(batches: list[Rows]) -> float:
         optimizer.zero_grad()

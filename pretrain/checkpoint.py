@@ -29,9 +29,8 @@ from pretrain.checkpoint_files import (
 )
 from pretrain.config import CheckpointSection
 from pretrain.distributed import Ranks
-from pretrain.engine import MASTER, Engine
+from pretrain.engine import Engine
 from pretrain.errors import CheckpointError
-from pretrain.optim import moment_names
 from pretrain.tensor_files import sync_folder, write_tensors, write_text
 
 logger = logging.getLogger("longhaul")
@@ -93,7 +92,7 @@ class Checkpoints:
         name = f"rank-{self.ranks.rank:05d}.safetensors"
         tensors, fragments = {}, []
         for fragment in engine.fragments():
-            fragments.append((fragment.name, fragment.start, fragment.length))
+            fragments.append((fragment.name, fragment.start, fragment.length, tuple(fragment.tensors)))
             for state, view in fragment.tensors.items():
                 tensors[tensor_key(fragment.name, state, fragment.start)] = view.detach().cpu().clone()
         num_bytes, sha256 = write_tensors(
@@ -104,19 +103,25 @@ class Checkpoints:
     def _manifest(self, engine: Engine, outcomes: list[dict], step: int, training: dict, about: dict) -> dict[str, Any]:
         shapes = engine.parameter_shapes()
         pieces: dict[str, list[Piece]] = {name: [] for name in shapes}
+        problems = []
         for outcome in outcomes:
-            for name, start, length in outcome["fragments"]:
+            for name, start, length, states in outcome["fragments"]:
                 pieces[name].append(Piece(outcome["file"], start, length))
-        if problems := find_uncovered(shapes, pieces):
-            raise CheckpointError(f"state is missing: {'; '.join(problems)}")
+                problems += [f"'{name}' has no '{state}'" for state in engine.states[name] if state not in states]
+        if problems := problems + find_uncovered(shapes, pieces):
+            more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+            raise CheckpointError(f"state is missing: {'; '.join(problems[:3])}{more}")
         return {
             "format_version": FORMAT_VERSION,
             "step": step,
             "training": training | {"optimizer_step": engine.optimizer_step(), "loss_scale": engine.loss_scale_state()},
             "about": about | {"world_size": self.ranks.world_size, "zero_stage": engine.stage},
-            "states": [MASTER, *moment_names(engine.optim)],
             "parameters": {
-                name: {"shape": list(shape), "fragments": [list(asdict(piece).values()) for piece in pieces[name]]}
+                name: {
+                    "shape": list(shape),
+                    "states": list(engine.states[name]),
+                    "fragments": [list(asdict(piece).values()) for piece in pieces[name]],
+                }
                 for name, shape in shapes.items()
             },
             "files": {

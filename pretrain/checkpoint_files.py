@@ -20,7 +20,7 @@ import torch
 from pretrain.errors import CheckpointError
 from pretrain.tensor_files import TensorFile, sha256_of
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 _NAME = re.compile(r"step-(\d{8,})")
 
@@ -49,6 +49,13 @@ def manifest_digest(manifest: dict[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def _migrate_from_1(manifest: dict[str, Any]) -> None:
+    """Version 1 had one list of states for all parameters; since version 2 each has its own."""
+    states = manifest.pop("states")
+    for entry in manifest["parameters"].values():
+        entry["states"] = states
+
+
 @dataclass(frozen=True)
 class Piece:
     """Where flat elements [start, start + length) of a parameter are: the name of the file that holds them."""
@@ -73,22 +80,27 @@ class CheckpointReader:
             if self.manifest.pop("sha256") != manifest_digest(self.manifest):
                 raise ValueError("its sha256 is not the one that was written")
             version = self.manifest["format_version"]
+            if version not in (1, FORMAT_VERSION):
+                raise CheckpointError(
+                    f"{folder}: format version is {version}; expected at most {FORMAT_VERSION}. Use the Longhaul that "
+                    "wrote it."
+                )
+            if version == 1:
+                _migrate_from_1(self.manifest)
             self.shapes = {name: tuple(entry["shape"]) for name, entry in self.manifest["parameters"].items()}
             self._pieces = {
                 name: sorted((Piece(*piece) for piece in entry["fragments"]), key=lambda piece: piece.start)
                 for name, entry in self.manifest["parameters"].items()
             }
-            self.states: list[str] = self.manifest["states"]
+            self.states: dict[str, list[str]] = {
+                name: entry["states"] for name, entry in self.manifest["parameters"].items()
+            }
             self.training: dict[str, Any] = self.manifest["training"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(
                 f"{folder / MANIFEST}: is not readable ({error!r}); expected a checkpoint's manifest. "
                 "Use another checkpoint (--step), or remove this folder."
             ) from None
-        if version != FORMAT_VERSION:
-            raise CheckpointError(
-                f"{folder}: format version is {version}; expected {FORMAT_VERSION}. Use the Longhaul that wrote it."
-            )
 
     @cached_property
     def _files(self) -> dict[str, TensorFile]:
@@ -121,7 +133,7 @@ class CheckpointReader:
         Raises:
             CheckpointError: the checkpoint lacks the parameter, the state or part of the range.
         """
-        if name not in self._pieces or state not in self.states:
+        if state not in self.states.get(name, ()):
             raise CheckpointError(
                 f"{self.folder}: has no '{state}' of '{name}'; expected it for this model and optimizer. "
                 "Use the config that wrote it."

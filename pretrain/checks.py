@@ -13,6 +13,14 @@ from pretrain.errors import ConfigError
 from pretrain.families import resolve_shape
 from pretrain.schedule import num_decay_steps
 
+_OPTIMIZERS_WITH = {
+    "betas": "adamw adam muon lion",
+    "eps": "adamw adam muon rmsprop",
+    "alpha": "rmsprop",
+    "momentum": "muon sgd rmsprop",
+    "nesterov": "muon sgd",
+}
+
 
 @dataclass(frozen=True, slots=True)
 class Problem:
@@ -41,6 +49,7 @@ def check_options(config: Config, given: Set[str]) -> list[Problem]:
     ]
     rules = (
         _length_problems,
+        _optimizer_problems,
         _schedule_problems,
         _batch_problems,
         _evaluation_problems,
@@ -57,10 +66,11 @@ def idle_options(config: Config) -> dict[str, str]:
     """
     optimizer, shape = config.optim.name, config.schedule.name
     idle: dict[str, str] = {}
-    if optimizer == "rmsprop":
-        idle["optim.betas"] = "rmsprop has optim.alpha and optim.momentum instead."
-    else:
-        idle["optim.alpha"] = idle["optim.momentum"] = f"Only rmsprop has it, and optim.name is {optimizer}."
+    for option, users in _OPTIMIZERS_WITH.items():
+        if optimizer not in users.split():
+            *others, last = users.split()
+            who = f"{', '.join(others)} and {last} have" if others else f"{last} has"
+            idle[f"optim.{option}"] = f"Only {who} it, and optim.name is {optimizer}."
     if shape != "wsd":
         idle["schedule.decay_steps"] = f"Only wsd has it, and schedule.name is {shape}."
     if shape == "constant":
@@ -94,6 +104,14 @@ def _length_problems(config: Config) -> Iterator[Problem]:
             f"train.num_tokens is {train.num_tokens}; expected train.num_steps or train.num_tokens, not both. Drop one."
         )
         yield Problem("train.num_tokens", text)
+
+
+def _optimizer_problems(config: Config) -> Iterator[Problem]:
+    """Check that there is momentum where it is to be Nesterov's."""
+    optim = config.optim
+    if optim.nesterov and not optim.momentum and optim.name in _OPTIMIZERS_WITH["nesterov"].split():
+        text = f"optim.momentum is {optim.momentum}; expected above 0, because optim.nesterov is true. Use 0.9, or "
+        yield Problem("optim.momentum", text + "optim.nesterov=false.")
 
 
 def _schedule_problems(config: Config) -> Iterator[Problem]:

@@ -130,24 +130,52 @@ class DataSection(Section):
     prefetch_steps: Count = Field(2, description="Steps of rows that are read ahead of training.")
 
 
+class OptimGroupSection(Section):
+    """Parameters that learn at another rate or decay otherwise."""
+
+    match: str = Field(
+        min_length=1, description="Glob pattern of parameters' names, such as `embedding.*` or `blocks.0.*`."
+    )
+    lr_ratio: float = Field(1.0, ge=0, le=1000, description="Their rate relative to `optim.lr`; 0 freezes them.")
+    weight_decay: float | None = Field(
+        None, ge=0, le=10, description="Their decay, whatever they are. Null: as without this entry."
+    )
+
+
 class OptimSection(Section):
     """The optimizer. Weight decay applies to matrices only, never to norms, biases or learned positions."""
 
-    name: Literal["adamw", "adam", "rmsprop"] = Field("adamw", description="Optimizer.")
+    name: Literal["adamw", "adam", "muon", "lion", "sgd", "rmsprop"] = Field("adamw", description="Optimizer.")
     lr: float = Field(gt=0, le=1, description="Peak learning rate.")
     betas: tuple[Probability, Probability] = Field(
-        (0.9, 0.95), description="Adam's and AdamW's decay rates of the first and second moment."
+        default_factory=lambda data: (0.9, 0.99) if data.get("name") == "lion" else (0.9, 0.95),
+        json_schema_extra={"default": [0.9, 0.95]},
+        description="Decay rates: of the first and second moment in AdamW, Adam and the AdamW part of Muon; of Lion's "
+        "update and momentum, where the default is [0.9, 0.99].",
     )
     eps: float = Field(1e-8, gt=0, le=1e-2, description="Added to the root of the second moment.")
     alpha: Probability = Field(0.99, description="RMSprop's decay rate of the second moment.")
-    momentum: Probability = Field(0.0, description="RMSprop's momentum.")
+    momentum: Probability = Field(
+        default_factory=lambda data: 0.95 if data.get("name") == "muon" else 0.0,
+        json_schema_extra={"default": 0.0},
+        description="Momentum of Muon, SGD and RMSprop. Muon's default is 0.95.",
+    )
+    nesterov: Bool = Field(
+        default_factory=lambda data: data.get("name") == "muon",
+        json_schema_extra={"default": False},
+        description="Nesterov's form of momentum, in Muon and SGD. Muon's default is true.",
+    )
     weight_decay: float = Field(
         0.1,
         ge=0,
         le=10,
-        description="Decay of matrices: decoupled in AdamW, added to the gradient in Adam and RMSprop.",
+        description="Decay of matrices: decoupled in AdamW, Muon and Lion, added to the gradient in Adam, SGD and "
+        "RMSprop.",
     )
     clip_norm: float = Field(1.0, ge=0, description="Largest global gradient norm; 0 does not clip.")
+    groups: list[OptimGroupSection] = Field(
+        [], description="Parameters with a rate or decay of their own; the first entry that matches a name counts."
+    )
 
 
 class ScheduleSection(Section):

@@ -31,6 +31,8 @@ from pretrain.batch_plan import BatchPlan
 from pretrain.config import Config
 from pretrain.distributed import Ranks, choose_device, export_rank_variables
 from pretrain.errors import ConfigError, TrainingError
+from pretrain.matrix_exchange import Held
+from pretrain.muon import Muon
 from pretrain.optim import create_state, make_optimizer, moment_names, param_groups
 
 MASTER = "master"
@@ -139,7 +141,7 @@ class Engine:
         """Wrap `model`, which is moved to this rank's device, cast and divided as the config says.
 
         Raises:
-            ConfigError: fp16 without a GPU.
+            ConfigError: fp16 without a GPU; an entry of `optim.groups` that applies to nothing.
         """
         import deepspeed
 
@@ -153,12 +155,20 @@ class Engine:
         self._shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
         model.to(ranks.device)
         settings = deepspeed_settings(config, plan, sum(math.prod(shape) for shape in self._shapes.values()))
-        optimizer = make_optimizer(param_groups(model, config.optim.weight_decay), config.optim)
+        groups = param_groups(model, config.optim)
+        self.states = {
+            name: (MASTER, *moment_names(config.optim, group)) for group in groups for name in group["names"]
+        }
+        self.frozen = [name for group in groups if group["lr_ratio"] == 0 for name in group["names"]]
+        optimizer = make_optimizer(groups, config.optim)
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=settings, dist_init_required=False
         )
         self._torch_optimizer = optimizer
         self._parameters = list(self._engine.module.named_parameters())
+        self._num_updates = 0
+        if isinstance(optimizer, Muon):
+            optimizer.place(self._flat_masters(), ranks.gather(self._held()), ranks.rank)
         for group in list(dist.distributed_c10d._world.pg_map):
             dist.distributed_c10d._set_pg_timeout(timedelta(seconds=config.parallel.timeout_seconds), group)
 
@@ -181,9 +191,12 @@ class Engine:
     def step(self, lr: float) -> StepResult:
         """Do the update after the step's last micro-step; a non-finite gradient on any rank skips it on all."""
         for group in self._torch_optimizer.param_groups:
-            group["lr"] = lr
-        if self.stage == 0:
-            return self._step_plain()
+            group["lr"] = lr * group["lr_ratio"]
+        result = self._step_plain() if self.stage == 0 else self._step_divided()
+        self._num_updates += result.applied
+        return result
+
+    def _step_divided(self) -> StepResult:
         self._engine.step()
         norm = self._engine.get_global_grad_norm()
         applied = self._engine.was_step_applied()
@@ -205,20 +218,48 @@ class Engine:
     def fragments(self) -> Iterator[Fragment]:
         """Yield what this rank owns, in the model's order; every element belongs to exactly one rank.
 
-        The optimizer's state is created first where it does not exist yet, so that it can be saved or filled.
+        Before the first update the optimizer's state is created, so that it can be saved or filled.
         """
-        flats = self._flat_masters()
-        create_state(self._torch_optimizer, flats, self.optim)
+        self._create_state()
         for index, (name, parameter) in enumerate(self._parameters):
             located = self._locate(index, parameter)
             if located is None:
                 continue
             flat, offset, start, length = located
-            state = self._torch_optimizer.state[flat]
-            tensors = {MASTER: flat.data.view(-1).narrow(0, offset, length)}
-            for moment in moment_names(self.optim):
-                tensors[moment] = state[moment].view(-1).narrow(0, offset, length)
+            tensors = {
+                state: tensor.view(-1).narrow(0, offset, length) for state, tensor in self._state_of(name, flat).items()
+            }
             yield Fragment(name, self._shapes[name], start, length, tensors)
+
+    def _create_state(self) -> None:
+        """Create the optimizer's state before its first update, so that it can be saved or filled."""
+        if self._num_updates:
+            return  # what is missing now was lost, and must not be saved as zeros
+        groups = self._torch_optimizer.param_groups
+        if self.stage == 0:
+            tensors = [(parameter, group) for group in groups for parameter in group["params"]]
+        elif self.stage == 3:  # a group may be cut into several flat tensors
+            of_flat = self._optimizer.sub_group_to_group_id
+            tensors = [(flat, groups[of_flat[index]]) for index, flat in enumerate(self._flat_masters())]
+        else:
+            tensors = list(zip(self._flat_masters(), groups, strict=True))
+        create_state(self._torch_optimizer, tensors, self.optim)
+
+    def _state_of(self, name: str, flat: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The tensors of a flat master that a parameter's states lie in; a missing one is left for the save to find."""
+        moments = self._torch_optimizer.state[flat]
+        return {MASTER: flat.data} | {state: moments[state] for state in self.states[name] if state in moments}
+
+    def _held(self) -> list[Held]:
+        """Where this rank's flat masters hold the parameters, in whole or in part."""
+        number = {id(flat): index for index, flat in enumerate(self._flat_masters())}
+        held = []
+        for index, (name, parameter) in enumerate(self._parameters):
+            located = (parameter, 0, 0, parameter.numel()) if self.stage == 0 else self._locate(index, parameter)
+            if located is not None:
+                flat, offset, start, length = located
+                held.append(Held(name, start, length, number[id(flat)], offset))
+        return held
 
     def _flat_masters(self) -> list[torch.Tensor]:
         if self.stage == 0:
@@ -252,11 +293,9 @@ class Engine:
         if self.stage > 0:
             yield from self.fragments()
             return
-        create_state(self._torch_optimizer, self._flat_masters(), self.optim)
+        self._create_state()
         for name, parameter in self._parameters:
-            state = self._torch_optimizer.state[parameter]
-            tensors = {MASTER: parameter.data.view(-1)}
-            tensors |= {moment: state[moment].view(-1) for moment in moment_names(self.optim)}
+            tensors = {state: tensor.view(-1) for state, tensor in self._state_of(name, parameter).items()}
             yield Fragment(name, self._shapes[name], 0, parameter.numel(), tensors)
 
     def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -264,14 +303,16 @@ class Engine:
         return dict(self._shapes)
 
     def optimizer_step(self) -> int:
-        """Updates that the optimizer itself has counted: skipped steps are not among them."""
-        states = self._torch_optimizer.state
-        return max((int(states[flat]["step"]) for flat in self._flat_masters() if states.get(flat)), default=0)
+        """Updates that the optimizer has done: skipped steps are not among them."""
+        return self._num_updates
 
     def finish_loading(self, optimizer_step: int) -> None:
         """After the fragments were filled: set the optimizer's own step and rebuild the weights from the masters."""
+        self._num_updates = optimizer_step
         for flat in self._flat_masters():
-            self._torch_optimizer.state[flat]["step"].fill_(optimizer_step)
+            state = self._torch_optimizer.state[flat]
+            if "step" in state:  # Adam and its kin count
+                state["step"].fill_(optimizer_step)
         if self.stage in (1, 2):
             self._optimizer.update_lp_params()
         elif self.stage == 3:

@@ -50,6 +50,8 @@ class Context:
 class Linear(nn.Linear):
     """A linear layer whose values are left for `Transformer.initialise` to set."""
 
+    stacked_rows: tuple[int, ...] = ()  # rows of each matrix, where the weight is several stacked for one product
+
     def reset_parameters(self) -> None:
         """Leave the parameters as they were allocated."""
 
@@ -110,6 +112,9 @@ class Attention(nn.Module):
         self.dropout, self.attention_dropout = shape.dropout, shape.attention_dropout
         qkv_dim = (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim
         self.qkv = Linear(shape.dim, qkv_dim, bias=shape.attention_bias)
+        self.qkv.stacked_rows = tuple(
+            n * shape.head_dim for n in (self.num_heads, self.num_kv_heads, self.num_kv_heads)
+        )
         self.output = Linear(shape.num_heads * shape.head_dim, shape.dim, bias=shape.attention_bias)
 
     def forward(self, x_BTD: Tensor, context: Context) -> Tensor:
@@ -142,6 +147,7 @@ class SwiGLUFeedForward(nn.Module):
         super().__init__()
         self.layer, self.dropout = layer, shape.dropout
         self.gate_up = Linear(shape.dim, 2 * shape.ffn_dim, bias=shape.ffn_bias)
+        self.gate_up.stacked_rows = (shape.ffn_dim, shape.ffn_dim)
         self.down = Linear(shape.ffn_dim, shape.dim, bias=shape.ffn_bias)
 
     def forward(self, x_BTD: Tensor, context: Context) -> Tensor:

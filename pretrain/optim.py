@@ -1,64 +1,147 @@
-"""Optimizers: which parameters decay, and the torch optimizer that DeepSpeed drives."""
+"""Optimizers: which parameters get which rate and decay, and the torch optimizer that DeepSpeed drives."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import difflib
+import re
+from collections.abc import Iterable, Sequence
+from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 from torch import nn
 
-from pretrain.config import OptimSection
+from pretrain.config import OptimGroupSection, OptimSection
+from pretrain.errors import ConfigError
+from pretrain.lion import Lion
+from pretrain.muon import Muon
+
+# Two-dimensional, but lookups or classifiers rather than maps between hidden states: Muon leaves them to AdamW.
+_NO_HIDDEN_MATRIX = ("embedding.", "position_embedding.", "output.")
 
 
-def param_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Divide the parameters into those that decay (matrices) and those that do not (norms, biases, positions).
+def param_groups(model: nn.Module, section: OptimSection) -> list[dict[str, Any]]:
+    """Divide the parameters into groups of the same rate, decay and rule of update.
 
-    Every parameter is in exactly one group; a group without parameters is left out.
+    Matrices decay; norms, biases and learned positions do not, unless `optim.groups` says so. With Muon the matrices
+    within the blocks are groups of their own, and `parts` tells of which matrices they are stacks.
+
+    Returns:
+        groups for `make_optimizer`, with `names` beside `params`; every parameter is in exactly one.
+    Raises:
+        ConfigError: an entry of `optim.groups` applies to no parameter.
     """
-    decaying: list[nn.Parameter] = []
-    plain: list[nn.Parameter] = []
+    _check_patterns(section.groups, [name for name, _ in model.named_parameters()])
+    stacks = {f"{name}.weight".lstrip("."): module.stacked_rows for name, module in model.named_modules()
+              if getattr(module, "stacked_rows", ())}  # fmt: skip
+    groups: dict[tuple, dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
-        is_matrix = parameter.dim() >= 2 and not name.startswith("position_embedding.")
-        (decaying if is_matrix else plain).append(parameter)
-    groups = [
-        {"params": decaying, "weight_decay": weight_decay},
-        {"params": plain, "weight_decay": 0.0},
-    ]
-    return [group for group in groups if group["params"]]
+        rule = _rule_of(name, section.groups)
+        is_matrix = parameter.dim() == 2
+        decay = section.weight_decay if is_matrix and not name.startswith("position_embedding.") else 0.0
+        if rule and rule.weight_decay is not None:
+            decay = rule.weight_decay
+        lr_ratio = rule.lr_ratio if rule else 1.0
+        is_hidden = is_matrix and not name.startswith(_NO_HIDDEN_MATRIX)
+        by_muon = section.name == "muon" and is_hidden
+        group = groups.setdefault((by_muon, lr_ratio, decay), {
+            "params": [], "names": [], "weight_decay": decay, "lr_ratio": lr_ratio, "lr": section.lr * lr_ratio,
+            "muon": by_muon, "parts": {},
+        })  # fmt: skip
+        group["params"].append(parameter)
+        group["names"].append(name)
+        if by_muon:
+            rows, cols = parameter.shape
+            group["parts"][name] = [(part, cols) for part in stacks.get(name, (rows,))]
+    return list(groups.values())
 
 
-def make_optimizer(groups: list[dict], section: OptimSection) -> torch.optim.Optimizer:
-    """Return torch's optimizer of that name over the groups.
+def _rule_of(name: str, rules: Sequence[OptimGroupSection]) -> OptimGroupSection | None:
+    """Return the first entry of `optim.groups` whose pattern matches the parameter's name."""
+    return next((rule for rule in rules if fnmatchcase(name, rule.match)), None)
+
+
+def _check_patterns(rules: Sequence[OptimGroupSection], names: Sequence[str]) -> None:
+    """Raise where an entry is the first to match for no parameter."""
+    used = [id(_rule_of(name, rules)) for name in names]
+    problems = []
+    for number, rule in enumerate(rules):
+        if id(rule) in used:
+            continue
+        if any(fnmatchcase(name, rule.match) for name in names):
+            advice = "All that it matches belongs to earlier entries: the first that matches counts. Move it up."
+        else:
+            kinds = list(dict.fromkeys(re.sub(r"^blocks\.\d+\.", "blocks.*.", name) for name in names))
+            near = difflib.get_close_matches(rule.match, kinds, n=3)
+            advice = f"Near it: {', '.join(near)}." if near else f"There are: {', '.join(kinds)}."
+        problems.append(
+            f"optim.groups.{number}.match is {rule.match}; expected a pattern that some parameter's name matches "
+            f"first. {advice}"
+        )
+    if problems:
+        raise ConfigError("\n".join(problems))
+
+
+def make_optimizer(groups: list[dict[str, Any]], section: OptimSection) -> torch.optim.Optimizer:
+    """Return the optimizer of that name over the groups: torch's own, except Muon and Lion.
 
     torch's fused Adam runs one kernel a group on CPU and GPU alike and needs no compiler at start-up, unlike
     DeepSpeed's own.
     """
-    if section.name == "adamw":
-        return torch.optim.AdamW(groups, lr=section.lr, betas=section.betas, eps=section.eps, fused=True)
-    if section.name == "adam":
-        return torch.optim.Adam(groups, lr=section.lr, betas=section.betas, eps=section.eps, fused=True)
-    return torch.optim.RMSprop(
-        groups, lr=section.lr, alpha=section.alpha, eps=section.eps, momentum=section.momentum, foreach=True
-    )
+    lr, betas, eps = section.lr, section.betas, section.eps
+    match section.name:
+        case "adamw":
+            return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
+        case "adam":
+            return torch.optim.Adam(groups, lr=lr, betas=betas, eps=eps, fused=True)
+        case "muon":
+            return Muon(groups, lr, betas, eps, section.momentum, section.nesterov)
+        case "lion":
+            return Lion(groups, lr, betas)
+        case "sgd":
+            return torch.optim.SGD(groups, lr=lr, momentum=section.momentum, nesterov=section.nesterov, foreach=True)
+        case "rmsprop":
+            return torch.optim.RMSprop(
+                groups, lr=lr, alpha=section.alpha, eps=eps, momentum=section.momentum, foreach=True
+            )
 
 
-def moment_names(section: OptimSection) -> tuple[str, ...]:
-    """Names of the state tensors that the optimizer keeps for each weight, each of the weight's shape, fp32."""
-    if section.name in ("adamw", "adam"):
-        return ("exp_avg", "exp_avg_sq")
-    return ("square_avg", "momentum_buffer") if section.momentum > 0 else ("square_avg",)
+def moment_names(section: OptimSection, group: dict[str, Any]) -> tuple[str, ...]:
+    """Names of the state tensors kept for each weight of a group, each of the weight's shape, fp32."""
+    momentum = ("momentum_buffer",) if section.momentum > 0 else ()
+    match section.name:
+        case "muon" if group["muon"]:
+            return ("momentum_buffer",)
+        case "adamw" | "adam" | "muon":
+            return ("exp_avg", "exp_avg_sq")
+        case "lion":
+            return ("exp_avg",)
+        case "sgd":
+            return momentum
+        case "rmsprop":
+            return ("square_avg", *momentum)
 
 
-def create_state(optimizer: torch.optim.Optimizer, parameters: Iterable[torch.Tensor], section: OptimSection) -> None:
-    """Create the state of every parameter as the optimizer itself would at its first step.
+def create_state(
+    optimizer: torch.optim.Optimizer, tensors: Iterable[tuple[torch.Tensor, dict[str, Any]]], section: OptimSection
+) -> None:
+    """Create the state of every tensor as the optimizer itself would at its first step.
 
     torch creates it lazily, so before the first step there is nothing that a checkpoint could be loaded into.
+
+    Args:
+        optimizer: whose state is filled in where there is none.
+        tensors: what it updates, each with its group.
+        section: the config's `optim`.
     """
-    on_device = section.name in ("adamw", "adam")  # the fused ones keep `step` beside the parameter
-    for parameter in parameters:
-        state = optimizer.state[parameter]
+    for tensor, group in tensors:
+        state = optimizer.state[tensor]
         if state:
             continue
-        state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device if on_device else "cpu")
-        for name in moment_names(section):
-            state[name] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+        names = moment_names(section, group)
+        if "exp_avg_sq" in names:  # the fused ones count their steps beside the parameter
+            state["step"] = torch.zeros((), dtype=torch.float32, device=tensor.device)
+        elif section.name == "rmsprop":
+            state["step"] = torch.zeros((), dtype=torch.float32)
+        for name in names:
+            state[name] = torch.zeros_like(tensor, memory_format=torch.preserve_format)

@@ -20,7 +20,12 @@ _SCALES = (1.0, -0.5, 0.25)  # of the gradients of the test's steps: exact in bf
 
 
 class _Probe(nn.Module):
-    """A matrix and a vector whose gradients are constants times the input."""
+    """A matrix and a vector whose gradients are constants times the input.
+
+    Muon takes the matrix for one within a block, made of two that are stacked.
+    """
+
+    stacked_rows = (4, 12)
 
     def __init__(self) -> None:
         super().__init__()
@@ -37,17 +42,23 @@ class _Probe(nn.Module):
         return scale * ((self.weight * weight_gradient).float().sum() + (self.bias * bias_gradient).float().sum())
 
 
-def _reference(config: Config) -> dict[str, torch.Tensor]:
-    """The same steps by torch alone, in fp32 on the CPU."""
-    probe = _Probe()
-    optimizer = make_optimizer(param_groups(probe, config.optim.weight_decay), config.optim)
+def _with_own_groups(config: Config) -> Config:
+    """Replace the patterns of `optim.groups`, which name the model's parameters, by one of the probe's."""
+    groups = [rule.model_copy(update={"match": "bias"}) for rule in config.optim.groups[:1]]
+    return config.model_copy(update={"optim": config.optim.model_copy(update={"groups": groups})})
+
+
+def _reference(config: Config, device: torch.device) -> dict[str, torch.Tensor]:
+    """The same steps by the optimizer alone, in fp32 on one device, without DeepSpeed."""
+    probe = _Probe().to(device)
+    optimizer = make_optimizer(param_groups(probe, config.optim), config.optim)
     for scale in _SCALES:
         for parameter, gradient in zip((probe.weight, probe.bias), probe.constants(), strict=True):
-            parameter.grad = gradient * scale
+            parameter.grad = gradient.to(device) * scale
         if config.optim.clip_norm > 0:
             torch.nn.utils.clip_grad_norm_(probe.parameters(), config.optim.clip_norm)
         optimizer.step()
-    return {name: parameter.detach().reshape(-1) for name, parameter in probe.named_parameters()}
+    return {name: parameter.detach().reshape(-1).cpu() for name, parameter in probe.named_parameters()}
 
 
 def check_optimizer(config: Config, plan: BatchPlan, ranks: Ranks) -> None:
@@ -56,6 +67,7 @@ def check_optimizer(config: Config, plan: BatchPlan, ranks: Ranks) -> None:
     Raises:
         TrainingError: on all ranks, if any weight is elsewhere.
     """
+    config = _with_own_groups(config)
     engine = Engine(_Probe(), config, plan, ranks)
     for scale in _SCALES:
         for micro_step in range(plan.num_micro_steps):
@@ -63,14 +75,16 @@ def check_optimizer(config: Config, plan: BatchPlan, ranks: Ranks) -> None:
             if micro_step < plan.num_micro_steps - 1:
                 engine.end_micro_step()
         engine.step(config.optim.lr)
-    expected = _reference(config)
+    expected = _reference(config, ranks.device)
     worst = 0.0
     for fragment in engine.fragments():
         own = fragment.tensors[MASTER].cpu()
         wanted = expected[fragment.name][fragment.start : fragment.start + fragment.length]
         worst = max(worst, float((own - wanted).abs().max()))
     engine.close()
-    tolerance = 1e-3 * config.optim.lr + 1e-6
+    # Muon orthogonalises in bf16 on a GPU; one rounding there moves a weight by up to 0.01 of the rate.
+    is_coarse = config.optim.name == "muon" and ranks.device.type == "cuda"
+    tolerance = (5e-2 if is_coarse else 1e-3) * config.optim.lr + 1e-6
 
     def complain() -> None:
         if worst > tolerance:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
+from pydantic_core import PydanticUndefined
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
@@ -341,7 +342,9 @@ def _read_models(data: dict[str, Any]) -> tuple[Config | None, list[tuple[Option
         # JSON's strict mode: no text or bool for a number, but lists for tuples
         return Config.model_validate_json(json.dumps(data), strict=True), []
     except ValidationError as error:
-        found = error.errors(include_url=False, include_context=False)
+        # A default that depends on other options is missing where one of those is wrong, which is no problem by itself.
+        found = [item for item in error.errors(include_url=False, include_context=False)
+                 if item["input"] is not PydanticUndefined]  # fmt: skip
         return None, [(tuple(item["loc"]), item["type"], item["input"]) for item in found]
 
 

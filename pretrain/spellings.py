@@ -63,7 +63,12 @@ _SPELLINGS_OF = {
     "optim.betas": "adam_beta1 adam_beta2 beta1 beta2 beta_1 beta_2",
     "optim.eps": "adam_eps adam_epsilon epsilon",
     "optim.alpha": "rmsprop_alpha rho smoothing_constant",
+    "optim.momentum": "momentum_beta muon_momentum sgd_momentum",
+    "optim.nesterov": "muon_nesterov use_nesterov",
     "optim.weight_decay": "wd decay weight_decay_rate",
+    "optim.groups": "param_groups parameter_groups param_group_args group_overrides",
+    "optim.groups.*.match": "pattern regex param_name params parameters name_match",
+    "optim.groups.*.lr_ratio": "lr_mult lr_scale lr_multiplier lr_factor decoupled_lr head_lr_mult",
     "optim.clip_norm": "gradient_clipping clip_grad max_grad_norm grad_clip max_norm clip_grad_norm gradient_clip_val"
     " grad_clip_norm clip gradient_clip_norm",
     "schedule.name": "lr_decay_style lr_scheduler_type lr_scheduler decay_type lr_decay_type lr_schedule"
@@ -142,7 +147,7 @@ def suggest_option(name: str, known: Sequence[str]) -> str:
     inside = [option for option in known if option.rpartition(".")[0] == section]
     for close in (
         [option for option in SPELLINGS.get(word, []) if option in known],
-        [option for option in known if option.rpartition(".")[2] == word],
+        _same(word, known),
         _alike(word, inside),
         _alike(word, known),
     ):
@@ -150,6 +155,12 @@ def suggest_option(name: str, known: Sequence[str]) -> str:
             return f"Did you mean {_either(close)}?"
     names = ", ".join(sorted(option.rpartition(".")[2] for option in inside))
     return f"{section.removesuffix('.*') or 'A config'} has {names}."
+
+
+def _same(word: str, known: Sequence[str]) -> list[str]:
+    """Return the options whose last segment is `word`; one of a list only if its section does not have it itself."""
+    found = [option for option in known if option.rpartition(".")[2] == word]
+    return [option for option in found if "*" not in option or f"{option.partition('.')[0]}.{word}" not in found]
 
 
 def _alike(word: str, known: Sequence[str]) -> list[str]:

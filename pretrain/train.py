@@ -166,6 +166,8 @@ def open_run(
     )
     for event in events:
         run.event(*event)
+    if engine.frozen:
+        run.event("frozen", f"optim.groups has lr_ratio 0 for, and these stay as they are: {', '.join(engine.frozen)}")
     action = f"going on after step {progress.step}" if training else "starting"
     run.event("start", f"{action}: {ranks.world_size} ranks on {ranks.device.type}, ZeRO stage {engine.stage}, "
               f"{config.train.precision}, {plan.tokens_per_step} tokens a step, {plan.num_steps} steps")  # fmt: skip

@@ -22,9 +22,9 @@ BENCHMARKS = sorted(path.relative_to(ROOT) for path in (ROOT / "benchmarks").glo
 # A module imports modules of lower tiers only. `kernels` is below all of them.
 TIERS = (
     "errors config spellings hardware start_clock",
-    "config_docs schedule batch_plan packing families console tokenizer source_files",
+    "config_docs schedule batch_plan packing families console tokenizer source_files matrix_exchange lion",
     "checks explain sentencepiece_model varied_texts table_files token_files shards tensor_files distributed layers"
-    " family_table model_card",
+    " family_table model_card muon",
     "settings sentencepiece_tokenizer row_table model optim checkpoint_files shard_reader journal sources",
     "data_plan engine metrics guard hf_tokenizer",
     "checkpoint stream tokenizer_files tokenizer_trial source_sample",
@@ -39,6 +39,7 @@ TIER_OF = {module: tier for tier, modules in enumerate(TIERS) for module in modu
 FILE_OF_LIBRARY = {
     "deepspeed": "pretrain/engine.py",
     "pyarrow": "pretrain/table_files.py",
+    "pydantic_core": "pretrain/settings.py",
     "ruamel": "pretrain/settings.py",
     "safetensors": "pretrain/tensor_files.py",
     "sentencepiece": "pretrain/sentencepiece_tokenizer.py",
@@ -61,7 +62,7 @@ MAX_COMMAND_LINES = 70
 MAX_OPTIONS = 150
 
 # Words by which code calls a section, beside its own name and `section`.
-SECTION_WORDS = {"data.sources.*": {"source"}, "eval": {"evaluation"}}
+SECTION_WORDS = {"data.sources.*": {"source"}, "optim.groups.*": {"rule"}, "eval": {"evaluation"}}
 
 
 @cache

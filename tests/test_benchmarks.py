@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import norms, prepare, reading, startup, step, table, updates
+from benchmarks import norms, optimizers, prepare, reading, startup, step, table, updates
 from benchmarks.baseline import Baseline
 from benchmarks.record import Record
 from pretrain.families import num_parameters
@@ -276,3 +276,11 @@ def test_bytes_that_differ_fail_the_benchmark(
     )
     assert prepare.main(["--megabytes", "0.3", "--vocab-size", "400", "--processes", "1", "2"]) == 1
     assert "THE BYTES DIFFER" in capsys.readouterr().out
+
+
+def test_optimizers_are_timed(capsys: pytest.CaptureFixture[str]) -> None:
+    model = ["model.dim=32", "model.num_layers=1", "model.num_heads=2", "model.num_kv_heads=2"]
+    assert optimizers.main([str(ROOT / "configs/quickstart.yaml"), *model, "--repeats", "2"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[1:]] == list(optimizers.NAMES)
+    assert all(float(line.split()[1]) > 0 and line.endswith(" ms") for line in lines[1:])

@@ -39,8 +39,9 @@ def folder(tmp_path):
         num_bytes, sha256 = write_tensors(path / name, tensors, {})
         files[name] = {"bytes": num_bytes, "sha256": sha256}
         pieces.append([name, start, length])
-    manifest = {"format_version": FORMAT_VERSION, "step": 12, "training": {}, "about": {}, "states": ["master", "exp_avg"],
-                "parameters": {"w": {"shape": [4, 6], "fragments": pieces[::-1]}}, "files": files}  # fmt: skip
+    manifest = {"format_version": FORMAT_VERSION, "step": 12, "training": {}, "about": {},
+                "parameters": {"w": {"shape": [4, 6], "states": ["master", "exp_avg"], "fragments": pieces[::-1]}},
+                "files": files}  # fmt: skip
     seal(path, manifest)
     return path
 
@@ -93,9 +94,22 @@ def test_a_changed_manifest_is_refused(folder):
         CheckpointReader(folder)
 
 
+def test_version_1_had_one_list_of_states(folder):
+    manifest = CheckpointReader(folder).manifest
+    manifest["parameters"]["w"].pop("states")
+    seal(folder, manifest | {"format_version": 1, "states": ["master", "exp_avg"]})
+    reader = CheckpointReader(folder)
+    reader.verify()
+    assert reader.states == {"w": ["master", "exp_avg"]}
+    assert torch.equal(reader.read_whole("w", "exp_avg"), WHOLE.view(4, 6) * 10)
+
+
 def test_a_newer_format_is_refused(folder):
-    seal(folder, CheckpointReader(folder).manifest | {"format_version": FORMAT_VERSION + 1})
-    with pytest.raises(CheckpointError, match=f"format version is {FORMAT_VERSION + 1}; expected {FORMAT_VERSION}"):
+    manifest = {"format_version": FORMAT_VERSION + 1, "parameters": {"w": {"something": "else"}}}
+    seal(folder, manifest)
+    with pytest.raises(
+        CheckpointError, match=f"format version is {FORMAT_VERSION + 1}; expected at most {FORMAT_VERSION}"
+    ):
         CheckpointReader(folder)
 
 

@@ -38,8 +38,14 @@ def test_a_good_config_has_no_problem() -> None:
     ("changes", "option", "reason"),
     [
         ({}, "optim.alpha", "Only rmsprop has it, and optim.name is adamw."),
-        ({"optim__name": "adam"}, "optim.momentum", "Only rmsprop has it, and optim.name is adam."),
-        ({"optim__name": "rmsprop"}, "optim.betas", "rmsprop has optim.alpha and optim.momentum instead."),
+        ({"optim__name": "adam"}, "optim.momentum", "Only muon, sgd and rmsprop have it, and optim.name is adam."),
+        ({"optim__name": "lion"}, "optim.nesterov", "Only muon and sgd have it, and optim.name is lion."),
+        ({"optim__name": "sgd"}, "optim.eps", "Only adamw, adam, muon and rmsprop have it, and optim.name is sgd."),
+        (
+            {"optim__name": "rmsprop"},
+            "optim.betas",
+            "Only adamw, adam, muon and lion have it, and optim.name is rmsprop.",
+        ),
         ({}, "schedule.decay_steps", "Only wsd has it, and schedule.name is cosine."),
         ({"schedule__name": "constant"}, "schedule.final_lr_ratio", "The rate of a constant schedule does not fall."),
         ({"eval__every_steps": 5}, "eval.min_delta", "It belongs to early stopping, and eval.patience is 0."),
@@ -70,7 +76,34 @@ def test_options_that_would_do_nothing(changes: dict[str, Any], option: str, rea
 
 def test_options_that_do_something_are_not_idle() -> None:
     config = config_of(optim__name="rmsprop", schedule__name="wsd", eval__every_steps=5, eval__patience=2)
-    assert sorted(idle_options(config)) == ["optim.betas"]
+    assert sorted(idle_options(config)) == ["optim.betas", "optim.nesterov"]
+    assert sorted(idle_options(config_of(optim__name="muon"))) == [
+        "eval.min_delta", "optim.alpha", "schedule.decay_steps",
+    ]  # fmt: skip
+    assert "optim.momentum" not in idle_options(config_of(optim__name="sgd"))
+
+
+def test_defaults_are_the_optimizers_own() -> None:
+    own = {
+        name: (optim.betas, optim.momentum, optim.nesterov)
+        for name in ("adamw", "muon", "lion", "sgd", "rmsprop")
+        for optim in [config_of(optim__name=name).optim]
+    }
+    assert own == {
+        "adamw": ((0.9, 0.95), 0.0, False),
+        "muon": ((0.9, 0.95), 0.95, True),
+        "lion": ((0.9, 0.99), 0.0, False),
+        "sgd": ((0.9, 0.95), 0.0, False),
+        "rmsprop": ((0.9, 0.95), 0.0, False),
+    }
+    assert config_of(optim__name="muon", optim__momentum=0.9).optim.momentum == 0.9
+
+
+def test_nesterov_needs_momentum() -> None:
+    text = "optim.momentum is 0.0; expected above 0, because optim.nesterov is true. Use 0.9, or optim.nesterov=false."
+    assert texts_of(config_of(optim__name="sgd", optim__nesterov=True)) == [("optim.momentum", text)]
+    assert texts_of(config_of(optim__name="sgd", optim__nesterov=True, optim__momentum=0.9)) == []
+    assert texts_of(config_of(optim__name="muon", optim__momentum=0.0)) == [("optim.momentum", text)]
 
 
 def test_length_is_given_once() -> None:

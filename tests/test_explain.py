@@ -18,7 +18,7 @@ def test_long_values_are_cut() -> None:
 
 def test_the_fix_fits_the_value() -> None:
     assert explain(("optim", "name"), "literal_error", "AdamW").endswith(" Use adamw.")
-    assert explain(("optim", "name"), "literal_error", 3).endswith("adam or rmsprop.")
+    assert explain(("optim", "name"), "literal_error", 3).endswith("sgd or rmsprop.")
     assert explain(("train", "deterministic"), "bool_type", "off").endswith(" Write false.")
     assert explain(("optim", "lr"), "float_type", "3e-4").endswith(" Drop the quotes.")
     assert explain(("optim", "lr"), "float_type", "high").endswith("at most 1.")

@@ -78,7 +78,7 @@ KINDS = [("fp32", 0), ("fp32", 1), ("fp32", 2), ("fp32", 3), ("bf16", 0), ("bf16
 
 def same_tensors(one, other):
     for name in one.shapes:
-        for state in one.states:
+        for state in one.states[name]:
             assert torch.equal(one.read_whole(name, state), other.read_whole(name, state)), (name, state)
 
 
@@ -137,7 +137,9 @@ def test_steps_that_are_not_finite_are_skipped_or_end_the_run(tiny_config, tmp_p
         assert reader.training["progress"]["num_skipped"] == 2
         assert reader.training["optimizer_step"] == 18
         assert all(
-            bool(torch.isfinite(reader.read_whole(name, s)).all()) for name in reader.shapes for s in reader.states
+            bool(torch.isfinite(reader.read_whole(name, s)).all())
+            for name in reader.shapes
+            for s in reader.states[name]
         )
         bad = outcomes[2 * index + 1]
         assert bad.startswith("TrainingError: step 7: gradients are not finite for 3 steps in a row"), bad
@@ -179,7 +181,7 @@ def test_the_self_test_notices_another_optimizer_at_every_stage(tiny_config, tmp
     cases = [
         {"overrides": [f"run.dir={tmp_path}/{name}-{stage}", f"optim={{name: {name}, lr: 1e-3}}",
                        f"parallel.zero_stage={stage}", "train.micro_batch_size=8"], "sabotage": True}
-        for name in ("adamw", "rmsprop") for stage in STAGES
+        for name in ("adamw", "rmsprop", "muon", "lion") for stage in STAGES
     ]  # fmt: skip
     outcomes = run_cases(tiny_config, cases, 2, tmp_path / "ranks")
     for case, outcome in zip(cases, outcomes, strict=True):

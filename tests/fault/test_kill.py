@@ -66,7 +66,7 @@ def test_a_run_killed_at_any_step_goes_on_bit_for_bit(tiny_config, tmp_path, und
     assert [line["step"] for line in metric_lines(run) if "loss" in line] == list(range(1, 61))
     one, other = newest(run), newest(undisturbed)
     for name in one.shapes:
-        for state in one.states:
+        for state in one.states[name]:
             assert torch.equal(one.read_whole(name, state), other.read_whole(name, state)), (name, state)
     assert not list((run / "checkpoints").glob(".tmp-*"))
 

@@ -1,8 +1,8 @@
 """Runs training cases one after the other in one start of the ranks, since a DeepSpeed start costs 10 s and more.
 
 Started by the tests on every rank: `cases.py CONFIG CASES.json`. CASES.json holds a list of
-{"overrides": [...], and by choice "signal_at", "signal_rank", "poison", "damage", "fail_save"}. What a case leaves behind is in its
-run folder.
+{"overrides": [...], and by choice "signal_at", "signal_rank", "poison", "damage", "fail_save", "lose_state"}. What a
+case leaves behind is in its run folder.
 """
 
 from __future__ import annotations
@@ -45,6 +45,15 @@ def run_case(case: dict, config_path: str, ranks) -> str:
             return save(self, engine, step, *rest)
 
         train_module.Checkpoints.save = failing_save
+    if "lose_state" in case:  # the last rank's optimizer lacks a state when it saves
+
+        def incomplete_save(self, engine, *rest):
+            if ranks.rank == ranks.world_size - 1:
+                for state in engine._torch_optimizer.state.values():
+                    state.pop(case["lose_state"], None)
+            return save(self, engine, *rest)
+
+        train_module.Checkpoints.save = incomplete_save
     if "sabotage" in case:  # DeepSpeed is handed another optimizer than the one that was asked for
         engine_module.make_optimizer = lambda groups, section: torch.optim.SGD(groups, lr=section.lr)
     original = train_module.train_step
