@@ -40,6 +40,12 @@ class KVCache:
             for _ in range(shape.num_layers)
         )
 
+    def keep(self, rows_B: Tensor) -> None:
+        """Keep these rows, int64 numbers, and forget the others."""
+        self.start_B = self.start_B[rows_B]
+        for layer in self.layers:
+            layer.k_BSKC, layer.v_BSKC = layer.k_BSKC[rows_B], layer.v_BSKC[rows_B]
+
 
 class _LayerCache:
     """The part of a `KVCache` that belongs to one block."""
@@ -106,13 +112,15 @@ class Transformer(nn.Module):
     def forward(
         self,
         tokens_BT: Tensor,
-        targets_BT: Tensor,
-        doc_start_BT: Tensor,
+        targets_BT: Tensor | None = None,
+        doc_start_BT: Tensor | None = None,
         row_ids_B: Tensor | None = None,
         step: int = 0,
         per_token: bool = False,
+        cache: KVCache | None = None,
+        last_only: bool = False,
     ) -> Tensor:
-        """Compute the loss of a batch.
+        """Compute the loss of a batch, or `logits` where there are no targets.
 
         Args:
             tokens_BT: int64 token ids.
@@ -121,10 +129,13 @@ class Transformer(nn.Module):
             row_ids_B: int64, the global number of each row, which keys dropout; None: no dropout.
             step: of training, which keys dropout.
             per_token: return the loss of each token, without gradients, instead of the sum.
+            cache, last_only: for `logits`.
 
         Returns:
             fp32 nats: the sum over the scored tokens, or `[B, T]`.
         """
+        if targets_BT is None or doc_start_BT is None:
+            return self._logits(tokens_BT, cache, last_only)
         key = DropoutKey(self.seed, step, row_ids_B) if self.training and row_ids_B is not None else None
         hidden_BTD = self._hidden(tokens_BT, doc_start_BT, self._positions(doc_start_BT, 0), key, None)
         return self.output(hidden_BTD, targets_BT, per_token)
@@ -151,6 +162,10 @@ class Transformer(nn.Module):
         Returns:
             fp32 `[B, T, V]`, or `[B, 1, V]`; V without padding.
         """
+        # Through __call__, so that ZeRO-3's hooks on the whole model run too.
+        return self(tokens_BT, cache=cache, last_only=last_only)
+
+    def _logits(self, tokens_BT: Tensor, cache: KVCache | None, last_only: bool) -> Tensor:
         num_past = 0 if cache is None else cache.num_used
         slot_T = torch.arange(num_past, num_past + tokens_BT.shape[1], device=tokens_BT.device)
         start_B1 = torch.zeros_like(tokens_BT[:, :1]) if cache is None else cache.start_B[:, None]

@@ -22,12 +22,12 @@ BENCHMARKS = sorted(path.relative_to(ROOT) for path in (ROOT / "benchmarks").glo
 # A module imports modules of lower tiers only. `kernels` is below all of them.
 TIERS = (
     "errors config spellings hardware",
-    "config_docs schedule batch_plan packing families console",
+    "config_docs schedule batch_plan packing families console generate_options",
     "checks explain tokenizer sources shards tensor_files distributed layers family_table model_card",
-    "settings hf_tokenizer row_table model optim checkpoint_files shard_reader journal workers",
-    "data_plan engine metrics guard",
+    "settings hf_tokenizer row_table model optim checkpoint_files shard_reader journal workers sampling",
+    "data_plan engine metrics guard generate",
     "checkpoint stream run_folder",
-    "evaluate generate hf_export self_test",
+    "evaluate hf_export self_test samples",
     "train prepare convert quickstart",
 )
 TIER_OF = {module: tier for tier, modules in enumerate(TIERS) for module in modules.split()}

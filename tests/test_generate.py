@@ -12,8 +12,10 @@ from launch import generate as command
 from pretrain.config import ModelSection
 from pretrain.errors import CheckpointError, ConfigError
 from pretrain.families import resolve_shape
-from pretrain.generate import GenerateOptions, _choose, generate
+from pretrain.generate import generate
+from pretrain.generate_options import GenerateOptions
 from pretrain.model import Transformer
+from pretrain.sampling import choose_tokens
 
 ROOT = Path(__file__).resolve().parent.parent
 SEQ_LEN = 32
@@ -111,7 +113,7 @@ def test_stops_with_a_reason_when_the_context_is_full(family, prompt):
 
 def test_a_prompt_that_fills_the_context_is_refused():
     with pytest.raises(
-        ConfigError, match=r"--prompt is 32 tokens .* expected fewer than data.seq_len \(32\). Shorten it by at least 1"
+        ConfigError, match=r"--prompt \(number 2\) is 32 tokens .* expected fewer than data.seq_len \(32\). Shorten it by at least 1"
     ):
         generate(build(), Characters(), ["a", "a" * (SEQ_LEN - 1)], GREEDY)
 
@@ -121,9 +123,9 @@ def test_no_prompts_give_no_completions():
 
 
 def draw(logits, times=4000, **options):
-    generator = torch.Generator().manual_seed(0)
-    chosen = [_choose(torch.tensor(logits), generator, GenerateOptions(**options)) for _ in range(times)]
-    return [chosen.count(token) / times for token in range(len(logits))]
+    uniform = torch.rand(times, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    chosen = choose_tokens(torch.tensor(logits).expand(times, -1), uniform, GenerateOptions(**options))
+    return (torch.bincount(chosen, minlength=len(logits)) / times).tolist()
 
 
 def test_temperature_divides_the_logits():
