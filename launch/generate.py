@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         is_live = sys.stdout.isatty() if arguments.stream is None else arguments.stream
         printer = None if arguments.json else TextPrinter(prompts, is_live)
         model = run.model.to(best_device())
-        completions = generate(model, run.tokenizer, prompts, options, printer and printer.add)
+        completions = generate(model, run.tokenizer, prompts, options, printer.add if printer else None)
     except LonghaulError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_status

@@ -86,8 +86,10 @@ def generate(
     return [row.completion for row in rows]
 
 
-def encode_prompts(tokenizer: Tokenizer, prompts: Sequence[str], seq_len: int) -> list[list[int]]:
-    """Return the ids of each prompt, as the beginning of a document.
+def encode_prompts(
+    tokenizer: Tokenizer, prompts: Sequence[str], seq_len: int, name: str = "--prompt"
+) -> list[list[int]]:
+    """Return the ids of each prompt, as the beginning of a document; `name` is what messages call them.
 
     Raises:
         ConfigError: a prompt leaves no room for a token.
@@ -97,7 +99,7 @@ def encode_prompts(tokenizer: Tokenizer, prompts: Sequence[str], seq_len: int) -
         if len(ids) >= seq_len:
             which = "" if len(prompts) == 1 else f" (number {number})"
             raise ConfigError(
-                f"--prompt{which} is {len(ids)} tokens with the beginning of the document; expected fewer than "
+                f"{name}{which} is {len(ids)} tokens with the beginning of the document; expected fewer than "
                 f"data.seq_len ({seq_len}). Shorten it by at least {len(ids) - seq_len + 1} tokens."
             )
     return prompt_ids

@@ -1,4 +1,4 @@
-"""How text is sampled and what it goes on from: options, their command line, prompts. Without torch: `--help` is quick."""
+"""How text is sampled and what it goes on from: options, command line, prompts. Without torch: `--help` is quick."""
 
 from __future__ import annotations
 
@@ -16,9 +16,7 @@ from pretrain.errors import ConfigError
 
 def _option(default: Any, meaning: str, accepts: Callable[[Any], bool], rule: str, fix: str) -> Any:
     """Declare an option: `rule` and `fix` are for the message when `accepts` says no to a value."""
-    return dataclasses.field(
-        default=default, metadata={"help": meaning, "accepts": accepts, "rule": rule, "fix": fix}
-    )
+    return dataclasses.field(default=default, metadata={"help": meaning, "accepts": accepts, "rule": rule, "fix": fix})
 
 
 @dataclass(frozen=True)

@@ -32,13 +32,17 @@ class KVCache:
             dtype: of the model's activations.
         """
         self.start_B = start_B
-        self.num_used = 0
         self.num_slots = num_slots
         size = (len(start_B), num_slots, shape.num_kv_heads, shape.head_dim)
         self.layers = tuple(
-            _LayerCache(self, *(torch.zeros(size, dtype=dtype, device=start_B.device) for _ in range(2)))
+            _LayerCache(*(torch.zeros(size, dtype=dtype, device=start_B.device) for _ in range(2)))
             for _ in range(shape.num_layers)
         )
+
+    @property
+    def num_used(self) -> int:
+        """Slots that hold a token or padding, the same in every layer between two forward passes."""
+        return self.layers[0].num_used
 
     def keep(self, rows_B: Tensor) -> None:
         """Keep these rows, int64 numbers, and forget the others."""
@@ -48,14 +52,17 @@ class KVCache:
 
 
 class _LayerCache:
-    """The part of a `KVCache` that belongs to one block."""
+    """The part of a `KVCache` that belongs to one block.
 
-    def __init__(self, cache: KVCache, k_BSKC: Tensor, v_BSKC: Tensor) -> None:
-        self.cache, self.k_BSKC, self.v_BSKC = cache, k_BSKC, v_BSKC
+    It does not refer to the whole: a cycle would keep a GPU's memory until Python's collector comes by.
+    """
+
+    def __init__(self, k_BSKC: Tensor, v_BSKC: Tensor) -> None:
+        self.k_BSKC, self.v_BSKC, self.num_used = k_BSKC, v_BSKC, 0
 
     def extend(self, k_BTKC: Tensor, v_BTKC: Tensor) -> tuple[Tensor, Tensor]:
-        begin = self.cache.num_used
-        end = begin + k_BTKC.shape[1]
+        begin, self.num_used = self.num_used, self.num_used + k_BTKC.shape[1]
+        end = self.num_used
         self.k_BSKC[:, begin:end], self.v_BSKC[:, begin:end] = k_BTKC, v_BTKC
         return self.k_BSKC[:, :end], self.v_BSKC[:, :end]
 
@@ -173,8 +180,6 @@ class Transformer(nn.Module):
         doc_start_BT = torch.minimum(start_B1, slot_T)
         positions_BT = self._positions(doc_start_BT, num_past)
         hidden_BTD = self._hidden(tokens_BT, doc_start_BT, positions_BT, None, cache)
-        if cache is not None:
-            cache.num_used += tokens_BT.shape[1]
         return self.output(hidden_BTD[:, -1:] if last_only else hidden_BTD, None)
 
     def _positions(self, doc_start_BT: Tensor, first_slot: int) -> Tensor:

@@ -24,7 +24,7 @@ TIERS = (
     "errors config spellings hardware",
     "config_docs schedule batch_plan packing families console generate_options",
     "checks explain tokenizer sources shards tensor_files distributed layers family_table model_card",
-    "settings hf_tokenizer row_table model optim checkpoint_files shard_reader journal workers sampling",
+    "settings hf_tokenizer row_table model optim checkpoint_files shard_reader journal workers sampling tracking",
     "data_plan engine metrics guard generate",
     "checkpoint stream run_folder",
     "evaluate hf_export self_test samples",
@@ -41,6 +41,7 @@ FILE_OF_LIBRARY = {
     "tensorboard": "pretrain/metrics.py",
     "tokenizers": "pretrain/hf_tokenizer.py",
     "transformers": "pretrain/hf_export.py",
+    "wandb": "pretrain/tracking.py",
     "webdataset": "pretrain/shards.py",
     "zstandard": "pretrain/sources.py",
 }

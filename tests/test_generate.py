@@ -113,7 +113,8 @@ def test_stops_with_a_reason_when_the_context_is_full(family, prompt):
 
 def test_a_prompt_that_fills_the_context_is_refused():
     with pytest.raises(
-        ConfigError, match=r"--prompt \(number 2\) is 32 tokens .* expected fewer than data.seq_len \(32\). Shorten it by at least 1"
+        ConfigError,
+        match=r"--prompt \(number 2\) is 32 tokens .* expected fewer than data.seq_len \(32\). Shorten it by at least 1",
     ):
         generate(build(), Characters(), ["a", "a" * (SEQ_LEN - 1)], GREEDY)
 
