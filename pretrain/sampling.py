@@ -39,7 +39,7 @@ def choose_tokens(
     if options.temperature == 0:
         chosen_B = logits_BV.argmax(-1)
     else:
-        cumulative_BV = probabilities(logits_BV, options).cumsum(-1)
+        cumulative_BV = probabilities(logits_BV, options).cumsum_(-1)
         aim_B1 = uniform_B[:, None] * cumulative_BV[:, -1:]
         # The first token whose cumulative probability is above the aim: never one of probability 0.
         chosen_B = torch.searchsorted(cumulative_BV, aim_B1, right=True)[:, 0]
@@ -66,9 +66,9 @@ def probabilities(logits_BV: Tensor, options: GenerateOptions) -> Tensor:
     Source: Fan et al. 2018 (top-k), Holtzman et al. 2020 (top-p), Nguyen et al. 2024 (min-p); ties as in transformers:
         tokens equal to the k-th stay.
     """
-    scores_BV = logits_BV.double()
+    scores_BV = logits_BV.to(torch.float64, copy=True)
     # First the largest becomes 0: a tiny temperature then gives -inf for the others and never inf - inf.
-    scores_BV = (scores_BV - scores_BV.amax(-1, keepdim=True)) / options.temperature
+    scores_BV.sub_(scores_BV.amax(-1, keepdim=True)).div_(options.temperature)
     if 0 < options.top_k < scores_BV.shape[-1]:
         kth_B1 = scores_BV.topk(options.top_k, dim=-1).values[:, -1:]
         scores_BV.masked_fill_(scores_BV < kth_B1, -math.inf)
