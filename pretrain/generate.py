@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -106,12 +107,13 @@ def encode_prompts(
 
 
 def _generators(prompts: Sequence[str], seed: int) -> list[torch.Generator]:
-    """Seed each row by itself, so that its text is the same in any batch; a repeated prompt gives other text."""
+    """Seed each row by its prompt, so that its text is the same in any batch; a repeated prompt gives other text."""
     times: dict[str, int] = {}
     generators = []
     for prompt in prompts:
         times[prompt] = times.get(prompt, -1) + 1
-        generators.append(torch.Generator().manual_seed((seed + times[prompt] * 0x9E3779B97F4A7C15) % 2**63))
+        digest = hashlib.sha256(f"{seed}:{times[prompt]}:{prompt}".encode()).digest()
+        generators.append(torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1))
     return generators
 
 

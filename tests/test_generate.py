@@ -95,6 +95,12 @@ def test_seed_fixes_the_text_and_a_repeated_prompt_gets_another():
     assert generate(model, Characters(), ["ab"], GenerateOptions(max_new_tokens=10, seed=2))[0].ids != first.ids
 
 
+def test_prompts_do_not_share_their_random_numbers():
+    model = build(std=0.0)  # every token is equally probable
+    first, second = generate(model, Characters(), ["a", "b"], GenerateOptions(max_new_tokens=20))
+    assert sum(one == other for one, other in zip(first.ids, second.ids, strict=False)) < 5
+
+
 def test_stops_at_the_end_of_the_document():
     [completion] = generate(spell("abcdefgh"), Characters(), ["xyzab"], GenerateOptions(temperature=0))
     assert (completion.text, completion.ids, completion.finish) == ("cdefgh", list(b"cdefgh"), "eos")
