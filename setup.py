@@ -35,7 +35,7 @@ setup(
         "zstandard>=0.23,<1",
     ],
     extras_require={
-        "wandb": ["wandb>=0.19,<1"],
+        "wandb": ["wandb>=0.31,<1"],
         "test": [
             "datasets>=4,<6",
             "hypothesis>=6.100,<7",
@@ -44,7 +44,7 @@ setup(
             "pytest>=8.3,<10",
             "pytest-timeout>=2.3,<3",
             "ruff>=0.15,<1",
-            "wandb>=0.19,<1",
+            "wandb>=0.31,<1",
         ],
     },
     entry_points={"console_scripts": ["longhaul = launch.cli:main"]},

@@ -12,9 +12,16 @@ from pathlib import Path
 if sys.path[0] == str(Path(__file__).resolve().parent):  # run as a file: launch/ would shadow the package `pretrain`
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from pretrain.console import TextPrinter
+from pretrain.errors import LonghaulError
+from pretrain.generate_options import add_arguments, options_from, prompts_from
+
 EXAMPLES = """examples:
   python launch/generate.py runs/quickstart --prompt 'import '
-  python launch/generate.py runs/quickstart --prompt 'def ' --prompt 'class ' --temperature 0 --stop $'\\n\\n' --json"""
+  python launch/generate.py runs/quickstart --prompt 'def ' --num-samples 3 --temperature 0.8 --min-p 0.05
+  python launch/generate.py runs/quickstart --prompt 'def ' --temperature 0 --repetition-penalty 1.2 --stop $'\\n\\n'
+  python launch/generate.py runs/quickstart --prompt-file prompts.txt --batch-size 64 --top-p 0.9 --json > texts.json
+  grep '^def ' example.py | python launch/generate.py runs/quickstart --prompt-file - --max-new-tokens 32"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -24,37 +31,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("run", metavar="RUN", help="run folder")
     parser.add_argument("--step", type=int, help="checkpoint to use; the newest good one by default")
-    parser.add_argument("--prompt", action="append", required=True, help="text to go on from; may be repeated")
-    parser.add_argument("--max-new-tokens", type=int, default=128, help="tokens at most (%(default)s)")
-    parser.add_argument("--temperature", type=float, default=1.0, help="0: the most probable token (%(default)s)")
-    parser.add_argument("--top-k", type=int, default=0, help="sample from the k most probable; 0: all (%(default)s)")
-    parser.add_argument("--top-p", type=float, default=1.0, help="sample from this much probability (%(default)s)")
-    parser.add_argument("--seed", type=int, default=1, help="the same seed gives the same text (%(default)s)")
-    parser.add_argument("--stop", action="append", default=[], help="string that ends the text; may be repeated")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    add_arguments(parser)
     arguments = parser.parse_args(argv)
-    from pretrain.errors import LonghaulError
-    from pretrain.generate import GenerateOptions, generate
-    from pretrain.hardware import best_device
-    from pretrain.run_folder import load_run
-
-    given = {option.name: getattr(arguments, option.name) for option in dataclasses.fields(GenerateOptions)}
-    options = GenerateOptions(**given | {"stop": tuple(arguments.stop)})
     try:
-        options.check()  # before seconds are spent on loading
+        options, prompts = options_from(arguments), prompts_from(arguments)  # before seconds are spent on loading
+        from pretrain.generate import generate
+        from pretrain.hardware import best_device
+        from pretrain.run_folder import load_run
+
         run = load_run(arguments.run, arguments.step)
-        completions = generate(run.model.to(best_device()), run.tokenizer, arguments.prompt, options)
+        is_live = sys.stdout.isatty() if arguments.stream is None else arguments.stream
+        printer = None if arguments.json else TextPrinter(prompts, is_live)
+        model = run.model.to(best_device())
+        completions = generate(model, run.tokenizer, prompts, options, printer.add if printer else None)
     except LonghaulError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_status
     if arguments.json:
         print(json.dumps({"step": run.step, "completions": [dataclasses.asdict(item) for item in completions]}))
-        return 0
-    for item in completions:
-        print(item.prompt + item.text)
-        if item.finish == "context":
-            note = f"note: stopped at {run.config.data.seq_len} tokens, the length that the model was trained on"
-            print(note, file=sys.stderr)
+    num_full = sum(item.finish == "context" for item in completions)
+    if num_full and not arguments.json:
+        which = "" if len(completions) == 1 else f"{num_full} texts "
+        note = f"note: {which}stopped at {run.config.data.seq_len} tokens, the length that the model was trained on"
+        print(note, file=sys.stderr)
     return 0
 
 

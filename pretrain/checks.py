@@ -77,6 +77,9 @@ def idle_options(config: Config) -> dict[str, str]:
         idle["schedule.final_lr_ratio"] = "The rate of a constant schedule does not fall."
     if config.eval.patience == 0:
         idle["eval.min_delta"] = "It belongs to early stopping, and eval.patience is 0."
+    if config.eval.sample_every_steps == 0:
+        for name in ("sample_prompts", "sample_tokens", "sample_temperature"):
+            idle[f"eval.{name}"] = "It is for text sampled during training, and eval.sample_every_steps is 0."
     for number, source in enumerate(config.data.sources):
         if not source.paths:
             reason = "It is for reading raw text, and the source has no paths."

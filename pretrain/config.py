@@ -241,6 +241,14 @@ class EvalSection(Section):
         0, description="Stop early after this many evaluations without improvement. 0: never."
     )
     min_delta: float = Field(0.0, ge=0, description="Fall of the held-out loss that counts as improvement, in nats.")
+    sample_every_steps: CountOrZero = Field(
+        0, description="Steps between texts that the model writes into `samples/`; one more at the end. 0: none."
+    )
+    sample_prompts: list[str] = Field(
+        [""], min_length=1, description="What those texts go on from; an empty one is the beginning of a document."
+    )
+    sample_tokens: Count = Field(64, description="Tokens of such a text at most.")
+    sample_temperature: float = Field(1.0, ge=0, description="Divides the logits; 0 takes the most probable token.")
 
 
 class CheckpointSection(Section):
@@ -268,6 +276,10 @@ class LogSection(Section):
 
     every_steps: Count = Field(10, description="Steps between lines where the output is not a terminal.")
     tensorboard: Bool = Field(True, description="Write TensorBoard events beside `metrics.jsonl`.")
+    wandb: str | None = Field(
+        None, min_length=1, description="Project on Weights & Biases that gets the metrics too; needs its library "
+        "(`pip install 'longhaul[wandb]'`). Null: none."
+    )  # fmt: skip
 
 
 class Config(Section):

@@ -1,9 +1,10 @@
-"""One line that stays in place on a terminal; plain lines where the output is a file."""
+"""One line that stays in place on a terminal, plain lines where the output is a file, and texts as they are written."""
 
 from __future__ import annotations
 
 import shutil
 import sys
+from collections.abc import Sequence
 from typing import TextIO
 
 
@@ -36,6 +37,39 @@ class LiveLine:
         if self._shown:
             self.stream.write("\n")
             self._shown = False
+
+
+class TextPrinter:
+    """Prints texts in their order, though they are written side by side.
+
+    The first text that is not complete is shown as it grows; what comes of later ones waits for its turn. Without
+    `stream` each text is shown when it is complete.
+    """
+
+    def __init__(self, beginnings: Sequence[str], stream: bool, output: TextIO | None = None) -> None:
+        self._output, self._stream = output or sys.stdout, stream
+        self._waiting = list(beginnings)
+        self._complete = [False] * len(beginnings)
+        self._turn, self._is_shown = 0, False
+        self._show()
+
+    def add(self, index: int, text: str, finish: str) -> None:
+        """Take what was added to a text; `finish` is not empty when it is complete."""
+        self._waiting[index] += text
+        self._complete[index] = bool(finish)
+        self._show()
+
+    def _show(self) -> None:
+        while self._turn < len(self._waiting) and (self._stream or self._complete[self._turn]):
+            if not self._is_shown and len(self._waiting) > 1:
+                self._output.write(f"--- {self._turn + 1} of {len(self._waiting)} ---\n")
+            self._output.write(self._waiting[self._turn])
+            self._waiting[self._turn], self._is_shown = "", True
+            if not self._complete[self._turn]:
+                break
+            self._output.write("\n")
+            self._turn, self._is_shown = self._turn + 1, False
+        self._output.flush()
 
 
 def format_duration(seconds: float) -> str:

@@ -72,6 +72,11 @@ class Ranks:
         dist.all_gather_object(values, value)
         return values
 
+    def take_first(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Overwrite a tensor on this rank's device by rank 0's, and return it."""
+        dist.broadcast(tensor, src=0)
+        return tensor
+
     def from_first(self, value: Any) -> Any:
         """Return rank 0's value on every rank."""
         values = [value]

@@ -1,57 +1,19 @@
-"""Sampling text from a trained model."""
+"""Continuing prompts with a trained model, in batches with a key-value cache."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from pretrain.errors import ConfigError
+from pretrain.errors import ConfigError, TrainingError
+from pretrain.generate_options import GenerateOptions
 from pretrain.model import KVCache, Transformer
+from pretrain.sampling import NOT_FINITE, TextStream, choose_tokens
 from pretrain.tokenizer import Tokenizer
-
-
-@dataclass(frozen=True)
-class GenerateOptions:
-    """How text is sampled.
-
-    Args:
-        max_new_tokens: at most this many tokens after the prompt.
-        temperature: divides the logits; 0 always takes the most probable token.
-        top_k: sample from the k most probable tokens only; 0: from all.
-        top_p: sample from the most probable tokens that together hold this probability; 1: from all.
-        seed: the same seed gives the same text, whatever other prompts are in the batch.
-        stop: strings that end the text, which is cut before the first of them.
-    """
-
-    max_new_tokens: int = 128
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    seed: int = 1
-    stop: tuple[str, ...] = ()
-
-    def check(self) -> None:
-        """Refuse values that mean nothing.
-
-        Raises:
-            ConfigError: one line for each of them.
-        """
-        rules = [
-            ("max-new-tokens", self.max_new_tokens, self.max_new_tokens >= 1, "at least 1", "1 or more"),
-            ("temperature", self.temperature, 0 <= self.temperature < float("inf"), "0 or more", "0 for greedy text"),
-            ("top-k", self.top_k, self.top_k >= 0, "0 or more", "0 for all tokens"),
-            ("top-p", self.top_p, 0 < self.top_p <= 1, "more than 0 and at most 1", "1 for all tokens"),
-            ("seed", self.seed, 0 <= self.seed < 2**63, "0 to 2^63 - 1", "such a number"),
-            ("stop", repr(""), "" not in self.stop, "text", "strings of at least one character"),
-        ]
-        problems = [
-            f"--{name} is {value}; expected {rule}. Use {fix}." for name, value, ok, rule, fix in rules if not ok
-        ]
-        if problems:
-            raise ConfigError("\n".join(problems))
 
 
 @dataclass
@@ -72,9 +34,25 @@ class Completion:
     finish: str = ""
 
 
-@torch.inference_mode()
+@dataclass
+class _Row:
+    """A completion in the making: its number, prompt ids, text so far, and the random numbers of its tokens."""
+
+    index: int
+    prompt_ids: list[int]
+    completion: Completion
+    stream: TextStream
+    uniform_S: Tensor
+
+
+@torch.no_grad()  # not inference_mode: ZeRO-3 keeps weights that it gathers, and training could not use such tensors
 def generate(
-    model: Transformer, tokenizer: Tokenizer, prompts: Sequence[str], options: GenerateOptions
+    model: Transformer,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    options: GenerateOptions,
+    on_text: Callable[[int, str, str], None] | None = None,
+    agree: Callable[[Tensor], Tensor] | None = None,
 ) -> list[Completion]:
     """Continue each prompt as the beginning of a document.
 
@@ -84,98 +62,122 @@ def generate(
     Args:
         model: on any device.
         tokenizer: the run's.
-        prompts: one or more, computed as one batch.
+        prompts: `options.batch_size` of them are computed at once.
         options: how to sample.
+        on_text: called with the prompt's number, new text of its completion, and why it is complete (else empty).
+        agree: makes the ranks that compute together take the same tokens, int64 `[B]`.
 
     Returns:
         One completion a prompt.
 
     Raises:
         ConfigError: an option means nothing, or a prompt leaves no room for a token.
+        TrainingError: the model computes NaN or infinity.
     """
     options.check()
+    prompt_ids = encode_prompts(tokenizer, prompts, model.shape.seq_len)
+    rows = []
+    for index, (ids, generator) in enumerate(zip(prompt_ids, _generators(prompts, options.seed), strict=True)):
+        num_steps = min(options.max_new_tokens, model.shape.seq_len - len(ids))
+        uniform_S = torch.rand(num_steps, generator=generator, dtype=torch.float64)
+        stream = TextStream(tokenizer.decode, ids, options.stop)
+        rows.append(_Row(index, ids, Completion(prompts[index]), stream, uniform_S))
+    for begin in range(0, len(rows), options.batch_size):
+        _generate_batch(model, tokenizer, rows[begin : begin + options.batch_size], options, on_text, agree)
+    return [row.completion for row in rows]
+
+
+def encode_prompts(
+    tokenizer: Tokenizer, prompts: Sequence[str], seq_len: int, name: str = "--prompt"
+) -> list[list[int]]:
+    """Return the ids of each prompt, as the beginning of a document; `name` is what messages call them.
+
+    Raises:
+        ConfigError: a prompt leaves no room for a token.
+    """
     prompt_ids = [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in prompts]
-    seq_len = model.shape.seq_len
-    for ids in prompt_ids:
+    for number, ids in enumerate(prompt_ids, 1):
         if len(ids) >= seq_len:
+            which = "" if len(prompts) == 1 else f" (number {number})"
             raise ConfigError(
-                f"--prompt is {len(ids)} tokens with the beginning of the document; expected fewer than data.seq_len "
-                f"({seq_len}). Shorten it by at least {len(ids) - seq_len + 1} tokens."
+                f"{name}{which} is {len(ids)} tokens with the beginning of the document; expected fewer than "
+                f"data.seq_len ({seq_len}). Shorten it by at least {len(ids) - seq_len + 1} tokens."
             )
-    done = [Completion(prompt) for prompt in prompts]
-    if not done:
-        return done
-    device = model.embedding.weight.device
-    longest = max(map(len, prompt_ids))
-    # The shortest prompt has the most room.
-    num_steps = min(options.max_new_tokens, seq_len - min(map(len, prompt_ids)))
-    start_B = torch.tensor([longest - len(ids) for ids in prompt_ids], device=device)
-    cache = KVCache(model.shape, start_B, longest + num_steps, model.embedding.weight.dtype)
-    tokens_BT = torch.tensor([[tokenizer.pad_id] * (longest - len(ids)) + ids for ids in prompt_ids], device=device)
-    generators = _generators(prompts, options.seed)
-    for _ in range(num_steps):
-        logits_BV = model.logits(tokens_BT, cache, last_only=True)[:, 0].cpu()
-        chosen = [_choose(*row, options) for row in zip(logits_BV, generators, strict=True)]
-        for row, completion in enumerate(done):
-            if not completion.finish:
-                before = prompt_ids[row]
-                _append(completion, chosen[row], tokenizer, options, before, room=seq_len - len(before))
-                if completion.finish:
-                    start_B[row] = cache.num_slots  # from here on padding, so that no position passes seq_len
-        if all(completion.finish for completion in done):
-            break
-        tokens_BT = torch.tensor(chosen, device=device)[:, None]
-    for row, completion in enumerate(done):
-        if completion.finish != "stop":
-            completion.text = _text_after(tokenizer, prompt_ids[row], completion.ids)
-    return done
+    return prompt_ids
 
 
 def _generators(prompts: Sequence[str], seed: int) -> list[torch.Generator]:
-    """Seed each row by itself, so that its text is the same in any batch; a repeated prompt gives other text."""
+    """Seed each row by its prompt, so that its text is the same in any batch; a repeated prompt gives other text."""
     times: dict[str, int] = {}
     generators = []
     for prompt in prompts:
         times[prompt] = times.get(prompt, -1) + 1
-        generators.append(torch.Generator().manual_seed((seed + times[prompt] * 0x9E3779B97F4A7C15) % 2**63))
+        digest = hashlib.sha256(f"{seed}:{times[prompt]}:{prompt}".encode()).digest()
+        generators.append(torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1))
     return generators
 
 
-def _text_after(tokenizer: Tokenizer, before: Sequence[int], ids: Sequence[int]) -> str:
-    """The text of ids after others: of ids alone, a tokenizer with a dummy prefix drops the first space."""
-    last = before[-1:]
-    return tokenizer.decode([*last, *ids])[len(tokenizer.decode(last)) :]
-
-
-def _append(
-    completion: Completion, token: int, tokenizer: Tokenizer, options: GenerateOptions, before: Sequence[int], room: int
+def _generate_batch(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    rows: Sequence[_Row],
+    options: GenerateOptions,
+    on_text: Callable[[int, str, str], None] | None,
+    agree: Callable[[Tensor], Tensor] | None,
 ) -> None:
-    if token == tokenizer.eos_id:
+    device, dtype = model.embedding.weight.device, model.embedding.weight.dtype
+    longest = max(len(row.prompt_ids) for row in rows)
+    num_steps = max(len(row.uniform_S) for row in rows)
+    tokens_BT = torch.tensor([[tokenizer.pad_id] * (longest - len(row.prompt_ids)) + row.prompt_ids for row in rows])
+    start_B = torch.tensor([longest - len(row.prompt_ids) for row in rows])
+    uniform_BS = torch.nn.utils.rnn.pad_sequence([row.uniform_S for row in rows], batch_first=True).to(device)
+    cache = KVCache(model.shape, start_B.to(device), longest + num_steps, dtype)
+    seen_BV = None
+    if options.repetition_penalty != 1:
+        seen_BV = torch.zeros(len(rows), model.shape.vocab_size, dtype=torch.bool, device=device)
+        for row_seen_V, row in zip(seen_BV, rows, strict=True):
+            row_seen_V[row.prompt_ids] = True
+    tokens_BT = tokens_BT.to(device)
+    for step in range(num_steps):
+        logits_BV = model.logits(tokens_BT, cache, last_only=True)[:, 0]
+        chosen_B = choose_tokens(logits_BV, uniform_BS[:, step], options, seen_BV)
+        if agree:
+            chosen_B = agree(chosen_B)
+        for row, token in zip(rows, chosen_B.tolist(), strict=True):
+            text = _append(row, token, tokenizer.eos_id, options.max_new_tokens)
+            if on_text and (text or row.completion.finish):
+                on_text(row.index, text, row.completion.finish)
+        running = [place for place, row in enumerate(rows) if not row.completion.finish]
+        if not running:
+            break
+        if len(running) < len(rows):  # those that are complete cost nothing from here on
+            running_B = torch.tensor(running, device=device)
+            cache.keep(running_B)
+            rows, chosen_B, uniform_BS = [rows[place] for place in running], chosen_B[running_B], uniform_BS[running_B]
+            seen_BV = None if seen_BV is None else seen_BV[running_B]
+        tokens_BT = chosen_B[:, None]
+        if seen_BV is not None:
+            seen_BV.scatter_(1, tokens_BT, True)
+
+
+def _append(row: _Row, token: int, eos_id: int, max_new_tokens: int) -> str:
+    """Take a token; return the text that is sure now, and set `finish` if it was the last one."""
+    completion, stream, text = row.completion, row.stream, ""
+    if token == NOT_FINITE:
+        raise TrainingError(
+            "model: its logits are NaN or infinite; expected numbers. Use an earlier checkpoint (--step)."
+        )
+    if token == eos_id:
         completion.finish = "eos"
-        return
-    completion.ids.append(token)
-    if options.stop:
-        text = _text_after(tokenizer, before, completion.ids)
-        ends = [position for position in (text.find(stop) for stop in options.stop) if position >= 0]
-        if ends:
-            completion.text, completion.finish = text[: min(ends)], "stop"
-            return
-    if len(completion.ids) == options.max_new_tokens:
-        completion.finish = "length"
-    elif len(completion.ids) == room:
-        completion.finish = "context"
-
-
-def _choose(logits_V: Tensor, generator: torch.Generator, options: GenerateOptions) -> int:
-    if options.temperature == 0:
-        return int(logits_V.argmax())
-    # fp64: with fp32, the tail of a large vocabulary falls out of the cumulative sum
-    ordered_V, index_V = (logits_V.double() / options.temperature).sort(descending=True, stable=True)
-    probs_V = ordered_V.softmax(-1)
-    if options.top_k:
-        probs_V[options.top_k :] = 0.0
-    if options.top_p < 1:
-        # A token is kept while those before it hold less than top_p of what top_k left: the first one always is.
-        total = probs_V.sum()
-        probs_V[probs_V.cumsum(-1) - probs_V >= options.top_p * total] = 0.0
-    return int(index_V[torch.multinomial(probs_V, 1, generator=generator)])
+    else:
+        completion.ids.append(token)
+        text = stream.add(token)
+        if len(completion.ids) == len(row.uniform_S):
+            completion.finish = "length" if len(completion.ids) == max_new_tokens else "context"
+    if completion.finish:
+        text += stream.end()
+    if stream.stopped:
+        completion.finish = "stop"
+    if completion.finish:
+        completion.text = stream.text
+    return text

@@ -1,4 +1,7 @@
-"""What a run reports: `metrics.jsonl`, TensorBoard, the log and the live line. The only file on tensorboard."""
+"""What a run reports: `metrics.jsonl`, TensorBoard, the log and the live line. The only file on tensorboard.
+
+Weights & Biases, where it is wanted, gets what TensorBoard gets.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,7 @@ from typing import Any
 
 from pretrain.config import LogSection
 from pretrain.console import LiveLine, format_count, format_duration
+from pretrain.tracking import Tracker
 
 logger = logging.getLogger("longhaul")
 
@@ -65,6 +69,7 @@ class MetricLog:
     def __init__(
         self, folder: Path, section: LogSection, *, num_steps: int, tokens_per_step: int, world_size: int,
         flops_per_token: tuple[float, float], peak_flops: float | None, first_step: int, attempt: int,
+        tracker: Tracker | None = None,
     ) -> None:  # fmt: skip
         """Open the files, dropping what is past the checkpoint that the run goes on from.
 
@@ -78,9 +83,10 @@ class MetricLog:
             peak_flops: of one rank's device; None if unknown.
             first_step: steps done before this start.
             attempt: number of this start, from 1.
+            tracker: the run on Weights & Biases.
         """
         self.section, self.num_steps, self.tokens_per_step = section, num_steps, tokens_per_step
-        self.world_size, self.attempt = world_size, attempt
+        self.world_size, self.attempt, self._tracker = world_size, attempt, tracker
         self._flops_per_token, self._peak_flops = flops_per_token, peak_flops
         self._recent: deque[float] = deque(maxlen=20)
         self._line = LiveLine()
@@ -144,7 +150,17 @@ class MetricLog:
         self._write({"step": step, "event": event, "message": message, **details})
         if self._writer:
             self._writer.add_text(event, message, step)
+        if self._tracker:
+            self._track(self._tracker.log({f"event/{event}": message}, step), step)
         self.say(f"step {step}  {event}: {message}")
+
+    def samples(self, step: int, path: Path, text: str) -> None:
+        """Record text that the model wrote."""
+        if self._writer:
+            self._writer.add_text("samples", "    " + text.replace("\n", "\n    "), step)  # indented: as it is
+        if self._tracker:
+            self._track(self._tracker.log_text("samples", text, step), step)
+        self.say(f"step {step}  samples in {path}")
 
     def say(self, text: str) -> None:
         """Print a line that stays, and log it."""
@@ -155,14 +171,26 @@ class MetricLog:
         self._file.write(json.dumps({key: _json_number(value) for key, value in line.items()}) + "\n")
 
     def _add_scalars(self, line: dict[str, Any], prefix: str, step: int) -> None:
+        scalars = {
+            prefix + key: value for key, value in line.items()
+            if key not in ("step", "timestamp", "attempt") and _json_number(value) is not None
+        }  # fmt: skip
         if self._writer:
-            for key, value in line.items():
-                if key not in ("step", "timestamp", "attempt") and _json_number(value) is not None:
-                    self._writer.add_scalar(prefix + key, value, step)
+            for key, value in scalars.items():
+                self._writer.add_scalar(key, value, step)
+        if self._tracker:
+            self._track(self._tracker.log(scalars, step), step)
 
-    def close(self) -> None:
-        """Flush and close everything."""
+    def _track(self, problem: str | None, step: int) -> None:
+        if problem:
+            self._tracker = None
+            self.event(step, "wandb_failed", problem)
+
+    def close(self, failed: bool = False) -> None:
+        """Flush and close everything; `failed` says how the run ended."""
         self._line.end()
         self._file.close()
         if self._writer:
             self._writer.close()
+        if self._tracker:
+            self._tracker.close(failed)

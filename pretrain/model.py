@@ -33,24 +33,37 @@ class KVCache:
             dtype: of the model's activations.
         """
         self.start_B = start_B
-        self.num_used = 0
         self.num_slots = num_slots
         size = (len(start_B), num_slots, shape.num_kv_heads, shape.head_dim)
         self.layers = tuple(
-            _LayerCache(self, *(torch.zeros(size, dtype=dtype, device=start_B.device) for _ in range(2)))
+            _LayerCache(*(torch.zeros(size, dtype=dtype, device=start_B.device) for _ in range(2)))
             for _ in range(shape.num_layers)
         )
 
+    @property
+    def num_used(self) -> int:
+        """Slots that hold a token or padding, the same in every layer between two forward passes."""
+        return self.layers[0].num_used
+
+    def keep(self, rows_B: Tensor) -> None:
+        """Keep these rows, int64 numbers, and forget the others."""
+        self.start_B = self.start_B[rows_B]
+        for layer in self.layers:
+            layer.k_BSKC, layer.v_BSKC = layer.k_BSKC[rows_B], layer.v_BSKC[rows_B]
+
 
 class _LayerCache:
-    """The part of a `KVCache` that belongs to one block."""
+    """The part of a `KVCache` that belongs to one block.
 
-    def __init__(self, cache: KVCache, k_BSKC: Tensor, v_BSKC: Tensor) -> None:
-        self.cache, self.k_BSKC, self.v_BSKC = cache, k_BSKC, v_BSKC
+    It does not refer to the whole: a cycle would keep a GPU's memory until Python's collector comes by.
+    """
+
+    def __init__(self, k_BSKC: Tensor, v_BSKC: Tensor) -> None:
+        self.k_BSKC, self.v_BSKC, self.num_used = k_BSKC, v_BSKC, 0
 
     def extend(self, k_BTKC: Tensor, v_BTKC: Tensor) -> tuple[Tensor, Tensor]:
-        begin = self.cache.num_used
-        end = begin + k_BTKC.shape[1]
+        begin, self.num_used = self.num_used, self.num_used + k_BTKC.shape[1]
+        end = self.num_used
         self.k_BSKC[:, begin:end], self.v_BSKC[:, begin:end] = k_BTKC, v_BTKC
         return self.k_BSKC[:, :end], self.v_BSKC[:, :end]
 
@@ -120,13 +133,15 @@ class Transformer(nn.Module):
     def forward(
         self,
         tokens_BT: Tensor,
-        targets_BT: Tensor,
-        doc_start_BT: Tensor,
+        targets_BT: Tensor | None = None,
+        doc_start_BT: Tensor | None = None,
         row_ids_B: Tensor | None = None,
         step: int = 0,
         per_token: bool = False,
+        cache: KVCache | None = None,
+        last_only: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Compute the training objective and the cross-entropy of a batch.
+        """Compute the training objective and the cross-entropy of a batch, or `logits` where there are no targets.
 
         Args:
             tokens_BT: int64 token ids.
@@ -135,11 +150,14 @@ class Transformer(nn.Module):
             row_ids_B: int64, the global number of each row, which keys dropout; None: no dropout.
             step: of training, which keys dropout.
             per_token: return the cross-entropy of each token, without gradients, instead of the sums.
+            cache, last_only: for `logits`.
 
         Returns:
             fp32 nats: two sums over the scored tokens, of the objective, which has gradients, and of the
             cross-entropy, which has none; or `[B, T]`.
         """
+        if targets_BT is None or doc_start_BT is None:
+            return self._logits(tokens_BT, cache, last_only)
         key = DropoutKey(self.seed, step, row_ids_B) if self.training and row_ids_B is not None else None
         hidden_BTD = self._hidden(tokens_BT, doc_start_BT, self._positions(doc_start_BT, 0), key, None)
         return self.output(hidden_BTD, targets_BT, per_token)
@@ -166,6 +184,10 @@ class Transformer(nn.Module):
         Returns:
             fp32 `[B, T, V]`, or `[B, 1, V]`; V without padding.
         """
+        # Through __call__, so that ZeRO-3's hooks on the whole model run too.
+        return self(tokens_BT, cache=cache, last_only=last_only)
+
+    def _logits(self, tokens_BT: Tensor, cache: KVCache | None, last_only: bool) -> Tensor:
         num_past = 0 if cache is None else cache.num_used
         slot_T = torch.arange(num_past, num_past + tokens_BT.shape[1], device=tokens_BT.device)
         start_B1 = torch.zeros_like(tokens_BT[:, :1]) if cache is None else cache.start_B[:, None]
@@ -173,8 +195,6 @@ class Transformer(nn.Module):
         doc_start_BT = torch.minimum(start_B1, slot_T)
         positions_BT = self._positions(doc_start_BT, num_past)
         hidden_BTD = self._hidden(tokens_BT, doc_start_BT, positions_BT, None, cache)
-        if cache is not None:
-            cache.num_used += tokens_BT.shape[1]
         return self.output(hidden_BTD[:, -1:] if last_only else hidden_BTD, None)
 
     def _positions(self, doc_start_BT: Tensor, first_slot: int) -> Tensor:

@@ -104,6 +104,8 @@ _SPELLINGS_OF = {
     " eval_tokens",
     "eval.patience": "early_stopping_patience early_stopping early_stopper",
     "eval.min_delta": "early_stopping_threshold threshold",
+    "eval.sample_every_steps": "sample_every sample_interval generate_every sample_freq inference_interval",
+    "eval.sample_tokens": "sample_length num_generated_tokens",
     "checkpoint.every_steps": "save_interval save_steps checkpoint_interval save_every checkpoint_freq"
     " checkpoint_every checkpoint_factor ckpt_interval interval",
     "checkpoint.keep_last": "save_total_limit keep_last_n_checkpoints keep_latest_k max_checkpoints keep"
@@ -111,6 +113,7 @@ _SPELLINGS_OF = {
     "checkpoint.keep_best": "load_best_model_at_end save_best always_save_checkpoint",
     "log.every_steps": "log_interval logging_steps log_freq steps_per_print log_every log_every_n_steps",
     "log.tensorboard": "tensorboard_dir enable_tensorboard report_to tensorboard_writer use_tensorboard",
+    "log.wandb": "wandb_project wandb_log use_wandb enable_wandb wandb_name wandb_project_name",
     "optim": "optimizer optimiser optimizers optimization",
     "schedule": "scheduler",
     "train": "training trainer training_arguments",

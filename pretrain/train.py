@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -17,7 +18,7 @@ from pretrain.checkpoint import Checkpoints
 from pretrain.config import Config
 from pretrain.distributed import Ranks
 from pretrain.engine import Engine, init_distributed, leave_distributed
-from pretrain.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, CheckpointError, LonghaulError
+from pretrain.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, CheckpointError, LonghaulError, TrainingError
 from pretrain.evaluate import Evaluation, evaluate
 from pretrain.families import flops_per_token, resolve_shape
 from pretrain.guard import SkipGuard, StopRequest
@@ -25,12 +26,14 @@ from pretrain.hardware import peak_flops, peak_memory_bytes
 from pretrain.metrics import MetricLog, StepMetrics
 from pretrain.model import Transformer
 from pretrain.run_folder import RunFolder, open_log
+from pretrain.samples import Samples, drop_samples_after, save_samples
 from pretrain.schedule import lr_at
 from pretrain.self_test import check_optimizer
 from pretrain.start_clock import StartClock
 from pretrain.stream import Batch, StepRows, TokenStream, ValRows
 from pretrain.tokenizer import Tokenizer
 from pretrain.tokenizer_files import keep_files, open_tokenizer
+from pretrain.tracking import Tracker, check_tracking
 
 logger = logging.getLogger("longhaul")
 
@@ -60,6 +63,7 @@ class Run:
     val_rows: ValRows | None
     engine: Engine
     checkpoints: Checkpoints
+    samples: Samples
     guard: SkipGuard
     folder: RunFolder | None
     log: MetricLog | None
@@ -122,6 +126,7 @@ def open_run(
     """Build everything, check it, and load the newest checkpoint; whatever is wrong is found here, on all ranks."""
     if folder:
         folder.write_status("running", None, 0)
+    ranks.agree(lambda: check_tracking(config.log.wandb) if folder else None)
     plan = ranks.agree(lambda: BatchPlan.of(config, ranks.world_size))
     tokenizer = ranks.agree(lambda: open_tokenizer(config.tokenizer))
     if folder:
@@ -137,6 +142,7 @@ def open_run(
     clock.mark("self-test")
     objective = config.train.z_loss, config.train.label_smoothing
     model = Transformer(shape, config.run.seed, config.train.activation_checkpointing, *objective)
+    samples = ranks.agree(lambda: Samples(config, model, tokenizer, ranks))
     clock.mark("model")
     engine = ranks.agree(lambda: Engine(model, config, plan, ranks))
     clock.mark("engine")
@@ -151,19 +157,19 @@ def open_run(
         ranks.agree(lambda: stream.load_state(training["data"]))
     clock.mark("checkpoint")
     open_log(run_path, ranks)
-    log = None
+    log, tracker = None, ranks.agree(lambda: start_tracking(config, folder, events.append))
     if folder:
+        drop_samples_after(folder.path, progress.step)
         log = MetricLog(
             folder.path, config.log, num_steps=plan.num_steps, tokens_per_step=plan.tokens_per_step,
             world_size=ranks.world_size, first_step=progress.step, attempt=folder.attempt,
             flops_per_token=(flops_per_token(shape, causal=False), flops_per_token(shape, causal=True)),
-            peak_flops=peak_flops(ranks.device, config.train.precision),
+            peak_flops=peak_flops(ranks.device, config.train.precision), tracker=tracker,
         )  # fmt: skip
-        cleanup.callback(log.close)
+        cleanup.push(lambda kind, *_: log.close(failed=kind is not None))
     guard = SkipGuard(config.guard.max_skipped_steps, progress.num_skipped)
-    run = Run(
-        config, ranks, plan, tokenizer, stream, val_rows, engine, checkpoints, guard, folder, log, stop, clock, progress
-    )
+    run = Run(config, ranks, plan, tokenizer, stream, val_rows, engine, checkpoints, samples, guard, folder, log, stop,
+              clock, progress)  # fmt: skip
     for event in events:
         run.event(*event)
     if engine.frozen:
@@ -172,6 +178,15 @@ def open_run(
     run.event("start", f"{action}: {ranks.world_size} ranks on {ranks.device.type}, ZeRO stage {engine.stage}, "
               f"{config.train.precision}, {plan.tokens_per_step} tokens a step, {plan.num_steps} steps")  # fmt: skip
     return run
+
+
+def start_tracking(
+    config: Config, folder: RunFolder | None, report: Callable[[tuple[str, str]], None]
+) -> Tracker | None:
+    """Start the run on Weights & Biases, on rank 0 and if the config names a project."""
+    if folder is None or config.log.wandb is None:
+        return None
+    return Tracker(config.log.wandb, folder.path, config.model_dump(mode="json"), lambda *event: report(event))
 
 
 def set_determinism(wanted: bool) -> None:
@@ -196,9 +211,12 @@ def run_steps(run: Run) -> tuple[str, int, str]:
         at_end = progress.step == run.plan.num_steps
         if config.eval.every_steps and (progress.step % config.eval.every_steps == 0 or at_end):
             judge(run)
+        patience_is_over = 0 < config.eval.patience <= progress.evals_without_improvement
+        if run.samples.is_due(progress.step, at_end or patience_is_over):
+            sample(run)
         if config.checkpoint.every_steps and progress.step % config.checkpoint.every_steps == 0 and not at_end:
             save(run)
-        if config.eval.patience and progress.evals_without_improvement >= config.eval.patience:
+        if patience_is_over:
             save(run, last=True)
             return "done", EXIT_DONE, (
                 f"stopped early at step {progress.step}: the held-out loss has not fallen below "
@@ -317,6 +335,19 @@ def judge(run: Run) -> Evaluation:
             if not save(run):  # the best that exists is still the one before, and must not be pruned
                 progress.best_loss, progress.best_step = before
     return result
+
+
+def sample(run: Run) -> None:
+    """Let the model write text. Neither what it computes nor a disk that fails ends the run, or changes it."""
+    step = run.progress.step
+    run.engine.train(False)
+    try:
+        text = run.samples.write(step, run.progress.num_tokens)
+        if run.folder and run.log:
+            run.log.samples(step, save_samples(run.folder.path, step, text), text)
+    except (OSError, TrainingError) as error:
+        run.event("samples_failed", str(error))
+    run.engine.train()
 
 
 def save(run: Run, last: bool = False) -> bool:

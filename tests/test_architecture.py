@@ -22,14 +22,16 @@ BENCHMARKS = sorted(path.relative_to(ROOT) for path in (ROOT / "benchmarks").glo
 # A module imports modules of lower tiers only. `kernels` is below all of them.
 TIERS = (
     "errors config spellings hardware start_clock",
-    "config_docs schedule batch_plan packing families console tokenizer source_files matrix_exchange lion",
+    "config_docs schedule batch_plan packing families console tokenizer source_files matrix_exchange lion"
+    " generate_options",
     "checks explain sentencepiece_model varied_texts table_files token_files shards tensor_files distributed layers"
     " family_table model_card muon",
-    "settings sentencepiece_tokenizer row_table model optim checkpoint_files shard_reader journal sources",
-    "data_plan engine metrics guard hf_tokenizer",
+    "settings sentencepiece_tokenizer row_table model optim checkpoint_files shard_reader journal sources sampling"
+    " tracking",
+    "data_plan engine metrics guard hf_tokenizer generate",
     "checkpoint stream tokenizer_files tokenizer_trial source_sample",
     "run_folder tokenizer_export workers",
-    "evaluate generate hf_export self_test corpus",
+    "evaluate hf_export self_test samples corpus",
     "train prepare convert quickstart",
     "dry_run",
 )
@@ -46,6 +48,7 @@ FILE_OF_LIBRARY = {
     "tensorboard": "pretrain/metrics.py",
     "tokenizers": "pretrain/hf_tokenizer.py",
     "transformers": "pretrain/hf_export.py",
+    "wandb": "pretrain/tracking.py",
     "webdataset": "pretrain/shards.py",
     "zstandard": "pretrain/source_files.py",
 }

@@ -49,6 +49,7 @@ def test_a_good_config_has_no_problem() -> None:
         ({}, "schedule.decay_steps", "Only wsd has it, and schedule.name is cosine."),
         ({"schedule__name": "constant"}, "schedule.final_lr_ratio", "The rate of a constant schedule does not fall."),
         ({"eval__every_steps": 5}, "eval.min_delta", "It belongs to early stopping, and eval.patience is 0."),
+        ({}, "eval.sample_tokens", "It is for text sampled during training, and eval.sample_every_steps is 0."),
         (
             {"data__sources": [{"name": "web", "shards": "x"}]},
             "data.sources.0.text_field",
@@ -75,11 +76,12 @@ def test_options_that_would_do_nothing(changes: dict[str, Any], option: str, rea
 
 
 def test_options_that_do_something_are_not_idle() -> None:
-    config = config_of(optim__name="rmsprop", schedule__name="wsd", eval__every_steps=5, eval__patience=2)
+    config = config_of(
+        optim__name="rmsprop", schedule__name="wsd", eval__every_steps=5, eval__patience=2, eval__sample_every_steps=5
+    )
     assert sorted(idle_options(config)) == ["optim.betas", "optim.nesterov"]
-    assert sorted(idle_options(config_of(optim__name="muon"))) == [
-        "eval.min_delta", "optim.alpha", "schedule.decay_steps",
-    ]  # fmt: skip
+    config = config_of(optim__name="muon", eval__sample_every_steps=5)
+    assert sorted(idle_options(config)) == ["eval.min_delta", "optim.alpha", "schedule.decay_steps"]
     assert "optim.momentum" not in idle_options(config_of(optim__name="sgd"))
 
 

@@ -1,3 +1,5 @@
+import dataclasses
+import io
 import json
 import os
 import subprocess
@@ -10,10 +12,13 @@ import torch
 
 from launch import generate as command
 from pretrain.config import ModelSection
-from pretrain.errors import CheckpointError, ConfigError
+from pretrain.console import TextPrinter
+from pretrain.errors import CheckpointError, ConfigError, TrainingError
 from pretrain.families import resolve_shape
-from pretrain.generate import GenerateOptions, _choose, generate
+from pretrain.generate import generate
+from pretrain.generate_options import GenerateOptions, read_prompts
 from pretrain.model import Transformer
+from pretrain.sampling import choose_tokens
 
 ROOT = Path(__file__).resolve().parent.parent
 SEQ_LEN = 32
@@ -90,6 +95,12 @@ def test_seed_fixes_the_text_and_a_repeated_prompt_gets_another():
     assert generate(model, Characters(), ["ab"], GenerateOptions(max_new_tokens=10, seed=2))[0].ids != first.ids
 
 
+def test_prompts_do_not_share_their_random_numbers():
+    model = build(std=0.0)  # every token is equally probable
+    first, second = generate(model, Characters(), ["a", "b"], GenerateOptions(max_new_tokens=20))
+    assert sum(one == other for one, other in zip(first.ids, second.ids, strict=False)) < 5
+
+
 def test_stops_at_the_end_of_the_document():
     [completion] = generate(spell("abcdefgh"), Characters(), ["xyzab"], GenerateOptions(temperature=0))
     assert (completion.text, completion.ids, completion.finish) == ("cdefgh", list(b"cdefgh"), "eos")
@@ -111,7 +122,8 @@ def test_stops_with_a_reason_when_the_context_is_full(family, prompt):
 
 def test_a_prompt_that_fills_the_context_is_refused():
     with pytest.raises(
-        ConfigError, match=r"--prompt is 32 tokens .* expected fewer than data.seq_len \(32\). Shorten it by at least 1"
+        ConfigError,
+        match=r"--prompt \(number 2\) is 32 tokens .* expected fewer than data.seq_len \(32\). Shorten it by at least 1",
     ):
         generate(build(), Characters(), ["a", "a" * (SEQ_LEN - 1)], GREEDY)
 
@@ -121,9 +133,9 @@ def test_no_prompts_give_no_completions():
 
 
 def draw(logits, times=4000, **options):
-    generator = torch.Generator().manual_seed(0)
-    chosen = [_choose(torch.tensor(logits), generator, GenerateOptions(**options)) for _ in range(times)]
-    return [chosen.count(token) / times for token in range(len(logits))]
+    uniform = torch.rand(times, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    chosen = choose_tokens(torch.tensor(logits).expand(times, -1), uniform, GenerateOptions(**options))
+    return (torch.bincount(chosen, minlength=len(logits)) / times).tolist()
 
 
 def test_temperature_divides_the_logits():
@@ -224,3 +236,147 @@ def test_command_starts_from_anywhere(form, tmp_path):
     )  # fmt: skip
     assert done.returncode == 2, done.stderr
     assert "holds no checkpoint" in done.stderr and "Traceback" not in done.stderr
+
+
+# Many prompts, streaming and the command line
+
+
+def test_more_prompts_than_a_batch_give_what_one_batch_gives():
+    model, prompts = build(), ["ab", "hello", "ab", "x", "hello", "the quick brown"]
+    options = GenerateOptions(max_new_tokens=12, seed=3, temperature=0.9, top_k=20, repetition_penalty=1.2)
+    whole = generate(model, Characters(), prompts, options)
+    assert whole == generate(model, Characters(), prompts, dataclasses.replace(options, batch_size=2))
+    assert whole[0].ids != whole[2].ids and whole[1].ids != whole[4].ids
+
+
+def test_a_longer_text_begins_with_the_shorter_one():
+    model = build()
+    [short], [long] = (
+        generate(model, Characters(), ["a"], GenerateOptions(max_new_tokens=count, seed=4)) for count in (5, 25)
+    )
+    assert long.ids[:5] == short.ids
+
+
+def test_rows_that_are_complete_leave_the_batch(monkeypatch):
+    model, sizes = spell("abcdefgh"), []
+    logits = model.logits
+    monkeypatch.setattr(
+        model, "logits", lambda tokens, *rest, **kind: sizes.append(len(tokens)) or logits(tokens, *rest, **kind)
+    )
+    found = generate(model, Characters(), ["g", "a", "e"], GenerateOptions(temperature=0))
+    assert [item.text for item in found] == ["h", "bcdefgh", "fgh"]
+    assert sizes == [3, 3, 2, 2, 1, 1, 1, 1]
+
+
+def test_text_arrives_in_pieces_that_make_the_completion():
+    events = []
+    options = GenerateOptions(temperature=0, stop=("ef",))
+    done = generate(spell("abcdefgh"), Characters(), ["a", "b"], options, lambda *event: events.append(event))
+    assert events == [
+        (0, "b", ""),
+        (1, "c", ""),
+        (0, "c", ""),
+        (1, "d", ""),
+        (0, "d", ""),
+        (1, "", "stop"),
+        (0, "", "stop"),
+    ]
+    assert [item.text for item in done] == ["bcd", "cd"]
+
+
+def test_a_model_that_computes_nan_is_an_error():
+    model = build()
+    with torch.no_grad():
+        model.output.weight[5] = float("nan")
+    with pytest.raises(TrainingError, match=r"model: its logits are NaN or infinite; expected numbers. Use an earlier"):
+        generate(model, Characters(), ["a"], GREEDY)
+
+
+def test_ranks_take_the_tokens_that_they_agree_on():
+    forced = iter(torch.tensor([[98], [99], [2]]))
+    [item] = generate(build(), Characters(), ["a"], GREEDY, agree=lambda chosen: next(forced))
+    assert (item.text, item.finish) == ("bc", "eos")
+
+
+class Terminal(io.StringIO):
+    """Remembers what was on the screen whenever it was shown."""
+
+    def __init__(self):
+        super().__init__()
+        self.shown = []
+
+    def flush(self):
+        if not self.shown or self.shown[-1] != self.getvalue():
+            self.shown.append(self.getvalue())
+
+
+def test_a_single_text_is_shown_as_it_grows():
+    screen = Terminal()
+    printer = TextPrinter(["a"], stream=True, output=screen)
+    for text, finish in (("b", ""), ("c", ""), ("", "eos")):
+        printer.add(0, text, finish)
+    assert screen.shown == ["a", "ab", "abc", "abc\n"]
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_several_texts_are_shown_in_their_order(stream):
+    screen = Terminal()
+    printer = TextPrinter(["a", "A"], stream, screen)
+    for event in ((0, "b", ""), (1, "B", "stop"), (0, "c", "eos")):
+        printer.add(*event)
+    end = "--- 1 of 2 ---\nabc\n--- 2 of 2 ---\nAB\n"
+    assert screen.shown == (["--- 1 of 2 ---\na", "--- 1 of 2 ---\nab", end] if stream else ["", end])
+
+
+def test_command_streams_only_where_it_is_wanted(run, monkeypatch):
+    for arguments, pieces in ((["--stream"], 8), ([], 1)):
+        screen = Terminal()
+        monkeypatch.setattr("sys.stdout", screen)
+        assert command.main(["runs/x", "--prompt", "a", "--temperature", "0", *arguments]) == 0
+        assert screen.getvalue() == "abcdefgh\n" and len([text for text in screen.shown if text]) >= pieces
+    assert [text for text in screen.shown if text] == ["abcdefgh\n"]
+
+
+def test_command_reads_prompts_from_files(run, tmp_path, monkeypatch, capsys):
+    (tmp_path / "lines.txt").write_text("a\r\n\n  \nc\n", encoding="utf-8")
+    (tmp_path / "lines.jsonl").write_text('{"prompt": "e\\nf"}\n{"prompt": ""}\n', encoding="utf-8")
+    assert read_prompts(str(tmp_path / "lines.txt")) == ["a", "c"]
+    assert read_prompts(str(tmp_path / "lines.jsonl")) == ["e\nf", ""]
+    monkeypatch.setattr("sys.stdin", io.StringIO("c\ne\n"))
+    arguments = ["runs/x", "--prompt", "a", "--prompt-file", "-", "--num-samples", "2", "--temperature", "0", "--json"]
+    assert command.main(arguments) == 0
+    found = json.loads(capsys.readouterr().out)["completions"]
+    assert [(item["prompt"], item["text"]) for item in found] == [
+        ("a", "bcdefgh"), ("a", "bcdefgh"), ("c", "defgh"), ("c", "defgh"), ("e", "fgh"), ("e", "fgh")
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "--prompt is missing; expected at least one prompt. Add --prompt TEXT or --prompt-file FILE."),
+        (["--prompt-file", "none.txt"], "--prompt-file is none.txt; expected a readable file of UTF-8 text ("),
+        (["--prompt-file", "empty.txt"], "--prompt is missing and empty.txt holds none; expected at least one prompt."),
+        (["--prompt-file", "bad.jsonl"], 'bad.jsonl:2: the line is {"text": "a"}; expected JSON such as {"prompt": "text"}.'),
+        (["--prompt-file", "latin.txt"], "--prompt-file is latin.txt; expected a readable file of UTF-8 text ("),
+        (["--prompt", "a", "--num-samples", "0"], "--num-samples is 0; expected at least 1. Use 1 or more."),
+        (["--prompt", "a", "--min-p", "1.5"], "--min-p is 1.5; expected 0 to 1. Use 0 for all tokens."),
+        (["--prompt", "a", "--repetition-penalty", "0"], "--repetition-penalty is 0.0; expected more than 0. Use 1 for none."),
+        (["--prompt", "a", "--batch-size", "0"], "--batch-size is 0; expected at least 1. Use 1 or more."),
+    ],
+)  # fmt: skip
+def test_command_refuses_what_it_cannot_use(run, tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty.txt").write_text("\n")
+    (tmp_path / "bad.jsonl").write_text('{"prompt": "a"}\n{"text": "a"}\n')
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9\n")
+    assert command.main(["runs/x", *arguments]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {message}") and run == []
+
+
+def test_help_is_quick_and_names_every_option():
+    code = "import sys, launch.generate as g\ntry: g.main(['--help'])\nfinally: print('torch' in sys.modules, file=sys.stderr)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stderr.strip() == "False"
+    for option in dataclasses.fields(GenerateOptions):
+        assert f"--{option.name.replace('_', '-')}" in done.stdout

@@ -20,6 +20,8 @@ from pretrain.config import ModelSection
 from pretrain.errors import ExportError
 from pretrain.families import num_parameters, resolve_shape
 from pretrain.family_table import export_tensors, import_tensors
+from pretrain.generate import generate
+from pretrain.generate_options import GenerateOptions
 from pretrain.hf_export import export_hf
 from pretrain.model import Transformer
 from pretrain.run_folder import LoadedRun
@@ -328,6 +330,29 @@ def test_generation_in_transformers_continues_as_the_model_does(llama_export, to
     for _ in range(20):
         tokens = torch.cat([tokens, ours.logits(tokens)[:, -1:].argmax(-1)], dim=1)
     assert generated.tolist() == tokens[0].tolist()
+
+
+def test_a_repetition_penalty_is_that_of_transformers(llama_export, tokenizer):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder, _ = llama_export
+    theirs, read = (
+        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32),
+        AutoTokenizer.from_pretrained(folder),
+    )
+    ours = make_run("llama", tokenizer).model
+    hf_export._round_weights(ours, torch.bfloat16)
+    prompts, repeated = ["def main(", "import import import", "x"], {}
+    for penalty in (1.0, 1.3):
+        options = GenerateOptions(max_new_tokens=30, temperature=0.0, repetition_penalty=penalty)
+        found = [completion.ids for completion in generate(ours, tokenizer, prompts, options)]  # one batch, padded
+        for prompt, ids in zip(prompts, found, strict=True):
+            inputs = read(prompt, return_tensors="pt")
+            made = theirs.generate(**inputs, max_new_tokens=30, do_sample=False, repetition_penalty=penalty)[0].tolist()
+            expected = made[inputs["input_ids"].shape[1] :]
+            assert ids == [token for token in expected if token != tokenizer.eos_id]
+        repeated[penalty] = sum(len(ids) - len(set(ids)) for ids in found)
+    assert repeated[1.3] < repeated[1.0]
 
 
 def test_transformers_does_not_take_our_kernels_for_its_own(llama_export):

@@ -7,6 +7,7 @@ case leaves behind is in its run folder.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
@@ -21,6 +22,7 @@ from pretrain import engine as engine_module
 from pretrain import train as train_module
 from pretrain.engine import init_distributed, leave_distributed
 from pretrain.errors import CheckpointError, LonghaulError
+from pretrain.model import KVCache
 from pretrain.optim import make_optimizer
 from pretrain.settings import load_config
 from pretrain.start_clock import StartClock
@@ -56,6 +58,25 @@ def run_case(case: dict, config_path: str, ranks) -> str:
         train_module.Checkpoints.save = incomplete_save
     if "sabotage" in case:  # DeepSpeed is handed another optimizer than the one that was asked for
         engine_module.make_optimizer = lambda groups, section: torch.optim.SGD(groups, lr=section.lr)
+    sample = train_module.sample
+    settings = engine_module.deepspeed_settings
+    if case.get("count_after_sampling"):  # what sampling leaves in memory
+
+        def settings_without_reuse(*args):  # else DeepSpeed keeps up to 10^9 elements whole that it will use again
+            found = settings(*args)
+            found["zero_optimization"] |= {"stage3_max_reuse_distance": 0, "stage3_max_live_parameters": 0}
+            return found
+
+        engine_module.deepspeed_settings = settings_without_reuse
+
+        def sample_and_count(run):
+            sample(run)
+            caches = sum(isinstance(found, KVCache) for found in gc.get_objects())
+            matrices = [p for p in run.engine._engine.module.parameters() if p.ds_numel > 100_000]
+            whole = sum(p.numel() > 0 for p in matrices)
+            print(f"after sampling: {caches} caches, {whole} whole matrices of {len(matrices)}", flush=True)
+
+        train_module.sample = sample_and_count
     original = train_module.train_step
     if "signal_at" in case:
 
@@ -90,6 +111,8 @@ def run_case(case: dict, config_path: str, ranks) -> str:
     finally:
         train_module.train_step = original
         train_module.Checkpoints.save = save
+        train_module.sample = sample
+        engine_module.deepspeed_settings = settings
         engine_module.make_optimizer = make_optimizer
 
 
