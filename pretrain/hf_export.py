@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import pretrain
 from pretrain.errors import ExportError
 from pretrain.families import ModelShape
-from pretrain.family_table import export_tensors, import_tensors, published_config
+from pretrain.family_table import check_exported, export_tensors, ignored_options, import_tensors, published_config
 from pretrain.hf_tokenizer import varied_texts, write_tokenizer_files
 from pretrain.model import Transformer
 from pretrain.model_card import model_card
@@ -64,10 +64,12 @@ def export_hf(
         What was verified, as it stands in `verification.json`.
 
     Raises:
-        ExportError: a weight is not finite or not in the family's table, or transformers computes something else.
+        ExportError: the family is not exported, a weight is not finite or not in the family's table, or transformers
+            computes something else.
         OSError: a file could not be written.
     """
     shape, tokenizer = loaded.model.shape, loaded.tokenizer
+    check_exported(shape, str(loaded.run))
     _round_weights(loaded.model, DTYPES[dtype])
     files = _write_weights(loaded, out_dir, DTYPES[dtype], max_shard_bytes)
     _write_json(out_dir / "config.json", _hf_config(shape, tokenizer, DTYPES[dtype]))
@@ -81,6 +83,7 @@ def export_hf(
         "versions": _versions(),
         "logits": verify_model(loaded.model, out_dir, rows),
         "tokenizer": verify_tokenizer(tokenizer, out_dir, samples),
+        "ignored_by": ignored_options(shape),
     }
     _write_json(out_dir / "verification.json", report)
     write_text(out_dir / "README.md", model_card(shape, report))
@@ -256,6 +259,8 @@ _REPORT_IT = "Nothing was exported; report this with the run's config.yaml, it i
 def _compare_config(shape: ModelShape, read: dict[str, Any]) -> None:
     """Every option must be read as it was meant: norm_eps, for one, hardly moves the logits of a trained model."""
     for key, value in published_config(shape).items():
+        if key == "rope_scaling":  # transformers 4's; transformers 5 puts it over rope_parameters, compared below
+            continue
         got = read.get(key, read.get("rope_parameters", {}).get(key))  # transformers 5 keeps RoPE's base only there
         if got != value:
             raise ExportError(f"export: {key} is {got!r} in transformers; expected {value!r}. {_REPORT_IT}")

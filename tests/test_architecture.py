@@ -23,8 +23,8 @@ BENCHMARKS = sorted(path.relative_to(ROOT) for path in (ROOT / "benchmarks").glo
 TIERS = (
     "errors config spellings hardware",
     "config_docs schedule batch_plan packing families console",
-    "checks explain tokenizer sources shards tensor_files distributed layers family_table model_card",
-    "settings hf_tokenizer row_table model optim checkpoint_files shard_reader journal workers",
+    "checks explain tokenizer sources shards tensor_files distributed layers published model_card",
+    "settings hf_tokenizer row_table model optim checkpoint_files shard_reader journal workers family_table",
     "data_plan engine metrics guard",
     "checkpoint stream run_folder",
     "evaluate generate hf_export self_test",
