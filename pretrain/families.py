@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -153,13 +153,14 @@ def resolve_shape(model: ModelSection, vocab_size: int, seq_len: int) -> ModelSh
     head_dim = model.head_dim or model.dim // model.num_heads
     wanted = chosen | {name: getattr(model, name) for name in ("dim", "num_heads", *EXTRAS)}
     wanted |= {"num_kv_heads": model.num_kv_heads or model.num_heads, "head_dim": head_dim}
+    given = {name for name in wanted if getattr(model, name) is not None}
     problems = [
         f"model.{name} is {_text(wanted[name])}; expected {expected} for family {model.family}. Remove model.{name}, "
-        f"or use {_nearest_with(name, wanted)}."
+        f"or use {_nearest_with(name, wanted, given)}."
         for name, expected in _refused(family, wanted).items()
     ]
     problems += _head_problems(model, family, chosen["positions"])
-    problems += _position_problems(model, wanted, seq_len)
+    problems += _position_problems(model, wanted, given, seq_len)
     if problems:
         raise ConfigError("\n".join(problems))
     above, below, multiple = FFN_RATIO[chosen["activation"]]
@@ -249,11 +250,16 @@ def _refused(family: Family, wanted: Mapping[str, Any]) -> dict[str, str]:
     return refused | {name: "null" for name in EXTRAS if wanted[name] is not None and not getattr(family, name)}
 
 
-def _nearest_with(option: str, wanted: Mapping[str, Any]) -> str:
-    """Name the family that takes the value of an option and most of the others', an exported one if there is one."""
+def _nearest_with(option: str, wanted: Mapping[str, Any], given: Set[str]) -> str:
+    """Name the family that takes an option's value and the most of the others, above all of those that were given.
+
+    An exported one, if there is one.
+    """
     refused = {name: _refused(family, wanted) for name, family in FAMILIES.items()}
     takers = [name for name in FAMILIES if option not in refused[name]]
-    nearest = min(takers, key=lambda name: (not FAMILIES[name].exported, len(refused[name])))
+    nearest = min(
+        takers, key=lambda name: (not FAMILIES[name].exported, len(refused[name].keys() & given), len(refused[name]))
+    )
     return f"model.family {nearest}" + ("" if FAMILIES[nearest].exported else ", which is not exported")
 
 
@@ -275,16 +281,17 @@ def _head_problems(model: ModelSection, family: Family, positions: str) -> Itera
         yield f"model.num_kv_heads is {num_kv_heads}; expected {wanted}. Use {near}."
 
 
-def _position_problems(model: ModelSection, wanted: Mapping[str, Any], seq_len: int) -> Iterator[str]:
+def _position_problems(model: ModelSection, wanted: Mapping[str, Any], given: Set[str], seq_len: int) -> Iterator[str]:
     """Check the options of RoPE and the window against the kind of positions and the length of rows."""
     # Compared with the default, not looked up in model_fields_set: the config.yaml of a run folder sets every field.
     for name in ("rope_theta", "rope_scaling"):
         value = getattr(model, name)
         if wanted["positions"] != "rope" and value != ModelSection.model_fields[name].default:
-            given = value.type if isinstance(value, RopeScalingSection) else _text(value)
+            text = value.type if isinstance(value, RopeScalingSection) else _text(value)
+            fit = _nearest_with("positions", {**wanted, "positions": "rope"}, given)
             yield (
-                f"model.{name} is {given}; expected no value for positions {wanted['positions']}, where it does "
-                f"nothing. Remove model.{name}, or use {_nearest_with('positions', {**wanted, 'positions': 'rope'})}."
+                f"model.{name} is {text}; expected no value for positions {wanted['positions']}, where it does "
+                f"nothing. Remove model.{name}, or use {fit}."
             )
     if model.sliding_window is not None and model.sliding_window >= seq_len:
         yield (

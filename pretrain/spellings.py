@@ -30,6 +30,16 @@ _SPELLINGS_OF = {
     "model.activation": "hidden_act activation_function act_fn swiglu activation_type mlp_type",
     "model.positions": "pos_emb position_embedding_type pos_embedding position_encoding use_rotary_position_embeddings",
     "model.rope_theta": "rotary_emb_base rotary_base rope_base rope_freq_base",
+    "model.rope_scaling": "rope_parameters use_scaled_rope rope_scaling_type rotary_scaling",
+    "model.rope_scaling.type": "rope_type",
+    "model.rope_scaling.factor": "scaling_factor rope_scaling_factor rotary_scaling_factor scale_factor",
+    "model.rope_scaling.original_seq_len": "original_max_position_embeddings original_max_seq_len old_context_len"
+    " original_context_length",
+    "model.rope_scaling.attention_factor": "attn_factor mscale",
+    "model.qk_norm": "qk_layernorm qk_layer_norm use_qk_norm norm_qk query_key_norm",
+    "model.sliding_window": "window_size attention_window sliding_window_size local_attention_window"
+    " use_sliding_window",
+    "model.attention_softcap": "attn_logit_softcapping attention_logit_softcapping attn_softcap attention_logit_cap",
     "model.attention_bias": "add_qkv_bias qkv_bias use_bias_in_attn_linear attn_bias use_qkv_bias",
     "model.ffn_bias": "mlp_bias use_bias_in_mlp use_mlp_bias",
     "model.tie_embeddings": "tie_word_embeddings weight_tying tie_weights no_weight_tying enable_weight_tying"
@@ -52,7 +62,7 @@ _SPELLINGS_OF = {
     "data.drop_duplicates": "deduplicate dedup dedupe",
     "data.prepare_processes": "num_workers workers num_proc preprocessing_num_workers dataloader_num_workers",
     "data.prefetch_steps": "prefetch_factor prefetch dataloader_prefetch_factor",
-    "optim.name": "optimizer_type optimizer_name optim_type type",
+    "optim.name": "optimizer_type optimizer_name optim_type optim.type",
     "optim.lr": "learning_rate max_lr peak_lr max_learning_rate base_lr",
     "optim.betas": "adam_beta1 adam_beta2 beta1 beta2 beta_1 beta_2",
     "optim.eps": "adam_eps adam_epsilon epsilon",
@@ -123,9 +133,10 @@ def suggest_option(name: str, known: Sequence[str]) -> str:
     """
     section, _, word = name.rpartition(".")
     word = word.lower().replace("-", "_")
+    spelled = SPELLINGS.get(f"{section}.{word}") or SPELLINGS.get(word)
     inside = [option for option in known if option.rpartition(".")[0] == section]
     for close in (
-        [SPELLINGS[word]] if SPELLINGS.get(word) in known else [],
+        [spelled] if spelled in known else [],
         [option for option in known if option.rpartition(".")[2] == word],
         _alike(word, inside),
         _alike(word, known),
