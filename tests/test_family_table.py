@@ -19,6 +19,7 @@ from pretrain.families import FAMILIES
 from pretrain.run_folder import load_run
 from tests.rank_helpers import losses, run_cases
 
+pytestmark = pytest.mark.timeout(900)  # about a minute on two quiet cores; machines are not always quiet
 PAGE = Path(__file__).resolve().parents[1] / "docs/families.md"
 BEGIN, END = "<!-- written by tests/test_family_table.py: begin -->\n", "<!-- end -->\n"
 NUM_STEPS, STOP_AT = 10, 6  # rows have 32 tokens
@@ -106,9 +107,7 @@ def options_in_words(options: list[str]) -> str:
 
 
 @pytest.mark.launches
-def test_every_family_trains_resumes_and_exports(
-    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_family_trains_resumes_and_exports(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hf_export, "NUM_TEXTS", 100)  # the tokenizer is the same in all of them
     lines = []
     for case in CASES:
