@@ -23,7 +23,7 @@ class Baseline(nn.Module):
 
     def __init__(self, shape: ModelShape) -> None:
         super().__init__()
-        for name in ("sliding_window", "attention_softcap", "rope_scaling"):
+        for name in ("sliding_window", "attention_softcap", "logit_softcap", "rope_scaling"):
             if getattr(shape, name) is not None:
                 raise ValueError(f"model.{name} is {getattr(shape, name)}; expected null for the baseline. Remove it.")
         self.embedding = nn.Embedding(shape.padded_vocab_size, shape.dim)

@@ -108,7 +108,7 @@ def _by_engine(config: Config, shape: ModelShape) -> Update:
         num_targets = sum(rows.targets_BT.numel() for rows in batches)
         loss_sum = torch.zeros((), device=ranks.device)
         for index, rows in enumerate(batches):
-            loss = engine.forward(rows.tokens_BT, rows.targets_BT, rows.doc_start_BT, rows.row_ids_B, 0)
+            loss, _ = engine.forward(rows.tokens_BT, rows.targets_BT, rows.doc_start_BT, rows.row_ids_B, 0)
             engine.backward(loss * (len(batches) / num_targets))  # DeepSpeed divides by the micro-steps
             loss_sum += loss.detach()
             if index < len(batches) - 1:
@@ -143,7 +143,7 @@ def _by_master_copies(model: Transformer, config: Config, device: torch.device) 
         num_targets = sum(rows.targets_BT.numel() for rows in batches)
         loss_sum = torch.zeros((), device=device)
         for rows in batches:
-            loss = model(rows.tokens_BT, rows.targets_BT, rows.doc_start_BT, rows.row_ids_B, 0)
+            loss, _ = model(rows.tokens_BT, rows.targets_BT, rows.doc_start_BT, rows.row_ids_B, 0)
             (loss / num_targets).backward()
             gather_gradients()
             loss_sum += loss.detach()

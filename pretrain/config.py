@@ -93,6 +93,9 @@ class ModelSection(Section):
     attention_softcap: float | None = Field(
         None, gt=0, description="Attention scores s become c tanh(s / c), with this c. Null: they stay as they are."
     )
+    logit_softcap: float | None = Field(
+        None, gt=0, description="Logits z become c tanh(z / c), with this c. Null: they stay as they are."
+    )
     attention_bias: Literal[True, False, "qkv"] | None = Field(
         None, description="Biases in the query, key, value and output projections; `qkv`: not in the output's. Null: "
         "the family's."
@@ -197,12 +200,25 @@ class TrainSection(Section):
     precision: Literal["bf16", "fp16", "fp32"] = Field(
         "bf16", description="Arithmetic of the model; master weights and moments are fp32 always. fp16 needs a GPU."
     )
+    z_loss: float = Field(
+        0.0, ge=0, le=1, description="Weight of log(sum(exp(logits)))^2 in the objective, which keeps logits from "
+        "drifting; 1e-4 is usual. The `loss` that is reported never contains it."
+    )  # fmt: skip
+    label_smoothing: Probability = Field(
+        0.0,
+        description="Share of each target that is spread evenly over all tokens. The reported `loss` is without it.",
+    )
     activation_checkpointing: Literal["none", "full"] = Field(
         "none", description="`full` keeps each block's input only and computes the block again in the backward pass."
     )
     deterministic: Bool = Field(
         False, description="On a GPU, choose algorithms that give the same bits on every run. A CPU's always do."
     )
+
+    @property
+    def has_extra_terms(self) -> bool:
+        """Whether the training objective is more than the cross-entropy."""
+        return self.z_loss > 0 or self.label_smoothing > 0
 
 
 class ParallelSection(Section):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,7 +28,7 @@ class Evaluation:
 
 
 def evaluate(
-    forward: Callable[..., torch.Tensor], rows: ValRows, token_bytes: np.ndarray, micro_batch_size: int,
+    forward: Callable[..., Any], rows: ValRows, token_bytes: np.ndarray, micro_batch_size: int,
     ranks: Ranks | None = None, device: torch.device | None = None,
 ) -> Evaluation:  # fmt: skip
     """Score held-out rows, divided between the ranks.
@@ -36,7 +37,7 @@ def evaluate(
     itself, so they do not depend on the tokenizer or on how rows are cut.
 
     Args:
-        forward: as `Transformer.forward`, in evaluation mode: the sum of token losses in nats.
+        forward: as `Transformer.forward`, in evaluation mode: objective and cross-entropy, summed, in nats.
         rows: the held-out rows.
         token_bytes: int32 [V], bytes of text of each token id, 0 for special ones.
         micro_batch_size: rows computed at once.
@@ -54,7 +55,7 @@ def evaluate(
             numbers = own[begin : begin + micro_batch_size]
             batch = rows.batch(numbers or [0])
             targets_BT = batch.targets_BT if numbers else torch.full_like(batch.targets_BT, -100)
-            loss = forward(
+            _, loss = forward(
                 batch.tokens_BT.to(device), targets_BT.to(device), batch.doc_start_BT.to(device),
                 batch.row_ids_B.to(device), 0,
             )  # fmt: skip

@@ -33,6 +33,7 @@ class Family:
     free_head_dim: bool = False  # head_dim may differ from dim / num_heads
     sliding_window: bool = False
     attention_softcap: bool = False
+    logit_softcap: bool = False
     exported: bool = True
 
 
@@ -94,11 +95,12 @@ FAMILIES: dict[str, Family] = {
         free_head_dim=True,
         sliding_window=True,
         attention_softcap=True,
+        logit_softcap=True,
         exported=False,
     ),
 }
 CHOICES = ("norm", "activation", "positions", "attention_bias", "ffn_bias", "qk_norm", "tie_embeddings")
-EXTRAS = ("sliding_window", "attention_softcap")  # null, or for families that have them
+EXTRAS = ("sliding_window", "attention_softcap", "logit_softcap")  # null, or for families that have them
 FFN_RATIO = {"swiglu": (8, 3, 64), "gelu": (4, 1, 1)}  # default ffn_dim / dim as a fraction, and its multiple
 
 
@@ -122,6 +124,7 @@ class ModelShape:
     qk_norm: bool
     sliding_window: int | None
     attention_softcap: float | None
+    logit_softcap: float | None
     attention_bias: bool | str
     ffn_bias: bool
     tie_embeddings: bool

@@ -16,7 +16,7 @@ from kernels.activation import gelu, swiglu
 from kernels.attention import Visibility, attention
 from kernels.dropout import SITE_ATTENTION, SITE_ATTENTION_OUTPUT, SITE_FFN_OUTPUT, DropoutKey, dropout
 from kernels.layer_norm import add_layer_norm, layer_norm
-from kernels.linear_cross_entropy import linear_cross_entropy, token_losses
+from kernels.linear_cross_entropy import linear_cross_entropy, soft_cap, token_losses
 from kernels.rms_norm import add_rms_norm, rms_norm
 from kernels.rope import rope
 from pretrain.families import ModelShape
@@ -213,30 +213,38 @@ class Block(nn.Module):
 class Output(nn.Module):
     """The output layer with its loss; the weights are the embedding's own where the two are tied."""
 
-    def __init__(self, shape: ModelShape, tied_to: nn.Parameter | None) -> None:
+    def __init__(
+        self, shape: ModelShape, tied_to: nn.Parameter | None, z_loss: float = 0.0, label_smoothing: float = 0.0
+    ) -> None:
         super().__init__()
-        self.vocab_size = shape.vocab_size
+        self.vocab_size, self.softcap = shape.vocab_size, shape.logit_softcap
+        self.z_loss, self.label_smoothing = z_loss, label_smoothing
         self.tied = tied_to is not None
         # Held as an attribute of this module even when tied: ZeRO-3 gathers what the running module holds.
         self.weight = nn.Parameter(torch.empty(shape.padded_vocab_size, shape.dim)) if tied_to is None else tied_to
 
-    def forward(self, x_BTD: Tensor, targets_BT: Tensor | None, per_token: bool = False) -> Tensor:
-        """Compute the summed loss, the loss of each token, or the logits.
+    def forward(
+        self, x_BTD: Tensor, targets_BT: Tensor | None, per_token: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Compute the summed objective and cross-entropy, the cross-entropy of each token, or the logits.
 
         Args:
             x_BTD: normalised final hidden states.
             targets_BT: int64, -100 where not scored; None for logits.
-            per_token: the loss of each token, without gradients, instead of the sum.
+            per_token: the cross-entropy of each token, without gradients, instead of the sums.
 
         Returns:
-            fp32: a scalar, `[B, T]`, or `[B, T, V]` without the padding of the vocabulary.
+            fp32: two scalars, `[B, T]`, or `[B, T, V]` without the padding of the vocabulary.
         """
         if targets_BT is None:
-            return F.linear(x_BTD, self.weight[: self.vocab_size]).float()
+            return soft_cap(F.linear(x_BTD, self.weight[: self.vocab_size]).float(), self.softcap)
         x_ND, targets_N = x_BTD.flatten(0, 1), targets_BT.flatten()
         if per_token:
-            return token_losses(x_ND, self.weight, targets_N, self.vocab_size).view(targets_BT.shape)
-        return linear_cross_entropy(x_ND, self.weight, targets_N, self.vocab_size)
+            losses_N = token_losses(x_ND, self.weight, targets_N, self.vocab_size, self.softcap)
+            return losses_N.view(targets_BT.shape)
+        return linear_cross_entropy(
+            x_ND, self.weight, targets_N, self.vocab_size, self.z_loss, self.label_smoothing, self.softcap
+        )
 
     def _save_to_state_dict(self, *args: Any) -> None:
         if not self.tied:  # a tied weight is stored once, as embedding.weight

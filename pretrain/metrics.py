@@ -20,11 +20,16 @@ logger = logging.getLogger("longhaul")
 
 @dataclass(frozen=True)
 class StepMetrics:
-    """One optimizer step; `loss` in nats per scored token, `lr` as used, `memory_bytes` the peak of rank 0."""
+    """One optimizer step.
+
+    `loss` is the cross-entropy in nats per scored token, `objective` what was minimised (None where that is the same),
+    `lr` as used, `memory_bytes` the peak of rank 0.
+    """
 
     step: int
     tokens: int
     loss: float
+    objective: float | None
     grad_norm: float
     lr: float
     step_seconds: float
@@ -103,6 +108,7 @@ class MetricLog:
             "memory_bytes": metrics.memory_bytes, "data_wait_seconds": metrics.data_wait_seconds,
             "skipped_steps": metrics.skipped_steps, "timestamp": time.time(), "attempt": self.attempt,
         }  # fmt: skip
+        line |= {} if metrics.objective is None else {"objective": metrics.objective}
         line |= {f"epoch/{name}": epoch for name, epoch in metrics.epochs.items()}
         self._write(line)
         self._add_scalars(line, "train/", metrics.step)

@@ -57,13 +57,22 @@ class _LayerCache:
 class Transformer(nn.Module):
     """A pre-norm decoder-only Transformer over rows of packed documents."""
 
-    def __init__(self, shape: ModelShape, seed: int, activation_checkpointing: str = "none") -> None:
+    def __init__(
+        self,
+        shape: ModelShape,
+        seed: int,
+        activation_checkpointing: str = "none",
+        z_loss: float = 0.0,
+        label_smoothing: float = 0.0,
+    ) -> None:
         """Build the model and draw its initial weights.
 
         Args:
             shape: from `families.resolve_shape`.
             seed: fixes the initial weights and dropout.
             activation_checkpointing: `full` computes each block again in the backward pass, `none` does not.
+            z_loss: part of the training objective, as in `linear_cross_entropy`.
+            label_smoothing: likewise.
         """
         super().__init__()
         self.shape, self.seed = shape, seed
@@ -73,7 +82,8 @@ class Transformer(nn.Module):
         self.position_embedding = Embedding(shape.seq_len, shape.dim) if shape.positions == "learned" else None
         self.blocks = nn.ModuleList(Block(shape, layer) for layer in range(shape.num_layers))
         self.final_norm = make_norm(shape)
-        self.output = Output(shape, tied_to=self.embedding.weight if shape.tie_embeddings else None)
+        tied_to = self.embedding.weight if shape.tie_embeddings else None
+        self.output = Output(shape, tied_to, z_loss, label_smoothing)
         self.initialise()
 
     @torch.no_grad()
@@ -112,8 +122,8 @@ class Transformer(nn.Module):
         row_ids_B: Tensor | None = None,
         step: int = 0,
         per_token: bool = False,
-    ) -> Tensor:
-        """Compute the loss of a batch.
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Compute the training objective and the cross-entropy of a batch.
 
         Args:
             tokens_BT: int64 token ids.
@@ -121,10 +131,11 @@ class Transformer(nn.Module):
             doc_start_BT: int, the slot of the row where each token's document begins.
             row_ids_B: int64, the global number of each row, which keys dropout; None: no dropout.
             step: of training, which keys dropout.
-            per_token: return the loss of each token, without gradients, instead of the sum.
+            per_token: return the cross-entropy of each token, without gradients, instead of the sums.
 
         Returns:
-            fp32 nats: the sum over the scored tokens, or `[B, T]`.
+            fp32 nats: two sums over the scored tokens, of the objective, which has gradients, and of the
+            cross-entropy, which has none; or `[B, T]`.
         """
         key = DropoutKey(self.seed, step, row_ids_B) if self.training and row_ids_B is not None else None
         hidden_BTD = self._hidden(tokens_BT, doc_start_BT, self._positions(doc_start_BT, 0), key, None)

@@ -40,6 +40,7 @@ _SPELLINGS_OF = {
     "model.sliding_window": "window_size attention_window sliding_window_size local_attention_window"
     " use_sliding_window",
     "model.attention_softcap": "attn_logit_softcapping attention_logit_softcapping attn_softcap attention_logit_cap",
+    "model.logit_softcap": "final_logit_softcapping final_logit_softcap logits_soft_cap logit_soft_cap",
     "model.attention_bias": "add_qkv_bias qkv_bias use_bias_in_attn_linear attn_bias use_qkv_bias",
     "model.ffn_bias": "mlp_bias use_bias_in_mlp use_mlp_bias",
     "model.tie_embeddings": "tie_word_embeddings weight_tying tie_weights no_weight_tying enable_weight_tying"
@@ -87,6 +88,8 @@ _SPELLINGS_OF = {
     " local_batch_size micro_batch per_gpu_batch_size device_train_microbatch_size",
     "train.precision": "dtype torch_dtype bf16 fp16 mixed_precision params_dtype mixed_precision_param precision_type"
     " amp",
+    "train.z_loss": "z_loss_weight z_loss_multiplier z_loss_coeff zloss lse_square_scale auxiliary_loss_multiplier",
+    "train.label_smoothing": "label_smoothing_factor smoothing label_smooth",
     "train.activation_checkpointing": "gradient_checkpointing checkpoint_activations recompute_granularity"
     " recompute_activations activation_checkpoint use_checkpointing recompute",
     "train.deterministic": "deterministic_mode cudnn_deterministic full_determinism",
@@ -133,7 +136,7 @@ def suggest_option(name: str, known: Sequence[str]) -> str:
     """
     section, _, word = name.rpartition(".")
     word = word.lower().replace("-", "_")
-    spelled = SPELLINGS.get(f"{section}.{word}") or SPELLINGS.get(word)
+    spelled = SPELLINGS.get(f"{section}.{word}") or SPELLINGS.get(word, "")
     inside = [option for option in known if option.rpartition(".")[0] == section]
     for close in (
         [spelled] if spelled in known else [],

@@ -119,7 +119,8 @@ def open_run(config: Config, ranks: Ranks, folder: RunFolder | None, stop: StopR
                            if config.eval.every_steps else None)  # fmt: skip
     set_determinism(config.train.deterministic)
     check_optimizer(config, plan, ranks)
-    model = Transformer(shape, config.run.seed, config.train.activation_checkpointing)
+    objective = config.train.z_loss, config.train.label_smoothing
+    model = Transformer(shape, config.run.seed, config.train.activation_checkpointing, *objective)
     engine = ranks.agree(lambda: Engine(model, config, plan, ranks))
     cleanup.callback(engine.close)
     events: list[tuple[str, str]] = []
@@ -194,19 +195,21 @@ def train_step(run: Run) -> bool:
     waited = time.perf_counter() - begin
     # DeepSpeed divides by micro-steps and ranks; what must remain is the sum over the step's targets / their number.
     scale = run.ranks.world_size * run.plan.num_micro_steps / max(num_targets, 1)
-    loss_sum = torch.zeros((), device=run.ranks.device)
+    sums = torch.zeros(2, device=run.ranks.device)  # of the objective and of the cross-entropy
     for index, batch in enumerate(rows.micro_batches):
-        loss = run.engine.forward(*to_device(batch, run.ranks.device), run.progress.step)
-        run.engine.backward(loss * scale)
-        loss_sum += loss.detach()
+        objective, cross_entropy = run.engine.forward(*to_device(batch, run.ranks.device), run.progress.step)
+        run.engine.backward(objective * scale)
+        sums += torch.stack((objective.detach(), cross_entropy))
         if index < run.plan.num_micro_steps - 1:
             run.engine.end_micro_step()
     lr = lr_at(run.progress.step, run.plan.num_steps, run.config.optim.lr, run.config.schedule)
     result = run.engine.step(lr)
-    total_loss, stop_requests = run.ranks.sum([float(loss_sum), run.stop.received is not None])
+    *totals, stop_requests = run.ranks.sum([*sums.tolist(), run.stop.received is not None])
+    means = [total / max(num_targets, 1) for total in totals]
     finish_step(run, StepMetrics(
         step=run.progress.step + 1, tokens=run.progress.num_tokens + run.plan.tokens_per_step,
-        loss=total_loss / max(num_targets, 1), grad_norm=result.grad_norm, lr=lr,
+        loss=means[1], objective=means[0] if run.config.train.has_extra_terms else None,
+        grad_norm=result.grad_norm, lr=lr,
         step_seconds=time.perf_counter() - begin, data_wait_seconds=waited,
         memory_bytes=peak_memory_bytes(run.ranks.device), skipped_steps=0, epochs=run.stream.state()["epochs"],
     ), result.applied, num_damaged)  # fmt: skip

@@ -34,7 +34,8 @@ def train_plainly(config_path: Path, overrides: list[str]) -> tuple[list[float],
     tokenizer = Tokenizer(config.tokenizer.model)
     plan = BatchPlan.of(config, 1)
     stream = TokenStream(config, plan, 0, tokenizer.fingerprint)
-    model = Transformer(resolve_shape(config.model, tokenizer.vocab_size, config.data.seq_len), config.run.seed)
+    shape = resolve_shape(config.model, tokenizer.vocab_size, config.data.seq_len)
+    model = Transformer(shape, config.run.seed, "none", config.train.z_loss, config.train.label_smoothing)
     optimizer = plain_optimizer(model, config.optim)
     losses = []
     for step in range(plan.num_steps):
@@ -42,11 +43,10 @@ def train_plainly(config_path: Path, overrides: list[str]) -> tuple[list[float],
         optimizer.zero_grad()
         total = 0.0
         for batch in rows.micro_batches:
-            loss = (
-                model(batch.tokens_BT, batch.targets_BT, batch.doc_start_BT, batch.row_ids_B, step) / rows.num_targets
-            )
-            loss.backward()
-            total += float(loss.detach())
+            inputs = batch.tokens_BT, batch.targets_BT, batch.doc_start_BT, batch.row_ids_B
+            objective, loss = (part / rows.num_targets for part in model(*inputs, step))
+            objective.backward()
+            total += float(loss)
         if config.optim.clip_norm > 0:
             torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip_norm)
         for group in optimizer.param_groups:

@@ -25,7 +25,8 @@ class Rows:
 
 
 def uniform(tokens, targets, doc_start, row_ids, step):
-    return (targets >= 0).sum() * math.log(8.0)
+    cross_entropy = (targets >= 0).sum() * math.log(8.0)
+    return cross_entropy + 1.0, cross_entropy  # the objective counts for nothing
 
 
 @pytest.mark.parametrize("micro_batch_size", [1, 2, 3, 8])

@@ -93,6 +93,11 @@ def test_vocabulary_that_is_a_multiple_is_not_padded():
             "model.family custom, which is not exported.",
         ),
         (
+            {"family": "gpt2", "logit_softcap": 30.0},
+            "model.logit_softcap is 30; expected null for family gpt2. Remove model.logit_softcap, or use model.family "
+            "custom, which is not exported.",
+        ),
+        (
             {"family": "qwen3", "sliding_window": 16},
             "model.sliding_window is 16; expected less than data.seq_len (16), because a row has no more. Remove "
             "model.sliding_window.",
@@ -234,7 +239,7 @@ def test_flops_are_those_that_pytorch_counts():
     shape = dataclasses.replace(resolve(vocab_size=384, attention_dropout=0.1), padded_vocab_size=384)
     model, tokens = Transformer(shape, 1), torch.zeros(2, 16, dtype=torch.int64)
     with FlopCounterMode(display=False) as counter:
-        model(tokens, tokens, torch.zeros_like(tokens), torch.arange(2)).backward()
+        model(tokens, tokens, torch.zeros_like(tokens), torch.arange(2))[0].backward()
     assert counter.get_total_flops() == 2 * 16 * flops_per_token(shape, causal=False)
 
 

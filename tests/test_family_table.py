@@ -46,7 +46,7 @@ CASES = {
     ("starcoder2", True, False): [LLAMA3],
     ("gpt2", False, False): ["model.dropout=0.1", "model.attention_dropout=0.1"],
     ("gpt2", True, False): [],
-    ("custom", True, True): ["model.norm=layernorm", "model.qk_norm=true", "model.attention_softcap=2",
+    ("custom", True, True): ["model.norm=layernorm", "model.qk_norm=true", "model.attention_softcap=2", "model.logit_softcap=10",
                              "model.sliding_window=9", "model.attention_bias=qkv", LINEAR],
     ("custom", False, False): ["model.positions=learned", "model.activation=gelu", "model.ffn_bias=true"],
 }  # fmt: skip

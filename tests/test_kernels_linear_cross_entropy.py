@@ -3,7 +3,15 @@ import torch
 import torch.nn.functional as F
 
 from kernels import linear_cross_entropy as module
-from kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_truth, token_losses
+from kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_truth, soft_cap, token_losses
+
+OPTIONS = [
+    {},
+    {"z_loss": 1e-2},
+    {"label_smoothing": 0.1},
+    {"softcap": 3.0},
+    {"z_loss": 1e-2, "label_smoothing": 0.2, "softcap": 2.0},
+]
 
 
 def draw(tokens=37, dim=16, classes=50, padded=64, dtype=torch.float32):
@@ -14,65 +22,112 @@ def draw(tokens=37, dim=16, classes=50, padded=64, dtype=torch.float32):
     return x, weight, targets, classes
 
 
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("function", [linear_cross_entropy, linear_cross_entropy_truth])
-def test_sum_equals_pytorch_over_the_classes_that_count(function):
+def test_sums_equal_pytorch_over_the_classes_that_count(function, options):
     x, weight, targets, classes = draw()
-    expected = F.cross_entropy(x @ weight[:classes].T, targets, ignore_index=-100, reduction="sum")
-    torch.testing.assert_close(function(x, weight, targets, classes), expected)
+    logits = x @ weight[:classes].T
+    if "softcap" in options:
+        logits = options["softcap"] * torch.tanh(logits / options["softcap"])
+    plain = F.cross_entropy(logits, targets, ignore_index=-100, reduction="sum")
+    smoothing = options.get("label_smoothing", 0.0)
+    expected = F.cross_entropy(logits, targets, ignore_index=-100, reduction="sum", label_smoothing=smoothing)
+    expected = expected + options.get("z_loss", 0.0) * (logits.logsumexp(-1)[targets != -100] ** 2).sum()
+    objective, cross_entropy = function(x, weight, targets, classes, **options)
+    torch.testing.assert_close(objective, expected)
+    torch.testing.assert_close(cross_entropy, plain.detach())
+    assert objective.requires_grad and not cross_entropy.requires_grad
+    assert (objective != cross_entropy) == bool(options.keys() - {"softcap"})
+    found = torch.autograd.grad(objective, (x, weight))
+    for gradient, wanted in zip(found, torch.autograd.grad(expected, (x, weight)), strict=True):
+        torch.testing.assert_close(gradient, wanted, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("chunk", [1, 7, 37, 1000])
-def test_gradients_equal_those_of_the_truth_for_any_chunk(chunk, dtype, monkeypatch):
+def test_gradients_equal_those_of_the_truth_for_any_chunk(chunk, dtype, options, monkeypatch):
     x, weight, targets, classes = draw(dtype=dtype)
     monkeypatch.setattr(module, "_CHUNK_ELEMENTS_CPU", chunk * classes)
-    found = torch.autograd.grad(0.1 * linear_cross_entropy(x, weight, targets, classes), (x, weight))
-    expected = torch.autograd.grad(0.1 * linear_cross_entropy_truth(x, weight, targets, classes), (x, weight))
-    for a, b in zip(found, expected, strict=True):
+    found = torch.autograd.grad(0.1 * linear_cross_entropy(x, weight, targets, classes, **options)[0], (x, weight))
+    truth = linear_cross_entropy_truth(x, weight, targets, classes, **options)[0]
+    for a, b in zip(found, torch.autograd.grad(0.1 * truth, (x, weight)), strict=True):
         assert a.dtype == dtype
         torch.testing.assert_close(
             a, b, rtol=3e-2 if dtype == torch.bfloat16 else 1e-5, atol=4e-3 if dtype == torch.bfloat16 else 1e-6
         )
 
 
-def test_padding_has_no_gradient_whatever_it_holds():
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_gradients_equal_finite_differences(options):
+    x, weight, targets, classes = (part.detach() if torch.is_tensor(part) else part for part in draw(6, 4, 7, 8))
+    x, weight = x.requires_grad_(), weight.requires_grad_()
+
+    def objective(x, weight):
+        return linear_cross_entropy_truth(x.double(), weight.double(), targets, classes, **options)[0]
+
+    found = torch.autograd.grad(linear_cross_entropy(x, weight, targets, classes, **options)[0], (x, weight))
+    with torch.no_grad():
+        for tensor, gradient in zip((x, weight), found, strict=True):
+            for position in range(0, tensor.numel(), 5):
+                step = torch.zeros(tensor.numel()).index_fill(0, torch.tensor(position), 1e-2).view_as(tensor)
+                pairs = [(x + s, weight) if tensor is x else (x, weight + s) for s in (step, -step)]
+                difference = (objective(*pairs[0]) - objective(*pairs[1])) / 2e-2
+                torch.testing.assert_close(gradient.flatten()[position], difference.float(), rtol=1e-2, atol=2e-3)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_padding_has_no_gradient_whatever_it_holds(options):
     x, weight, targets, classes = draw()
     with torch.no_grad():
         weight[classes:] = float("nan")
-    loss = linear_cross_entropy(x, weight, targets, classes)
+    loss, _ = linear_cross_entropy(x, weight, targets, classes, **options)
     grad = torch.autograd.grad(loss, weight)[0]
     assert loss.isfinite()
     assert (grad[classes:] == 0).all() and grad[:classes].isfinite().all()
 
 
-def test_nothing_scored_gives_zero_loss_and_zero_gradients():
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_nothing_scored_gives_zero_loss_and_zero_gradients(options):
     x, weight, targets, classes = draw()
     targets[:] = -100
-    loss = linear_cross_entropy(x, weight, targets, classes)
-    assert loss.item() == 0.0
+    loss, cross_entropy = linear_cross_entropy(x, weight, targets, classes, **options)
+    assert loss.item() == 0.0 and cross_entropy.item() == 0.0
     assert all((grad == 0).all() for grad in torch.autograd.grad(loss, (x, weight)))
 
 
-def test_token_losses_sum_to_the_loss_and_are_zero_where_not_scored(monkeypatch):
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_token_losses_sum_to_the_loss_and_are_zero_where_not_scored(softcap, monkeypatch):
     x, weight, targets, classes = draw()
     monkeypatch.setattr(module, "_CHUNK_ELEMENTS_CPU", 10 * classes)
-    losses = token_losses(x, weight, targets, classes)
+    losses = token_losses(x, weight, targets, classes, softcap)
     assert losses.dtype == torch.float32 and not losses.requires_grad
     assert (losses[targets == -100] == 0).all()
-    expected = F.cross_entropy(x @ weight[:classes].T, targets, ignore_index=-100, reduction="none")
+    logits = soft_cap(x @ weight[:classes].T, softcap)
+    expected = F.cross_entropy(logits, targets, ignore_index=-100, reduction="none")
     torch.testing.assert_close(losses, expected.detach())
     with torch.no_grad():
-        torch.testing.assert_close(linear_cross_entropy(x, weight, targets, classes), losses.sum())
+        options = {"z_loss": 1e-2, "label_smoothing": 0.1, "softcap": softcap}
+        objective, cross_entropy = linear_cross_entropy(x, weight, targets, classes, **options)
+        torch.testing.assert_close(cross_entropy, losses.sum())
+        torch.testing.assert_close(objective, linear_cross_entropy_truth(x, weight, targets, classes, **options)[0])
 
 
 def test_large_logits_do_not_overflow():
     x, weight, targets, classes = draw()
-    loss = linear_cross_entropy(x * 1e3, weight, targets, classes)
-    torch.testing.assert_close(loss, linear_cross_entropy_truth(x * 1e3, weight, targets, classes))
+    loss, _ = linear_cross_entropy(x * 1e3, weight, targets, classes)
+    torch.testing.assert_close(loss, linear_cross_entropy_truth(x * 1e3, weight, targets, classes)[0])
     assert loss.isfinite()
 
 
 def test_a_frozen_input_gets_no_gradient():
     x, weight, targets, classes = draw()
-    linear_cross_entropy(x.detach(), weight, targets, classes).backward()
+    linear_cross_entropy(x.detach(), weight, targets, classes)[0].backward()
     assert weight.grad is not None
+
+
+def test_soft_cap_is_the_same_with_and_without_gradients():
+    logits = torch.linspace(-100, 100, 101)
+    capped = soft_cap(logits.clone().requires_grad_(), 5.0)
+    assert capped.abs().max() <= 5.0 and torch.equal(capped.detach(), soft_cap(logits.clone(), 5.0))
+    assert soft_cap(logits, None) is logits

@@ -17,7 +17,7 @@ STABLELM = {"family": "stablelm", "attention_bias": "qkv", "num_kv_heads": 1,
 STARCODER2 = {"family": "starcoder2", "sliding_window": 6,
               "rope_scaling": {"type": "yarn", "factor": 2.0, "original_seq_len": 12}}  # fmt: skip
 CUSTOM = {"family": "custom", "norm": "layernorm", "positions": "learned", "qk_norm": True, "attention_bias": "qkv",
-          "ffn_bias": True, "attention_softcap": 1.5, "sliding_window": 9, "num_kv_heads": 2}  # fmt: skip
+          "ffn_bias": True, "attention_softcap": 1.5, "logit_softcap": 4.0, "sliding_window": 9, "num_kv_heads": 2}  # fmt: skip
 ALL = [LLAMA, GPT2, QWEN3, STABLELM, STARCODER2, CUSTOM]
 FAMILIES = pytest.mark.parametrize("options", ALL, ids=[options["family"] for options in ALL])
 VOCAB, LENGTH = 300, 24
@@ -118,6 +118,8 @@ def naive_losses(model, tokens, targets):
             x = x + linear(F.gelu(linear(h, f"{name}.ffn.up"), approximate="tanh"), f"{name}.ffn.down")
     output = p["embedding.weight" if s.tie_embeddings else "output.weight"]
     logits = (norm(x, "final_norm") @ output.T)[:, : s.vocab_size]
+    if s.logit_softcap:
+        logits = s.logit_softcap * torch.tanh(logits / s.logit_softcap)
     return F.cross_entropy(logits, targets, reduction="none", ignore_index=-100)
 
 
@@ -129,7 +131,7 @@ def test_losses_equal_an_independent_implementation(options):
     for row, begin, end in ((0, 0, 7), (0, 7, 15), (0, 15, 24), (1, 0, 24)):
         expected = naive_losses(model, tokens[row, begin:end], targets[row, begin:end])
         torch.testing.assert_close(losses[row, begin:end], expected.detach(), rtol=1e-4, atol=1e-4)
-    total = model(tokens, targets, starts)
+    total, _ = model(tokens, targets, starts)
     assert total.dtype == torch.float32 and total.dim() == 0
     torch.testing.assert_close(total, losses.sum())
 
@@ -138,7 +140,7 @@ def test_losses_equal_an_independent_implementation(options):
 def test_gradients_equal_those_of_an_independent_implementation(options):
     model = sharpen(build(options), std=0.1)
     tokens, targets, starts = batch(rows=1)
-    model(tokens, targets, starts).backward()
+    model(tokens, targets, starts)[0].backward()
     found = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
     sum(naive_losses(model, tokens[0, a:b], targets[0, a:b]).sum() for a, b in ((0, 7), (7, 15), (15, 24))).backward()
@@ -202,7 +204,7 @@ def test_losses_of_a_document_do_not_depend_on_its_place_in_the_row(options):
 def test_loss_at_the_start_is_that_of_guessing(options):
     model = build(options)
     tokens, targets, starts = batch()
-    loss = model(tokens, targets, starts) / (targets != -100).sum()
+    loss = model(tokens, targets, starts)[0] / (targets != -100).sum()
     assert loss.item() == pytest.approx(math.log(VOCAB), abs=0.1)
 
 
@@ -260,9 +262,9 @@ def test_from_the_meta_device(options):
 def test_bf16_stays_near_fp32(options):
     tokens, targets, starts = batch()
     wide = build(options, init_std=0.1)
-    exact = wide(tokens, targets, starts)
+    exact, _ = wide(tokens, targets, starts)
     narrow = build(options, init_std=0.1).bfloat16()
-    loss = narrow(tokens, targets, starts)
+    loss, _ = narrow(tokens, targets, starts)
     assert loss.dtype == torch.float32
     assert loss.item() == pytest.approx(exact.item(), rel=2e-3)
     loss.backward()
@@ -275,7 +277,7 @@ def test_activation_checkpointing_changes_nothing(options):
     losses, grads = [], []
     for kind in ("none", "full"):
         model = build(options, checkpointing=kind, dropout=0.2, attention_dropout=0.2)
-        loss = model(tokens, targets, starts, torch.tensor([3, 4]), 7)
+        loss, _ = model(tokens, targets, starts, torch.tensor([3, 4]), 7)
         loss.backward()
         losses.append(loss)
         grads.append([p.grad for p in model.parameters()])
@@ -288,11 +290,11 @@ def test_dropout_does_not_depend_on_the_batch_that_a_row_is_in(options):
     tokens, targets, starts = batch()
     ids = torch.tensor([2**31 + 5, 11])
     model = sharpen(build(options, dropout=0.3, attention_dropout=0.3), std=0.1)
-    together = model(tokens, targets, starts, ids, 3)
+    together, _ = model(tokens, targets, starts, ids, 3)
     together.backward()
     grads = [p.grad.clone() for p in model.parameters()]
     model.zero_grad()
-    apart = [model(tokens[i : i + 1], targets[i : i + 1], starts[i : i + 1], ids[i : i + 1], 3) for i in (0, 1)]
+    apart = [model(tokens[i : i + 1], targets[i : i + 1], starts[i : i + 1], ids[i : i + 1], 3)[0] for i in (0, 1)]
     (apart[0] + apart[1]).backward()
     torch.testing.assert_close(together, apart[0] + apart[1])
     for grad, parameter in zip(grads, model.parameters(), strict=True):
@@ -302,13 +304,13 @@ def test_dropout_does_not_depend_on_the_batch_that_a_row_is_in(options):
 def test_dropout_varies_with_the_step_and_the_row_and_stops_in_evaluation():
     tokens, targets, starts = batch()
     model, ids = build(dropout=0.3), torch.tensor([1, 2])
-    loss = model(tokens, targets, starts, ids, 0)
-    assert torch.equal(loss, model(tokens, targets, starts, ids, 0))
-    assert not torch.equal(loss, model(tokens, targets, starts, ids, 1))
-    assert not torch.equal(loss, model(tokens, targets, starts, ids + 2, 0))
+    loss, _ = model(tokens, targets, starts, ids, 0)
+    assert torch.equal(loss, model(tokens, targets, starts, ids, 0)[0])
+    assert not torch.equal(loss, model(tokens, targets, starts, ids, 1)[0])
+    assert not torch.equal(loss, model(tokens, targets, starts, ids + 2, 0)[0])
     plain = model.token_losses(tokens, targets, starts).sum()
     model.eval()
-    torch.testing.assert_close(model(tokens, targets, starts, ids, 0), plain)
+    torch.testing.assert_close(model(tokens, targets, starts, ids, 0)[0], plain)
 
 
 @FAMILIES
@@ -336,7 +338,7 @@ def test_logits_are_those_of_the_loss():
     model = sharpen(build())
     tokens, targets, _ = batch()
     expected = F.cross_entropy(model.logits(tokens).flatten(0, 1), targets.flatten(), reduction="sum")
-    torch.testing.assert_close(model(tokens, targets, torch.zeros_like(tokens)).detach(), expected)
+    torch.testing.assert_close(model(tokens, targets, torch.zeros_like(tokens))[0].detach(), expected)
 
 
 @pytest.mark.parametrize("options", [QWEN3, STARCODER2, CUSTOM], ids=["qwen3", "starcoder2", "custom"])
@@ -350,6 +352,17 @@ def test_cached_logits_equal_uncached_ones_far_beyond_the_window(options):
     unlimited = sharpen(build(options, sliding_window=None)).logits(tokens)
     torch.testing.assert_close(unlimited[:, :4], whole[:, :4], rtol=1e-4, atol=1e-4)
     assert (unlimited[:, 4:] - whole[:, 4:]).abs().amax(-1).min() > 1e-3
+
+
+def test_generation_and_the_loss_see_the_capped_logits():
+    model, free = sharpen(build(CUSTOM)), sharpen(build(CUSTOM, logit_softcap=None))
+    tokens, targets, starts = batch(ends=((24,),))
+    capped, plain = model.logits(tokens), free.logits(tokens)
+    assert plain.abs().max() > 4.0 > capped.abs().max()
+    torch.testing.assert_close(capped, 4.0 * torch.tanh(plain / 4.0))
+    expected = F.cross_entropy(capped.flatten(0, 1), targets.flatten(), reduction="none")
+    torch.testing.assert_close(model.token_losses(tokens, targets, starts).flatten(), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(model(tokens, targets, starts)[1], expected.sum(), rtol=1e-4, atol=1e-4)
 
 
 def test_a_token_sees_as_far_as_the_windows_of_all_blocks_reach():

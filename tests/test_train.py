@@ -37,6 +37,8 @@ def runs(tiny_config, tmp_path_factory):
         "undamaged": [damaged.replace(str(code), f"{tiny_config.parent}/shards/code")],
         "wsd": ["schedule={name: wsd, warmup_steps: 2, decay_steps: 5, final_lr_ratio: 0}"],
         "gpt2": ["model={family: gpt2, dim: 32, num_layers: 2, num_heads: 4, dropout: 0.1}"],
+        "z-loss": ["train.z_loss=0.01"],
+        "smoothed": ["train.label_smoothing=0.2", "train.z_loss=0.01", "eval={every_steps: 20, max_rows: 8}"],
         "tensors": ["log.tensorboard=true", "eval={every_steps: 10, max_rows: 4}"],
     }  # fmt: skip
     extra = {"best-fails": {"signal_at": 9, "fail_save": [8]}}
@@ -107,6 +109,26 @@ def test_the_rate_of_every_step_is_the_schedules(runs):
 
 def test_gpt2_learns_with_dropout(runs):
     assert losses(runs[1] / "gpt2")[-1] < losses(runs[1] / "gpt2")[0] - 0.3
+
+
+def test_z_loss_and_smoothing_are_minimised_and_the_reported_loss_is_without_them(runs, tiny_config):
+    from tests.plain_torch import train_plainly
+
+    plain = [line for line in metric_lines(runs[1] / "plain") if "loss" in line]
+    assert all("objective" not in line for line in plain)
+    for name, overrides in (("z-loss", []), ("smoothed", ["train.label_smoothing=0.2"])):
+        lines = [line for line in metric_lines(runs[1] / name) if "loss" in line]
+        expected, _ = train_plainly(tiny_config, ["train.z_loss=0.01", *overrides])
+        assert [line["loss"] for line in lines] == pytest.approx(expected, rel=1e-5)
+        assert lines[0]["loss"] == plain[0]["loss"]  # the same weights, before any update
+        assert lines[-1]["loss"] != pytest.approx(plain[-1]["loss"], rel=1e-5)
+        assert all(line["objective"] > line["loss"] for line in lines)
+    # At the start logits are near 0, so lse is near ln(512): z-loss adds 0.01 ln(512)^2 = 0.389 nats.
+    first = next(line for line in metric_lines(runs[1] / "z-loss") if "loss" in line)
+    assert first["objective"] - first["loss"] == pytest.approx(0.389, abs=0.02)
+    held_out = evaluations(runs[1] / "smoothed")[20]
+    assert abs(held_out - lines[-1]["loss"]) < 0.5  # cross-entropy, not the smoothed objective
+    assert held_out < lines[-1]["objective"] - 0.3
 
 
 def test_tensorboard_has_the_metrics(runs):

@@ -61,8 +61,9 @@ def run_case(case: dict, config_path: str, ranks) -> str:
             forward = run.engine.forward
 
             def bad_forward(*args):
-                loss = forward(*args)
-                return loss * float("nan") if ranks.rank == ranks.world_size - 1 else loss
+                objective, loss = forward(*args)
+                factor = float("nan") if ranks.rank == ranks.world_size - 1 else 1.0
+                return objective * factor, loss * factor
 
             if run.progress.step + 1 in case["poison"]:
                 run.engine.forward = bad_forward
