@@ -315,10 +315,12 @@ def _scaling_problems(scaling: RopeScalingSection, seq_len: int, exported: bool)
             f"{where}.original_seq_len is null; expected the data.seq_len before scaling, for {scaling.type}. Set it, "
             f"for example to {max(int(seq_len / scaling.factor), 1)}."
         )
-    elif scaling.type == "yarn" and exported and scaling.factor * original != seq_len:
+    elif scaling.type == "yarn" and exported and original >= seq_len:
+        yield f"{where}.original_seq_len is {original}; expected less than data.seq_len ({seq_len}). Lower it."
+    elif scaling.type == "yarn" and exported and scaling.factor != (ratio := seq_len / original):
         yield (
-            f"{where}.factor is {scaling.factor:g}; expected data.seq_len / original_seq_len ({seq_len / original:g}), "
-            f"which some versions of transformers 4 take for it. Use {seq_len / original:g}, or model.family custom."
+            f"{where}.factor is {scaling.factor}; expected data.seq_len / original_seq_len ({ratio}), which some "
+            f"versions of transformers 4 take for it. Use {ratio}, or model.family custom."
         )
     for low, high, kind in (("low_freq_factor", "high_freq_factor", "llama3"), ("beta_slow", "beta_fast", "yarn")):
         least, value = getattr(scaling, low), getattr(scaling, high)

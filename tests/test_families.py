@@ -134,8 +134,12 @@ def test_vocabulary_that_is_a_multiple_is_not_padded():
         ),
         (
             {"rope_scaling": {"type": "yarn", "factor": 4.0, "original_seq_len": 8}},
-            "model.rope_scaling.factor is 4; expected data.seq_len / original_seq_len (2), which some versions of "
-            "transformers 4 take for it. Use 2, or model.family custom.",
+            "model.rope_scaling.factor is 4.0; expected data.seq_len / original_seq_len (2.0), which some versions of "
+            "transformers 4 take for it. Use 2.0, or model.family custom.",
+        ),
+        (
+            {"rope_scaling": {"type": "yarn", "factor": 4.0, "original_seq_len": 16}},
+            "model.rope_scaling.original_seq_len is 16; expected less than data.seq_len (16). Lower it.",
         ),
         (
             {"rope_scaling": {"type": "yarn", "factor": 2.0, "original_seq_len": 8, "beta_fast": 1.0}},
@@ -177,6 +181,10 @@ def test_custom_takes_any_combination():
     assert resolve(family="custom", activation="gelu", dim=60, num_heads=2).ffn_dim == 240
     yarn = {"type": "yarn", "factor": 4.0, "original_seq_len": 8}
     assert resolve(family="custom", rope_scaling=yarn).rope_scaling.factor == 4.0
+
+
+def test_a_factor_that_is_no_round_number_can_be_given():
+    assert resolve(rope_scaling={"type": "yarn", "factor": 16 / 9, "original_seq_len": 9}).rope_scaling.factor == 16 / 9
 
 
 def test_the_nearest_exported_family_and_what_differs():
