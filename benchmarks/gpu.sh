@@ -8,7 +8,8 @@
 # OUT      folder of the results (bench-results)
 # WHEELS   folder of wheels that are installed, offline and for this run only, where DeepSpeed or what reads the
 #          configs is missing (.whl)
-# PARTS    what to run ("tests norms step")
+# PARTS    what to run ("tests norms step"; without a GPU "norms step loop": the loop is what training costs beside its
+#          model: reading rows, the loop itself, the start)
 # CONFIGS  whose steps ("gpt2-124m llama-350m llama-1.3b")
 # SECONDS_IN_ALL   time limit (525); the steps get what tests and norms leave
 #
@@ -22,6 +23,7 @@ out=${OUT:-bench-results}
 wheels=${WHEELS:-.whl}
 limit=${SECONDS_IN_ALL:-525}
 parts=" ${PARTS:-tests norms step} "
+loop_seconds=0 # that the steps leave for what comes after them
 read -ra configs <<<"${CONFIGS:-gpt2-124m llama-350m llama-1.3b}"
 notes=()
 failed=0
@@ -59,7 +61,7 @@ test_gpu() { # EXTRA ARGUMENTS...: pytest-benchmark, where installed, warns besi
 }
 
 : >"$out/log.txt"
-rm -f "$out"/norms.json "$out"/step-*.json
+rm -f "$out"/{norms,reading,overhead,startup}.json "$out"/step-*.json
 if ! installed deepspeed pydantic ruamel ruamel.yaml; then
   if compgen -G "$wheels/*.whl" >/dev/null; then
     site=$(mktemp -d)
@@ -88,6 +90,7 @@ else
   shrink=(--shrink)
   steps=(--shrink --steps 3)
   norm_seconds=60
+  [ -n "${PARTS:-}" ] || parts=" norms step loop "
   notes+=("no GPU: tests/gpu and Liger left out; tiny sizes, torch.compile without code generation")
 fi
 
@@ -97,15 +100,25 @@ if [[ $parts == *" norms "* ]]; then
 fi
 
 results=("$out/norms.json")
+if [[ $parts == *" loop "* ]]; then loop_seconds=210; fi
 [[ $parts == *" step "* ]] || configs=()
 num_left=${#configs[@]}
 for name in ${configs[@]+"${configs[@]}"}; do
-  seconds=$(($(left) / num_left))
+  seconds=$((($(left) - loop_seconds) / num_left))
   num_left=$((num_left - 1))
   part "step $name" "$seconds" "$python" benchmarks/step.py "configs/$name.yaml" \
     --out "$out/step-$name.json" --seconds $((seconds - 5)) ${steps[@]+"${steps[@]}"}
   results+=("$out/step-$name.json")
 done
+
+if [[ $parts == *" loop "* ]]; then
+  part reading 40 "$python" benchmarks/reading.py --out "$out/reading.json"
+  if part "prepare of the quickstart" 40 "$python" launch/prepare.py configs/quickstart.yaml; then
+    part overhead 90 "$python" benchmarks/overhead.py configs/quickstart.yaml --out "$out/overhead.json"
+    part startup 60 "$python" benchmarks/startup.py configs/quickstart.yaml --out "$out/startup.json" --runs 3
+  fi
+  results+=("$out/reading.json" "$out/overhead.json" "$out/startup.json")
+fi
 
 echo
 printf '%s\n' "${notes[@]}"

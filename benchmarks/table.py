@@ -19,7 +19,7 @@ def render(records: Sequence[dict[str, Any]]) -> str:
         if head != last_head:
             parts.append(head)
         last_head = head
-        parts.append(_norms(record) if record["benchmark"] == "norms" else _steps(record))
+        parts.append(_TABLES[record["benchmark"]](record))
         parts += [f"  no number: {failure['part']}: {failure['error']}" for failure in record["failures"]]
     return "\n".join(parts)
 
@@ -77,6 +77,35 @@ def _steps(record: dict[str, Any]) -> str:
         )  # fmt: skip
     size = f", {record['rows'][0]['num_parameters'] / 1e6:.3g} million parameters" if record["rows"] else ""
     return f"training step: {Path(record['settings']['config']).stem}{size}\n" + _aligned(lines)
+
+
+def _reading(record: dict[str, Any]) -> str:
+    lines = [["rows", "million tokens/s", "fill"]]
+    for row in record["rows"]:
+        fill = f"{100 * row['fill']:.3f}%" if row["fill"] is not None else "-"
+        lines.append([f"{row['part']} T={row['seq_len']}", f"{row['tokens_per_second'] / 1e6:.1f}", fill])
+    return f"rows on one core, {record['settings']['tokens'] / 1e6:.3g} million tokens of documents\n" + _aligned(lines)
+
+
+def _overhead(record: dict[str, Any]) -> str:
+    lines = [
+        ["training loop beside bare torch", "ours ms/step", "bare ms/step", "ratio", "by CPU time", "loss differs by"]
+    ]
+    for row in record["rows"]:
+        lines.append(
+            [row["case"], f"{1e3 * row['ours_seconds']:.1f}", f"{1e3 * row['bare_seconds']:.1f}",
+             f"{row['ratio']:.3f}", f"{row['cpu_ratio']:.3f}", f"{row['largest_loss_difference']:.1e}"]
+        )  # fmt: skip
+    return _aligned(lines)
+
+
+def _startup(record: dict[str, Any]) -> str:
+    lines = [["start to first step", "seconds"]]
+    lines += [[row["part"], f"{row['seconds']:.2f}"] for row in record["rows"]]
+    return _aligned(lines)
+
+
+_TABLES = {"norms": _norms, "step": _steps, "reading": _reading, "overhead": _overhead, "startup": _startup}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

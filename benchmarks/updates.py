@@ -89,7 +89,8 @@ def make_update(variant: str, config: Config, shape: ModelShape, compile_backend
     if variant == "ours-deepspeed":
         return _by_engine(config, shape)
     if variant == "ours-torch":
-        return _by_master_copies(make_ours(shape, device, torch.bfloat16), config, device)
+        step = by_torch(make_ours(shape, device, torch.float32), config, device)
+        return Update(lambda batches: _mean_loss(batches, step, config.optim.lr), device)
     with device:
         model = Baseline(shape)
     return _by_autocast(model, config, device, compile_backend if variant == "baseline-compiled" else None)
@@ -120,10 +121,24 @@ def _by_engine(config: Config, shape: ModelShape) -> Update:
     return Update(update, ranks.device)
 
 
-def _by_master_copies(model: Transformer, config: Config, device: torch.device) -> Update:
+def _mean_loss(batches: list[Rows], step: Callable[[list[Rows], float, int, int], float], lr: float) -> float:
+    return step(batches, lr, sum(rows.targets_BT.numel() for rows in batches), 0)
+
+
+def by_torch(
+    model: Transformer, config: Config, device: torch.device
+) -> Callable[[list[Rows], float, int, int], float]:
+    """Return a bare training step: forward, backward, clip, fused update, with fp32 masters of bf16 weights.
+
+    It takes the micro-batches, the learning rate, the number of scored targets and of the step (for dropout), and
+    returns the mean loss.
+    """
+    if config.train.precision == "bf16":
+        model.bfloat16()
     weights: list[Tensor] = list(model.parameters())
     groups = param_groups(model, config.optim.weight_decay)
-    masters = {weight: nn.Parameter(weight.detach().float()) for weight in weights}
+    has_masters = config.train.precision != "fp32"
+    masters = {weight: nn.Parameter(weight.detach().float()) if has_masters else weight for weight in weights}
     for group in groups:
         group["params"] = [masters[weight] for weight in group["params"]]
     optimizer = make_optimizer(groups, config.optim)
@@ -138,22 +153,26 @@ def _by_master_copies(model: Transformer, config: Config, device: torch.device) 
                 master.grad += weight.grad
             weight.grad = None
 
-    def update(batches: list[Rows]) -> float:
+    def step(batches: list[Rows], lr: float, num_targets: int, number: int) -> float:
         optimizer.zero_grad()
-        num_targets = sum(rows.targets_BT.numel() for rows in batches)
         loss_sum = torch.zeros((), device=device)
         for rows in batches:
-            loss, _ = model(rows.tokens_BT, rows.targets_BT, rows.doc_start_BT, rows.row_ids_B, 0)
-            (loss / num_targets).backward()
-            gather_gradients()
-            loss_sum += loss.detach()
-        nn.utils.clip_grad_norm_(list(masters.values()), config.optim.clip_norm)
+            objective, loss = model(rows.tokens_BT, rows.targets_BT, rows.doc_start_BT, rows.row_ids_B, number)
+            (objective / num_targets).backward()
+            if has_masters:
+                gather_gradients()
+            loss_sum += loss
+        if config.optim.clip_norm > 0:
+            nn.utils.clip_grad_norm_(list(masters.values()), config.optim.clip_norm)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
         optimizer.step()
-        with torch.no_grad():
-            torch._foreach_copy_(weights, [*masters.values()])
+        if has_masters:
+            with torch.no_grad():
+                torch._foreach_copy_(weights, [*masters.values()])
         return float(loss_sum) / num_targets
 
-    return Update(update, device)
+    return step
 
 
 def _by_autocast(model: Baseline, config: Config, device: torch.device, compile_backend: str | None) -> Update:

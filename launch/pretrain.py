@@ -15,7 +15,8 @@ EXAMPLES = """examples:
   deepspeed launch/pretrain.py configs/gpt2-124m.yaml
   deepspeed --num_gpus 2 launch/pretrain.py configs/quickstart.yaml train.num_steps=20 run.dir=runs/try
   torchrun --nproc-per-node 8 launch/pretrain.py configs/llama-350m.yaml
-  srun python launch/pretrain.py configs/llama-1.3b.yaml          (one task a GPU)
+  python launch/pretrain.py --check configs/llama-1.3b.yaml
+  sbatch launch/slurm/pretrain.sbatch configs/llama-1.3b.yaml     (on many nodes)
 
 exit status: 0 done, 1 failed, 2 wrong config or use, 75 stopped by a signal and resumable by the same command;
 the run folder's status.json says the same, since the deepspeed launcher hides exit statuses."""
@@ -28,6 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("config", metavar="CONFIG", help="YAML file")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="options that replace the file's")
+    parser.add_argument("--check", action="store_true", help="check CONFIG, print its run folder, start nothing")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # DeepSpeed's launcher adds it
     arguments = parser.parse_args(argv)
     limit_threads()
@@ -35,16 +37,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     from pretrain.settings import load_config
 
     rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
+    is_everybodys = True  # all ranks read the same config
     try:
         config = load_config(arguments.config, arguments.overrides)
-    except LonghaulError as error:
-        return show(error, is_shown=rank == "0")
-    from pretrain.train import train
+        if arguments.check:
+            print(config.run.dir)
+            return 0
+        is_everybodys = False
+        from pretrain.train import train
 
-    try:
         return train(config)
     except LonghaulError as error:
-        return show(error, is_shown=rank == "0" or not error.agreed, rank=rank)
+        if rank == "0" or not (is_everybodys or error.agreed):
+            print(f"error: {error}" if rank == "0" else f"error on rank {rank}: {error}", file=sys.stderr, flush=True)
+        return error.exit_status
 
 
 def limit_threads() -> None:
@@ -52,13 +58,6 @@ def limit_threads() -> None:
     if "OMP_NUM_THREADS" not in os.environ:
         local_size = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1"
         os.environ["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // int(local_size)))
-
-
-def show(error: Exception, *, is_shown: bool, rank: str = "0") -> int:
-    """Print a user's error without a traceback; return its exit status."""
-    if is_shown:
-        print(f"error: {error}" if rank == "0" else f"error on rank {rank}: {error}", file=sys.stderr, flush=True)
-    return error.exit_status  # type: ignore[attr-defined]
 
 
 if __name__ == "__main__":

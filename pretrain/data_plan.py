@@ -13,9 +13,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,7 +28,7 @@ from pretrain.errors import ConfigError, DataError
 from pretrain.packing import PACKING_VERSION
 from pretrain.row_table import RowTable
 from pretrain.shard_reader import check_shards
-from pretrain.shards import PREPARE_COMMAND, Manifest
+from pretrain.shards import PREPARE_COMMAND, Manifest, Shard
 
 ORDER_VERSION = "windowed-philox-1"  # part of the plan's identity: change it with the algorithms below
 MIXTURE_PERIOD = 4096
@@ -102,14 +104,14 @@ class _Epoch:
     """One corpus's blocks in the order of one epoch.
 
     Attributes:
-        blocks: Block at each place, int64 [num_blocks].
-        block_begins: Rows before each place, int64 [num_blocks + 1].
-        window_begins: Rows before each window, int64 [num_windows + 1].
+        blocks: Block at each place, [num_blocks].
+        block_begins: Rows before each place, [num_blocks + 1].
+        window_begins: Rows before each window, [num_windows + 1].
     """
 
-    blocks: np.ndarray
-    block_begins: np.ndarray
-    window_begins: np.ndarray
+    blocks: list[int]
+    block_begins: list[int]
+    window_begins: list[int]
 
 
 class CorpusOrder:
@@ -127,21 +129,21 @@ class CorpusOrder:
         """Return (epoch, block, row in the block) of the corpus's k-th row of the run."""
         number, k = divmod(k, self.num_rows)
         epoch = self._epochs.get(number, lambda: self._order_blocks(number))
-        window = int(np.searchsorted(epoch.window_begins, k, side="right")) - 1
-        begin, end = epoch.window_begins[window : window + 2].tolist()
+        window = bisect_right(epoch.window_begins, k) - 1
+        begin, end = epoch.window_begins[window : window + 2]
         order = self._windows.get(
             (number, window), lambda: permutation(end - begin, self._seed, self.name, number, window)
         )
         row = begin + int(order[k - begin])
-        place = int(np.searchsorted(epoch.block_begins, row, side="right")) - 1
-        return number, int(epoch.blocks[place]), row - int(epoch.block_begins[place])
+        place = bisect_right(epoch.block_begins, row) - 1
+        return number, epoch.blocks[place], row - epoch.block_begins[place]
 
     def _order_blocks(self, epoch: int) -> _Epoch:
         blocks = permutation(len(self._rows_per_block), self._seed, self.name, epoch)
         begins = np.zeros(len(blocks) + 1, dtype=np.int64)
         np.cumsum(self._rows_per_block[blocks], out=begins[1:])
         window_begins = np.append(begins[: -1 : self._window_shards], begins[-1])
-        return _Epoch(blocks, begins, window_begins)
+        return _Epoch(blocks.tolist(), begins.tolist(), window_begins.tolist())
 
 
 class DataPlan:
@@ -254,6 +256,11 @@ class Corpus:
     split: str
     rows: RowTable
     weight: float
+
+    @cached_property
+    def shards(self) -> tuple[Shard, ...]:
+        """The split's shards, which are the blocks of its rows."""
+        return self.manifest.shards(self.split)
 
 
 def open_corpora(config: Config, tokenizer_fingerprint: str, split: str) -> list[Corpus]:

@@ -7,8 +7,8 @@ MASTER_PORT), from `srun` (SLURM_PROCID and its kin), or there is one process.
 from __future__ import annotations
 
 import os
+import re
 import socket
-import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -85,7 +85,7 @@ def read_rank_variables(environment: Mapping[str, str]) -> dict[str, str]:
     Args:
         environment: the process's environment variables.
     Raises:
-        ConfigError: the launcher set some of the variables and not others.
+        ConfigError: the launcher set some of the variables and not others, or SLURM's tasks were not started by srun.
     """
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     if "RANK" in environment:
@@ -96,49 +96,63 @@ def read_rank_variables(environment: Mapping[str, str]) -> dict[str, str]:
                 "Start with deepspeed, torchrun or srun, or unset RANK for one process."
             )
         return {name: environment[name] for name in names}
-    if int(environment.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in environment:
-        return {
-            "RANK": environment["SLURM_PROCID"],
-            "LOCAL_RANK": environment["SLURM_LOCALID"],
-            "WORLD_SIZE": environment["SLURM_NTASKS"],
-            "MASTER_ADDR": environment.get("MASTER_ADDR") or _first_slurm_host(environment),
-            # One port per job and step: two steps of a job on one node must not meet.
-            "MASTER_PORT": environment.get("MASTER_PORT")
-            or str(20000 + (int(environment["SLURM_JOB_ID"]) * 16 + int(environment["SLURM_STEP_ID"])) % 20000),
-        }
+    num_tasks = int(environment.get("SLURM_STEP_NUM_TASKS") or environment.get("SLURM_NTASKS") or 1)
+    if num_tasks > 1 and "SLURM_PROCID" in environment:
+        return _slurm_rank_variables(environment, num_tasks)
     return {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port()}
 
 
-def choose_device(local_rank: int) -> torch.device:
+def _slurm_rank_variables(environment: Mapping[str, str], num_tasks: int) -> dict[str, str]:
+    """Return the rank variables of a process that `srun` started as one of `num_tasks`."""
+    if "SLURM_STEP_ID" not in environment:  # SLURM calls the batch script itself task 0
+        raise ConfigError(
+            f"environment: SLURM_NTASKS is {num_tasks} and this process was not started by srun; expected srun, which "
+            f"starts all {num_tasks}. Write srun before python, or unset SLURM_NTASKS for one process."
+        )
+    # One port for each job and step: two of them on one node must not meet. It is below the ports that Linux gives
+    # to outgoing connections (32768 and up), which would sometimes have taken it.
+    port = 10000 + (int(environment["SLURM_JOB_ID"]) * 16 + int(environment["SLURM_STEP_ID"])) % 20000
+    nodes = environment.get("SLURM_STEP_NODELIST") or environment["SLURM_JOB_NODELIST"]
+    return {
+        "RANK": environment["SLURM_PROCID"],
+        "LOCAL_RANK": environment["SLURM_LOCALID"],
+        "WORLD_SIZE": str(num_tasks),
+        "MASTER_ADDR": environment.get("MASTER_ADDR") or first_host(nodes),
+        "MASTER_PORT": environment.get("MASTER_PORT") or str(port),
+    }
+
+
+def first_host(nodes: str) -> str:
+    """Return the first host of SLURM's compressed list: `rack1n03` of `rack[1-2]n[03-04,07],login1`.
+
+    Read here, because a container has no `scontrol show hostnames`.
+    """
+    first = re.match(r"(?:[^,\[]|\[[^]]*\])+", nodes)
+    return re.sub(r"\[([^],-]*)[^]]*\]", r"\1", first.group()) if first else nodes
+
+
+def choose_device(local_rank: int, environment: Mapping[str, str]) -> torch.device:
     """Return this rank's GPU, or the CPU where there is none.
 
+    Args:
+        local_rank: number of this process on its node.
+        environment: the process's environment variables.
     Raises:
         ConfigError: there are GPUs, but fewer than ranks on this node.
     """
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    if local_rank >= torch.cuda.device_count():
+    num_gpus = torch.cuda.device_count()
+    # `srun --gpus-per-task=1` and `--gpu-bind` show each task its own GPU only, which it then calls 0. If instead all
+    # tasks were shown the same one, NCCL says so ("Duplicate GPU detected").
+    if num_gpus == 1 and environment.get("SLURM_LOCALID") == str(local_rank):
+        return torch.device("cuda", 0)
+    if local_rank >= num_gpus:
         raise ConfigError(
-            f"launch: local rank is {local_rank}; expected less than this node's {torch.cuda.device_count()} GPUs. "
+            f"launch: local rank is {local_rank}; expected less than this node's {num_gpus} GPUs. "
             "Start one process a GPU (deepspeed --num_gpus, torchrun --nproc-per-node, srun --ntasks-per-node)."
         )
     return torch.device("cuda", local_rank)
-
-
-def _first_slurm_host(environment: Mapping[str, str]) -> str:
-    nodes = environment.get("SLURM_STEP_NODELIST") or environment["SLURM_JOB_NODELIST"]
-    if "[" not in nodes and "," not in nodes:
-        return nodes
-    try:
-        listed = subprocess.run(
-            ["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, timeout=30, check=True
-        )
-    except (OSError, subprocess.SubprocessError) as error:
-        raise ConfigError(
-            f"environment: SLURM's node list is {nodes} and 'scontrol show hostnames' failed ({error}); expected the "
-            "name of the first node. Set MASTER_ADDR in the batch script."
-        ) from None
-    return listed.stdout.split()[0]
 
 
 def _free_port() -> str:

@@ -69,7 +69,7 @@ def init_distributed(timeout_seconds: int) -> Ranks:
     # DeepSpeed would compile a shared-memory operator for minutes at the first start on a CPU and leak 66 MiB of
     # /dev/shm a rank with it; training never calls it.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    device = choose_device(int(variables["LOCAL_RANK"]))
+    device = choose_device(int(variables["LOCAL_RANK"]), os.environ)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if not dist.is_initialized():

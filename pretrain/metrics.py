@@ -139,9 +139,9 @@ class MetricLog:
             f"step {step}  held-out loss {loss:.4f}  perplexity {perplexity:.2f}  bits per byte {bits_per_byte:.4f}"
         )
 
-    def event(self, step: int, event: str, message: str) -> None:
+    def event(self, step: int, event: str, message: str, **details: Any) -> None:
         """Record that something happened: a start, a save, a skipped step, a damaged document."""
-        self._write({"step": step, "event": event, "message": message})
+        self._write({"step": step, "event": event, "message": message, **details})
         if self._writer:
             self._writer.add_text(event, message, step)
         self.say(f"step {step}  {event}: {message}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor, nn
@@ -86,7 +87,6 @@ class Transformer(nn.Module):
         self.output = Output(shape, tied_to, z_loss, label_smoothing)
         self.initialise()
 
-    @torch.no_grad()
     def initialise(self) -> None:
         """Draw the initial weights; each parameter from its own generator, keyed by the seed and its name.
 
@@ -97,22 +97,26 @@ class Transformer(nn.Module):
 
         Source: Radford et al. 2019 (GPT-2), section 2.3.
         """
-        for name, parameter in self.named_parameters():
-            if parameter.is_meta:
-                continue
-            owner, kind = name.rsplit(".", 1)
-            if kind == "bias":
-                parameter.zero_()
-            elif owner.endswith("norm"):
-                parameter.fill_(1.0)
-            else:
-                writes_residual = owner.endswith((".attention.output", ".ffn.down"))
-                std = self.shape.init_std / (math.sqrt(2 * self.shape.num_layers) if writes_residual else 1.0)
-                digest = hashlib.sha256(f"{self.seed}:{name}".encode()).digest()
-                generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-                parameter.copy_(torch.empty(parameter.shape, device="cpu").normal_(0.0, std, generator=generator))
-                if owner in ("embedding", "output"):
-                    parameter[self.shape.vocab_size :] = 0.0
+        parameters = [(name, parameter) for name, parameter in self.named_parameters() if not parameter.is_meta]
+        # A generator draws on one core; drawing is most of the start of a large model.
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+            list(pool.map(lambda item: self._initialise(*item), parameters))
+
+    @torch.no_grad()
+    def _initialise(self, name: str, parameter: nn.Parameter) -> None:
+        owner, kind = name.rsplit(".", 1)
+        if kind == "bias":
+            parameter.zero_()
+        elif owner.endswith("norm"):
+            parameter.fill_(1.0)
+        else:
+            writes_residual = owner.endswith((".attention.output", ".ffn.down"))
+            std = self.shape.init_std / (math.sqrt(2 * self.shape.num_layers) if writes_residual else 1.0)
+            digest = hashlib.sha256(f"{self.seed}:{name}".encode()).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+            parameter.copy_(torch.empty(parameter.shape, device="cpu").normal_(0.0, std, generator=generator))
+            if owner in ("embedding", "output"):
+                parameter[self.shape.vocab_size :] = 0.0
 
     def forward(
         self,

@@ -128,8 +128,8 @@ class RowTable:
                 f"Run: {PREPARE_COMMAND}"
             )
         try:
-            segments, offsets = (
-                np.load(target / f"{split}.{name}.npy", mmap_mode="r", allow_pickle=False)
+            segments, offsets = (  # plain views of the maps: quicker to index
+                np.asarray(np.load(target / f"{split}.{name}.npy", mmap_mode="r", allow_pickle=False))
                 for name in ("segments", "offsets")
             )
             blocks = np.load(target / f"{split}.blocks.npy", allow_pickle=False).astype(np.int64)
@@ -151,7 +151,7 @@ class RowTable:
 
     def locate(self, row: int) -> tuple[int, int]:
         """Return the block of the split's row number `row`, and its number there."""
-        block = int(np.searchsorted(self._blocks, row, side="right")) - 1
+        block = int(self._blocks.searchsorted(row, side="right")) - 1
         return block, row - int(self._blocks[block])
 
     def row(self, block: int, i: int) -> np.ndarray:

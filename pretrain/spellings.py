@@ -1,7 +1,7 @@
 """Which option was meant by a name that is none: typing errors, and what other trainers call it.
 
-The table holds the spellings of Megatron-LM, GPT-NeoX, DeepSpeed, Hugging Face transformers, torchtitan, nanoGPT
-and litgpt, in lower case with underscores.
+The table holds the spellings of Megatron-LM, GPT-NeoX, DeepSpeed, Hugging Face transformers, torchtitan, OLMo-core,
+nanoGPT, nanochat and litgpt, in lower case with underscores.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ import difflib
 from collections.abc import Sequence
 
 _SPELLINGS_OF = {
-    "run.dir": "output_dir out_dir save save_dir dump_folder run_dir log_dir checkpoint_dir save_folder",
+    "run.dir": "output_dir out_dir save save_dir dump_folder run_dir log_dir checkpoint_dir save_folder load"
+    " load_path resume_from_checkpoint model_tag",
     "run.seed": "random_seed manual_seed rng_seed init_seed data_seed",
     "model.family": "model_type arch architecture model_name flavor model_flavor",
     "model.dim": "hidden_size n_embd d_model hidden_dim model_dim embed_dim embedding_dim emb_dim width"
@@ -23,7 +24,7 @@ _SPELLINGS_OF = {
     " n_kv_head",
     "model.head_dim": "kv_channels head_size attention_head_dim d_head size_per_head key_dim",
     "model.ffn_dim": "intermediate_size ffn_hidden_size n_inner ffn_hidden_dim d_ff mlp_hidden_size feedforward_dim"
-    " mlp_dim dim_feedforward hidden_mult multiple_of ffn_dim_multiplier",
+    " mlp_dim dim_feedforward hidden_mult multiple_of ffn_dim_multiplier hidden_dim",
     "model.norm": "normalization norm_type norm_class_name layer_norm_type",
     "model.norm_eps": "rms_norm_eps layer_norm_epsilon layernorm_epsilon layer_norm_eps rms_norm_epsilon norm_epsilon"
     " layernorm_eps",
@@ -41,7 +42,8 @@ _SPELLINGS_OF = {
     " use_sliding_window",
     "model.attention_softcap": "attn_logit_softcapping attention_logit_softcapping attn_softcap attention_logit_cap",
     "model.logit_softcap": "final_logit_softcapping final_logit_softcap logits_soft_cap logit_soft_cap",
-    "model.attention_bias": "add_qkv_bias qkv_bias use_bias_in_attn_linear attn_bias use_qkv_bias",
+    "model.attention_bias": "add_qkv_bias qkv_bias use_bias_in_attn_linear attn_bias use_qkv_bias bias"
+    " disable_bias_linear add_bias_linear",
     "model.ffn_bias": "mlp_bias use_bias_in_mlp use_mlp_bias",
     "model.tie_embeddings": "tie_word_embeddings weight_tying tie_weights no_weight_tying enable_weight_tying"
     " untie_embeddings_and_output_weights share_embeddings_and_output_weights",
@@ -52,18 +54,19 @@ _SPELLINGS_OF = {
     " tokenizer_name_or_path hf_assets_path",
     "tokenizer.vocab_size": "vocab num_embeddings padded_vocab_size make_vocab_size_divisible_by n_vocab"
     " vocabulary_size",
-    "data.sources": "data_path train_data_paths datasets dataset data_paths train_files data_impl blend data_mix",
+    "data.sources": "data_path train_data_paths datasets dataset data_paths train_files data_impl blend data_mix mix",
     "data.sources.*.weight": "sampling_weight mix_weight train_data_weights proportion probability",
     "data.sources.*.paths": "path files input data_files",
     "data.sources.*.shards": "shard_dir shard_path url urls",
     "data.sources.*.text_field": "text_column text_key json_key json_keys jsonl_field",
     "data.seq_len": "seq_length sequence_length max_seq_len max_seq_length max_sequence_length block_size"
-    " context_length max_position_embeddings n_positions n_ctx ctx_len max_length train_seq_len seqlen",
+    " context_length max_position_embeddings n_positions n_ctx ctx_len max_length train_seq_len seqlen"
+    " max_context_length",
     "data.val_fraction": "validation_split_percentage eval_split val_split split validation_fraction test_size",
     "data.drop_duplicates": "deduplicate dedup dedupe",
     "data.prepare_processes": "num_workers workers num_proc preprocessing_num_workers dataloader_num_workers",
     "data.prefetch_steps": "prefetch_factor prefetch dataloader_prefetch_factor",
-    "optim.name": "optimizer_type optimizer_name optim_type optim.type",
+    "optim.name": "optimizer_type optimizer_name optim_type type",
     "optim.lr": "learning_rate max_lr peak_lr max_learning_rate base_lr",
     "optim.betas": "adam_beta1 adam_beta2 beta1 beta2 beta_1 beta_2",
     "optim.eps": "adam_eps adam_epsilon epsilon",
@@ -71,40 +74,44 @@ _SPELLINGS_OF = {
     "optim.weight_decay": "wd decay weight_decay_rate",
     "optim.clip_norm": "gradient_clipping clip_grad max_grad_norm grad_clip max_norm clip_grad_norm gradient_clip_val"
     " grad_clip_norm clip gradient_clip_norm",
-    "schedule.name": "lr_decay_style lr_scheduler_type lr_scheduler decay_type lr_decay_type lr_schedule scheduler_type"
-    " lr_decay_style lr_scheduler_type lr_scheduler decay_type lr_decay_type lr_schedule scheduler_type",
+    "schedule.name": "lr_decay_style lr_scheduler_type lr_scheduler decay_type lr_decay_type lr_schedule"
+    " scheduler_type decay_lr type",
     "schedule.warmup_steps": "warmup warmup_iters lr_warmup_iters num_warmup_steps warmup_ratio lr_warmup_steps"
     " lr_warmup_fraction lr_warmup_samples warmup_fraction warmup_num_steps warmup_tokens",
     "schedule.decay_steps": "lr_wsd_decay_iters decay_ratio lr_wsd_decay_samples cooldown_steps lr_decay_iters"
-    " lr_decay_samples warmdown_steps num_decay_steps warmdown_iters",
+    " lr_decay_samples warmdown_steps num_decay_steps warmdown_iters warmdown_ratio decay decay_fraction",
     "schedule.final_lr_ratio": "min_lr min_lr_ratio min_lr_factor min_lr_rate lr_min_ratio min_learning_rate"
     " final_lr_frac alpha_f",
     "train.num_steps": "max_steps train_iters total_steps steps max_iters num_iterations training_steps iterations"
-    " num_iters train_steps max_train_steps num_train_steps max_step total_num_steps",
-    "train.num_tokens": "max_tokens train_tokens total_tokens train_samples training_tokens num_train_epochs epochs",
+    " num_iters train_steps max_train_steps num_train_steps max_step total_num_steps max_duration",
+    "train.num_tokens": "max_tokens train_tokens total_tokens train_samples training_tokens num_train_epochs epochs"
+    " train_epochs max_duration",
     "train.global_batch_size": "train_batch_size batch_size total_batch_size gradient_accumulation_steps"
-    " per_device_batch_size gradient_accumulation_iters accumulate_grad_batches gas",
+    " per_device_batch_size gradient_accumulation_iters accumulate_grad_batches gas num_tokens_per_train_step",
     "train.micro_batch_size": "train_micro_batch_size_per_gpu per_device_train_batch_size device_batch_size"
-    " local_batch_size micro_batch per_gpu_batch_size device_train_microbatch_size",
-    "train.precision": "dtype torch_dtype bf16 fp16 mixed_precision params_dtype mixed_precision_param precision_type"
-    " amp",
+    " local_batch_size micro_batch per_gpu_batch_size device_train_microbatch_size batch_size"
+    " num_tokens_per_microbatch_per_dp_rank",
+    "train.precision": "dtype torch_dtype bf16 fp16 mixed_precision params_dtype mixed_precision_param"
+    " precision_type amp autocast_precision",
     "train.z_loss": "z_loss_weight z_loss_multiplier z_loss_coeff zloss lse_square_scale auxiliary_loss_multiplier",
     "train.label_smoothing": "label_smoothing_factor smoothing label_smooth",
     "train.activation_checkpointing": "gradient_checkpointing checkpoint_activations recompute_granularity"
-    " recompute_activations activation_checkpoint use_checkpointing recompute",
+    " recompute_activations activation_checkpoint use_checkpointing recompute ac_config",
     "train.deterministic": "deterministic_mode cudnn_deterministic full_determinism",
-    "parallel.zero_stage": "zero_optimization zero stage zero_optimization_stage data_parallel_shard_degree",
+    "parallel.zero_stage": "zero_optimization zero stage zero_optimization_stage data_parallel_shard_degree"
+    " use_distributed_optimizer dp_config",
     "parallel.timeout_seconds": "distributed_timeout_minutes ddp_timeout init_timeout_seconds dist_timeout",
     "eval.every_steps": "eval_interval eval_steps val_check_interval eval_every evaluation_interval eval_freq"
-    " evaluation_strategy",
-    "eval.max_rows": "eval_iters eval_batches max_eval_samples limit_val_batches max_eval_rows validation_steps",
+    " evaluation_strategy freq eval_strategy",
+    "eval.max_rows": "eval_iters eval_batches max_eval_samples limit_val_batches max_eval_rows validation_steps"
+    " eval_tokens",
     "eval.patience": "early_stopping_patience early_stopping early_stopper",
     "eval.min_delta": "early_stopping_threshold threshold",
-    "checkpoint.every_steps": "save_interval save_steps checkpoint_interval save_every checkpoint_freq checkpoint_every"
-    " checkpoint_factor ckpt_interval",
+    "checkpoint.every_steps": "save_interval save_steps checkpoint_interval save_every checkpoint_freq"
+    " checkpoint_every checkpoint_factor ckpt_interval interval",
     "checkpoint.keep_last": "save_total_limit keep_last_n_checkpoints keep_latest_k max_checkpoints keep"
     " num_checkpoints_to_keep",
-    "checkpoint.keep_best": "load_best_model_at_end save_best",
+    "checkpoint.keep_best": "load_best_model_at_end save_best always_save_checkpoint",
     "log.every_steps": "log_interval logging_steps log_freq steps_per_print log_every log_every_n_steps",
     "log.tensorboard": "tensorboard_dir enable_tensorboard report_to tensorboard_writer use_tensorboard",
     "optim": "optimizer optimiser optimizers optimization",
@@ -118,7 +125,11 @@ _SPELLINGS_OF = {
     "guard": "fault_tolerance resilience",
 }
 
-SPELLINGS: dict[str, str] = {word: option for option, words in _SPELLINGS_OF.items() for word in words.split()}
+# The options that a word stands for: `batch_size` is one thing in nanoGPT and another in OLMo-core.
+SPELLINGS: dict[str, list[str]] = {}
+for _option, _words in _SPELLINGS_OF.items():
+    for _word in _words.split():
+        SPELLINGS.setdefault(_word, []).append(_option)
 
 
 def suggest_option(name: str, known: Sequence[str]) -> str:
@@ -136,10 +147,9 @@ def suggest_option(name: str, known: Sequence[str]) -> str:
     """
     section, _, word = name.rpartition(".")
     word = word.lower().replace("-", "_")
-    spelled = SPELLINGS.get(f"{section}.{word}") or SPELLINGS.get(word, "")
     inside = [option for option in known if option.rpartition(".")[0] == section]
     for close in (
-        [spelled] if spelled in known else [],
+        [option for option in SPELLINGS.get(word, []) if option in known],
         [option for option in known if option.rpartition(".")[2] == word],
         _alike(word, inside),
         _alike(word, known),

@@ -80,30 +80,35 @@ class _RowReader:
         self._seq_len = seq_len
         self._shards = ShardCache()
 
-    def read(self, addresses: Sequence[_RowAddress]) -> tuple[Batch, list[str]]:
-        """Read rows into one batch and name the damaged documents, whose place in the row stays empty."""
+    def read(self, addresses: Sequence[_RowAddress]) -> tuple[Batch, int, list[str]]:
+        """Read rows into one batch; count its targets, and name the damaged documents, whose place stays empty."""
         shape = (len(addresses), self._seq_len)
         tokens_BT = np.full(shape, _PAD_ID, dtype=np.int64)
         targets_BT = np.full(shape, IGNORED_TARGET, dtype=np.int64)
         doc_start_BT = np.empty(shape, dtype=np.int32)
         damaged: list[str] = []
+        num_targets = 0
         for i, address in enumerate(addresses):
-            damaged += self._fill(address, tokens_BT[i], targets_BT[i], doc_start_BT[i])
+            num_targets += self._fill(address, tokens_BT[i], targets_BT[i], doc_start_BT[i], damaged)
         row_ids_B = np.array([address.row_id for address in addresses], dtype=np.int64)
         arrays = (tokens_BT, targets_BT, doc_start_BT, row_ids_B)
-        return Batch(*(torch.from_numpy(array) for array in arrays)), damaged
+        return Batch(*(torch.from_numpy(array) for array in arrays)), num_targets, damaged
 
     def close(self) -> None:
         self._shards.close()
 
     def _fill(
-        self, address: _RowAddress, tokens_T: np.ndarray, targets_T: np.ndarray, doc_start_T: np.ndarray
-    ) -> list[str]:
+        self,
+        address: _RowAddress,
+        tokens_T: np.ndarray,
+        targets_T: np.ndarray,
+        doc_start_T: np.ndarray,
+        damaged: list[str],
+    ) -> int:
         corpus = address.corpus
-        shard = corpus.manifest.shards(corpus.split)[address.block]
+        shard = corpus.shards[address.block]
         reader = self._shards.reader(corpus.folder, shard, corpus.manifest.dtype)
-        damaged: list[str] = []
-        begin = 0
+        begin = num_targets = 0
         for document, start, length in corpus.rows.row(address.block, address.row).tolist():
             end = begin + length
             if document >= shard.num_documents or end > self._seq_len:
@@ -118,9 +123,10 @@ class _RowReader:
                     raise self._wrong_table(address)
                 tokens_T[begin:end] = ids[start : start + length]
                 targets_T[begin:end] = ids[start + 1 : start + length + 1]
+                num_targets += length
             begin = end
         doc_start_T[begin:] = begin
-        return damaged
+        return num_targets
 
     def _wrong_table(self, address: _RowAddress) -> DataError:
         return DataError(
@@ -190,11 +196,13 @@ class _StepReader:
         begin = cursor + self._rank * sizes.rows_per_rank
         batches: list[Batch] = []
         damaged: list[str] = []
+        num_targets = 0
         for first in range(begin, begin + sizes.rows_per_rank, sizes.micro_batch_size):
-            batch, names = self._rows.read([self._locate(t) for t in range(first, first + sizes.micro_batch_size)])
+            addresses = [self._locate(t) for t in range(first, first + sizes.micro_batch_size)]
+            batch, num_scored, names = self._rows.read(addresses)
             batches.append(batch)
+            num_targets += num_scored
             damaged += names
-        num_targets = sum(int((batch.targets_BT != IGNORED_TARGET).sum()) for batch in batches)
         return StepRows(batches, num_targets, damaged)
 
     def close(self) -> None:
@@ -325,7 +333,7 @@ class ValRows:
 
     def batch(self, row_numbers: Sequence[int]) -> Batch:
         """Read the rows with these numbers, each from 0 to num_rows - 1."""
-        batch, damaged = self._rows.read([self._locate(number) for number in row_numbers])
+        batch, _, damaged = self._rows.read([self._locate(number) for number in row_numbers])
         self.damaged += [name for name in damaged if name not in self.damaged]
         return batch
 

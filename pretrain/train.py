@@ -7,6 +7,7 @@ import os
 import time
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import torch
 
@@ -26,6 +27,7 @@ from pretrain.model import Transformer
 from pretrain.run_folder import RunFolder, open_log
 from pretrain.schedule import lr_at
 from pretrain.self_test import check_optimizer
+from pretrain.start_clock import StartClock
 from pretrain.stream import Batch, StepRows, TokenStream, ValRows
 from pretrain.tokenizer import Tokenizer
 
@@ -61,12 +63,13 @@ class Run:
     folder: RunFolder | None
     log: MetricLog | None
     stop: StopRequest
+    clock: StartClock
     progress: Progress = field(default_factory=Progress)
 
-    def event(self, event: str, message: str) -> None:
-        """Record an event once, not once a rank."""
+    def event(self, event: str, message: str, **details: Any) -> None:
+        """Record an event once, not once a rank; `details` are for programs that read `metrics.jsonl`."""
         if self.log:
-            self.log.event(self.progress.step, event, message)
+            self.log.event(self.progress.step, event, message, **details)
 
 
 def train(config: Config) -> int:
@@ -77,12 +80,15 @@ def train(config: Config) -> int:
     Raises:
         LonghaulError: nothing was lost; the message says what to do.
     """
-    status = train_on(config, init_distributed(config.parallel.timeout_seconds))
+    clock = StartClock()
+    ranks = init_distributed(config.parallel.timeout_seconds)
+    clock.mark("process group")
+    status = train_on(config, ranks, clock)
     leave_distributed()  # not after an error: the other ranks may be gone
     return status
 
 
-def train_on(config: Config, ranks: Ranks) -> int:
+def train_on(config: Config, ranks: Ranks, clock: StartClock) -> int:
     """Do what `train` does in a process group that exists and goes on existing."""
     with ExitStack() as cleanup:
         stop = cleanup.enter_context(StopRequest())
@@ -91,7 +97,7 @@ def train_on(config: Config, ranks: Ranks) -> int:
             cleanup.callback(folder.close)
         run = None
         try:
-            run = open_run(config, ranks, folder, stop, cleanup)
+            run = open_run(config, ranks, folder, stop, cleanup, clock)
             status, exit_status, reason = run_steps(run)
         except BaseException as error:
             if folder:
@@ -104,7 +110,14 @@ def train_on(config: Config, ranks: Ranks) -> int:
         return exit_status
 
 
-def open_run(config: Config, ranks: Ranks, folder: RunFolder | None, stop: StopRequest, cleanup: ExitStack) -> Run:
+def open_run(
+    config: Config,
+    ranks: Ranks,
+    folder: RunFolder | None,
+    stop: StopRequest,
+    cleanup: ExitStack,
+    clock: StartClock,
+) -> Run:
     """Build everything, check it, and load the newest checkpoint; whatever is wrong is found here, on all ranks."""
     if folder:
         folder.write_status("running", None, 0)
@@ -117,11 +130,15 @@ def open_run(config: Config, ranks: Ranks, folder: RunFolder | None, stop: StopR
     cleanup.callback(stream.close)
     val_rows = ranks.agree(lambda: ValRows(config, tokenizer.fingerprint, config.eval.max_rows)
                            if config.eval.every_steps else None)  # fmt: skip
+    clock.mark("data")
     set_determinism(config.train.deterministic)
     check_optimizer(config, plan, ranks)
+    clock.mark("self-test")
     objective = config.train.z_loss, config.train.label_smoothing
     model = Transformer(shape, config.run.seed, config.train.activation_checkpointing, *objective)
+    clock.mark("model")
     engine = ranks.agree(lambda: Engine(model, config, plan, ranks))
+    clock.mark("engine")
     cleanup.callback(engine.close)
     events: list[tuple[str, str]] = []
     run_path = ranks.from_first(folder.path if folder else None)
@@ -131,6 +148,7 @@ def open_run(config: Config, ranks: Ranks, folder: RunFolder | None, stop: StopR
     if training is not None:
         progress = Progress(**training["progress"])
         ranks.agree(lambda: stream.load_state(training["data"]))
+    clock.mark("checkpoint")
     open_log(run_path, ranks)
     log = None
     if folder:
@@ -142,7 +160,9 @@ def open_run(config: Config, ranks: Ranks, folder: RunFolder | None, stop: StopR
         )  # fmt: skip
         cleanup.callback(log.close)
     guard = SkipGuard(config.guard.max_skipped_steps, progress.num_skipped)
-    run = Run(config, ranks, plan, tokenizer, stream, val_rows, engine, checkpoints, guard, folder, log, stop, progress)
+    run = Run(
+        config, ranks, plan, tokenizer, stream, val_rows, engine, checkpoints, guard, folder, log, stop, clock, progress
+    )
     for event in events:
         run.event(*event)
     action = f"going on after step {progress.step}" if training else "starting"
@@ -164,8 +184,12 @@ def run_steps(run: Run) -> tuple[str, int, str]:
     """Step until the run is over or must stop; return its status, exit status and the reason in words."""
     config, progress = run.config, run.progress
     run.engine.train()
+    first_step = progress.step + 1
     while progress.step < run.plan.num_steps:
         asked_to_stop = train_step(run)
+        if progress.step == first_step:
+            run.clock.mark("first step")
+            run.event("first_step", str(run.clock), seconds=run.clock.seconds)
         at_end = progress.step == run.plan.num_steps
         if config.eval.every_steps and (progress.step % config.eval.every_steps == 0 or at_end):
             judge(run)

@@ -21,7 +21,7 @@ BENCHMARKS = sorted(path.relative_to(ROOT) for path in (ROOT / "benchmarks").glo
 
 # A module imports modules of lower tiers only. `kernels` is below all of them.
 TIERS = (
-    "errors config spellings hardware",
+    "errors config spellings hardware start_clock",
     "config_docs schedule batch_plan packing families console",
     "checks explain tokenizer sources shards tensor_files distributed layers published model_card",
     "settings hf_tokenizer row_table model optim checkpoint_files shard_reader journal workers family_table",

@@ -14,10 +14,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import norms, step, table, updates
+from benchmarks import norms, reading, startup, step, table, updates
 from benchmarks.baseline import Baseline
 from benchmarks.record import Record
 from pretrain.families import num_parameters
+from tests.rank_helpers import run_command
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = [f"configs/{name}.yaml" for name in ("gpt2-124m", "llama-350m", "llama-1.3b", "qwen3-0.6b", "stablelm-1.6b")]
@@ -167,6 +168,54 @@ def test_norms_go_on_when_one_fails(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     assert "no number: rmsnorm ours D=64: ValueError: no such kernel\n" in shown
     assert norms.main(["--shrink", "--widths", "64", "--seconds", "0"]) == 1
     assert "no number: layernorm eager D=64: left out: no time left" in capsys.readouterr().out
+
+
+def test_packing_and_reading_are_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "reading.json"
+    num_threads = torch.get_num_threads()
+    try:
+        sizes = ["--tokens", "300000", "--seq-lens", "64,512", "--seconds", "0.1"]
+        assert reading.main([*sizes, "--out", str(out)]) == 0
+    finally:
+        torch.set_num_threads(num_threads)
+    rows = json.loads(out.read_text(encoding="utf-8"))["rows"]
+    assert [(row["part"], row["seq_len"]) for row in rows] == [
+        ("packing", 64), ("reading", 64), ("packing", 512), ("reading", 512),
+    ]  # fmt: skip
+    # Far below what a quiet core does (47 million at T=2048), and far above what a slip in the loop would leave.
+    assert all(row["tokens_per_second"] > 200_000 for row in rows)
+    assert all(0.99 < row["fill"] <= 1.0 for row in rows if row["part"] == "packing")
+    assert "reading T=512" in capsys.readouterr().out
+
+
+@pytest.mark.launches
+def test_the_loop_is_compared_with_a_bare_one_that_computes_the_same(tiny_config: Path, tmp_path: Path) -> None:
+    out = tmp_path / "overhead.json"
+    arguments = [tiny_config, "--steps", "6", "--warmup", "2", "train.micro_batch_size=8", "--out", out]
+    done = run_command("benchmarks/overhead.py", *arguments)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(out.read_text(encoding="utf-8"))["rows"]
+    assert [row["case"] for row in rows] == ["ZeRO 0, fp32", "ZeRO 1, fp32"]
+    for row in rows:
+        assert row["largest_loss_difference"] < 1e-4 and row["num_steps"] == 6
+        assert row["ours_seconds"] > 0 and row["bare_seconds"] > 0 and row["ratio"] > 0.5
+    assert "training loop beside bare torch" in done.stdout
+
+
+@pytest.mark.launches
+def test_a_start_is_measured_by_part(tiny_config: Path, tmp_path: Path) -> None:
+    out = tmp_path / "startup.json"
+    done = run_command("benchmarks/startup.py", tiny_config, "--runs", "1", "--out", out)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(out.read_text(encoding="utf-8"))["rows"]
+    parts = [row["part"] for row in rows]
+    assert parts == [
+        "imports", "process group", "data", "self-test", "model", "engine", "checkpoint", "first step",
+        "last checkpoint and exit",
+    ]  # fmt: skip
+    assert all(0 <= row["seconds"] < 100 for row in rows) and rows[0]["seconds"] > 0.5
+    with pytest.raises(RuntimeError, match="ended with status 2: error: .*model.dmi is unknown"):
+        startup.start_once(str(tiny_config), ["model.dmi=3"], tmp_path / "run")
 
 
 def test_the_table_shows_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

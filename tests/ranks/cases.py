@@ -23,6 +23,7 @@ from pretrain.engine import init_distributed, leave_distributed
 from pretrain.errors import CheckpointError, LonghaulError
 from pretrain.optim import make_optimizer
 from pretrain.settings import load_config
+from pretrain.start_clock import StartClock
 
 
 def run_case(case: dict, config_path: str, ranks) -> str:
@@ -74,7 +75,7 @@ def run_case(case: dict, config_path: str, ranks) -> str:
 
         train_module.train_step = poisoned_step
     try:
-        return {0: "done", 75: "stopped"}[train_module.train_on(config, ranks)]
+        return {0: "done", 75: "stopped"}[train_module.train_on(config, ranks, StartClock())]
     except LonghaulError as error:
         return f"{type(error).__name__}: {error}"
     finally:

@@ -1,0 +1,156 @@
+"""What `launch/slurm/pretrain.sbatch` decides, with stand-ins for SLURM's commands: runs everywhere, in a second."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.rank_helpers import ROOT
+from tests.slurm.cluster import why_not
+
+SCRIPT = ROOT / "launch/slurm/pretrain.sbatch"
+# Runs checks for real; "trains" by writing the checkpoint $STEP, if that is set, and leaving with $STATUS.
+SRUN = """\
+#!/bin/bash
+echo "srun $*" >>"$FOLDER/calls"
+while [ "${1#--}" != "$1" ]; do [ "$1" = --label ] && trains=1; shift; done
+[ -z "$trains" ] && exec "$@"
+[ -n "$STEP" ] && mkdir -p "$FOLDER/run/checkpoints/step-$STEP"
+[ -n "$TERM_SENT" ] && kill -TERM "$PPID"
+exit "$STATUS"
+"""
+SCONTROL = '#!/bin/bash\necho "scontrol $*" >>"$FOLDER/calls"\nexit "${SCONTROL_STATUS:-0}"\n'
+CONFIG = """\
+model: {dim: 32, num_layers: 1, num_heads: 2}
+tokenizer: {model: tokenizer.model, vocab_size: 512}
+data: {sources: [{name: text, shards: shards}], seq_len: 32}
+optim: {lr: 1e-3}
+train: {num_steps: 10, global_batch_size: 8, micro_batch_size: 1}
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Return a folder with stand-ins for srun and scontrol, and a config."""
+    for name, body in (("srun", SRUN), ("scontrol", SCONTROL)):
+        (tmp_path / name).write_text(body)
+        (tmp_path / name).chmod(0o755)
+    (tmp_path / "mine.yaml").write_text(CONFIG)
+    return tmp_path
+
+
+def run(folder: Path, *arguments: str, cwd: Path = ROOT, **variables: str) -> tuple[int, str]:
+    """Run the script as a job would; return its status and what it said."""
+    environment = {
+        "PATH": f"{folder}:{os.environ['PATH']}", "FOLDER": str(folder), "PYTHON": sys.executable, "STATUS": "0",
+        "SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "2", "SLURM_NTASKS": "16", "SLURM_TASKS_PER_NODE": "8(x2)",
+        "SLURM_JOB_NODELIST": "n[1-2]",
+    }  # fmt: skip
+    done = subprocess.run(["bash", SCRIPT, *arguments], cwd=cwd, env=environment | variables, capture_output=True,
+                          text=True, timeout=60)  # fmt: skip
+    return done.returncode, done.stderr
+
+
+def train(folder: Path, **variables: str) -> tuple[int, str]:
+    return run(folder, str(folder / "mine.yaml"), f"run.dir={folder}/run", **variables)
+
+
+def calls(folder: Path) -> str:
+    return (folder / "calls").read_text()
+
+
+def test_a_run_that_is_done_ends(folder: Path) -> None:
+    status, said = train(folder, STEP="00000010", SLURM_CPUS_PER_TASK="6")
+    assert status == 0 and "restart 0: 16 tasks on n[1-2]" in said and said.endswith("done\n")
+    assert "requeue" not in calls(folder)
+    assert calls(folder).count("--ntasks-per-node=1 --nodes=2 --ntasks=2 bash -c") == 2
+    assert f"--wait=60 --cpus-per-task=6 {sys.executable} launch/pretrain.py {folder}/mine.yaml run.dir=" in calls(
+        folder
+    )
+    assert not list((folder / "run").glob(".seen*"))
+
+
+@pytest.mark.parametrize("status", ["75", "137"])
+def test_a_stopped_or_killed_run_is_requeued(folder: Path, status: str) -> None:
+    for step in ("00000003", "00000005", "00000006", "00000009"):
+        code, said = train(folder, STATUS=status, STEP=step)
+        assert code == int(status) and f"status {status}; requeued, to go on after step {int(step)}" in said
+    assert calls(folder).count("scontrol requeue 7") == 4
+
+
+@pytest.mark.parametrize("status", ["1", "2"])
+def test_a_failed_run_is_not_requeued(folder: Path, status: str) -> None:
+    code, said = train(folder, STATUS=status, STEP="00000003")
+    assert code == int(status) and "requeue" not in calls(folder)
+    assert (
+        f"failed with status {status}; the newest checkpoint is of step 3. See above and {folder}/run/log.txt" in said
+    )
+
+
+def test_a_run_without_progress_is_not_requeued_for_ever(folder: Path) -> None:
+    assert train(folder, STATUS="75", STEP="00000003")[0] == 75
+    for _ in range(2):  # a second and a third try
+        said = train(folder, STATUS="138")[1]
+    assert "not requeued: status 138, and three attempts in a row ended at step 3" in said
+    assert "requeued, to go on" in train(folder, STATUS="75", STEP="00000004")[1]  # it got on after all
+    assert "requeued, to go on" in train(folder, STATUS="75", SLURM_JOB_ID="8")[1]  # submitted anew
+
+
+def test_what_slurm_ends_slurm_requeues(folder: Path) -> None:
+    code, said = train(folder, STATUS="75", STEP="00000003", TERM_SENT="1")
+    assert code == 75 and "requeue" not in calls(folder)
+    assert "SLURM ends this job; if it starts it again, training goes on after step 3" in said
+
+
+def test_a_cluster_that_does_not_requeue(folder: Path) -> None:
+    code, said = train(folder, STATUS="75", STEP="00000003", SCONTROL_STATUS="1")
+    assert (
+        code == 75
+        and "status 75 at step 3; SLURM does not requeue this job. Submit the same command again to go on" in said
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "variables", "error"),
+    [
+        ([], {}, "CONFIG is missing. Submit with: sbatch launch/slurm/pretrain.sbatch CONFIG [key=value ...]"),
+        (["absent.yaml"], {}, f"CONFIG is absent.yaml; expected a file in {ROOT}, or a whole path."),
+        (["{config}"], {"SLURM_JOB_ID": ""}, "this is not a SLURM job. Submit it: sbatch launch/slurm/pretrain.sbatch"),
+        (["{config}"], {"PYTHON": "/absent/python"}, f"/absent/python is not here. Run make setup in {ROOT}, or name a"),
+        (["{config}"], {"SLURM_GPUS_ON_NODE": "4"}, "has 4 GPUs and 8 tasks; expected one task a GPU. Submit with "
+         "--gpus-per-node=4 --ntasks-per-node=4."),
+        (["{config}"], {"SLURM_GPUS_ON_NODE": "8", "SLURM_TASKS_PER_NODE": "1,2"}, "has 8 GPUs and 1 tasks;"),
+        (["{config}", "optim.lr=2"], {}, "optim.lr is 2; expected"),
+        (["{config}", "run.dir=/proc/absent"], {}, "/proc/absent cannot be made. Use another run.dir."),
+    ],
+)  # fmt: skip
+def test_what_is_commonly_wrong_is_said_before_training(folder: Path, arguments, variables, error) -> None:
+    code, said = run(folder, *(text.format(config=folder / "mine.yaml") for text in arguments), **variables)
+    assert code == 2 and error in said, said
+    assert not (folder / "calls").exists() or "--label" not in calls(folder)
+
+
+def test_another_folder_than_the_repository(folder: Path) -> None:
+    code, said = run(folder, "mine.yaml", cwd=folder)
+    assert (
+        code == 2 and f"{folder} has no launch/pretrain.py; expected the repository. Submit from there, or add" in said
+    )
+
+
+def test_a_run_folder_that_not_all_nodes_see(folder: Path) -> None:
+    hiding = SRUN.replace('exec "$@"', 'for sign in "$FOLDER"/run/.seen*; do rm -f "$sign"; done; exec "$@"')
+    (folder / "srun").write_text(hiding.replace("#!/bin/bash", "#!/bin/bash\nsleep() { :; }; export -f sleep"))
+    code, said = train(folder)
+    assert code == 2 and "which another node wrote; expected run.dir on a file system that all nodes share." in said
+
+
+def test_a_machine_without_slurm_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tests.slurm.cluster.shutil.which", lambda name, path: None if name == "slurmd" else name)
+    assert why_not() == "slurmd not found: install slurm-wlm munge"
+    monkeypatch.setattr("tests.slurm.cluster.shutil.which", lambda name, path: name)
+    monkeypatch.setattr("os.geteuid", lambda: 1000)
+    assert why_not() == "slurmd runs jobs as root only: run the tests as root"

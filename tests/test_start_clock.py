@@ -1,0 +1,31 @@
+import subprocess
+import sys
+import time
+
+import pytest
+
+from pretrain.start_clock import StartClock, process_age
+
+
+def test_parts_follow_each_other_and_are_said_in_order():
+    clock = StartClock()
+    time.sleep(0.02)
+    clock.mark("data")
+    clock.mark("model")
+    assert list(clock.seconds) == ["imports", "data", "model"]
+    assert 0.02 <= clock.seconds["data"] < 5 and 0 <= clock.seconds["model"] < 1
+    clock.seconds = {"imports": 2.04, "data": 1.0}
+    assert str(clock) == "3.0 s from the start of the process: imports 2.0, data 1.0"
+
+
+def test_the_age_of_a_process_is_that_since_it_was_started():
+    code = "import time; time.sleep(0.3); from pretrain.start_clock import process_age; print(process_age())"
+    begin = time.monotonic()
+    age = float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+    assert 0.3 <= age <= time.monotonic() - begin + 0.05
+    assert process_age() > age
+
+
+def test_a_system_that_does_not_tell_gives_zero(monkeypatch):
+    monkeypatch.setattr("builtins.open", lambda *_, **__: (_ for _ in ()).throw(OSError()))
+    assert process_age() == pytest.approx(0.0)
