@@ -15,10 +15,17 @@ from pretrain.families import ModelShape
 
 
 class Baseline(nn.Module):
-    """A pre-norm decoder-only Transformer; documents of a row see each other, as in most plain code."""
+    """A pre-norm decoder-only Transformer; documents of a row see each other, as in most plain code.
+
+    Raises:
+        ValueError: the shape has a window, a soft-cap or scaled RoPE, for which there is no plain one-line operator.
+    """
 
     def __init__(self, shape: ModelShape) -> None:
         super().__init__()
+        for name in ("sliding_window", "attention_softcap", "logit_softcap", "rope_scaling"):
+            if getattr(shape, name) is not None:
+                raise ValueError(f"model.{name} is {getattr(shape, name)}; expected null for the baseline. Remove it.")
         self.embedding = nn.Embedding(shape.padded_vocab_size, shape.dim)
         learned = shape.positions == "learned"
         self.position_embedding = nn.Embedding(shape.seq_len, shape.dim) if learned else None
@@ -83,14 +90,17 @@ class _Attention(nn.Module):
         super().__init__()
         self.num_heads, self.num_kv_heads, self.head_dim = shape.num_heads, shape.num_kv_heads, shape.head_dim
         qkv_dim = (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim
-        self.qkv = nn.Linear(shape.dim, qkv_dim, bias=shape.attention_bias)
-        self.output = nn.Linear(shape.num_heads * shape.head_dim, shape.dim, bias=shape.attention_bias)
+        self.qkv = nn.Linear(shape.dim, qkv_dim, bias=shape.attention_bias is not False)
+        self.q_norm = nn.RMSNorm(shape.head_dim, eps=shape.norm_eps) if shape.qk_norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(shape.head_dim, eps=shape.norm_eps) if shape.qk_norm else nn.Identity()
+        self.output = nn.Linear(shape.num_heads * shape.head_dim, shape.dim, bias=shape.attention_bias is True)
 
     def forward(self, x_BTD: Tensor, tables: tuple[Tensor, Tensor] | None) -> Tensor:
         B, T, _ = x_BTD.shape
         heads = [self.num_heads, self.num_kv_heads, self.num_kv_heads]
         qkv = self.qkv(x_BTD).view(B, T, sum(heads), self.head_dim).transpose(1, 2)
         q_BHTC, k_BKTC, v_BKTC = qkv.split(heads, dim=1)
+        q_BHTC, k_BKTC = self.q_norm(q_BHTC), self.k_norm(k_BKTC)
         if tables is not None:
             q_BHTC, k_BKTC = _rotate(q_BHTC, *tables), _rotate(k_BKTC, *tables)
         grouped = self.num_heads != self.num_kv_heads

@@ -54,7 +54,9 @@ def open_config(path: str, shrink: bool, micro_batch: int, num_micro_steps: int)
     config = load_config(path, overrides)
     if shrink:
         grouped = config.model.num_kv_heads not in (None, config.model.num_heads)
-        config = load_config(path, [*overrides, *SHRINK, *(["model.num_kv_heads=2"] if grouped else [])])
+        window = ["model.sliding_window=20"] if config.model.sliding_window is not None else []
+        heads = (["model.num_kv_heads=2"] if grouped else []) + (["model.head_dim=24"] if config.model.head_dim else [])
+        config = load_config(path, [*overrides, *SHRINK, *heads, *window])
     BatchPlan.of(config, 1)
     return config, resolve_shape(config.model, config.tokenizer.vocab_size, config.data.seq_len)
 

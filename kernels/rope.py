@@ -1,10 +1,14 @@
 """Rotary position embedding in the rotate-half layout that Hugging Face's Llama uses.
 
-Source: Su et al. 2021, "RoFormer"; the layout pairs element i with element i + C/2.
+Source: Su et al. 2021, "RoFormer"; the layout pairs element i with element i + C/2. Scaling to longer rows: Chen et
+al. 2023 (linear), Peng et al. 2023 (YaRN), Llama 3.1; in transformers' order of operations, so that the tables of an
+exported model are the same to the last bit.
 """
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,7 +16,34 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 
-def rope_tables(positions_BT: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+@dataclass(frozen=True)
+class RopeScaling:
+    """How the frequencies of a model for short rows are changed for longer ones.
+
+    Args:
+        type: `linear`, `llama3` or `yarn`.
+        factor: by how much the low frequencies, or with `linear` all, are lowered.
+        original_seq_len: row length before scaling; for `llama3` and `yarn`.
+        low_freq_factor: `llama3` lowers by the whole factor what turns fewer times than this in an original row,
+        high_freq_factor: and leaves what turns more often than this.
+        beta_fast: `yarn` leaves what turns at least so often in an original row,
+        beta_slow: and lowers by the whole factor what turns at most so often.
+        attention_factor: `yarn` multiplies the cosines and sines by this; None: 0.1 ln(factor) + 1.
+    """
+
+    type: str
+    factor: float
+    original_seq_len: int | None = None
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float | None = None
+
+
+def rope_tables(
+    positions_BT: Tensor, head_dim: int, theta: float, scaling: RopeScaling | None = None
+) -> tuple[Tensor, Tensor]:
     """Compute the cosines and sines of a batch's positions, once for all layers.
 
     They are fp32 whatever the model's dtype: bf16 has 8 bits, and position 2047 would turn by another angle.
@@ -21,13 +52,55 @@ def rope_tables(positions_BT: Tensor, head_dim: int, theta: float) -> tuple[Tens
         positions_BT: position of each token in its document.
         head_dim: width C of one head, even.
         theta: base of the wavelengths.
+        scaling: how the frequencies are changed; None: not at all.
 
     Returns:
         Two fp32 tensors `[B, T, 1, C/2]`.
     """
     exponents = torch.arange(0, head_dim, 2, device=positions_BT.device).float() / head_dim
-    angles = positions_BT.float()[..., None, None] * (1.0 / theta**exponents)
-    return angles.cos(), angles.sin()
+    frequencies_R, magnitude = _frequencies(theta**exponents, theta, scaling)
+    angles = positions_BT.float()[..., None, None] * frequencies_R
+    return (angles.cos(), angles.sin()) if magnitude == 1.0 else (angles.cos() * magnitude, angles.sin() * magnitude)
+
+
+def _frequencies(periods_R: Tensor, theta: float, scaling: RopeScaling | None) -> tuple[Tensor, float]:
+    """Return what each pair turns by a position, and what the cosines and sines are multiplied by."""
+    frequencies_R = 1.0 / periods_R
+    if scaling is None:
+        return frequencies_R, 1.0
+    if scaling.type == "linear":
+        return frequencies_R / scaling.factor, 1.0
+    assert scaling.original_seq_len is not None, "checked with the config"
+    if scaling.type == "llama3":
+        return _llama3(frequencies_R, scaling, scaling.original_seq_len), 1.0
+    kept_R = 1 - _yarn_ramp(periods_R, theta, scaling, scaling.original_seq_len)
+    frequencies_R = 1.0 / (scaling.factor * periods_R) * (1 - kept_R) + frequencies_R * kept_R
+    magnitude = scaling.attention_factor
+    return frequencies_R, 0.1 * math.log(scaling.factor) + 1.0 if magnitude is None else magnitude
+
+
+def _llama3(frequencies_R: Tensor, scaling: RopeScaling, original_seq_len: int) -> Tensor:
+    """Lower long wavelengths by the factor, leave short ones, and blend between them by turns in an original row."""
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    wavelengths_R = 2 * math.pi / frequencies_R
+    lowered_R = torch.where(wavelengths_R > original_seq_len / low, frequencies_R / scaling.factor, frequencies_R)
+    share_R = (original_seq_len / wavelengths_R - low) / (high - low)
+    blended_R = (1 - share_R) * lowered_R / scaling.factor + share_R * lowered_R
+    between_R = (wavelengths_R >= original_seq_len / high) & (wavelengths_R <= original_seq_len / low)
+    return torch.where(between_R, blended_R, lowered_R)
+
+
+def _yarn_ramp(periods_R: Tensor, theta: float, scaling: RopeScaling, original_seq_len: int) -> Tensor:
+    """Return 0 for pairs that keep their frequency, 1 for those that are lowered by the factor, a line between them."""
+    R = len(periods_R)
+
+    def pair_that_turns(times: float) -> float:
+        return (2 * R * math.log(original_seq_len / (times * 2 * math.pi))) / (2 * math.log(theta))
+
+    begin = max(math.floor(pair_that_turns(scaling.beta_fast)), 0)
+    end: float = min(math.ceil(pair_that_turns(scaling.beta_slow)), 2 * R - 1)
+    end = end + 0.001 if end == begin else end
+    return ((torch.arange(R, dtype=torch.float32, device=periods_R.device) - begin) / (end - begin)).clamp(0, 1)
 
 
 def rope_truth(x_BTHC: Tensor, cos_BT1R: Tensor, sin_BT1R: Tensor) -> Tensor:

@@ -20,6 +20,15 @@ _OPTIMIZERS_WITH = {
     "momentum": "muon sgd rmsprop",
     "nesterov": "muon sgd",
 }
+# Which types of RoPE scaling take an option; an option that is not here is for all.
+_ROPE_SCALING_TYPES = {
+    "original_seq_len": "llama3 and yarn",
+    "low_freq_factor": "llama3",
+    "high_freq_factor": "llama3",
+    "beta_fast": "yarn",
+    "beta_slow": "yarn",
+    "attention_factor": "yarn",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +84,8 @@ def idle_options(config: Config) -> dict[str, str]:
         idle["schedule.decay_steps"] = f"Only wsd has it, and schedule.name is {shape}."
     if shape == "constant":
         idle["schedule.final_lr_ratio"] = "The rate of a constant schedule does not fall."
+    if config.model.rope_scaling is not None:
+        idle |= _idle_rope_options(config.model.rope_scaling.type)
     if config.eval.patience == 0:
         idle["eval.min_delta"] = "It belongs to early stopping, and eval.patience is 0."
     if config.eval.sample_every_steps == 0:
@@ -87,6 +98,15 @@ def idle_options(config: Config) -> dict[str, str]:
         elif source.format != "auto":
             idle[f"data.sources.{number}.text_field"] = "The source holds token ids, which have no text."
     return idle
+
+
+def _idle_rope_options(scaling_type: str) -> dict[str, str]:
+    """Return the options of `model.rope_scaling` that its type does not take."""
+    return {
+        f"model.rope_scaling.{name}": f"It is for {types}, and model.rope_scaling.type is {scaling_type}."
+        for name, types in _ROPE_SCALING_TYPES.items()
+        if scaling_type not in types.split()
+    }
 
 
 def _value(config: Config, name: str) -> object:

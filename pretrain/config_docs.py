@@ -102,7 +102,8 @@ def _options_of(schema: Schema, prefix: str, definitions: Schema) -> list[Option
         required = key in schema.get("required", ())
         description = field.get("description") or (target or {}).get("description", "")
         default = None if required or target is not None else yaml_value(field.get("default"))
-        choices = tuple(choice for part in field.get("anyOf", [field]) for choice in part.get("enum", ()))
+        parts = field.get("anyOf", [field])
+        choices = tuple(_word(choice) for part in parts for choice in part.get("enum", ()))
         found.append(Option(name, describe(field), default, required, description, choices, target is not None))
         if target is not None:
             found += _options_of(target, f"{inner}.", definitions)
@@ -111,7 +112,7 @@ def _options_of(schema: Schema, prefix: str, definitions: Schema) -> list[Option
 
 def _section_of(field: Schema, name: str, definitions: Schema) -> tuple[Schema | None, str]:
     """Return the schema of the section that `field` holds, if it does, and the dotted name of that section."""
-    reference = field.get("$ref")
+    reference = next((part["$ref"] for part in field.get("anyOf", [field]) if "$ref" in part), None)
     if reference is None and "$ref" in field.get("items", ()):
         reference, name = field["items"]["$ref"], f"{name}.*"
     return (None if reference is None else definitions[reference.rpartition("/")[2]]), name
@@ -122,7 +123,7 @@ def describe(schema: Schema) -> str:
     if "anyOf" in schema:
         return " or ".join(describe(part) for part in schema["anyOf"])
     if "enum" in schema:
-        words = [str(word) for word in schema["enum"]]
+        words = [_word(word) for word in schema["enum"]]
         return "one of " + ", ".join(words[:-1]) + " or " + words[-1]
     if "$ref" in schema:
         return "a section of options"
@@ -142,6 +143,10 @@ def describe(schema: Schema) -> str:
             return f"a list of {least}" + ("sections" if "$ref" in schema["items"] else "texts")
         case _:
             return "text" + (f" that matches `{schema['pattern']}`" if "pattern" in schema else "")
+
+
+def _word(choice: object) -> str:
+    return choice if isinstance(choice, str) else yaml_value(choice)
 
 
 def _range_of(schema: Schema) -> str:

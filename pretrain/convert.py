@@ -12,7 +12,10 @@ import torch
 from torch import Tensor
 
 from pretrain.errors import ConfigError, DataError, ExportError
-from pretrain.run_folder import LoadedRun, load_run
+from pretrain.families import resolve_shape
+from pretrain.family_table import check_exported
+from pretrain.run_folder import CONFIG_FILE, LoadedRun, load_run
+from pretrain.settings import load_config
 from pretrain.stream import ValRows
 from pretrain.tensor_files import sync_folder
 
@@ -38,7 +41,8 @@ def convert(
     Raises:
         ConfigError: `out` is taken, or there is no such run, step or format.
         CheckpointError: the checkpoint is damaged.
-        ExportError: the export could not be written or does not compute what the trained model computes.
+        ExportError: the family is not exported, or the export could not be written or does not compute what the
+            trained model computes.
     """
     if to not in FORMATS:
         raise ConfigError(f"--to is {to!r}; expected one of {', '.join(FORMATS)}.")
@@ -47,6 +51,7 @@ def convert(
         raise ConfigError(
             f"{out}: exists already; expected no such folder, or an empty one. Delete it or name another."
         )
+    _check_family(Path(run))
     loaded = load_run(run, step)
     # transformers takes seconds to import, and what is wrong above should be said at once.
     from pretrain.hf_export import export_hf
@@ -64,6 +69,13 @@ def convert(
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return report
+
+
+def _check_family(run: Path) -> None:
+    """Refuse a run whose family is not exported before its checkpoint, which may take minutes, is read and verified."""
+    if (run / CONFIG_FILE).exists():
+        config = load_config(run / CONFIG_FILE)
+        check_exported(resolve_shape(config.model, config.tokenizer.vocab_size, config.data.seq_len), str(run))
 
 
 def comparison_rows(loaded: LoadedRun) -> dict[str, list[Tensor]]:

@@ -43,11 +43,14 @@ def _mend(option: Option, value: Any) -> str:
     """Return what to write instead of a wrong value, where that is clear."""
     if option.choices:
         close = difflib.get_close_matches(str(value).lower(), option.choices, n=1, cutoff=0.5)
-        return f" Use {close[0]}." if close else ""
-    if option.rule.startswith("true or false"):
+        if close:
+            return f" Use {close[0]}."
+    if option.rule.startswith("true or false") or "true" in option.choices:
         words = {"yes": "true", "on": "true", "1": "true", "no": "false", "off": "false", "0": "false"}
         meant = words.get(str(value).lower())
         return f" Write {meant}." if meant else ""
+    if option.choices:
+        return ""
     if option.rule.startswith("text") and isinstance(value, (int, float)):
         return f' Put it in quotes: "{yaml_value(value)}".'
     if option.rule.startswith("a list of texts") and isinstance(value, str):

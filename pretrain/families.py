@@ -5,10 +5,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass
 from typing import Any
 
-from pretrain.config import ModelSection
+from pretrain.config import ModelSection, RopeScalingSection
 from pretrain.errors import ConfigError
 
 VOCAB_MULTIPLE = 128  # padded width of embedding and output: whole tiles for the matrix units of every GPU
@@ -24,13 +25,16 @@ class Family:
     norm: tuple[str, ...]
     activation: tuple[str, ...]
     positions: tuple[str, ...]
-    attention_bias: tuple[bool, ...]
+    attention_bias: tuple[bool | str, ...]
     ffn_bias: tuple[bool, ...]
     tie_embeddings: tuple[bool, ...]
-    grouped_heads: bool  # num_kv_heads may differ from num_heads
-    free_head_dim: bool  # head_dim may differ from dim / num_heads
-    ffn_ratio: tuple[int, int]  # default ffn_dim / dim, as a fraction
-    ffn_multiple: int  # the default ffn_dim is rounded up to a multiple of this
+    qk_norm: tuple[bool, ...] = (False,)
+    grouped_heads: bool = True  # num_kv_heads may differ from num_heads
+    free_head_dim: bool = False  # head_dim may differ from dim / num_heads
+    sliding_window: bool = False
+    attention_softcap: bool = False
+    logit_softcap: bool = False
+    exported: bool = True
 
 
 FAMILIES: dict[str, Family] = {
@@ -41,10 +45,35 @@ FAMILIES: dict[str, Family] = {
         attention_bias=(False, True),
         ffn_bias=(False, True),
         tie_embeddings=(False, True),
-        grouped_heads=True,
         free_head_dim=True,
-        ffn_ratio=(8, 3),
-        ffn_multiple=64,
+    ),
+    "qwen3": Family(
+        norm=("rmsnorm",),
+        activation=("swiglu",),
+        positions=("rope",),
+        attention_bias=(False,),  # transformers has it, and llama.cpp does not load it
+        ffn_bias=(False,),
+        tie_embeddings=(False, True),
+        qk_norm=(True,),
+        free_head_dim=True,
+        sliding_window=True,
+    ),
+    "stablelm": Family(
+        norm=("layernorm",),
+        activation=("swiglu",),
+        positions=("rope",),
+        attention_bias=(False, "qkv"),
+        ffn_bias=(False,),
+        tie_embeddings=(False, True),
+    ),
+    "starcoder2": Family(
+        norm=("layernorm",),
+        activation=("gelu",),
+        positions=("rope",),
+        attention_bias=(True,),  # transformers can do without biases, and llama.cpp does not load that
+        ffn_bias=(True,),
+        tie_embeddings=(True, False),
+        sliding_window=True,
     ),
     "gpt2": Family(
         norm=("layernorm",),
@@ -54,12 +83,25 @@ FAMILIES: dict[str, Family] = {
         ffn_bias=(True,),
         tie_embeddings=(True, False),
         grouped_heads=False,
-        free_head_dim=False,
-        ffn_ratio=(4, 1),
-        ffn_multiple=1,
+    ),
+    "custom": Family(
+        norm=("rmsnorm", "layernorm"),
+        activation=("swiglu", "gelu"),
+        positions=("rope", "learned"),
+        attention_bias=(False, True, "qkv"),
+        ffn_bias=(False, True),
+        tie_embeddings=(False, True),
+        qk_norm=(False, True),
+        free_head_dim=True,
+        sliding_window=True,
+        attention_softcap=True,
+        logit_softcap=True,
+        exported=False,
     ),
 }
-CHOICES = ("norm", "activation", "positions", "attention_bias", "ffn_bias", "tie_embeddings")
+CHOICES = ("norm", "activation", "positions", "attention_bias", "ffn_bias", "qk_norm", "tie_embeddings")
+EXTRAS = ("sliding_window", "attention_softcap", "logit_softcap")  # null, or for families that have them
+FFN_RATIO = {"swiglu": (8, 3, 64), "gelu": (4, 1, 1)}  # default ffn_dim / dim as a fraction, and its multiple
 
 
 @dataclass(frozen=True)
@@ -78,7 +120,12 @@ class ModelShape:
     activation: str
     positions: str
     rope_theta: float
-    attention_bias: bool
+    rope_scaling: RopeScalingSection | None
+    qk_norm: bool
+    sliding_window: int | None
+    attention_softcap: float | None
+    logit_softcap: float | None
+    attention_bias: bool | str
     ffn_bias: bool
     tie_embeddings: bool
     dropout: float
@@ -87,7 +134,6 @@ class ModelShape:
     vocab_size: int
     padded_vocab_size: int
     seq_len: int
-    logit_softcap: float | None = None  # logits are bounded to +- this
 
 
 def resolve_shape(model: ModelSection, vocab_size: int, seq_len: int) -> ModelShape:
@@ -105,47 +151,62 @@ def resolve_shape(model: ModelSection, vocab_size: int, seq_len: int) -> ModelSh
         ConfigError: one line for every option that the family does not take or that does not fit the others.
     """
     family = FAMILIES[model.family]
-    chosen: dict[str, Any] = {}
-    problems: list[str] = []
-    for name in CHOICES:
-        value, allowed = getattr(model, name), getattr(family, name)
-        chosen[name] = allowed[0] if value is None else value
-        if chosen[name] not in allowed:
-            problems.append(_refuse(model, name, _text(allowed[0]), _families_with(name, value)))
-    problems += _unused_options(model, chosen["positions"])
-    head_dim, head_problems = _resolve_heads(model, family, chosen["positions"])
-    problems += head_problems
+    chosen: dict[str, Any] = {name: getattr(model, name) for name in CHOICES}
+    chosen |= {name: getattr(family, name)[0] for name, value in chosen.items() if value is None}
+    head_dim = model.head_dim or model.dim // model.num_heads
+    wanted = chosen | {name: getattr(model, name) for name in ("dim", "num_heads", *EXTRAS)}
+    wanted |= {"num_kv_heads": model.num_kv_heads or model.num_heads, "head_dim": head_dim}
+    given = {name for name in wanted if getattr(model, name) is not None}
+    problems = [
+        f"model.{name} is {_text(wanted[name])}; expected {expected} for family {model.family}. Remove model.{name}, "
+        f"or use {_nearest_with(name, wanted, given)}."
+        for name, expected in _refused(family, wanted).items()
+    ]
+    problems += _head_problems(model, family, chosen["positions"])
+    problems += _position_problems(model, wanted, given, seq_len)
     if problems:
         raise ConfigError("\n".join(problems))
-    above, below = family.ffn_ratio
-    ffn_dim = model.ffn_dim or _round_up(_round_up(model.dim * above, below) // below, family.ffn_multiple)
+    above, below, multiple = FFN_RATIO[chosen["activation"]]
+    ffn_dim = model.ffn_dim or _round_up(_round_up(model.dim * above, below) // below, multiple)
     return ModelShape(
         family=model.family,
-        dim=model.dim,
         num_layers=model.num_layers,
-        num_heads=model.num_heads,
-        num_kv_heads=model.num_kv_heads or model.num_heads,
-        head_dim=head_dim,
         ffn_dim=ffn_dim,
         norm_eps=model.norm_eps,
         rope_theta=model.rope_theta,
+        rope_scaling=model.rope_scaling,
         dropout=model.dropout,
         attention_dropout=model.attention_dropout,
         init_std=model.init_std,
         vocab_size=vocab_size,
         padded_vocab_size=_round_up(vocab_size, VOCAB_MULTIPLE),
         seq_len=seq_len,
-        **chosen,
+        **wanted,
     )
+
+
+def nearest_exported(shape: ModelShape) -> tuple[str, list[str]]:
+    """Find the exported family that a model differs least from.
+
+    Returns:
+        Its name, and each difference: `model.norm is layernorm (llama: rmsnorm)`.
+    """
+    wanted = vars(shape)
+    exported = [name for name in FAMILIES if FAMILIES[name].exported]
+    name = min(exported, key=lambda name: len(_refused(FAMILIES[name], wanted)))
+    refused = _refused(FAMILIES[name], wanted)
+    return name, [f"model.{key} is {_text(wanted[key])} ({name}: {expected})" for key, expected in refused.items()]
 
 
 def num_parameters(shape: ModelShape) -> int:
     """Count the parameters of the model, the padding of the vocabulary included."""
     norm = shape.dim * (2 if shape.norm == "layernorm" else 1)
-    attention_outputs = (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim + shape.dim
+    qkv_outputs = (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim
     up_outputs = shape.ffn_dim * (2 if shape.activation == "swiglu" else 1)
     block = _block_matrices(shape) + 2 * norm
-    block += attention_outputs if shape.attention_bias else 0
+    block += qkv_outputs if shape.attention_bias is not False else 0
+    block += shape.dim if shape.attention_bias is True else 0
+    block += 2 * shape.head_dim if shape.qk_norm else 0
     block += up_outputs + shape.dim if shape.ffn_bias else 0
     embeddings = shape.padded_vocab_size * shape.dim * (1 if shape.tie_embeddings else 2)
     embeddings += shape.seq_len * shape.dim if shape.positions == "learned" else 0
@@ -157,7 +218,8 @@ def flops_per_token(shape: ModelShape, causal: bool) -> float:
 
     6 per weight that is multiplied (2 forward, 4 backward) and 12 L H C T for attention's two products. The
     embedding is looked up, not multiplied, and does not count; the output layer does, tied or not, without
-    the padding of the vocabulary. Norms, biases and activations do not count, nor does recomputation.
+    the padding of the vocabulary. Norms, biases and activations do not count, nor does recomputation. A sliding
+    window is ignored, by the same convention, although it leaves less to compute.
 
     Args:
         shape: the model.
@@ -176,66 +238,94 @@ def _block_matrices(shape: ModelShape) -> int:
     return shape.dim * (heads * shape.head_dim + ffn * shape.ffn_dim)
 
 
-def _resolve_heads(model: ModelSection, family: Family, positions: str) -> tuple[int, list[str]]:
-    problems = []
+def _refused(family: Family, wanted: Mapping[str, Any]) -> dict[str, str]:
+    """Return the options whose values a family does not take, each with what it takes instead."""
+    refused = {
+        name: " or ".join(_text(value) for value in getattr(family, name))
+        for name in CHOICES
+        if wanted[name] not in getattr(family, name)
+    }
+    width = wanted["dim"] // wanted["num_heads"]
+    if not family.free_head_dim and wanted["head_dim"] != width:
+        refused["head_dim"] = f"dim / num_heads ({width})"
+    if not family.grouped_heads and wanted["num_kv_heads"] != wanted["num_heads"]:
+        refused["num_kv_heads"] = f"num_heads ({wanted['num_heads']})"
+    return refused | {name: "null" for name in EXTRAS if wanted[name] is not None and not getattr(family, name)}
+
+
+def _nearest_with(option: str, wanted: Mapping[str, Any], given: Set[str]) -> str:
+    """Name the family that takes an option's value and the most of the others, above all of those that were given.
+
+    An exported one, if there is one.
+    """
+    refused = {name: _refused(family, wanted) for name, family in FAMILIES.items()}
+    takers = [name for name in FAMILIES if option not in refused[name]]
+    nearest = min(
+        takers, key=lambda name: (not FAMILIES[name].exported, len(refused[name].keys() & given), len(refused[name]))
+    )
+    return f"model.family {nearest}" + ("" if FAMILIES[nearest].exported else ", which is not exported")
+
+
+def _head_problems(model: ModelSection, family: Family, positions: str) -> Iterator[str]:
+    """Check that the numbers of heads and their width divide as they must."""
     dim, num_heads, num_kv_heads = model.dim, model.num_heads, model.num_kv_heads
     head_dim = model.head_dim or dim // num_heads
     if dim % num_heads and (model.head_dim is None or not family.free_head_dim):
         low = dim // num_heads * num_heads
         fix = f"Use {low} or {low + num_heads}" if low else f"Use {num_heads}"
-        problems.append(f"model.dim is {dim}; expected a multiple of model.num_heads ({num_heads}). {fix}.")
-    elif not family.free_head_dim and head_dim != dim // num_heads:
-        problems.append(_refuse(model, "head_dim", f"dim / num_heads ({dim // num_heads})", _free_head_dim()))
+        yield f"model.dim is {dim}; expected a multiple of model.num_heads ({num_heads}). {fix}."
     elif positions == "rope" and head_dim % 2:
         name = "model.head_dim" if model.head_dim else "dim / num_heads"
         near = f"{head_dim - 1} or {head_dim + 1}" if head_dim > 1 else "2"
-        problems.append(
-            f"{name} is {head_dim}; expected an even number for positions rope. Set model.head_dim to {near}."
-        )
-    if num_kv_heads is not None and num_kv_heads != num_heads:
-        if not family.grouped_heads:
-            wanted = f"num_heads ({num_heads})"
-            problems.append(_refuse(model, "num_kv_heads", wanted, _grouped_heads()))
-        elif num_heads % num_kv_heads:
-            near = " or ".join(str(n) for n in _nearest_divisors(num_heads, num_kv_heads))
-            wanted = f"a divisor of model.num_heads ({num_heads})"
-            problems.append(f"model.num_kv_heads is {num_kv_heads}; expected {wanted}. Use {near}.")
-    return head_dim, problems
+        yield f"{name} is {head_dim}; expected an even number for positions rope. Set model.head_dim to {near}."
+    if family.grouped_heads and num_kv_heads is not None and num_heads % num_kv_heads:
+        near = " or ".join(str(n) for n in _nearest_divisors(num_heads, num_kv_heads))
+        wanted = f"a divisor of model.num_heads ({num_heads})"
+        yield f"model.num_kv_heads is {num_kv_heads}; expected {wanted}. Use {near}."
 
 
-def _unused_options(model: ModelSection, positions: str) -> list[str]:
+def _position_problems(model: ModelSection, wanted: Mapping[str, Any], given: Set[str], seq_len: int) -> Iterator[str]:
+    """Check the options of RoPE and the window against the kind of positions and the length of rows."""
     # Compared with the default, not looked up in model_fields_set: the config.yaml of a run folder sets every field.
-    default = ModelSection.model_fields["rope_theta"].default
-    if positions == "rope" or model.rope_theta == default:
-        return []
-    return [
-        f"model.rope_theta is {model.rope_theta:g}; expected no value for positions {positions}, where it does "
-        f"nothing. Remove model.rope_theta, or use {_families_with('positions', 'rope')}."
-    ]
+    for name in ("rope_theta", "rope_scaling"):
+        value = getattr(model, name)
+        if wanted["positions"] != "rope" and value != ModelSection.model_fields[name].default:
+            text = value.type if isinstance(value, RopeScalingSection) else _text(value)
+            fit = _nearest_with("positions", {**wanted, "positions": "rope"}, given)
+            yield (
+                f"model.{name} is {text}; expected no value for positions {wanted['positions']}, where it does "
+                f"nothing. Remove model.{name}, or use {fit}."
+            )
+    if model.sliding_window is not None and model.sliding_window >= seq_len:
+        yield (
+            f"model.sliding_window is {model.sliding_window}; expected less than data.seq_len ({seq_len}), because "
+            "a row has no more. Remove model.sliding_window."
+        )
+    if wanted["positions"] == "rope" and model.rope_scaling is not None:
+        yield from _scaling_problems(model.rope_scaling, seq_len, FAMILIES[model.family].exported)
 
 
-def _refuse(model: ModelSection, name: str, expected: str, families: str) -> str:
-    choice = f", or use {families}" if families else ""
-    value = _text(getattr(model, name))
-    return (
-        f"model.{name} is {value}; expected {expected} for family {model.family}. Remove model.{name}{choice}."
-    )  # fmt: skip
-
-
-def _families_with(name: str, value: object) -> str:
-    return _listed(key for key, family in FAMILIES.items() if value in getattr(family, name))
-
-
-def _free_head_dim() -> str:
-    return _listed(key for key, family in FAMILIES.items() if family.free_head_dim)
-
-
-def _grouped_heads() -> str:
-    return _listed(key for key, family in FAMILIES.items() if family.grouped_heads)
-
-
-def _listed(names: Any) -> str:
-    return " or ".join(f"model.family {name}" for name in names)
+def _scaling_problems(scaling: RopeScalingSection, seq_len: int, exported: bool) -> Iterator[str]:
+    """Check the options of `model.rope_scaling` against each other and the length of rows."""
+    where, original = "model.rope_scaling", scaling.original_seq_len
+    if scaling.type == "linear":
+        return
+    if original is None:
+        yield (
+            f"{where}.original_seq_len is null; expected the data.seq_len before scaling, for {scaling.type}. Set it, "
+            f"for example to {max(int(seq_len / scaling.factor), 1)}."
+        )
+    elif scaling.type == "yarn" and exported and original >= seq_len:
+        yield f"{where}.original_seq_len is {original}; expected less than data.seq_len ({seq_len}). Lower it."
+    elif scaling.type == "yarn" and exported and scaling.factor != (ratio := seq_len / original):
+        yield (
+            f"{where}.factor is {scaling.factor}; expected data.seq_len / original_seq_len ({ratio}), which some "
+            f"versions of transformers 4 take for it. Use {ratio}, or model.family custom."
+        )
+    for low, high, kind in (("low_freq_factor", "high_freq_factor", "llama3"), ("beta_slow", "beta_fast", "yarn")):
+        least, value = getattr(scaling, low), getattr(scaling, high)
+        if scaling.type == kind and not value > least:
+            yield f"{where}.{high} is {value:g}; expected more than {low} ({least:g}). Use {4 * least:g}."
 
 
 def _nearest_divisors(number: int, wanted: int) -> list[int]:
@@ -245,7 +335,7 @@ def _nearest_divisors(number: int, wanted: int) -> list[int]:
 
 
 def _text(value: object) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
+    return str(value).lower() if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _round_up(number: int, multiple: int) -> int:

@@ -1,168 +1,76 @@
-"""How each family's parameters and options are called in the published architecture.
+"""From our parameters and options to those of the published architecture, and back.
 
-One table per family drives both directions: `export_tensors` and `import_tensors` read the same rows, and both fail on
-a tensor that no row names, so nothing is dropped or invented on the way.
+The family's table in `published.py` drives both directions: `export_tensors` and `import_tensors` read the same rows,
+and both fail on a tensor that no row names, so nothing is dropped or invented on the way.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from pretrain.errors import ExportError
-from pretrain.families import ModelShape
+from pretrain.families import ModelShape, nearest_exported
+from pretrain.published import PUBLISHED_MODELS, ROPE_SCALING, Weight
 
 
-@dataclass(frozen=True)
-class Weight:
-    """One parameter of ours and the published tensors that hold it; `{i}` stands for the layer.
+def check_exported(shape: ModelShape, where: str) -> None:
+    """Refuse a model of a family that is exported as nothing.
 
-    Attributes:
-        ours: name of our parameter.
-        theirs: names of the published tensors; ours is these stacked along its first axis, in this order.
-        rows: number of rows of each of them, as named in `_num_rows`; needed where there are several.
-        transposed: the published matrix is [in, out], where ours is [out, in].
-        vocabulary: rows are token ids; the published tensor has no padding rows.
+    Args:
+        shape: the model's shape.
+        where: the run, for the message.
+
+    Raises:
+        ExportError: naming the nearest family that is exported, and what differs from it.
     """
-
-    ours: str
-    theirs: tuple[str, ...]
-    rows: tuple[str, ...] = ()
-    transposed: bool = False
-    vocabulary: bool = False
-
-
-@dataclass(frozen=True)
-class PublishedModel:
-    """The published architecture of a family.
-
-    Attributes:
-        architecture: class in transformers.
-        model_type: its `model_type` in `config.json`.
-        options: key in `config.json` -> option of `ModelShape` that it holds.
-        constants: keys of `config.json` that every model of the family has.
-        weights: how the parameters are stored.
-    """
-
-    architecture: str
-    model_type: str
-    options: Mapping[str, str]
-    constants: Mapping[str, Any]
-    weights: tuple[Weight, ...]
+    if shape.family in PUBLISHED_MODELS:
+        return
+    nearest, differences = nearest_exported(shape)
+    fix = f"It differs in: {', '.join(differences)}. Train without that under model.family {nearest}."
+    if not differences:
+        fix = f"It takes every option: go on with model.family={nearest} and 'run.allow_changes=[model.family]'."
+    raise ExportError(
+        f"{where}: model.family is {shape.family}; expected one that is exported. The nearest is {nearest}. {fix}"
+    )
 
 
-def _weight_and_bias(
-    ours: str, theirs: Iterable[str], rows: Iterable[str] = (), transposed: bool = False
-) -> list[Weight]:
-    """A linear layer or norm: its weight and, where the model has one, its bias."""
-    names, rows = tuple(theirs), tuple(rows)
-    return [
-        Weight(f"{ours}.weight", tuple(f"{name}.weight" for name in names), rows, transposed),
-        Weight(f"{ours}.bias", tuple(f"{name}.bias" for name in names), rows),
-    ]
-
-
-_LLAMA = PublishedModel(
-    architecture="LlamaForCausalLM",
-    model_type="llama",
-    options={
-        "vocab_size": "vocab_size",
-        "hidden_size": "dim",
-        "intermediate_size": "ffn_dim",
-        "num_hidden_layers": "num_layers",
-        "num_attention_heads": "num_heads",
-        "num_key_value_heads": "num_kv_heads",
-        "head_dim": "head_dim",
-        "max_position_embeddings": "seq_len",
-        "rms_norm_eps": "norm_eps",
-        "attention_bias": "attention_bias",
-        "mlp_bias": "ffn_bias",
-        "tie_word_embeddings": "tie_embeddings",
-        "initializer_range": "init_std",
-    },
-    constants={"hidden_act": "silu", "attention_dropout": 0.0, "pretraining_tp": 1, "use_cache": True},
-    weights=(
-        Weight("embedding.weight", ("model.embed_tokens.weight",), vocabulary=True),
-        Weight("blocks.{i}.attention_norm.weight", ("model.layers.{i}.input_layernorm.weight",)),
-        *_weight_and_bias(
-            "blocks.{i}.attention.qkv",
-            (f"model.layers.{{i}}.self_attn.{name}_proj" for name in "qkv"),
-            rows=("query", "key", "key"),
-        ),
-        *_weight_and_bias("blocks.{i}.attention.output", ["model.layers.{i}.self_attn.o_proj"]),
-        Weight("blocks.{i}.ffn_norm.weight", ("model.layers.{i}.post_attention_layernorm.weight",)),
-        *_weight_and_bias(
-            "blocks.{i}.ffn.gate_up",
-            ["model.layers.{i}.mlp.gate_proj", "model.layers.{i}.mlp.up_proj"],
-            rows=("ffn", "ffn"),
-        ),
-        *_weight_and_bias("blocks.{i}.ffn.down", ["model.layers.{i}.mlp.down_proj"]),
-        Weight("final_norm.weight", ("model.norm.weight",)),
-        Weight("output.weight", ("lm_head.weight",), vocabulary=True),
-    ),
-)
-
-_GPT2 = PublishedModel(
-    architecture="GPT2LMHeadModel",
-    model_type="gpt2",
-    options={
-        "vocab_size": "vocab_size",
-        "n_embd": "dim",
-        "n_inner": "ffn_dim",
-        "n_layer": "num_layers",
-        "n_head": "num_heads",
-        "n_positions": "seq_len",
-        "n_ctx": "seq_len",  # llama.cpp's converter reads this one
-        "layer_norm_epsilon": "norm_eps",
-        "tie_word_embeddings": "tie_embeddings",
-        "initializer_range": "init_std",
-    },
-    constants={
-        "activation_function": "gelu_new",
-        "attn_pdrop": 0.0,
-        "embd_pdrop": 0.0,
-        "resid_pdrop": 0.0,
-        "scale_attn_weights": True,
-        "scale_attn_by_inverse_layer_idx": False,
-        "reorder_and_upcast_attn": False,
-        "add_cross_attention": False,
-        "use_cache": True,
-    },
-    weights=(
-        Weight("embedding.weight", ("transformer.wte.weight",), vocabulary=True),
-        Weight("position_embedding.weight", ("transformer.wpe.weight",)),
-        *_weight_and_bias("blocks.{i}.attention_norm", ["transformer.h.{i}.ln_1"]),
-        *_weight_and_bias("blocks.{i}.attention.qkv", ["transformer.h.{i}.attn.c_attn"], transposed=True),
-        *_weight_and_bias("blocks.{i}.attention.output", ["transformer.h.{i}.attn.c_proj"], transposed=True),
-        *_weight_and_bias("blocks.{i}.ffn_norm", ["transformer.h.{i}.ln_2"]),
-        *_weight_and_bias("blocks.{i}.ffn.up", ["transformer.h.{i}.mlp.c_fc"], transposed=True),
-        *_weight_and_bias("blocks.{i}.ffn.down", ["transformer.h.{i}.mlp.c_proj"], transposed=True),
-        *_weight_and_bias("final_norm", ["transformer.ln_f"]),
-        Weight("output.weight", ("lm_head.weight",), vocabulary=True),
-    ),
-)
-
-PUBLISHED_MODELS: Mapping[str, PublishedModel] = {"llama": _LLAMA, "gpt2": _GPT2}
+def ignored_options(shape: ModelShape) -> dict[str, str]:
+    """Return the options of this model that some clients load without honouring them, with the clients' names."""
+    table = PUBLISHED_MODELS[shape.family].ignored
+    return {option: clients for option, clients in table.items() if getattr(shape, option) is not None}
 
 
 def published_config(shape: ModelShape) -> dict[str, Any]:
     """Return the keys of `config.json` that describe the model: the family's constants and the shape's options.
 
-    RoPE's base is written twice: transformers 5 reads `rope_parameters`, transformers 4 and Ollama the key at the top,
-    and each falls back to 10000 without a word where its own is missing.
+    RoPE's options are written twice: transformers 5 reads `rope_parameters`, transformers 4 and Ollama `rope_theta` and
+    `rope_scaling` at the top, and each falls back to 10000 and no scaling without a word where its own are missing.
     """
     family = PUBLISHED_MODELS[shape.family]
     config: dict[str, Any] = {"architectures": [family.architecture], "model_type": family.model_type}
     config |= {key: getattr(shape, option) for key, option in family.options.items()}
     config |= family.constants
+    config |= {key: derive(shape) for key, derive in family.derived.items()}
     if shape.positions == "rope":
+        partial = {key: value for key, value in family.constants.items() if key == "partial_rotary_factor"}
+        scaling = _published_scaling(shape)
         config["rope_theta"] = shape.rope_theta
-        config["rope_parameters"] = {"rope_type": "default", "rope_theta": shape.rope_theta}
+        if scaling["rope_type"] != "default":
+            config["rope_scaling"] = scaling
+        config["rope_parameters"] = scaling | {"rope_theta": shape.rope_theta} | partial
     return config
+
+
+def _published_scaling(shape: ModelShape) -> dict[str, Any]:
+    if shape.rope_scaling is None:
+        return {"rope_type": "default"}
+    values = {key: getattr(shape.rope_scaling, option) for key, option in ROPE_SCALING[shape.rope_scaling.type].items()}
+    # Only yarn's attention_factor may be null; clients then compute the same default.
+    return {"rope_type": shape.rope_scaling.type} | {key: value for key, value in values.items() if value is not None}
 
 
 def export_tensors(shape: ModelShape, parameters: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:

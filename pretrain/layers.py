@@ -110,12 +110,15 @@ class Attention(nn.Module):
         self.layer = layer
         self.num_heads, self.num_kv_heads, self.head_dim = shape.num_heads, shape.num_kv_heads, shape.head_dim
         self.dropout, self.attention_dropout = shape.dropout, shape.attention_dropout
+        self.softcap = shape.attention_softcap
         qkv_dim = (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim
-        self.qkv = Linear(shape.dim, qkv_dim, bias=shape.attention_bias)
+        self.qkv = Linear(shape.dim, qkv_dim, bias=shape.attention_bias is not False)
         self.qkv.stacked_rows = tuple(
             n * shape.head_dim for n in (self.num_heads, self.num_kv_heads, self.num_kv_heads)
         )
-        self.output = Linear(shape.num_heads * shape.head_dim, shape.dim, bias=shape.attention_bias)
+        self.q_norm = RMSNorm(shape.head_dim, shape.norm_eps) if shape.qk_norm else None
+        self.k_norm = RMSNorm(shape.head_dim, shape.norm_eps) if shape.qk_norm else None
+        self.output = Linear(shape.num_heads * shape.head_dim, shape.dim, bias=shape.attention_bias is True)
 
     def forward(self, x_BTD: Tensor, context: Context) -> Tensor:
         """Compute what attention adds to the residual stream.
@@ -127,21 +130,31 @@ class Attention(nn.Module):
         B, T, _ = x_BTD.shape
         H, K = self.num_heads, self.num_kv_heads
         qkv = self.qkv(x_BTD).view(B, T, H + 2 * K, self.head_dim)
-        qk, v_BTKC = qkv[:, :, : H + K], qkv[:, :, H + K :]
-        if context.rope_tables is not None:
-            qk = rope(qk, *context.rope_tables)  # queries and keys lie side by side: one call
-        q_BTHC, k_BSKC, v_BSKC = qk[:, :, :H], qk[:, :, H:], v_BTKC
+        q_BTHC, k_BSKC = self._positioned(qkv[:, :, : H + K], context.rope_tables)
+        v_BSKC = v_BTKC = qkv[:, :, H + K :]
         if context.caches is not None:
             k_BSKC, v_BSKC = context.caches[self.layer].extend(k_BSKC, v_BTKC)
         key = context.dropout_key
         probs_key = key and key.at(self.layer, SITE_ATTENTION)
-        out_BTHC = attention(q_BTHC, k_BSKC, v_BSKC, context.visible, self.attention_dropout, probs_key)
+        out_BTHC = attention(q_BTHC, k_BSKC, v_BSKC, context.visible, self.attention_dropout, probs_key, self.softcap)
         out_BTD = self.output(out_BTHC.reshape(B, T, H * self.head_dim))
         return dropout(out_BTD, self.dropout, key.at(self.layer, SITE_ATTENTION_OUTPUT)) if key else out_BTD
 
+    def _positioned(self, qk: Tensor, rope_tables: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
+        """Normalise queries and keys, if the model does, and turn them by their positions."""
+        q_BTHC, k_BTKC = qk[:, :, : self.num_heads], qk[:, :, self.num_heads :]
+        if self.q_norm is not None and self.k_norm is not None:
+            q_BTHC, k_BTKC = self.q_norm(q_BTHC, None)[0], self.k_norm(k_BTKC, None)[0]
+            if rope_tables is not None:
+                q_BTHC, k_BTKC = rope(q_BTHC, *rope_tables), rope(k_BTKC, *rope_tables)
+        elif rope_tables is not None:
+            qk = rope(qk, *rope_tables)  # queries and keys lie side by side: one call
+            q_BTHC, k_BTKC = qk[:, :, : self.num_heads], qk[:, :, self.num_heads :]
+        return q_BTHC, k_BTKC
+
 
 class SwiGLUFeedForward(nn.Module):
-    """The feed-forward of Llama: one projection for gate and up, SwiGLU, projection down."""
+    """The gated feed-forward: one projection for gate and up, SwiGLU, projection down."""
 
     def __init__(self, shape: ModelShape, layer: int) -> None:
         super().__init__()
@@ -158,7 +171,7 @@ class SwiGLUFeedForward(nn.Module):
 
 
 class GELUFeedForward(nn.Module):
-    """The feed-forward of GPT-2: projection up, GELU, projection down."""
+    """The feed-forward without a gate: projection up, GELU, projection down."""
 
     def __init__(self, shape: ModelShape, layer: int) -> None:
         super().__init__()

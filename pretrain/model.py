@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from kernels.attention import visibility
 from kernels.dropout import SITE_EMBEDDING, DropoutKey, dropout
-from kernels.rope import rope_tables
+from kernels.rope import RopeScaling, rope_tables
 from pretrain.families import ModelShape
 from pretrain.layers import Block, Context, Embedding, Output, make_norm
 
@@ -90,6 +90,7 @@ class Transformer(nn.Module):
         """
         super().__init__()
         self.shape, self.seed = shape, seed
+        self.rope_scaling = RopeScaling(**shape.rope_scaling.model_dump()) if shape.rope_scaling else None
         self.activation_checkpointing = activation_checkpointing
         self.embedding = Embedding(shape.padded_vocab_size, shape.dim)
         self.position_embedding = Embedding(shape.seq_len, shape.dim) if shape.positions == "learned" else None
@@ -212,13 +213,13 @@ class Transformer(nn.Module):
         x_BTD = self.embedding(tokens_BT)
         tables = None
         if self.position_embedding is None:
-            tables = rope_tables(positions_BT, self.shape.head_dim, self.shape.rope_theta)
+            tables = rope_tables(positions_BT, self.shape.head_dim, self.shape.rope_theta, self.rope_scaling)
         else:
             x_BTD = x_BTD + self.position_embedding(positions_BT)
         if key is not None:
             x_BTD = dropout(x_BTD, self.shape.dropout, key.at(0, SITE_EMBEDDING))
         num_keys = tokens_BT.shape[1] + (0 if cache is None else cache.num_used)
-        visible = visibility(doc_start_BT, num_keys, x_BTD.dtype)
+        visible = visibility(doc_start_BT, num_keys, x_BTD.dtype, self.shape.sliding_window)
         context = Context(visible, tables, key, None if cache is None else cache.layers)
         residual_BTD = None
         for block in self.blocks:

@@ -36,7 +36,7 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0], skip_spec
 ```
 
 It is a base model: it continues text and follows no instructions. {tokenizer_notes}
-
+{warnings}
 ## Verification
 
 The export was loaded with transformers {transformers_version} and compared with the trained model, both computing in
@@ -57,6 +57,7 @@ def model_card(shape: ModelShape, report: dict[str, Any]) -> str:
         report: what `verification.json` holds.
     """
     source, logits, tokens = report["source"], report["logits"], report["tokenizer"]
+    window = shape.sliding_window
     rows = " and ".join(f"{number} {kind}" for kind, number in logits["rows"].items() if number)
     padding = (shape.padded_vocab_size - shape.vocab_size) * shape.dim * (1 if shape.tie_embeddings else 2)
     heads = f"{shape.num_heads} query, {shape.num_kv_heads} key and value, {shape.head_dim} wide"
@@ -66,7 +67,7 @@ def model_card(shape: ModelShape, report: dict[str, Any]) -> str:
         f"feed-forward {shape.ffn_dim} ({shape.activation}), {shape.norm}, {shape.positions} positions",
         "Attention heads": heads,
         "Embeddings": "shared with the output layer" if shape.tie_embeddings else "separate from the output layer",
-        "Context length": f"{shape.seq_len:,} tokens",
+        "Context length": f"{shape.seq_len:,} tokens" + (f", each seeing {window:,} at most" if window else ""),
         "Tokenizer": f"{tokens['kind']}, {shape.vocab_size:,} tokens",
         "Trained on": f"{source['tokens']:,} tokens in {source['step']:,} steps (run {source['run']}, "
         f"{source['checkpoint']})",
@@ -83,7 +84,12 @@ def model_card(shape: ModelShape, report: dict[str, Any]) -> str:
         f"characters ({tokens['tokens']:,} tokens): {tokens['mismatches']} differ"
         + (f", {tokens['ties']} have other ids of the same score." if tokens["ties"] else ".")
     )
+    warnings = "".join(
+        f"\n> **{clients} loads this model and computes something else**: it ignores `{option}`.\n"
+        for option, clients in report["ignored_by"].items()
+    )
     return _CARD.format(
+        warnings=warnings,
         name=source["run"],
         architecture=f"`{logits['architecture']}`",
         facts="\n".join(f"| {key} | {value} |" for key, value in facts.items()),

@@ -61,7 +61,8 @@ def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
 def changed_options(old: Config, new: Config) -> list[tuple[str, Any, Any]]:
     """Return (option, old value, new value) of every difference, in the config's order."""
     before, after = flatten(old.model_dump(mode="json")), flatten(new.model_dump(mode="json"))
-    return [(name, before.get(name), value) for name, value in after.items() if before.get(name) != value]
+    names = dict.fromkeys([*after, *before])  # a section that may be null has its options in one of them only
+    return [(name, before.get(name), after.get(name)) for name in names if before.get(name) != after.get(name)]
 
 
 class RunFolder:

@@ -147,6 +147,9 @@ def _option_lines(section: Section, prefix: str, idle: Mapping[str, str]) -> lis
         value, name = getattr(section, key), f"{prefix}.{key}"
         if isinstance(value, list) and value and isinstance(value[0], Section):
             continue
+        if isinstance(value, Section):
+            lines += [f"{key}:", *(f"  {line}" for line in _option_lines(value, name, idle))]
+            continue
         comment = f"  # {idle[name]}" if name in idle else ""
         lines.append(f"{'# ' if comment else ''}{key}: {yaml_value(value)}{comment}")
     return lines

@@ -31,6 +31,17 @@ _SPELLINGS_OF = {
     "model.activation": "hidden_act activation_function act_fn swiglu activation_type mlp_type",
     "model.positions": "pos_emb position_embedding_type pos_embedding position_encoding use_rotary_position_embeddings",
     "model.rope_theta": "rotary_emb_base rotary_base rope_base rope_freq_base",
+    "model.rope_scaling": "rope_parameters use_scaled_rope rope_scaling_type rotary_scaling",
+    "model.rope_scaling.type": "rope_type",
+    "model.rope_scaling.factor": "scaling_factor rope_scaling_factor rotary_scaling_factor scale_factor",
+    "model.rope_scaling.original_seq_len": "original_max_position_embeddings original_max_seq_len old_context_len"
+    " original_context_length",
+    "model.rope_scaling.attention_factor": "attn_factor mscale",
+    "model.qk_norm": "qk_layernorm qk_layer_norm use_qk_norm norm_qk query_key_norm",
+    "model.sliding_window": "window_size attention_window sliding_window_size local_attention_window"
+    " use_sliding_window",
+    "model.attention_softcap": "attn_logit_softcapping attention_logit_softcapping attn_softcap attention_logit_cap",
+    "model.logit_softcap": "final_logit_softcapping final_logit_softcap logits_soft_cap logit_soft_cap",
     "model.attention_bias": "add_qkv_bias qkv_bias use_bias_in_attn_linear attn_bias use_qkv_bias bias"
     " disable_bias_linear add_bias_linear",
     "model.ffn_bias": "mlp_bias use_bias_in_mlp use_mlp_bias",

@@ -25,9 +25,9 @@ TIERS = (
     "config_docs schedule batch_plan packing families console tokenizer source_files matrix_exchange lion"
     " generate_options",
     "checks explain sentencepiece_model varied_texts table_files token_files shards tensor_files distributed layers"
-    " family_table model_card muon",
+    " published model_card muon",
     "settings sentencepiece_tokenizer row_table model optim checkpoint_files shard_reader journal sources sampling"
-    " tracking",
+    " tracking family_table",
     "data_plan engine metrics guard hf_tokenizer generate",
     "checkpoint stream tokenizer_files tokenizer_trial source_sample",
     "run_folder tokenizer_export workers",

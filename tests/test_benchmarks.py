@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import subprocess
@@ -20,7 +21,7 @@ from pretrain.families import num_parameters
 from tests.rank_helpers import run_command
 
 ROOT = Path(__file__).resolve().parents[1]
-CONFIGS = [f"configs/{name}.yaml" for name in ("gpt2-124m", "llama-350m", "llama-1.3b")]
+CONFIGS = [f"configs/{name}.yaml" for name in ("gpt2-124m", "llama-350m", "llama-1.3b", "qwen3-0.6b", "stablelm-1.6b")]
 RECORD_KEYS = {"benchmark", "date", "commit", "device", "versions", "settings", "rows", "failures"}
 STEP_KEYS = {
     "variant", "num_parameters", "seq_len", "micro_batch_size", "num_micro_steps", "num_timed_steps", "step_seconds",
@@ -56,6 +57,14 @@ def test_the_baseline_computes_what_ours_computes(config: str) -> None:
     grads = {name: parameter.grad for name, parameter in ours.named_parameters()}
     for name, parameter in baseline.named_parameters():
         torch.testing.assert_close(parameter.grad, grads[name], msg=name)
+
+
+def test_the_baseline_refuses_what_it_does_not_compute() -> None:
+    _, shape = step.open_config(str(ROOT / "configs/starcoder2-3b.yaml"), shrink=True, micro_batch=1, num_micro_steps=1)
+    with pytest.raises(ValueError, match="model.sliding_window is 20; expected null for the baseline. Remove it."):
+        Baseline(shape)
+    full = dataclasses.replace(shape, sliding_window=None)
+    assert sum(p.numel() for p in Baseline(full).parameters()) == num_parameters(full)
 
 
 def test_rows_are_packed_documents() -> None:

@@ -48,6 +48,16 @@ def test_a_good_config_has_no_problem() -> None:
         ),
         ({}, "schedule.decay_steps", "Only wsd has it, and schedule.name is cosine."),
         ({"schedule__name": "constant"}, "schedule.final_lr_ratio", "The rate of a constant schedule does not fall."),
+        (
+            {"model__rope_scaling": {"type": "linear", "factor": 2.0}},
+            "model.rope_scaling.original_seq_len",
+            "It is for llama3 and yarn, and model.rope_scaling.type is linear.",
+        ),
+        (
+            {"model__rope_scaling": {"type": "llama3", "factor": 2.0, "original_seq_len": 32}},
+            "model.rope_scaling.attention_factor",
+            "It is for yarn, and model.rope_scaling.type is llama3.",
+        ),
         ({"eval__every_steps": 5}, "eval.min_delta", "It belongs to early stopping, and eval.patience is 0."),
         ({}, "eval.sample_tokens", "It is for text sampled during training, and eval.sample_every_steps is 0."),
         (

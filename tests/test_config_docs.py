@@ -50,6 +50,8 @@ def test_options_know_their_defaults() -> None:
         ({"type": "number", "minimum": 0.0, "exclusiveMaximum": 1.0}, "a number of at least 0 and below 1"),
         ({"anyOf": [{"type": "boolean"}, {"type": "null"}]}, "true or false or null"),
         ({"enum": ["a", "b", "c"]}, "one of a, b or c"),
+        ({"enum": [True, False, "c"]}, "one of true, false or c"),
+        ({"anyOf": [{"$ref": "#/x"}, {"type": "null"}]}, "a section of options or null"),
         ({"type": "string"}, "text"),
         ({"type": "string", "pattern": "^x$"}, "text that matches `^x$`"),
         ({"type": "array", "items": {"type": "string"}}, "a list of texts"),

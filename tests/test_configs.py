@@ -10,7 +10,7 @@ import pytest
 from pretrain.batch_plan import BatchPlan
 from pretrain.config import Config
 from pretrain.errors import ConfigError
-from pretrain.families import ModelShape, num_parameters, resolve_shape
+from pretrain.families import CHOICES, EXTRAS, ModelShape, num_parameters, resolve_shape
 from pretrain.settings import load_config, resolved_yaml
 from tests.rank_helpers import losses, prepare, run_cases
 
@@ -33,6 +33,8 @@ def shrink(config: Config) -> list[str]:
         "model.num_layers=2",
         "model.num_heads=4",
         *kv_heads,
+        *(["model.head_dim=24"] if config.model.head_dim is not None else []),
+        *(["model.sliding_window=20"] if config.model.sliding_window is not None else []),
         "model.ffn_dim=null",
         "tokenizer.vocab_size=512",
         "data.seq_len=64",
@@ -72,6 +74,9 @@ def test_published_sizes_are_met_exactly() -> None:
     assert num_parameters(shape_of(load_config(ROOT / "configs/gpt2-124m.yaml"))) == 124_439_808 + 47 * 768
     assert num_parameters(shape_of(load_config(ROOT / "configs/llama-7b.yaml"))) == 6_738_415_616
     assert num_parameters(shape_of(load_config(ROOT / "configs/llama-70b.yaml"))) == 68_976_648_192
+    # Qwen/Qwen3-0.6B and bigcode/starcoder2-3b
+    assert num_parameters(shape_of(load_config(ROOT / "configs/qwen3-0.6b.yaml"))) == 596_049_920
+    assert num_parameters(shape_of(load_config(ROOT / "configs/starcoder2-3b.yaml"))) == 3_030_371_328
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -85,9 +90,11 @@ def test_every_option_is_explained(path: Path) -> None:
 def test_shrinking_keeps_the_features(path: Path) -> None:
     full = load_config(path)
     small = load_config(path, shrink(full))
-    kept = ("family", "norm", "activation", "positions", "attention_bias", "ffn_bias", "tie_embeddings", "dropout")
-    for name in kept:
+    for name in (*CHOICES, "family", "dropout"):
         assert getattr(shape_of(small), name) == getattr(shape_of(full), name)
+    for name in EXTRAS:
+        assert (getattr(shape_of(small), name) is None) == (getattr(shape_of(full), name) is None)
+    assert (shape_of(small).head_dim * 4 == 64) == (shape_of(full).head_dim * full.model.num_heads == full.model.dim)
     assert (shape_of(small).num_kv_heads < 4) == (shape_of(full).num_kv_heads < shape_of(full).num_heads)
     assert num_parameters(shape_of(small)) < 300_000
     assert small.parallel == full.parallel

@@ -17,7 +17,8 @@ from pretrain import convert as convert_module
 from pretrain import hf_export, hf_tokenizer
 from pretrain.convert import comparison_rows, convert
 from pretrain.errors import CheckpointError, ConfigError, DataError, ExportError
-from tests.test_hf_export import make_run, swap_names, tokenizer  # noqa: F401
+from pretrain.settings import resolved_yaml
+from tests.test_hf_export import config_of, make_run, swap_names, tokenizer  # noqa: F401
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -118,6 +119,24 @@ def test_an_empty_folder_is_filled(a_run, tmp_path, monkeypatch):
     (tmp_path / "out").mkdir()
     convert("runs/a", "out")
     assert (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_a_custom_model_is_refused_before_its_checkpoint_is_read(a_run, tmp_path, capsys):
+    run = tmp_path / "run"
+    run.mkdir()
+    config = config_of("llama")
+    custom = config.model.model_copy(update={"family": "custom", "attention_softcap": 30.0})
+    (run / "config.yaml").write_text(resolved_yaml(config.model_copy(update={"model": custom})))
+    assert main([str(run), str(tmp_path / "out"), "--to", "hf"]) == 1
+    assert capsys.readouterr().err == (
+        f"error: {run}: model.family is custom; expected one that is exported. The nearest is llama. It differs in: "
+        "model.attention_softcap is 30 (llama: null). Train without that under model.family llama.\n"
+    )
+    assert a_run == []
+    custom = config.model.model_copy(update={"family": "custom"})
+    (run / "config.yaml").write_text(resolved_yaml(config.model_copy(update={"model": custom})))
+    with pytest.raises(ExportError, match=r"every option: go on with model.family=llama and 'run.allow_changes=\[mod"):
+        convert(run, tmp_path / "out")
 
 
 def test_an_unknown_format_is_refused(tmp_path):

@@ -6,7 +6,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pretrain.config import ModelSection
 from pretrain.errors import ConfigError
-from pretrain.families import FAMILIES, flops_per_token, num_parameters, resolve_shape
+from pretrain.families import FAMILIES, flops_per_token, nearest_exported, num_parameters, resolve_shape
 from pretrain.model import Transformer
 
 SMALL = {"dim": 32, "num_layers": 2, "num_heads": 4}
@@ -51,7 +51,56 @@ def test_vocabulary_that_is_a_multiple_is_not_padded():
     [
         (
             {"norm": "layernorm"},
-            "model.norm is layernorm; expected rmsnorm for family llama. Remove model.norm, or use model.family gpt2.",
+            "model.norm is layernorm; expected rmsnorm for family llama. Remove model.norm, or use model.family stablelm.",
+        ),
+        (
+            {"qk_norm": True},
+            "model.qk_norm is true; expected false for family llama. Remove model.qk_norm, or use model.family qwen3.",
+        ),
+        (
+            {"attention_bias": "qkv"},
+            "model.attention_bias is qkv; expected false or true for family llama. Remove model.attention_bias, or use "
+            "model.family stablelm.",
+        ),
+        (
+            {"family": "qwen3", "attention_bias": True},
+            "model.attention_bias is true; expected false for family qwen3. Remove model.attention_bias, or use "
+            "model.family llama.",
+        ),
+        (
+            {"family": "starcoder2", "ffn_bias": False},
+            "model.ffn_bias is false; expected true for family starcoder2. Remove model.ffn_bias, or use model.family "
+            "llama.",
+        ),
+        (
+            {"family": "stablelm", "head_dim": 16},
+            "model.head_dim is 16; expected dim / num_heads (8) for family stablelm. Remove model.head_dim, or use "
+            "model.family llama.",
+        ),
+        (
+            {"sliding_window": 8},
+            "model.sliding_window is 8; expected null for family llama. Remove model.sliding_window, or use model.family "
+            "qwen3.",
+        ),
+        (
+            {"family": "gpt2", "sliding_window": 8},
+            "model.sliding_window is 8; expected null for family gpt2. Remove model.sliding_window, or use model.family "
+            "starcoder2.",
+        ),
+        (
+            {"attention_softcap": 50.0},
+            "model.attention_softcap is 50; expected null for family llama. Remove model.attention_softcap, or use "
+            "model.family custom, which is not exported.",
+        ),
+        (
+            {"family": "gpt2", "logit_softcap": 30.0},
+            "model.logit_softcap is 30; expected null for family gpt2. Remove model.logit_softcap, or use model.family "
+            "custom, which is not exported.",
+        ),
+        (
+            {"family": "qwen3", "sliding_window": 16},
+            "model.sliding_window is 16; expected less than data.seq_len (16), because a row has no more. Remove "
+            "model.sliding_window.",
         ),
         (
             {"family": "gpt2", "attention_bias": False},
@@ -61,7 +110,7 @@ def test_vocabulary_that_is_a_multiple_is_not_padded():
         (
             {"family": "gpt2", "num_kv_heads": 2},
             "model.num_kv_heads is 2; expected num_heads (4) for family gpt2. Remove model.num_kv_heads, "
-            "or use model.family llama.",
+            "or use model.family starcoder2.",
         ),
         (
             {"family": "gpt2", "head_dim": 16},
@@ -71,7 +120,34 @@ def test_vocabulary_that_is_a_multiple_is_not_padded():
         (
             {"family": "gpt2", "rope_theta": 5e5},
             "model.rope_theta is 500000; expected no value for positions learned, where it does nothing. "
-            "Remove model.rope_theta, or use model.family llama.",
+            "Remove model.rope_theta, or use model.family starcoder2.",
+        ),
+        (
+            {"family": "gpt2", "rope_scaling": {"type": "linear", "factor": 2.0}},
+            "model.rope_scaling is linear; expected no value for positions learned, where it does nothing. "
+            "Remove model.rope_scaling, or use model.family starcoder2.",
+        ),
+        (
+            {"rope_scaling": {"type": "yarn", "factor": 4.0}},
+            "model.rope_scaling.original_seq_len is null; expected the data.seq_len before scaling, for yarn. Set it, for "
+            "example to 4.",
+        ),
+        (
+            {"rope_scaling": {"type": "yarn", "factor": 4.0, "original_seq_len": 8}},
+            "model.rope_scaling.factor is 4.0; expected data.seq_len / original_seq_len (2.0), which some versions of "
+            "transformers 4 take for it. Use 2.0, or model.family custom.",
+        ),
+        (
+            {"rope_scaling": {"type": "yarn", "factor": 4.0, "original_seq_len": 16}},
+            "model.rope_scaling.original_seq_len is 16; expected less than data.seq_len (16). Lower it.",
+        ),
+        (
+            {"rope_scaling": {"type": "yarn", "factor": 2.0, "original_seq_len": 8, "beta_fast": 1.0}},
+            "model.rope_scaling.beta_fast is 1; expected more than beta_slow (1). Use 4.",
+        ),
+        (
+            {"rope_scaling": {"type": "llama3", "factor": 8.0, "original_seq_len": 8, "low_freq_factor": 4.0}},
+            "model.rope_scaling.high_freq_factor is 4; expected more than low_freq_factor (4). Use 16.",
         ),
         ({"dim": 2050, "num_heads": 16}, "model.dim is 2050; expected a multiple of model.num_heads (16). Use 2048 or 2064."),
         ({"dim": 3}, "model.dim is 3; expected a multiple of model.num_heads (4). Use 4."),
@@ -89,6 +165,36 @@ def test_vocabulary_that_is_a_multiple_is_not_padded():
 )  # fmt: skip
 def test_an_option_that_the_family_does_not_take(options, message):
     assert problems(**options) == [message]
+
+
+def test_options_of_a_family_lead_to_the_family_that_has_them_all():
+    lines = problems(norm="layernorm", activation="gelu", sliding_window=8)
+    assert len(lines) == 3 and all(line.endswith("or use model.family starcoder2.") for line in lines)
+
+
+def test_custom_takes_any_combination():
+    shape = resolve(
+        family="custom", norm="layernorm", positions="learned", qk_norm=True, attention_bias="qkv", ffn_bias=True,
+        num_kv_heads=1, head_dim=5, sliding_window=3, attention_softcap=20.0, tie_embeddings=True,
+    )  # fmt: skip
+    assert (shape.activation, shape.ffn_dim, shape.head_dim) == ("swiglu", 128, 5)
+    assert resolve(family="custom", activation="gelu", dim=60, num_heads=2).ffn_dim == 240
+    yarn = {"type": "yarn", "factor": 4.0, "original_seq_len": 8}
+    assert resolve(family="custom", rope_scaling=yarn).rope_scaling.factor == 4.0
+
+
+def test_a_factor_that_is_no_round_number_can_be_given():
+    assert resolve(rope_scaling={"type": "yarn", "factor": 16 / 9, "original_seq_len": 9}).rope_scaling.factor == 16 / 9
+
+
+def test_the_nearest_exported_family_and_what_differs():
+    assert nearest_exported(resolve(family="custom")) == ("llama", [])
+    assert nearest_exported(resolve(family="custom", qk_norm=True, sliding_window=8)) == ("qwen3", [])
+    gelu = resolve(family="custom", norm="layernorm", activation="gelu", attention_softcap=30.0)
+    assert nearest_exported(gelu) == ("stablelm", [
+        "model.activation is gelu (stablelm: swiglu)",
+        "model.attention_softcap is 30 (stablelm: null)",
+    ])  # fmt: skip
 
 
 def test_every_problem_is_reported_at_once():
@@ -110,6 +216,11 @@ SHAPES = [
     resolve(num_kv_heads=1, head_dim=6, ffn_dim=50, attention_bias=True, ffn_bias=True, tie_embeddings=True),
     resolve(family="gpt2"),
     resolve(family="gpt2", tie_embeddings=False, num_layers=3),
+    resolve(family="qwen3", num_kv_heads=2, head_dim=10, sliding_window=5),
+    resolve(family="stablelm"),
+    resolve(family="stablelm", attention_bias="qkv", num_kv_heads=2, tie_embeddings=True),
+    resolve(family="starcoder2", num_kv_heads=1),
+    resolve(family="custom", norm="layernorm", qk_norm=True, attention_bias="qkv", ffn_bias=True, positions="learned"),
 ]
 
 

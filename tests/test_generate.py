@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SEQ_LEN = 32
 PROMPTS = ["hello", "a", "the quick brown", "x y"]
 GREEDY = GenerateOptions(max_new_tokens=8, temperature=0.0)
-FAMILIES = pytest.mark.parametrize("family", ["llama", "gpt2"])
+FAMILIES = pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3"])
 
 
 class Characters:
@@ -40,7 +40,9 @@ class Characters:
 
 
 def build(family="llama", std=0.3):
-    section = ModelSection(family=family, dim=32, num_layers=2, num_heads=4)
+    section = ModelSection(
+        family=family, dim=32, num_layers=2, num_heads=4, sliding_window=6 if family == "qwen3" else None
+    )
     model = Transformer(resolve_shape(section, 128, SEQ_LEN), seed=1).eval()
     torch.manual_seed(3)
     with torch.no_grad():

@@ -18,12 +18,13 @@ from safetensors.torch import load_file
 from pretrain import family_table, hf_export, hf_tokenizer, tokenizer_export
 from pretrain.config import ModelSection
 from pretrain.errors import ExportError
-from pretrain.families import num_parameters, resolve_shape
-from pretrain.family_table import export_tensors, import_tensors
+from pretrain.families import FAMILIES, num_parameters, resolve_shape
+from pretrain.family_table import export_tensors, import_tensors, published_config
 from pretrain.generate import generate
 from pretrain.generate_options import GenerateOptions
 from pretrain.hf_export import export_hf
 from pretrain.model import Transformer
+from pretrain.published import PUBLISHED_MODELS
 from pretrain.run_folder import LoadedRun
 from pretrain.sentencepiece_tokenizer import SentencePieceTokenizer, choose_sample, fit
 from pretrain.settings import parse_config
@@ -37,6 +38,20 @@ MODELS = {
     "llama": dict(dim=32, num_layers=2, num_heads=4, num_kv_heads=2, ffn_dim=56),
     "llama-tied-biased": dict(dim=24, num_layers=3, num_heads=4, num_kv_heads=1, head_dim=10, tie_embeddings=True,
                               attention_bias=True, ffn_bias=True, rope_theta=5e5, norm_eps=1e-6),
+    "llama-llama3": dict(dim=32, num_layers=2, num_heads=4,
+                         rope_scaling=dict(type="llama3", factor=8.0, original_seq_len=16)),
+    "llama-yarn": dict(dim=32, num_layers=2, num_heads=4, rope_theta=5e5,
+                       rope_scaling=dict(type="yarn", factor=4.0, original_seq_len=16, attention_factor=1.25)),
+    "qwen3": dict(family="qwen3", dim=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=12),
+    "qwen3-tied-window": dict(family="qwen3", dim=32, num_layers=3, num_heads=4, tie_embeddings=True, sliding_window=9,
+                              rope_theta=1e6, norm_eps=1e-6),
+    "stablelm": dict(family="stablelm", dim=32, num_layers=2, num_heads=4),
+    "stablelm-tied-biased": dict(family="stablelm", dim=32, num_layers=2, num_heads=4, num_kv_heads=1,
+                                 tie_embeddings=True, attention_bias="qkv",
+                                 rope_scaling=dict(type="linear", factor=2.0)),
+    "starcoder2": dict(family="starcoder2", dim=32, num_layers=2, num_heads=4, num_kv_heads=2, sliding_window=9),
+    "starcoder2-untied": dict(family="starcoder2", dim=32, num_layers=2, num_heads=2, tie_embeddings=False,
+                              rope_scaling=dict(type="yarn", factor=4.0, original_seq_len=16)),
     "gpt2": dict(family="gpt2", dim=32, num_layers=2, num_heads=4),
     "gpt2-untied": dict(family="gpt2", dim=32, num_layers=2, num_heads=2, ffn_dim=40, tie_embeddings=False),
 }  # fmt: skip
@@ -99,8 +114,9 @@ def llama_export(tokenizer, tmp_path_factory):
     return folder, export_hf(make_run("llama", tokenizer), folder, "bf16", make_rows())
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    ("name", "dtype"), [*((name, "bf16") for name in MODELS), ("llama", "fp32"), ("gpt2", "fp32"), ("llama", "fp16")]
+)
 def test_logits_weights_and_ids_are_the_same(name, dtype, tokenizer, tmp_path, few_texts):
     run = make_run(name, tokenizer)
     before = {key: parameter.detach().clone() for key, parameter in run.model.named_parameters()}
@@ -142,6 +158,65 @@ def test_config_is_read_alike_by_old_and_new_transformers(tokenizer, tmp_path, f
     assert (config["bos_token_id"], config["eos_token_id"], config["pad_token_id"]) == (1, 2, 3)
     generation = json.loads((tmp_path / "generation_config.json").read_text())
     assert generation["eos_token_id"] == 2 and generation["do_sample"] is False
+
+
+def test_scaled_rope_is_written_for_old_and_new_transformers():
+    """4.57.6 and 5.24 compute the same logits from these files (docs/notes/0005-families.md)."""
+    llama = published_config(make_model("llama-llama3").shape)
+    assert llama["rope_theta"] == 1e4 and llama["rope_scaling"] == {
+        "rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 16, "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+    }  # fmt: skip
+    assert llama["rope_parameters"] == llama["rope_scaling"] | {"rope_theta": 1e4}
+    yarn = published_config(make_model("llama-yarn").shape)["rope_scaling"]
+    assert yarn == {
+        "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "beta_fast": 32.0,
+        "beta_slow": 1.0, "attention_factor": 1.25,
+    }  # fmt: skip
+    assert "attention_factor" not in published_config(make_model("starcoder2-untied").shape)["rope_scaling"]
+    stablelm = published_config(make_model("stablelm-tied-biased").shape)
+    assert stablelm["rope_parameters"] == {
+        "rope_type": "linear", "factor": 2.0, "rope_theta": 1e4, "partial_rotary_factor": 1.0,
+    }  # fmt: skip
+    assert stablelm["partial_rotary_factor"] == 1.0 and stablelm["use_qkv_bias"] is True
+    assert "rope_scaling" not in published_config(make_model("llama").shape)
+
+
+def test_windows_are_written_as_transformers_reads_them():
+    window, plain = (published_config(make_model(name).shape) for name in ("qwen3-tied-window", "qwen3"))
+    assert (window["sliding_window"], window["use_sliding_window"], window["max_window_layers"]) == (9, True, 0)
+    assert window["layer_types"] == ["sliding_attention"] * 3
+    assert (plain["sliding_window"], plain["use_sliding_window"], plain["max_window_layers"]) == (None, False, 2)
+    assert plain["layer_types"] == ["full_attention"] * 2
+    assert published_config(make_model("starcoder2").shape)["sliding_window"] == 9
+    assert published_config(make_model("starcoder2-untied").shape)["sliding_window"] is None
+
+
+def test_the_card_warns_of_a_client_that_ignores_an_option(tokenizer, tmp_path, few_texts):
+    report = export_hf(make_run("starcoder2", tokenizer), tmp_path, "bf16", make_rows())
+    assert report["ignored_by"] == {"sliding_window": "llama.cpp"}
+    card = (tmp_path / "README.md").read_text()
+    assert "> **llama.cpp loads this model and computes something else**: it ignores `sliding_window`." in card
+    assert "| Context length | 64 tokens, each seeing 9 at most |" in card
+
+
+def test_every_family_is_exported_or_says_that_it_is_not():
+    assert {name for name, family in FAMILIES.items() if family.exported} == set(PUBLISHED_MODELS)
+
+
+def test_a_custom_model_names_the_nearest_family_and_what_differs(tokenizer, tmp_path):
+    MODELS["custom"] = dict(family="custom", dim=32, num_layers=1, num_heads=4, qk_norm=True, norm="layernorm")
+    try:
+        run = make_run("custom", tokenizer)
+    finally:
+        del MODELS["custom"]
+    with pytest.raises(ExportError) as caught:
+        export_hf(run, tmp_path, "bf16", make_rows())
+    assert str(caught.value) == (
+        "runs/a: model.family is custom; expected one that is exported. The nearest is qwen3. It differs in: model.norm "
+        "is layernorm (qwen3: rmsnorm). Train without that under model.family qwen3."
+    )
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_gpt2_config_has_what_llama_cpp_reads(tokenizer, tmp_path, few_texts):
@@ -225,12 +300,13 @@ def swap_names(monkeypatch, family: str, first: str, second: str) -> None:
         ("llama", "model.layers.{i}.input_layernorm.weight", "model.layers.{i}.post_attention_layernorm.weight"),
         ("llama", "model.embed_tokens.weight", "lm_head.weight"),
         ("gpt2", "transformer.h.{i}.ln_1.bias", "transformer.h.{i}.ln_2.bias"),
+        ("qwen3", "model.layers.{i}.self_attn.q_norm.weight", "model.layers.{i}.self_attn.k_norm.weight"),
     ],
 )
 def test_two_swapped_tensors_are_found(name, first, second, tokenizer, tmp_path, few_texts, monkeypatch):
     swap_names(monkeypatch, MODELS[name].get("family", "llama"), first, second)
     with pytest.raises(
-        ExportError, match=r"random row 0, position 0: the logit of token \d+ is .* in transformers; exp"
+        ExportError, match=r"random row 0, position [01]: the logit of token \d+ is .* in transformers; exp"
     ):
         export_hf(make_run(name, tokenizer), tmp_path, "fp32", make_rows())
 
@@ -249,6 +325,24 @@ def test_two_swapped_tensors_are_found(name, first, second, tokenizer, tmp_path,
         ("llama", "vocab_size", 512, "mismatched_keys|does not load it"),
         ("llama", "num_hidden_layers", 3, "missing_keys"),
         ("llama", "num_hidden_layers", 1, "unexpected_keys"),
+        ("qwen3-tied-window", "sliding_window", 10, "sliding_window is 10 in transformers; expected 9"),
+        ("qwen3-tied-window", "max_window_layers", 1, "max_window_layers is 1 in transformers; expected 0"),
+        ("starcoder2", "norm_epsilon", 1e-6, "norm_epsilon is 1e-06 in transformers; expected 1e-05"),
+        ("starcoder2", "hidden_act", "gelu", "hidden_act is 'gelu' in transformers; expected 'gelu_pytorch_tanh'"),
+        ("stablelm", "use_qkv_bias", True, "missing_keys"),
+        (
+            "stablelm",
+            "rope_parameters",
+            {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.25},
+            "partial_rotary_factor is 0.25 in transformers; expected 1.0",
+        ),
+        ("stablelm", "use_parallel_residual", True, "unexpected_keys"),
+        (
+            "llama-llama3",
+            "rope_scaling",
+            {"rope_type": "linear", "factor": 8.0},
+            r"rope_parameters is {'rope_type': 'linear', .*} in transformers; expected {'rope_type': 'llama3'",
+        ),
         ("gpt2", "n_head", 8, "n_head is 8 in transformers; expected 4"),
     ],
 )
@@ -256,6 +350,27 @@ def test_an_altered_config_is_found(name, key, value, message, tokenizer, tmp_pa
     right = hf_export._hf_config
     monkeypatch.setattr(hf_export, "_hf_config", lambda *args: right(*args) | {key: value})
     with pytest.raises(ExportError, match=message):
+        export_hf(make_run(name, tokenizer), tmp_path, "fp32", make_rows())
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "value"),
+    [
+        ("llama-tied-biased", "rms_norm_eps", 1e-5),
+        ("stablelm", "layer_norm_eps", 1e-6),
+        ("starcoder2", "hidden_act", "gelu"),  # the exact form for the tanh one
+        ("starcoder2", "sliding_window", 10),
+        ("qwen3-tied-window", "sliding_window", 8),
+        ("llama-yarn", "rope_parameters", {"rope_type": "default", "rope_theta": 5e5}),
+    ],
+)
+def test_logits_alone_show_a_mistake(name, key, value, tokenizer, tmp_path, few_texts, monkeypatch):
+    """The tolerance is between rounding and the smallest mistake, even if the config's own comparison missed it."""
+    right = hf_export._hf_config
+    changes = {key: value} if key != "rope_parameters" else {key: value, "rope_scaling": None}
+    monkeypatch.setattr(hf_export, "_hf_config", lambda *args: right(*args) | changes)
+    monkeypatch.setattr(hf_export, "_compare_config", lambda *args: None)
+    with pytest.raises(ExportError, match=r"position \d+: the logit of token \d+ is .* in transformers; expected"):
         export_hf(make_run(name, tokenizer), tmp_path, "fp32", make_rows())
 
 

@@ -13,15 +13,17 @@ def draw(queries=10, keys=10, heads=4, kv_heads=2, width=8, rows=3, dtype=torch.
     return [torch.randn(size).to(dtype).requires_grad_() for size in sizes]
 
 
-def by_hand(q, k, v, doc_start):
+def by_hand(q, k, v, doc_start, window=None, softcap=None):
     out = torch.zeros_like(q)
     offset = k.shape[1] - q.shape[1]
     for b in range(q.shape[0]):
         for t in range(q.shape[1]):
-            seen = slice(int(doc_start[b, t]), offset + t + 1)
+            end = offset + t + 1
+            seen = slice(max(int(doc_start[b, t]), end - window if window else 0), end)
             for h in range(q.shape[2]):
                 g = h * k.shape[2] // q.shape[2]
-                probabilities = (k[b, seen, g] @ q[b, t, h] / q.shape[3] ** 0.5).softmax(0)
+                scores = k[b, seen, g] @ q[b, t, h] / q.shape[3] ** 0.5
+                probabilities = (softcap * (scores / softcap).tanh() if softcap else scores).softmax(0)
                 out[b, t, h] = probabilities @ v[b, seen, g]
     return out
 
@@ -89,3 +91,53 @@ def test_repeated_heads_attend_as_grouped_ones_do():
         torch.autograd.grad(repeated, (k, v), grad), torch.autograd.grad(grouped, (k, v), grad), strict=True
     ):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("function", [attention, attention_truth])
+@pytest.mark.parametrize("window", [1, 2, 4, 10, 30])
+def test_a_query_sees_the_last_keys_of_its_document_only(function, window):
+    q, k, v = draw()
+    y = function(q, k, v, visibility(DOC_START, 10, q.dtype, window))
+    torch.testing.assert_close(y, by_hand(q, k, v, DOC_START, window))
+    last = function(q[:, 7:], k, v, visibility(DOC_START[:, 7:], 10, q.dtype, window))  # as in generation
+    torch.testing.assert_close(last, y[:, 7:])
+
+
+def test_the_window_holds_in_the_short_bf16_path():
+    wide = draw()
+    narrow = [x.detach().bfloat16() for x in wide]
+    exact = by_hand(*(x.double() for x in narrow), DOC_START, window=3)
+    visible = visibility(DOC_START, 10, torch.bfloat16, 3)
+    error = (attention(*narrow, visible) - exact).abs().max()
+    assert error <= 2 * (attention_truth(*narrow, visible) - exact).abs().max()
+    without = visibility(DOC_START, 10, torch.bfloat16)
+    assert (attention(*narrow, without) - exact).abs().max() > 10 * error
+
+
+def test_visibility_says_which_key_is_first():
+    assert visibility(DOC_START, 10, torch.float32, 2).first_BT[0].tolist() == [0, 0, 1, 3, 3, 5, 5, 6, 7, 9]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_softcap_bounds_the_scores(dtype):
+    q, k, v = (x.detach().to(dtype).requires_grad_() for x in draw())
+    with torch.no_grad():
+        q *= 20  # scores far beyond the cap
+    visible = visibility(DOC_START, 10, dtype, 4)
+    exact = by_hand(*(x.double() for x in (q, k, v)), DOC_START, 4, softcap=3.0)
+    y = attention(q, k, v, visible, softcap=3.0)
+    torch.testing.assert_close(y.double(), exact, atol=2e-2 if dtype == torch.bfloat16 else 1e-5, rtol=0)
+    assert (attention(q, k, v, visible) - exact).abs().max() > 0.1
+    grads = torch.autograd.grad(y.float().square().sum(), (q, k, v))
+    expected = torch.autograd.grad(exact.square().sum(), (q, k, v))
+    for a, b in zip(grads, expected, strict=True):
+        tolerance = 1e-4 if dtype == torch.float32 else 3e-2  # of the scores that bf16 rounds before the cap
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance * float(b.abs().max()))
+
+
+def test_a_softcap_and_dropout_together():
+    q, k, v = draw()
+    visible, key = visibility(DOC_START, 10, q.dtype), DropoutKey(1, 2, torch.tensor([5, 6, 7]), 3, 1)
+    capped = attention(q, k, v, visible, 0.25, key, softcap=1e-3)  # all scores are equal: probabilities are 1 / keys
+    uniform = attention(torch.zeros_like(q), k, v, visible, 0.25, key)
+    torch.testing.assert_close(capped, uniform, atol=5e-3, rtol=0)

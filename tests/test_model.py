@@ -10,7 +10,15 @@ from pretrain.model import KVCache, Transformer
 
 LLAMA = {"family": "llama", "num_kv_heads": 2}
 GPT2 = {"family": "gpt2"}
-FAMILIES = pytest.mark.parametrize("options", [LLAMA, GPT2], ids=["llama", "gpt2"])
+QWEN3 = {"family": "qwen3", "num_kv_heads": 2, "head_dim": 10, "sliding_window": 5}
+STABLELM = {"family": "stablelm", "attention_bias": "qkv", "num_kv_heads": 1,
+            "rope_scaling": {"type": "llama3", "factor": 4.0, "original_seq_len": 12}}  # fmt: skip
+STARCODER2 = {"family": "starcoder2", "sliding_window": 6,
+              "rope_scaling": {"type": "yarn", "factor": 2.0, "original_seq_len": 12}}  # fmt: skip
+CUSTOM = {"family": "custom", "norm": "layernorm", "positions": "learned", "qk_norm": True, "attention_bias": "qkv",
+          "ffn_bias": True, "attention_softcap": 1.5, "logit_softcap": 4.0, "sliding_window": 9, "num_kv_heads": 2}  # fmt: skip
+ALL = [LLAMA, GPT2, QWEN3, STABLELM, STARCODER2, CUSTOM]
+FAMILIES = pytest.mark.parametrize("options", ALL, ids=[options["family"] for options in ALL])
 VOCAB, LENGTH = 300, 24
 
 
@@ -42,6 +50,22 @@ def batch(rows=2, seed=0, ends=((7, 15, 24), (24,))):
     return tokens, targets, starts
 
 
+def naive_frequencies(s):
+    """Return what each pair turns by one position, in the words of the papers, and the factor of sines and cosines."""
+    half, scaling = s.head_dim // 2, s.rope_scaling
+    plain = s.rope_theta ** -(torch.arange(half).double() / half)
+    if scaling is None:
+        return plain, 1.0
+    if scaling.type == "llama3":
+        rounds = scaling.original_seq_len * plain / (2 * math.pi)
+        kept = ((rounds - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)).clamp(0, 1)
+        return kept * plain + (1 - kept) * plain / scaling.factor, 1.0
+    pair = lambda turns: half * math.log(scaling.original_seq_len / (turns * 2 * math.pi)) / math.log(s.rope_theta)  # noqa: E731
+    begin, end = max(math.floor(pair(scaling.beta_fast)), 0), math.ceil(pair(scaling.beta_slow))
+    kept = 1 - ((torch.arange(half).double() - begin) / (end - begin)).clamp(0, 1)
+    return kept * plain + (1 - kept) * plain / scaling.factor, 0.1 * math.log(scaling.factor) + 1.0
+
+
 def naive_losses(model, tokens, targets):
     """Compute the losses of one document by another route: no packing, no kernels, no fused projections."""
     s, p = model.shape, dict(model.named_parameters())
@@ -54,10 +78,11 @@ def naive_losses(model, tokens, targets):
 
     def rotate(x):  # complex form of RoPE: pairs (i, i + C/2)
         half = s.head_dim // 2
-        angles = torch.outer(torch.arange(len(x)).double(), s.rope_theta ** -(torch.arange(half).double() / half))
+        frequencies, magnitude = naive_frequencies(s)
+        angles = torch.outer(torch.arange(len(x)).double(), frequencies)
         turned = (
             torch.complex(x[..., :half].double(), x[..., half:].double())
-            * torch.polar(1.0 + 0 * angles, angles)[:, None]
+            * torch.polar(magnitude + 0 * angles, angles)[:, None]
         )
         return torch.cat((turned.real, turned.imag), -1).float()
 
@@ -69,11 +94,19 @@ def naive_losses(model, tokens, targets):
         name = f"blocks.{i}"
         q, k, v = linear(norm(x, f"{name}.attention_norm"), f"{name}.attention.qkv").split((H * C, K * C, K * C), -1)
         q, k, v = q.view(T, H, C), k.view(T, K, C), v.view(T, K, C)
+        if s.qk_norm:
+            q, k = (
+                F.rms_norm(x, (C,), p[f"{name}.attention.{part}_norm.weight"], s.norm_eps)
+                for x, part in ((q, "q"), (k, "k"))
+            )
         if s.positions == "rope":
             q, k = rotate(q), rotate(k)
         k, v = k.repeat_interleave(H // K, 1), v.repeat_interleave(H // K, 1)
         scores = torch.einsum("thc,shc->hts", q, k) / math.sqrt(C)
-        scores = scores.masked_fill(torch.ones(T, T).triu(1).bool(), -math.inf)
+        if s.attention_softcap:
+            scores = s.attention_softcap * torch.tanh(scores / s.attention_softcap)
+        distance = torch.arange(T)[:, None] - torch.arange(T)
+        scores = scores.masked_fill((distance < 0) | (distance >= (s.sliding_window or T)), -math.inf)
         mixed = torch.einsum("hts,shc->thc", scores.softmax(-1), v).reshape(T, H * C)
         x = x + linear(mixed, f"{name}.attention.output")
         h = norm(x, f"{name}.ffn_norm")
@@ -84,6 +117,8 @@ def naive_losses(model, tokens, targets):
             x = x + linear(F.gelu(linear(h, f"{name}.ffn.up"), approximate="tanh"), f"{name}.ffn.down")
     output = p["embedding.weight" if s.tie_embeddings else "output.weight"]
     logits = (norm(x, "final_norm") @ output.T)[:, : s.vocab_size]
+    if s.logit_softcap:
+        logits = s.logit_softcap * torch.tanh(logits / s.logit_softcap)
     return F.cross_entropy(logits, targets, reduction="none", ignore_index=-100)
 
 
@@ -114,19 +149,24 @@ def test_gradients_equal_those_of_an_independent_implementation(options):
 
 @FAMILIES
 def test_parameter_names(options):
-    names = [name for name, _ in build(options).named_parameters()]
-    inner = {
-        "llama": ["attention_norm.weight", "attention.qkv.weight", "attention.output.weight", "ffn_norm.weight",
-                  "ffn.gate_up.weight", "ffn.down.weight"],
-        "gpt2": ["attention_norm.weight", "attention_norm.bias", "attention.qkv.weight", "attention.qkv.bias",
-                 "attention.output.weight", "attention.output.bias", "ffn_norm.weight", "ffn_norm.bias", "ffn.up.weight",
-                 "ffn.up.bias", "ffn.down.weight", "ffn.down.bias"],
-    }[options["family"]]  # fmt: skip
-    ends = {
-        "llama": (["embedding.weight"], ["final_norm.weight", "output.weight"]),
-        "gpt2": (["embedding.weight", "position_embedding.weight"], ["final_norm.weight", "final_norm.bias"]),
-    }[options["family"]]
-    assert names == ends[0] + [f"blocks.{i}.{name}" for i in range(2) for name in inner] + ends[1]
+    shape, biased = build(options).shape, ["weight", "bias"]
+    norm = biased if shape.norm == "layernorm" else ["weight"]
+    parts = {
+        "attention_norm": norm,
+        "attention.qkv": biased if shape.attention_bias else ["weight"],
+        "attention.q_norm": ["weight"] if shape.qk_norm else [],
+        "attention.k_norm": ["weight"] if shape.qk_norm else [],
+        "attention.output": biased if shape.attention_bias is True else ["weight"],
+        "ffn_norm": norm,
+        "ffn.gate_up" if shape.activation == "swiglu" else "ffn.up": biased if shape.ffn_bias else ["weight"],
+        "ffn.down": biased if shape.ffn_bias else ["weight"],
+    }
+    expected = ["embedding.weight", *(["position_embedding.weight"] if shape.positions == "learned" else [])]
+    expected += [f"blocks.{i}.{part}.{kind}" for i in range(2) for part, kinds in parts.items() for kind in kinds]
+    expected += [f"final_norm.{kind}" for kind in norm] + ([] if shape.tie_embeddings else ["output.weight"])
+    assert [name for name, _ in build(options).named_parameters()] == expected
+    vectors = {name for name, parameter in build(options).named_parameters() if parameter.dim() == 1}
+    assert vectors == {name for name in expected if name.endswith("bias") or "norm" in name}  # these do not decay
 
 
 @FAMILIES
@@ -169,8 +209,11 @@ def test_loss_at_the_start_is_that_of_guessing(options):
     assert loss.item() == pytest.approx(math.log(VOCAB), abs=0.1)
 
 
-def test_initial_values():
-    model = build(dim=128, num_layers=3, num_heads=4, attention_bias=True)
+@pytest.mark.parametrize(
+    "options", [LLAMA | {"attention_bias": True}, QWEN3, STABLELM], ids=["llama", "qwen3", "stablelm"]
+)
+def test_initial_values(options):
+    model = build(options, dim=128, num_layers=3, num_heads=4, head_dim=None)
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
             assert (parameter == 0).all()
@@ -212,7 +255,7 @@ def test_from_the_meta_device(options):
     model.to_empty(device="cpu").initialise()
     for (name, a), (_, b) in zip(model.named_parameters(), build(options).named_parameters(), strict=True):
         assert torch.equal(a, b), name
-    if options is GPT2:
+    if options in (GPT2, STARCODER2):
         assert model.output.weight is model.embedding.weight
 
 
@@ -297,3 +340,36 @@ def test_logits_are_those_of_the_loss():
     tokens, targets, _ = batch()
     expected = F.cross_entropy(model.logits(tokens).flatten(0, 1), targets.flatten(), reduction="sum")
     torch.testing.assert_close(model(tokens, targets, torch.zeros_like(tokens))[0].detach(), expected)
+
+
+@pytest.mark.parametrize("options", [QWEN3, STARCODER2, CUSTOM], ids=["qwen3", "starcoder2", "custom"])
+def test_cached_logits_equal_uncached_ones_far_beyond_the_window(options):
+    model = sharpen(build(options, sliding_window=4))
+    tokens = batch()[0]
+    whole = model.logits(tokens)
+    cache = KVCache(model.shape, torch.zeros(2, dtype=torch.int64), LENGTH, torch.float32)
+    steps = [model.logits(tokens[:, i : i + 1], cache) for i in range(LENGTH)]
+    torch.testing.assert_close(torch.cat(steps, 1), whole, rtol=1e-4, atol=1e-4)
+    unlimited = sharpen(build(options, sliding_window=None)).logits(tokens)
+    torch.testing.assert_close(unlimited[:, :4], whole[:, :4], rtol=1e-4, atol=1e-4)
+    assert (unlimited[:, 4:] - whole[:, 4:]).abs().amax(-1).min() > 1e-3
+
+
+def test_generation_and_the_loss_see_the_capped_logits():
+    model, free = sharpen(build(CUSTOM)), sharpen(build(CUSTOM, logit_softcap=None))
+    tokens, targets, starts = batch(ends=((24,),))
+    capped, plain = model.logits(tokens), free.logits(tokens)
+    assert plain.abs().max() > 4.0 > capped.abs().max()
+    torch.testing.assert_close(capped, 4.0 * torch.tanh(plain / 4.0))
+    expected = F.cross_entropy(capped.flatten(0, 1), targets.flatten(), reduction="none")
+    torch.testing.assert_close(model.token_losses(tokens, targets, starts).flatten(), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(model(tokens, targets, starts)[1], expected.sum(), rtol=1e-4, atol=1e-4)
+
+
+def test_a_token_sees_as_far_as_the_windows_of_all_blocks_reach():
+    model = sharpen(build(QWEN3, sliding_window=4))  # two blocks: 3 + 3 tokens back
+    tokens = batch(ends=((24,),))[0]
+    before = model.logits(tokens)
+    tokens[:, 10] = (tokens[:, 10] + 1) % VOCAB
+    changed = (model.logits(tokens) != before).any(-1)[0]
+    assert changed.nonzero()[:, 0].tolist() == list(range(10, 17))

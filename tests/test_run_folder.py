@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from pretrain.config import RopeScalingSection
 from pretrain.errors import ConfigError
 from pretrain.run_folder import RunFolder, changed_options, flatten
 from pretrain.settings import load_config
@@ -20,6 +21,10 @@ def config(tmp_path):
 def test_differences_are_named_in_order(config):
     other = config.model_copy(update={"optim": config.optim.model_copy(update={"lr": 0.5, "eps": 1e-6})})
     assert changed_options(config, other) == [("optim.lr", 3e-3, 0.5), ("optim.eps", 1e-8, 1e-6)]
+    scaled = config.model.model_copy(update={"rope_scaling": RopeScalingSection(type="linear", factor=2.0)})
+    longer = config.model_copy(update={"model": scaled})
+    there, back = changed_options(config, longer), changed_options(longer, config)
+    assert ("model.rope_scaling.factor", None, 2.0) in there and ("model.rope_scaling.factor", 2.0, None) in back
     assert flatten({"a": {"b": [1, {"c": 2}]}, "d": None}) == {"a.b": [1, {"c": 2}], "d": None}
 
 

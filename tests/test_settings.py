@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from hypothesis import given
+from hypothesis import settings as no_deadline
 from hypothesis import strategies as st
 
 from pretrain.config import Config
@@ -129,7 +130,7 @@ def test_wrong_values(tmp_path: Path, line: str, message: str) -> None:
         ("eval: {evry_steps: 3}", "eval.evry_steps is unknown; expected an option. Did you mean eval.every_steps?"),
         ("every_steps: 3", "every_steps is unknown; expected an option. Did you mean eval.every_steps, "
          "checkpoint.every_steps or log.every_steps?"),
-        ("log: {xyz: 3}", "log.xyz is unknown; expected an option. log has every_steps, tensorboard."),
+        ("log: {xyz: 3}", "log.xyz is unknown; expected an option. log has every_steps, tensorboard, wandb."),
         ("3: 3", "3 is unknown; expected an option. A config has checkpoint, data, eval, guard, log, model, optim, "
          "parallel, run, schedule, tokenizer, train."),
     ],
@@ -244,6 +245,11 @@ def test_rules_between_options_have_places(tmp_path: Path) -> None:
             "eval.patience=2",
             "eval.min_delta=0.01",
         ],
+        [
+            "model.rope_scaling={type: yarn, factor: 2, original_seq_len: 1024, beta_fast: 16}",
+            "model.attention_bias=true",
+        ],
+        ["model={family: stablelm, dim: 64, num_layers: 1, num_heads: 4, attention_bias: qkv}"],
         ["schedule.name=constant", "run.dir='a b: #c'", "data.sources.1.text_field='\\'", "data.sources.1.paths=[x]"],
     ],
 )
@@ -253,11 +259,47 @@ def test_resolved_yaml_reads_back_as_the_same_config(tmp_path: Path, overrides: 
     assert load_config(write(tmp_path, text)) == config
     assert parse_config(config.model_dump()) == config
     for option in options().values():
-        if option.name.startswith("optim.groups.*") and not config.optim.groups:
-            continue
-        assert option.section or option.name.rpartition(".")[2] + ": " in text
+        of_no_group = option.name.startswith("optim.groups.*") and not config.optim.groups
+        in_null_section = config.model.rope_scaling is None and option.name.startswith("model.rope_scaling.")
+        is_absent = option.section or of_no_group or in_null_section
+        assert is_absent or option.name.rpartition(".")[2] + ": " in text
 
 
+def test_options_of_a_section_that_may_be_null(tmp_path: Path) -> None:
+    scaled = "model.rope_scaling.type=linear", "model.rope_scaling.factor=4"
+    config = load_config(write(tmp_path, GOOD), scaled)
+    assert config.model.rope_scaling is not None and config.model.rope_scaling.factor == 4.0
+    assert "    # beta_fast: 32.0  # It is for yarn, and model.rope_scaling.type is linear." in resolved_yaml(config)
+    assert load_config(write(tmp_path, GOOD), [*scaled, "model.rope_scaling=null"]).model.rope_scaling is None
+    assert problems_of(tmp_path, GOOD, *scaled, "model.rope_scaling.beta_fast=2") == [
+        "command line: model.rope_scaling.beta_fast is 2.0; expected to be left out. It is for yarn, and "
+        "model.rope_scaling.type is linear."
+    ]
+    assert problems_of(tmp_path, GOOD, "model.rope_scaling={factor: 4}") == [
+        "command line: model.rope_scaling.type is missing; expected one of linear, llama3 or yarn. Add it: How the "
+        "frequencies are lowered."
+    ]
+    assert problems_of(tmp_path, GOOD, "model.rope_scaling=yarn") == [
+        "command line: model.rope_scaling is 'yarn'; expected a section of options or null."
+    ]
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("both", "model.attention_bias is 'both'; expected one of true, false or qkv or null."),
+        ("yes", "model.attention_bias is 'yes'; expected one of true, false or qkv or null. Write true."),
+        ("2", "model.attention_bias is 2; expected one of true, false or qkv or null."),
+        ("qvk", "model.attention_bias is 'qvk'; expected one of true, false or qkv or null. Use qkv."),
+    ],
+)
+def test_a_choice_that_may_be_true_or_false(tmp_path: Path, value: str, message: str) -> None:
+    assert problems_of(tmp_path, GOOD, f"model.attention_bias={value}") == [f"command line: {message}"]
+    for text, meant in (("true", True), ("1", True), ("0", False), ("false", False)):  # as pydantic takes a choice
+        assert load_config(write(tmp_path, GOOD), [f"model.attention_bias={text}"]).model.attention_bias is meant
+
+
+@no_deadline(deadline=None)  # the machine may be busy
 @given(st.text(st.characters(exclude_categories=["Cs"]), min_size=1))
 def test_resolved_yaml_keeps_any_text(tmp_path_factory: pytest.TempPathFactory, text: str) -> None:
     folder = tmp_path_factory.mktemp("text")
@@ -282,7 +324,8 @@ def test_spellings_lead_to_options() -> None:
     known = options()
     assert sorted({option for meant in SPELLINGS.values() for option in meant if option not in known}) == []
     own_words = {name.rpartition(".")[2] for name in known}
-    assert sorted(own_words & set(SPELLINGS)) == []  # they would never be looked up, or hide the option itself
+    # DeepSpeed's and NeoX's `type` is an optimizer's or a schedule's name; model.rope_scaling has one of its own
+    assert sorted(own_words & set(SPELLINGS)) == ["type"]  # others would never be looked up, or hide the option itself
 
 
 @pytest.mark.parametrize(
@@ -298,6 +341,10 @@ def test_spellings_lead_to_options() -> None:
         ("lr_decay_style", "schedule.name"),
         ("seq_length", "data.seq_len"),
         ("zero_optimization", "parallel.zero_stage"),
+        ("optim.type", "optim.name or schedule.name"),
+        ("model.rope_scaling.rope_type", "model.rope_scaling.type"),
+        ("model.rope_scaling.original_max_position_embeddings", "model.rope_scaling.original_seq_len"),
+        ("model.attn_logit_softcapping", "model.attention_softcap"),
         ("batch_size", "train.global_batch_size or train.micro_batch_size"),  # of a step here, of a GPU there
     ],
 )
