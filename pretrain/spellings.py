@@ -37,9 +37,9 @@ _SPELLINGS_OF = {
     "model.rope_scaling.original_seq_len": "original_max_position_embeddings original_max_seq_len old_context_len"
     " original_context_length",
     "model.rope_scaling.attention_factor": "attn_factor mscale",
-    "model.qk_norm": "qk_layernorm qk_layer_norm use_qk_norm norm_qk query_key_norm",
+    "model.qk_norm": "qk_layernorm qk_layer_norm use_qk_layernorm use_qk_norm norm_qk query_key_norm",
     "model.sliding_window": "window_size attention_window sliding_window_size local_attention_window"
-    " use_sliding_window",
+    " use_sliding_window sliding_window_width",
     "model.attention_softcap": "attn_logit_softcapping attention_logit_softcapping attn_softcap attention_logit_cap",
     "model.logit_softcap": "final_logit_softcapping final_logit_softcap logits_soft_cap logit_soft_cap",
     "model.attention_bias": "add_qkv_bias qkv_bias use_bias_in_attn_linear attn_bias use_qkv_bias bias"
@@ -79,7 +79,8 @@ _SPELLINGS_OF = {
     "optim.weight_decay": "wd decay weight_decay_rate",
     "optim.groups": "param_groups parameter_groups param_group_args group_overrides",
     "optim.groups.*.match": "pattern regex param_name params parameters name_match",
-    "optim.groups.*.lr_ratio": "lr_mult lr_scale lr_multiplier lr_factor decoupled_lr head_lr_mult",
+    "optim.groups.*.lr_ratio": "lr_mult lr_scale lr_multiplier lr_factor decoupled_lr head_lr_mult"
+    " embedding_lr unembedding_lr matrix_lr",
     "optim.clip_norm": "gradient_clipping clip_grad max_grad_norm grad_clip max_norm clip_grad_norm gradient_clip_val"
     " grad_clip_norm clip gradient_clip_norm",
     "schedule.name": "lr_decay_style lr_scheduler_type lr_scheduler decay_type lr_decay_type lr_schedule"

@@ -78,7 +78,9 @@ def test_output_gives_logits_losses_or_their_sum():
     assert logits.shape == (2, 8, 300) and logits.dtype == torch.float32
     expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
     torch.testing.assert_close(losses.flatten(), expected.detach())
-    torch.testing.assert_close(output(x, targets), losses.sum())
+    objective, cross_entropy = output(x, targets)
+    torch.testing.assert_close(cross_entropy, losses.sum())
+    assert torch.equal(objective.detach(), cross_entropy)
 
 
 def test_layers_leave_their_values_to_the_model():
