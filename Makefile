@@ -36,14 +36,15 @@ $(STAMP): setup.py
 quickstart: setup ## text -> tokenizer -> training -> held-out loss -> sample -> verified export, offline
 	@$(BIN)/python launch/quickstart.py
 
-test: setup ## run the tests on the CPU
-	@$(BIN)/python -m pytest
+test: setup ## run the tests on the CPU: first the quick ones, then faults, clusters and many ranks
+	@$(BIN)/python -m pytest -m "not slow"
+	@$(BIN)/python -m pytest -m slow
 
 check: setup ## check format, lint and types, then run the tests
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
-	@$(BIN)/python -m pytest
+	@$(MAKE) test
 
 bench: setup ## measure speed beside plain PyTorch's; a table, and JSON in bench-results
 	@PYTHON=$(BIN)/python bash benchmarks/gpu.sh

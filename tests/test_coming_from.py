@@ -33,7 +33,9 @@ def test_the_tables_are_read() -> None:
 @pytest.mark.parametrize(("trainer", "there", "here"), ROWS)
 def test_a_foreign_name_leads_to_the_option_that_the_page_names(trainer: str, there: str, here: str) -> None:
     [option] = words(here)
-    assert option in options() and option not in SECTIONS - {"data.sources", "optim.groups"}, f"{trainer}: {option} is no option"
+    assert option in options() and option not in SECTIONS - {"data.sources", "optim.groups"}, (
+        f"{trainer}: {option} is no option"
+    )
     assert words(there), there
     for name in words(there):
         word = name.removeprefix("--").rpartition(".")[2].replace("-", "_")

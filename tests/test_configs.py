@@ -100,7 +100,9 @@ def test_shrinking_keeps_the_features(path: Path) -> None:
     assert small.parallel == full.parallel
 
 
+@pytest.mark.slow
 @pytest.mark.launches
+@pytest.mark.timeout(900)
 def test_every_config_trains_two_steps_at_a_shrunken_size(tiny_config: Path, tmp_path: Path) -> None:
     prepare(tiny_config, "data.seq_len=64")  # adds the row table of this length
     folder = tiny_config.parent

@@ -19,7 +19,8 @@ from pretrain.families import FAMILIES
 from pretrain.run_folder import load_run
 from tests.rank_helpers import losses, run_cases
 
-pytestmark = pytest.mark.timeout(900)  # about a minute on two quiet cores; machines are not always quiet
+# About a minute on two quiet cores; machines are not always quiet.
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 PAGE = Path(__file__).resolve().parents[1] / "docs/families.md"
 BEGIN, END = "<!-- written by tests/test_family_table.py: begin -->\n", "<!-- end -->\n"
 NUM_STEPS, STOP_AT = 10, 6  # rows have 32 tokens

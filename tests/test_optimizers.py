@@ -9,6 +9,7 @@ from pretrain.checkpoint_files import list_steps
 from tests.plain_torch import train_plainly
 from tests.rank_helpers import losses, metric_lines, newest, run_cases
 
+pytestmark = [pytest.mark.slow, pytest.mark.launches, pytest.mark.timeout(900)]
 STAGES = (0, 1, 2, 3)
 SHORT = ["train.num_steps=8"]  # Muon goes through all 20 steps of the config
 # Three blocks of this width: half of Muon's weights end within a row of one of the matrices of a gate_up.
@@ -39,6 +40,21 @@ def reference(tiny_config):
     return {name: train_plainly(tiny_config, options_of(name)) for name in OPTIMIZERS}
 
 
+RATES, NUM_RACED = (4e-3, 1.2e-2), 80
+
+
+@pytest.fixture(scope="module")
+def single_runs(tiny_config, tmp_path_factory):
+    """Cases of several tests in one start of one rank: outcomes by name, and the folder of the runs."""
+    folder = tmp_path_factory.mktemp("single")
+    cases = {"run": options_of("groups"), "unknown": ["optim.groups=[{match: 'blocks.9.*'}]"]} | {
+        f"{name}-{rate}": [f"optim={{name: {name}, lr: {rate}}}", f"train.num_steps={NUM_RACED}"]
+        for name in ("adamw", "muon") for rate in RATES
+    }  # fmt: skip
+    listed = [{"overrides": [f"run.dir={folder}/{name}", *overrides]} for name, overrides in cases.items()]
+    return dict(zip(cases, run_cases(tiny_config, listed, 1, folder / "ranks"), strict=True)), folder
+
+
 def is_cut_within_a_row(reader, name):
     """Whether a fragment of a parameter begins within a row, and so within one of the stacked matrices."""
     return any(start % reader.shapes[name][1] for _, start, _ in reader.manifest["parameters"][name]["fragments"])
@@ -67,23 +83,31 @@ def test_every_stage_equals_plain_torch(tiny_config, tmp_path, reference, num_ra
                 assert difference < 1e-4, (name, stage, parameter, difference)
 
 
-def test_what_is_frozen_stays_and_is_said(tiny_config, tmp_path, reference):
-    run = tmp_path / "run"
-    case = {"overrides": [f"run.dir={run}", *options_of("groups"), "train.micro_batch_size=16"]}
-    unknown = {"overrides": [f"run.dir={tmp_path}/unknown", "optim.groups=[{match: 'blocks.9.*'}]"]}
-    outcomes = run_cases(tiny_config, [case, unknown], 1, tmp_path / "ranks")
-    assert outcomes[0] == "done"
+def test_what_is_frozen_stays_and_is_said(single_runs):
+    outcomes, folder = single_runs
+    run = folder / "run"
+    assert outcomes["run"] == "done"
     [event] = [line for line in metric_lines(run) if line.get("event") == "frozen"]
     assert "blocks.1.ffn.gate_up.weight" in event["message"] and "blocks.0" not in event["message"]
     assert torch.equal(newest(run).read_whole("blocks.1.attention_norm.weight"), torch.ones(32))
-    assert outcomes[1].startswith("ConfigError: optim.groups.0.match is blocks.9.*; expected a pattern that some")
-    assert not list_steps(tmp_path / "unknown" / "checkpoints")
+    assert outcomes["unknown"].startswith(
+        "ConfigError: optim.groups.0.match is blocks.9.*; expected a pattern that some"
+    )
+    assert not list_steps(folder / "unknown" / "checkpoints")
+
+
+def test_muon_is_ahead_of_adamw_at_equal_steps_on_real_text(single_runs):
+    def last_loss(name):
+        return sum(losses(single_runs[1] / name)[-10:]) / 10
+
+    adamw, muon = (min(last_loss(f"{name}-{rate}") for rate in RATES) for name in ("adamw", "muon"))
+    print(f"mean of the last 10 of {NUM_RACED} steps: AdamW {adamw:.3f}, Muon {muon:.3f}")
+    assert muon < adamw - 0.1
 
 
 KINDS = [("fp32", 0), ("fp32", 1), ("fp32", 2), ("fp32", 3), ("bf16", 1), ("bf16", 2), ("bf16", 3)]
 
 
-@pytest.mark.timeout(900)  # 28 runs: a minute where nothing else runs
 def test_muon_resumes_bitwise_and_moves_between_stages(tiny_config, tmp_path):
     cases, chain = [], [0, 1, 2, 3, 1, 0]
     muon = [*options_of("muon-clip"), "train.num_steps=8", "train.micro_batch_size=8"]

@@ -240,7 +240,7 @@ def command_in(folder: Path) -> list[str]:
 @pytest.mark.launches
 def test_signals_stop_the_command_and_it_goes_on(done: Path, tmp_path: Path) -> None:
     folder = tmp_path / "big"
-    write_corpus(folder / "raw", 2000)
+    write_corpus(folder / "raw", 8000)  # far more than is done before the last signal
     shutil.copy(done / "t.model", folder)
     command = command_in(folder)
     for number, how in enumerate((signal.SIGINT, signal.SIGTERM, signal.SIGKILL)):

@@ -11,7 +11,7 @@ from pretrain.checkpoint_files import list_steps
 from pretrain.samples import drop_samples_after, save_samples
 from tests.rank_helpers import losses, metric_lines, newest, run_cases
 
-pytestmark = [pytest.mark.launches, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.launches, pytest.mark.timeout(600)]
 
 # Large enough that ZeRO-3 divides its matrices: DeepSpeed keeps parameters below 100,000 elements whole.
 COMMON = ["model={family: llama, dim: 256, num_layers: 2, num_heads: 4, num_kv_heads: 2, tie_embeddings: true, "

@@ -18,7 +18,7 @@ from transformers.generation.logits_process import (
 
 from pretrain.generate_options import GenerateOptions
 from pretrain.sampling import NOT_FINITE, TextStream, choose_tokens, penalise, probabilities
-from pretrain.tokenizer import Tokenizer
+from pretrain.sentencepiece_tokenizer import SentencePieceTokenizer
 
 OPTION_SETS = [
     dict(zip(("temperature", "top_k", "top_p", "min_p", "repetition_penalty"), values, strict=True))
@@ -120,7 +120,7 @@ def test_logits_that_are_not_finite_are_said_to_be_so(temperature: float) -> Non
 
 @pytest.fixture(scope="module")
 def tokenizer(tiny_config):
-    return Tokenizer(tiny_config.parent / "tokenizer.model")
+    return SentencePieceTokenizer(tiny_config.parent / "tokenizer.model")
 
 
 def released(tokenizer, prompt_ids, ids, stop=()):

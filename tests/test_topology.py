@@ -11,6 +11,7 @@ import torch
 from pretrain.checkpoint_files import list_steps
 from tests.rank_helpers import losses, metric_lines, newest, run_cases
 
+pytestmark = [pytest.mark.slow, pytest.mark.launches, pytest.mark.timeout(900)]
 STAGES = (0, 1, 2, 3)
 OPTIMIZERS = {
     "adamw": ["optim.name=adamw", "optim.clip_norm=0.5"],

@@ -16,7 +16,7 @@ import torch
 
 from tests.rank_helpers import ROOT, losses, metric_lines, newest
 
-pytestmark = [pytest.mark.launches, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.launches, pytest.mark.timeout(600)]
 DEEPSPEED = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2"]
 
 

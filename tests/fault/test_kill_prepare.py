@@ -25,7 +25,7 @@ from tests.test_prepare import text_of
 from tests.test_table_files import save_dataset, write_csv
 from tests.token_writers import write_megatron
 
-pytestmark = [pytest.mark.launches, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.launches, pytest.mark.timeout(600)]
 NUM_KILLS = 20
 KINDS = ("text", "jsonl", "parquet", "csv", "dataset", "megatron")
 

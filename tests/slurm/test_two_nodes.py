@@ -14,7 +14,7 @@ import torch
 from tests.rank_helpers import losses, metric_lines, newest, start_ranks
 from tests.slurm.cluster import NODES, Cluster, why_not
 
-pytestmark = [pytest.mark.slurm, pytest.mark.launches, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.slurm, pytest.mark.launches, pytest.mark.timeout(900)]
 NUM_STEPS = 60
 SIZES = [f"train.num_steps={NUM_STEPS}", "train.global_batch_size=128", "train.micro_batch_size=4",
          "checkpoint.every_steps=9"]  # fmt: skip
