@@ -13,6 +13,7 @@ Facts of DeepSpeed 0.19.8 that this file respects (each measured; `docs/notes/00
 
 from __future__ import annotations
 
+import importlib
 import logging
 import math
 import os
@@ -68,6 +69,7 @@ def init_distributed(timeout_seconds: int) -> Ranks:
     import deepspeed  # seconds; only once the launcher's variables are known to be right
 
     _quieten(deepspeed)
+    _import_muon_without_compiler()
     # DeepSpeed would compile a shared-memory operator for minutes at the first start on a CPU and leak 66 MiB of
     # /dev/shm a rank with it; training never calls it.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -99,6 +101,20 @@ def _quieten(deepspeed: ModuleType) -> None:
     deepspeed.utils.logging.logger.setLevel(logging.WARNING)
     bf16_optimizer.see_memory_usage = lambda *_, **__: None  # also collects garbage and resets the memory peak
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+
+
+def _import_muon_without_compiler() -> None:
+    """Import DeepSpeed's Muon, which it does for every optimizer, without the compiler that its decorators ask for.
+
+    `torch.compile` imports torch's compiler at the first call, 1.2 s of every start (docs/notes/0010), and that Muon
+    never runs here.
+    """
+    original = torch.compile
+    torch.compile = lambda function=None, **_: function or (lambda inner: inner)  # type: ignore[assignment]
+    try:
+        importlib.import_module("deepspeed.runtime.zero.muon.original_muon")
+    finally:
+        torch.compile = original
 
 
 def effective_stage(zero_stage: int, precision: str) -> int:
