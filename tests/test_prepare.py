@@ -237,14 +237,21 @@ def command_in(folder: Path) -> list[str]:
     return [sys.executable, str(ROOT / "launch/prepare.py"), str(folder / "config.yaml")]
 
 
+def heed_ctrl_c() -> None:
+    """What a shell starts in the background ignores SIGINT, and so would all that these tests start."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.launches
 def test_signals_stop_the_command_and_it_goes_on(done: Path, tmp_path: Path) -> None:
     folder = tmp_path / "big"
-    write_corpus(folder / "raw", 8000)  # far more than is done before the last signal
+    write_corpus(folder / "raw", 4000)  # far more than is done before the last signal
     shutil.copy(done / "t.model", folder)
     command = command_in(folder)
     for number, how in enumerate((signal.SIGINT, signal.SIGTERM, signal.SIGKILL)):
-        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd="/", start_new_session=True)
+        process = subprocess.Popen(
+            command, stderr=subprocess.PIPE, text=True, cwd="/", start_new_session=True, preexec_fn=heed_ctrl_c
+        )
         wanted = 2 + 8 * number
         deadline = time.monotonic() + 60
         while len(list((folder / "shards").glob("*.tar"))) < wanted and time.monotonic() < deadline:
