@@ -114,7 +114,7 @@ done
 if [[ $parts == *" loop "* ]]; then
   part reading 40 "$python" benchmarks/reading.py --out "$out/reading.json"
   if part "prepare of the quickstart" 40 "$python" launch/prepare.py configs/quickstart.yaml; then
-    part overhead 90 "$python" benchmarks/overhead.py configs/quickstart.yaml --out "$out/overhead.json"
+    part overhead 100 "$python" benchmarks/overhead.py configs/quickstart.yaml --out "$out/overhead.json" --steps 15 --warmup 3
     part startup 60 "$python" benchmarks/startup.py configs/quickstart.yaml --out "$out/startup.json" --runs 3
   fi
   results+=("$out/reading.json" "$out/overhead.json" "$out/startup.json")

@@ -1,7 +1,8 @@
 """A whole training step of a config's model on synthetic packed documents, beside plain PyTorch.
 
 Tokens/s, model FLOPs utilisation and peak memory of each variant (`benchmarks/updates.py` says what they are), each in
-a process of its own. The micro-batch is the largest power of two whose predicted memory fits, unless it is given.
+a process of its own. (`benchmarks/overhead.py` compares the training loop with a bare one, step by step in turn.) The
+micro-batch is the largest power of two whose predicted memory fits, unless it is given.
 """
 
 from __future__ import annotations
