@@ -46,11 +46,11 @@ class DropoutKey:
         return dataclasses.replace(self, layer=layer, site=site)
 
 
-def philox(seed: int, counter: tuple[Tensor | int, ...]) -> tuple[Tensor | int, ...]:
+def philox(seed: Tensor | int, counter: tuple[Tensor | int, ...]) -> tuple[Tensor | int, ...]:
     """Compute Philox-4x32-10.
 
     Args:
-        seed: the 64-bit key, its low word first.
+        seed: the 64-bit key, its low word first; a number, or int64 that broadcasts with the counter.
         counter: four words of 32 bits, as int64 tensors that broadcast, or as numbers.
 
     Returns:
@@ -65,6 +65,47 @@ def philox(seed: int, counter: tuple[Tensor | int, ...]) -> tuple[Tensor | int, 
         c2, c3 = ((product0 >> 32) & _MASK) ^ c3 ^ k1, product0 & _MASK
         k0, k1 = (k0 + _KEY_STEPS[0]) & _MASK, (k1 + _KEY_STEPS[1]) & _MASK
     return c0, c1, c2, c3
+
+
+def attention_seeds(num_heads: int, key: DropoutKey) -> Tensor:
+    """Draw the Philox key of each head of each row, from which attention kernels draw the masks of probabilities.
+
+    Args:
+        num_heads: H, of all ranks.
+        key: where and when.
+
+    Returns:
+        int64 `[B, H]`, words 0 and 1 of the counter (head, row, step, place).
+    """
+    head_H = torch.arange(num_heads, dtype=torch.int64, device=key.row_ids_B.device)
+    place = key.layer * _SITES_PER_LAYER + key.site
+    low, high, *_ = philox(key.seed, (head_H, (key.row_ids_B & _MASK)[:, None], key.step & _MASK, place))
+    return torch.as_tensor(low | (high << 32))
+
+
+def attention_keep_mask(seeds_BH: Tensor, num_queries: int, num_keys: int, p: float) -> Tensor:
+    """Draw which probabilities of attention are kept: key s of query t takes word s % 4 of the counter (s // 4, t).
+
+    Args:
+        seeds_BH: from `attention_seeds`.
+        num_queries: T.
+        num_keys: S.
+        p: probability that a probability is dropped.
+
+    Returns:
+        bool `[B, H, T, S]`, true with probability 1 - p.
+    """
+    group = torch.arange(-(-num_keys // 4), dtype=torch.int64, device=seeds_BH.device)
+    query_T1 = torch.arange(num_queries, dtype=torch.int64, device=seeds_BH.device)[:, None]
+    words = philox(seeds_BH[:, :, None, None], (group, query_T1, 0, 0))
+    threshold = drop_threshold(p)
+    kept = torch.stack([torch.as_tensor(word) >= threshold for word in words], dim=-1)
+    return kept.flatten(-2)[..., :num_keys]
+
+
+def drop_threshold(p: float) -> int:
+    """Return the word of 32 bits below which an element is dropped."""
+    return min(round(p * 2**32), _MASK)
 
 
 def keep_mask(shape: tuple[int, ...], p: float, key: DropoutKey) -> Tensor:
@@ -88,7 +129,7 @@ def keep_mask(shape: tuple[int, ...], p: float, key: DropoutKey) -> Tensor:
     group = torch.arange(-(-num_elements // 4), dtype=torch.int64, device=row_ids_B.device)
     place = (group >> 32 << 24) + (key.layer * _SITES_PER_LAYER + key.site)
     words = philox(key.seed, (group & _MASK, (row_ids_B & _MASK)[:, None], key.step & _MASK, place))
-    threshold = round(p * 2**32)
+    threshold = drop_threshold(p)
     kept = torch.stack([torch.as_tensor(word) >= threshold for word in words], dim=-1)
     return kept.view(shape[0], -1)[:, :num_elements].view(shape)
 

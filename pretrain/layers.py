@@ -13,12 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels.activation import gelu, swiglu
-from kernels.attention import Visibility, attention
+from kernels.attention import attention
 from kernels.dropout import SITE_ATTENTION, SITE_ATTENTION_OUTPUT, SITE_FFN_OUTPUT, DropoutKey, dropout
 from kernels.layer_norm import add_layer_norm, layer_norm
 from kernels.linear_cross_entropy import linear_cross_entropy, soft_cap, token_losses
 from kernels.rms_norm import add_rms_norm, rms_norm
 from kernels.rope import rope
+from kernels.visibility import Visibility
 from pretrain.families import ModelShape
 
 

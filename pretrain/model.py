@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from kernels.attention import visibility
 from kernels.dropout import SITE_EMBEDDING, DropoutKey, dropout
 from kernels.rope import RopeScaling, rope_tables
+from kernels.visibility import visibility
 from pretrain.families import ModelShape
 from pretrain.layers import Block, Context, Embedding, Output, make_norm
 

@@ -1,8 +1,10 @@
 import pytest
 import torch
 
-from kernels.attention import attention, attention_truth, repeat_heads, visibility
-from kernels.dropout import DropoutKey, keep_mask
+from kernels.attention import attention
+from kernels.attention_torch import attention_truth, repeat_heads
+from kernels.dropout import DropoutKey, attention_keep_mask, attention_seeds
+from kernels.visibility import visibility
 
 DOC_START = torch.tensor([[0, 0, 0, 3, 3, 5, 5, 5, 5, 9], [0] * 10, list(range(10))])
 
@@ -74,7 +76,7 @@ def test_dropout_drops_probabilities_by_the_mask_of_the_row():
     q, k, _ = draw(kv_heads=4)
     v = torch.eye(10)[None, :, None].expand(3, 10, 4, 10)  # the output is then the probabilities
     visible, key = visibility(DOC_START, 10, q.dtype), DropoutKey(1, 2, torch.tensor([5, 6, 7]), 3, 1)
-    kept_BHTS = keep_mask((3, 4, 10, 10), 0.25, key)
+    kept_BHTS = attention_keep_mask(attention_seeds(4, key), 10, 10, 0.25)
     probabilities = attention(q, k, v, visible).permute(0, 2, 1, 3)
     dropped = attention(q, k, v, visible, 0.25, key).permute(0, 2, 1, 3)
     torch.testing.assert_close(dropped, torch.where(kept_BHTS, probabilities / 0.75, 0.0))
@@ -141,3 +143,42 @@ def test_a_softcap_and_dropout_together():
     capped = attention(q, k, v, visible, 0.25, key, softcap=1e-3)  # all scores are equal: probabilities are 1 / keys
     uniform = attention(torch.zeros_like(q), k, v, visible, 0.25, key)
     torch.testing.assert_close(capped, uniform, atol=5e-3, rtol=0)
+
+
+def test_each_key_knows_the_queries_that_see_it():
+    starts = torch.tensor([[0, 0, 0, 3, 3, 5, 5, 5, 5, 9], [0] * 10, list(range(10))])
+    ends = torch.tensor([[3, 3, 3, 5, 5, 9, 9, 9, 9, 10], [10] * 10, list(range(1, 11))])
+    cases = [visibility(starts, num_keys, torch.float32, window) for num_keys in (4, 10, 17) for window in (None, 1, 3)]
+    cases += [visibility(starts, 10, torch.float32, window, ends) for window in (None, 2)]
+    for visible in cases:
+        first_BS, end_BS = visible.queries_BS
+        query_T1 = torch.arange(10)[:, None]
+        assert torch.equal((query_T1 >= first_BS[:, None]) & (query_T1 < end_BS[:, None]), visible.seen_BTS)
+
+
+def test_full_attention_sees_the_whole_document():
+    q, k, v = draw(rows=1)
+    starts, ends = torch.tensor([[0] * 4 + [4] * 6]), torch.tensor([[4] * 4 + [10] * 6])
+    y = attention(q, k, v, visibility(starts, 10, q.dtype, doc_end_BT=ends))
+    for begin, end in ((0, 4), (4, 10)):
+        part = [x[:, begin:end].transpose(1, 2) for x in (q, k, v)]
+        apart = torch.nn.functional.scaled_dot_product_attention(*part, enable_gqa=True).transpose(1, 2)
+        torch.testing.assert_close(y[:, begin:end], apart)
+
+
+@pytest.mark.parametrize("function", [attention, attention_truth])
+def test_a_query_that_sees_nothing_gets_zeros(function):
+    q, k, v = draw(keys=4, rows=1)  # of ten queries the first six come before the first key
+    visible = visibility(torch.zeros(1, 10, dtype=torch.int64), 4, q.dtype)
+    y = function(q, k, v, visible)
+    assert torch.equal(y[:, :6], torch.zeros_like(y[:, :6]))
+    torch.testing.assert_close(y[:, 6:], function(q[:, 6:], k, v, visibility(torch.zeros(1, 4), 4, q.dtype)))
+    grads = torch.autograd.grad(y.sum(), (q, k, v))
+    assert all(grad.isfinite().all() for grad in grads) and (grads[0][:, :6] == 0).all()
+
+
+@pytest.mark.parametrize("function", [attention, attention_truth])
+def test_scores_are_scaled_as_asked(function):
+    q, k, v = draw()
+    visible = visibility(DOC_START, 10, q.dtype)
+    torch.testing.assert_close(function(q, k, v, visible, scale=0.7), function(q * (0.7 * 8**0.5), k, v, visible))
