@@ -47,37 +47,52 @@ def delta_kernel(
 
 
 @triton.jit
-def _grad_scores(
+def _load_statistic(
+    pointer: tl.tensor, rows: tl.tensor, T: tl.tensor, beyond: tl.constexpr, CHECK: tl.constexpr
+) -> tl.tensor:
+    if CHECK:
+        loaded = tl.load(pointer + rows, mask=rows < T, other=beyond)
+    else:
+        loaded = tl.load(pointer + rows)
+    return loaded
+
+
+@triton.jit
+def _probabilities(
     scores: tl.tensor,
-    grad_probs: tl.tensor,
     lse: tl.tensor,
-    delta: tl.tensor,
     seen: tl.tensor,
-    kept: tl.tensor,
     scale: tl.tensor,
     softcap: tl.tensor,
-    keep_scale: tl.tensor,
     MASKED: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
-    HAS_DROPOUT: tl.constexpr,
-) -> tuple[tl.tensor, tl.tensor]:
-    """Return probabilities, after dropout, and the gradient of the scores, of which `scale` is left to the end.
-
-    `lse` and `delta` broadcast along the keys, on whichever side they are.
-    """
-    scores = bend(scores, scale, softcap, HAS_SOFTCAP)
+) -> tl.tensor:
+    """Compute the probabilities again from bent scores; `lse` broadcasts along the keys, on whichever side they are."""
     to_log2 = softcap * LOG2_E if HAS_SOFTCAP else scale * LOG2_E
     probs = tl.math.exp2(scores * to_log2 - lse)
     if MASKED:
         probs = tl.where(seen, probs, 0.0)  # after exp2: what is not seen may have any score
-    dropped = probs
+    return probs
+
+
+@triton.jit
+def _grad_scores(
+    probs: tl.tensor,
+    grad_probs: tl.tensor,
+    delta: tl.tensor,
+    scores: tl.tensor,
+    kept: tl.tensor,
+    keep_scale: tl.tensor,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr,
+) -> tl.tensor:
+    """Compute the gradient of the scores, of which `scale` is left to the end; `scores` are bent."""
     if HAS_DROPOUT:
-        dropped = tl.where(kept, probs * keep_scale, 0.0)
         grad_probs = tl.where(kept, grad_probs * keep_scale, 0.0)
     grad_scores = probs * (grad_probs - delta)
     if HAS_SOFTCAP:
         grad_scores = grad_scores * (1.0 - scores * scores)
-    return dropped, grad_scores
+    return grad_scores
 
 
 @triton.jit
@@ -124,25 +139,26 @@ def _pass_over_queries(
     """
     for query in tl.range(begin, stop, BLOCK_Q):
         q = load_rows(q_x, q_strides, b, query, h, T, C, BLOCK_Q, BLOCK_C, DESCRIPTORS, MASKED)
-        grad_out = load_rows(grad_out_x, grad_out_strides, b, query, h, T, C, BLOCK_Q, BLOCK_C, DESCRIPTORS, MASKED)
         queries = query + tl.arange(0, BLOCK_Q)
-        lse = tl.load(lse_ptr + queries, mask=queries < T, other=float("inf"))
-        delta = tl.load(delta_ptr + queries, mask=queries < T, other=0.0)
-        scores = tl.dot(k, tl.trans(q), input_precision="ieee")
-        grad_probs = tl.dot(v, tl.trans(grad_out), input_precision="ieee")
+        lse = _load_statistic(lse_ptr, queries, T, float("inf"), MASKED)
+        scores = bend(tl.dot(k, tl.trans(q), input_precision="ieee"), scale, softcap, HAS_SOFTCAP)
         seen = (queries[None, :] >= first[:, None]) & (queries[None, :] < end[:, None]) if MASKED else scores
+        probs = _probabilities(scores, lse[None, :], seen, scale, softcap, MASKED, HAS_SOFTCAP)
         kept = tl.trans(keep(seed, query, row, threshold, BLOCK_Q, BLOCK_K)) if HAS_DROPOUT else scores
-        probs, grad_scores = _grad_scores(
-            scores, grad_probs, lse[None, :], delta[None, :], seen, kept, scale, softcap, keep_scale,
-            MASKED, HAS_SOFTCAP, HAS_DROPOUT,
-        )  # fmt: skip
-        grad_v = tl.dot(probs.to(grad_out.dtype), grad_out, grad_v, input_precision="ieee")
+        grad_out = load_rows(grad_out_x, grad_out_strides, b, query, h, T, C, BLOCK_Q, BLOCK_C, DESCRIPTORS, MASKED)
+        dropped = tl.where(kept, probs * keep_scale, 0.0) if HAS_DROPOUT else probs
+        grad_v = tl.dot(dropped.to(grad_out.dtype), grad_out, grad_v, input_precision="ieee")
+        grad_probs = tl.dot(v, tl.trans(grad_out), input_precision="ieee")
+        delta = _load_statistic(delta_ptr, queries, T, 0.0, MASKED)
+        grad_scores = _grad_scores(
+            probs, grad_probs, delta[None, :], scores, kept, keep_scale, HAS_SOFTCAP, HAS_DROPOUT
+        )
         grad_scores = grad_scores.to(q.dtype)
         grad_k = tl.dot(grad_scores, q, grad_k, input_precision="ieee")
         if ATOMIC_GRAD_Q:
             grad_q = tl.dot(tl.trans(grad_scores), k, input_precision="ieee")
             if DESCRIPTOR_ADD:
-                grad_q_x.atomic_add([b, query, h, 0], grad_q.reshape([1, BLOCK_Q, 1, BLOCK_C]))
+                grad_q_x.atomic_add([b, h, query, 0], grad_q.reshape([1, 1, BLOCK_Q, BLOCK_C]))
             else:
                 column = tl.arange(0, BLOCK_C)[None, :]
                 base = grad_q_x + b.to(tl.int64) * grad_q_strides[0] + h.to(tl.int64) * grad_q_strides[2]
@@ -260,16 +276,16 @@ def _pass_over_keys(
     """Add what the keys from `begin` to `stop` give to the gradient of a tile of queries."""
     for key in tl.range(begin, stop, BLOCK_K):
         k = load_rows(k_x, k_strides, b, key, kv_head, S, C, BLOCK_K, BLOCK_C, DESCRIPTORS, MASKED)
-        v = load_rows(v_x, v_strides, b, key, kv_head, S, C, BLOCK_K, BLOCK_C, DESCRIPTORS, MASKED)
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee")
-        grad_probs = tl.dot(grad_out, tl.trans(v), input_precision="ieee")
+        scores = bend(tl.dot(q, tl.trans(k), input_precision="ieee"), scale, softcap, HAS_SOFTCAP)
         keys = (key + tl.arange(0, BLOCK_K))[None, :]
         seen = (keys >= first[:, None]) & (keys < end[:, None]) if MASKED else scores
+        probs = _probabilities(scores, lse[:, None], seen, scale, softcap, MASKED, HAS_SOFTCAP)
+        v = load_rows(v_x, v_strides, b, key, kv_head, S, C, BLOCK_K, BLOCK_C, DESCRIPTORS, MASKED)
+        grad_probs = tl.dot(grad_out, tl.trans(v), input_precision="ieee")
         kept = keep(seed, row, key, threshold, BLOCK_Q, BLOCK_K) if HAS_DROPOUT else scores
-        _, grad_scores = _grad_scores(
-            scores, grad_probs, lse[:, None], delta[:, None], seen, kept, scale, softcap, keep_scale,
-            MASKED, HAS_SOFTCAP, HAS_DROPOUT,
-        )  # fmt: skip
+        grad_scores = _grad_scores(
+            probs, grad_probs, delta[:, None], scores, kept, keep_scale, HAS_SOFTCAP, HAS_DROPOUT
+        )
         grad_q = tl.dot(grad_scores.to(k.dtype), k, grad_q, input_precision="ieee")
     return grad_q
 

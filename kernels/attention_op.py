@@ -48,14 +48,19 @@ def describable(x: Tensor) -> bool:
 
 
 def describe(x: Tensor, block: int, block_c: int) -> TensorDescriptor:
-    """Describe tiles of `block` rows of one head of `x` `[B, T, H, C]`."""
+    """Describe tiles of `block` rows of one head of `x` `[B, T, H, C]`.
+
+    As `[B, H, T, C]`: where the dimensions of size 1 of a tile come first, Triton leaves the tile in shared memory,
+    and otherwise takes it through registers, of which the programs have none to spare.
+    """
     # The stride of a dimension of size 1 may be anything, but is checked: give that of a dense tensor.
     strides, dense = list(x.stride()), x.shape[-1]
     for index in (2, 1, 0):
         if x.shape[index] == 1:
             strides[index] = -(-dense // 16) * 16
         dense = strides[index] * x.shape[index]
-    return TensorDescriptor(x, list(x.shape), strides, [1, block, 1, block_c])
+    (B, T, H, C), (of_b, of_t, of_h, _) = x.shape, strides
+    return TensorDescriptor(x, [B, H, T, C], [of_b, of_h, of_t, 1], [1, 1, block, block_c])
 
 
 def _rows_dense(x: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """What the programs of attention forward and backward share: their place, tiles in memory, scores, dropout.
 
 A tile is rows of one head: `[BLOCK, BLOCK_C]`, where BLOCK_C is the head width rounded up to a power of two and the
-columns beyond it are zeros. With DESCRIPTORS `x` is a host-made tensor descriptor over `[B, T, H, C]`, whose bounds the
+columns beyond it are zeros. With DESCRIPTORS `x` is a host-made tensor descriptor over `[B, H, T, C]`, whose bounds the
 hardware checks; otherwise it is a pointer. Heads are addressed with 64 bits: b * stride passes 2**31.
 """
 
@@ -52,7 +52,7 @@ def load_rows(
 ) -> tl.tensor:
     """Load a tile; rows from `num_rows` on are zeros, and need CHECK where there may be any."""
     if DESCRIPTORS:
-        loaded = x.load([b, row, h, 0]).reshape([BLOCK, BLOCK_C])
+        loaded = x.load([b, h, row, 0]).reshape([BLOCK, BLOCK_C])
     else:
         base = x + b.to(tl.int64) * strides[0] + tl.cast(row, tl.int64) * strides[1] + h.to(tl.int64) * strides[2]
         offset = tl.arange(0, BLOCK)

@@ -66,7 +66,12 @@ def assemble(ptx: str, capability: int) -> dict[str, int]:
     registers = re.search(r"Used (\d+) registers", report)
     spilled = re.search(r"(\d+) bytes spill stores", report)
     assert registers and spilled, report
-    return {"registers": int(registers[1]), "spilled_bytes": int(spilled[1])}
+    return {
+        "registers": int(registers[1]),
+        "spilled_bytes": int(spilled[1]),
+        # ptxas makes every wgmma wait for the one before it where registers do not suffice
+        "wgmma_serialized": report.count("wgmma.mma_async instructions are serialized"),
+    }
 
 
 def main() -> None:

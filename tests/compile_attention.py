@@ -1,0 +1,139 @@
+"""Compiles the attention programs of a tile table for GPUs that this machine need not have; prints JSON lines.
+
+Run in a process of its own, without `TRITON_INTERPRET`: `python tests/compile_attention.py sm_90 [sm_80 ...]`.
+Every distinct program of the table is compiled once, with the widest head of its class, and the variants with
+soft-cap and dropout once a width.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from kernels.attention_backward import delta_kernel, grad_kv_kernel, grad_q_kernel
+from kernels.attention_forward import forward_kernel
+from kernels.tile_table import Tile, read_table
+from tests.compile_norms import assemble
+
+PROGRAMS = {
+    "forward": forward_kernel,
+    "grad_kv_atomic": grad_kv_kernel,
+    "grad_kv": grad_kv_kernel,
+    "grad_q": grad_q_kernel,
+    "delta": delta_kernel,
+}
+TARGETS = {"sm_80": 80, "sm_86": 86, "sm_90": 90, "sm_100": 100, "sm_120": 120}
+DESCRIBED = ("sm_90", "sm_100")  # as `kernels.attention_op` decides
+FLOATS = ("scale", "softcap", "keep_scale")
+QUERY_TILES, KEY_TILES = ("q_x", "grad_out_x", "grad_q_x"), ("k_x", "v_x")
+
+
+def constants_of(name: str, tile: Tile, head_dim: int, described: bool, **flags: bool) -> dict[str, Any]:
+    """Return the compile-time arguments of a program; GROUP is 2, so that the loop over query heads is compiled."""
+    everything = {
+        "H": 16, "GROUP": 2, "SPLITS": 1, "C": head_dim, "BLOCK_Q": tile.block_q, "BLOCK_K": tile.block_k, "BLOCK": 64,
+        "BLOCK_C": triton.next_power_of_2(head_dim), "HAS_SOFTCAP": flags.get("softcap", False),
+        "HAS_DROPOUT": flags.get("dropout", False), "DESCRIPTORS": described,
+        "ATOMIC_GRAD_Q": name == "grad_kv_atomic", "DESCRIPTOR_ADD": described and name == "grad_kv_atomic",
+        "CLEAR_GRAD_Q": True,
+    }  # fmt: skip
+    return {argument: everything[argument] for argument in PROGRAMS[name].arg_names if argument.isupper() and
+            len(argument) > 1 or argument in ("C", "H")}  # fmt: skip
+
+
+def source_of(name: str, constants: dict[str, Any], dtype: str) -> ASTSource:
+    """Describe a program as the launches of `kernels.attention_op` specialise it."""
+    kernel = PROGRAMS[name]
+    signature: dict[str, Any] = {}
+    aligned = {}
+    for index, argument in enumerate(kernel.arg_names):
+        if argument in constants:
+            signature[argument] = "constexpr"
+        elif argument.endswith("_strides"):
+            signature[argument] = ("i32", "i32", "i32")
+            aligned |= {(index, axis): [["tt.divisibility", 16]] for axis in range(3)}
+        elif argument in FLOATS:
+            signature[argument] = "fp32"
+        elif argument.endswith("_x") and constants["DESCRIPTORS"] and _described(argument, constants):
+            rows = constants["BLOCK_K"] if argument in KEY_TILES else constants["BLOCK_Q"]
+            kind = "fp32" if argument == "grad_q_x" else dtype
+            signature[argument] = f"tensordesc<{kind}[1, 1, {rows}, {constants['BLOCK_C']}]>"
+        elif argument.endswith(("_x", "_ptr")):
+            signature[argument] = _pointer(argument, name, dtype)
+            aligned[(index,)] = [["tt.divisibility", 16]]
+        else:
+            signature[argument] = "i32"
+    numbered = {(kernel.arg_names.index(argument),): value for argument, value in constants.items()}
+    return ASTSource(fn=kernel, signature=signature, constexprs=numbered, attrs=aligned)
+
+
+def _described(argument: str, constants: dict[str, Any]) -> bool:
+    return argument != "grad_q_x" or constants["DESCRIPTOR_ADD"]
+
+
+def _pointer(argument: str, name: str, dtype: str) -> str:
+    if argument in ("first_ptr", "end_ptr"):
+        return "*i32"
+    if argument == "seeds_ptr":
+        return "*i64"
+    fp32 = argument in ("lse_ptr", "delta_ptr") or (argument.startswith("grad_q_") and name in ("grad_kv_atomic", "delta"))
+    return "*fp32" if fp32 else f"*{dtype}"
+
+
+def compile_program(
+    target: str, name: str, tile: Tile, head_dim: int, dtype: str = "bf16", **flags: bool
+) -> dict[str, Any]:
+    """Compile one program; return what it uses."""
+    constants = constants_of(name, tile, head_dim, target in DESCRIBED, **flags)
+    options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
+    compiled = triton.compile(
+        source_of(name, constants, dtype), target=GPUTarget("cuda", TARGETS[target], 32), options=options
+    )
+    ptx = compiled.asm["ptx"]
+
+    def count(pattern: str) -> int:
+        return len(re.findall(pattern, ptx))
+
+    return {
+        "target": target, "program": name, "head_dim": head_dim, **vars(tile), **flags, "dtype": dtype,
+        **assemble(ptx, TARGETS[target]), "shared_bytes": compiled.metadata.shared,
+        "scratch_bytes": compiled.metadata.global_scratch_size, "f64": count(r"\.f64"),
+        "wgmma": count("wgmma.mma_async"), "mma": count(r"mma\.sync"), "tcgen05": count(r"tcgen05\.mma"),
+        "tma": count(r"cp\.async\.bulk\.tensor"), "tma_add": count(r"cp\.reduce\.async\.bulk"),
+        "cp_async": count(r"cp\.async\.c[ag]"), "atomics": count(r"\s(?:red|atom)\.global"),
+    }  # fmt: skip
+
+
+def programs_of(table: str) -> list[tuple[str, Tile, int, dict[str, bool]]]:
+    """List the distinct programs of a table with the variants that are compiled: name, tile, width, flags."""
+    found = []
+    for name, tiles in read_table(table)["tiles"].items():
+        for shape_class, numbers in tiles.items():
+            width = int(shape_class.split()[0])
+            found.append((name, Tile(*numbers), width, {}))
+            if shape_class.endswith("long"):
+                found.append((name, Tile(*numbers), width, {"softcap": True}))
+                found.append((name, Tile(*numbers), width, {"dropout": True}))
+    unique = []
+    for program in found:
+        if program not in unique:
+            unique.append(program)
+    return unique
+
+
+def main() -> None:
+    """Compile the programs of the tables named on the command line."""
+    for table in sys.argv[1:]:
+        print(json.dumps(compile_program(table, "delta", Tile(64, 64, 4, 2), 128)), flush=True)
+        for name, tile, width, flags in programs_of(table):
+            print(json.dumps(compile_program(table, name, tile, width, **flags)), flush=True)
+
+
+if __name__ == "__main__":
+    main()
