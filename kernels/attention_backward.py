@@ -1,9 +1,9 @@
 """The Triton programs of attention backward.
 
-`grad_kv_kernel` holds a tile of keys and passes over the queries that see it. With ATOMIC_GRAD_Q it adds their gradients
-into fp32 memory as it goes: one pass, five matrix products, sums in any order. Without, `grad_q_kernel` computes them in
-a pass of its own: seven products, the same bits on every run. Query heads that share a key head are taken one after
-another by the same program, so keys and values are never repeated.
+`grad_kv_kernel` holds a tile of keys and passes over the queries that see it. With ATOMIC_GRAD_Q it adds their
+gradients into fp32 memory as it goes: one pass, five matrix products, sums in any order. Without, `grad_q_kernel`
+computes them in a pass of its own: seven products, the same bits on every run. Query heads that share a key head are
+taken one after another by the same program, so keys and values are never repeated.
 
 Source: Dao et al. 2022, "FlashAttention", algorithm 4; Dao 2023, "FlashAttention-2".
 """
@@ -338,13 +338,15 @@ def grad_q_kernel(
     lse = tl.load(lse_ptr + head.to(tl.int64) * T + rows, mask=rows < T, other=float("inf"))
     delta = tl.load(delta_ptr + head.to(tl.int64) * T + rows, mask=rows < T, other=0.0)
     grad_q = tl.zeros((BLOCK_Q, BLOCK_C), dtype=tl.float32)
-    begin, full_begin, full_end, stop = phases(first_ptr, end_ptr, base, row, T, BLOCK_Q, BLOCK_K, 4 if HAS_DROPOUT else 1)
+    begin, full_begin, full_end, stop = phases(
+        first_ptr, end_ptr, base, row, T, BLOCK_Q, BLOCK_K, 4 if HAS_DROPOUT else 1
+    )
     for phase in tl.static_range(3):
         low = begin if phase == 0 else (full_begin if phase == 1 else full_end)
         high = full_begin if phase == 0 else (full_end if phase == 1 else stop)
         grad_q = _pass_over_keys(
-            grad_q, q, grad_out, lse, delta, k_x, v_x, k_strides, v_strides, b, kv_head, row, first, end, seed, low, high,
-            S, scale, softcap, keep_scale, threshold, C, BLOCK_Q, BLOCK_K, BLOCK_C, phase != 1, HAS_SOFTCAP, HAS_DROPOUT,
-            DESCRIPTORS,
+            grad_q, q, grad_out, lse, delta, k_x, v_x, k_strides, v_strides, b, kv_head, row, first, end, seed, low,
+            high, S, scale, softcap, keep_scale, threshold, C, BLOCK_Q, BLOCK_K, BLOCK_C, phase != 1, HAS_SOFTCAP,
+            HAS_DROPOUT, DESCRIPTORS,
         )  # fmt: skip
     store_rows(grad_q_ptr, grad_q_strides, b, row, h, T, grad_q * scale, C, BLOCK_Q, BLOCK_C)

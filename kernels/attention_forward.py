@@ -108,13 +108,15 @@ def forward_kernel(
     total = tl.zeros((BLOCK_Q,), dtype=tl.float32)
     weighted = tl.zeros((BLOCK_Q, BLOCK_C), dtype=tl.float32)
     # words of dropout come in fours of keys
-    begin, full_begin, full_end, stop = phases(first_ptr, end_ptr, base, row, T, BLOCK_Q, BLOCK_K, 4 if HAS_DROPOUT else 1)
+    begin, full_begin, full_end, stop = phases(
+        first_ptr, end_ptr, base, row, T, BLOCK_Q, BLOCK_K, 4 if HAS_DROPOUT else 1
+    )
     for phase in tl.static_range(3):
         low = begin if phase == 0 else (full_begin if phase == 1 else full_end)
         high = full_begin if phase == 0 else (full_end if phase == 1 else stop)
         weighted, total, largest = _attend(
-            weighted, total, largest, q, k_x, v_x, k_strides, v_strides, b, kv_head, row, first, end, seed, low, high, S,
-            scale, softcap, threshold, C, BLOCK_Q, BLOCK_K, BLOCK_C, phase != 1, HAS_SOFTCAP, HAS_DROPOUT, DESCRIPTORS,
+            weighted, total, largest, q, k_x, v_x, k_strides, v_strides, b, kv_head, row, first, end, seed, low, high,
+            S, scale, softcap, threshold, C, BLOCK_Q, BLOCK_K, BLOCK_C, phase != 1, HAS_SOFTCAP, HAS_DROPOUT, DESCRIPTORS,
         )  # fmt: skip
     nothing = total == 0.0
     out = weighted * (keep_scale / tl.where(nothing, 1.0, total))[:, None]

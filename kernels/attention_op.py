@@ -6,6 +6,7 @@ not multiples of 16 bytes, are read through pointers.
 
 from __future__ import annotations
 
+import math
 from functools import cache
 from typing import Any
 
@@ -104,6 +105,8 @@ def _launch_forward(
     S, K = k.shape[1:3]
     out = torch.empty((B, T, H, C), dtype=q.dtype, device=q.device)
     lse_BHT = torch.empty((B, H, T), dtype=torch.float32, device=q.device)
+    if out.numel() == 0 or S == 0:
+        return out.zero_(), lse_BHT.fill_(math.inf)
     tile, block_c = find_tile("forward", q, S), block_of_width(C)
     described = _descriptors_pay(q.device) and all(map(describable, (q, k, v)))
 
@@ -111,17 +114,16 @@ def _launch_forward(
         return describe(x, block, block_c) if described else x
 
     section = _section(q.device, S * C * 2 * k.element_size()) * (H // K)
-    if out.numel() > 0:
-        with torch.cuda.device_of(q):
-            forward_kernel[(triton.cdiv(T, tile.block_q) * B * H,)](
-                tiles_of(q, tile.block_q), tiles_of(k, tile.block_k), tiles_of(v, tile.block_k),
-                out, lse_BHT, first_BT, end_BT, lse_BHT if seeds_BH is None else seeds_BH,
-                _three_strides(q), _three_strides(k), _three_strides(v), _three_strides(out),
-                T, S, B * H, section, scale, softcap, 1.0 / (1.0 - dropout_p), drop_threshold(dropout_p),
-                H=H, GROUP=H // K, C=C, BLOCK_Q=tile.block_q, BLOCK_K=tile.block_k, BLOCK_C=block_c,
-                HAS_SOFTCAP=softcap > 0.0, HAS_DROPOUT=seeds_BH is not None, DESCRIPTORS=described,
-                num_warps=tile.num_warps, num_stages=tile.num_stages,
-            )  # fmt: skip
+    with torch.cuda.device_of(q):
+        forward_kernel[(triton.cdiv(T, tile.block_q) * B * H,)](
+            tiles_of(q, tile.block_q), tiles_of(k, tile.block_k), tiles_of(v, tile.block_k),
+            out, lse_BHT, first_BT, end_BT, lse_BHT if seeds_BH is None else seeds_BH,
+            _three_strides(q), _three_strides(k), _three_strides(v), _three_strides(out),
+            T, S, B * H, section, scale, softcap, 1.0 / (1.0 - dropout_p), drop_threshold(dropout_p),
+            H=H, GROUP=H // K, C=C, BLOCK_Q=tile.block_q, BLOCK_K=tile.block_k, BLOCK_C=block_c,
+            HAS_SOFTCAP=softcap > 0.0, HAS_DROPOUT=seeds_BH is not None, DESCRIPTORS=described,
+            num_warps=tile.num_warps, num_stages=tile.num_stages,
+        )  # fmt: skip
     return out, lse_BHT
 
 
@@ -190,8 +192,8 @@ class _Backward:
         target: Any = q if grad_q is None else grad_q
         grad_kv_kernel[(num_tiles * num_rows,)](
             self.tiles_of(q, tile.block_q), self.tiles_of(k, tile.block_k), self.tiles_of(self.v, tile.block_k),
-            self.tiles_of(self.grad_out, tile.block_q), self.tiles_of(target, tile.block_q) if add_described else target,
-            *grads, first_ptr=first_BS, end_ptr=end_BS,
+            self.tiles_of(self.grad_out, tile.block_q),
+            self.tiles_of(target, tile.block_q) if add_described else target, *grads, first_ptr=first_BS, end_ptr=end_BS,
             grad_q_strides=_three_strides(target), grad_kv_strides=_three_strides(grads[0]), num_rows=num_rows,
             heads_in_section=_section(q.device, self.T * self.C * 2 * q.element_size() * (self.H // self.K // splits)),
             SPLITS=splits, BLOCK_Q=tile.block_q, BLOCK_K=tile.block_k, ATOMIC_GRAD_Q=grad_q is not None,
@@ -310,6 +312,4 @@ def attention_op(
     Returns:
         `[B, T, H, C]`.
     """
-    return _forward_op(
-        q_BTHC, k_BSKC, v_BSKC, *intervals, seeds_BH, dropout_p, softcap or 0.0, scale, deterministic
-    )[0]
+    return _forward_op(q_BTHC, k_BSKC, v_BSKC, *intervals, seeds_BH, dropout_p, softcap or 0.0, scale, deterministic)[0]

@@ -1,7 +1,7 @@
 """Tile shapes of the attention programs: read from a table of the GPU, never searched for during training.
 
 Each file of `kernels/tiles/` is the table of one GPU, by its name, or of a generation, by its compute capability.
-`benchmarks/tune.py` writes them. All ranks on the same kind of GPU read the same numbers, so they run the same programs.
+`benchmarks/tune.py` writes them. All ranks on GPUs of one kind read the same numbers, so they run the same programs.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def shape_class(head_dim: int, num_queries: int, num_keys: int) -> str:
 
 def block_of_width(head_dim: int) -> int:
     """Round the width of a head up to what a tile holds."""
-    return max(16, triton.next_power_of_2(head_dim))
+    return max(32, triton.next_power_of_2(head_dim))
 
 
 @cache

@@ -82,7 +82,9 @@ def _pointer(argument: str, name: str, dtype: str) -> str:
         return "*i32"
     if argument == "seeds_ptr":
         return "*i64"
-    fp32 = argument in ("lse_ptr", "delta_ptr") or (argument.startswith("grad_q_") and name in ("grad_kv_atomic", "delta"))
+    fp32 = argument in ("lse_ptr", "delta_ptr") or (
+        argument.startswith("grad_q_") and name in ("grad_kv_atomic", "delta")
+    )
     return "*fp32" if fp32 else f"*{dtype}"
 
 

@@ -1,7 +1,7 @@
 """Makes bf16 right in Triton's interpreter, which otherwise truncates casts and computes garbage, both silently.
 
-bf16 values are held as uint16 there. Kernels of this project only load, store and cast bf16, so only casts are
-mended; anything else raises.
+bf16 values are held as uint16 there. Kernels of this project only load, store, cast and multiply matrices of bf16, so
+only casts and products are mended; anything else raises.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ import torch
 import triton.language as tl
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
-_cast, _binary, _convert = (
+_cast, _binary, _convert, _dot = (
     InterpreterBuilder.cast_impl,
     InterpreterBuilder.binary_op,
     InterpreterBuilder.create_fp_to_fp,
+    InterpreterBuilder.create_dot,
 )
 
 
@@ -52,8 +53,17 @@ def _binary_op(self: InterpreterBuilder, left: TensorHandle, right: TensorHandle
     return _binary(self, left, right, op)
 
 
+def _create_dot(
+    self: InterpreterBuilder, left: TensorHandle, right: TensorHandle, added: TensorHandle, *rest: Any
+) -> TensorHandle:
+    if tl.bfloat16 in (left.dtype.scalar, right.dtype.scalar):
+        left, right = (TensorHandle(_to_fp32(side), tl.float32) for side in (left, right))
+    return _dot(self, left, right, added, *rest)
+
+
 def install() -> None:
     """Replace the interpreter's casts for the rest of the process."""
     InterpreterBuilder.cast_impl = _cast_impl
     InterpreterBuilder.create_fp_to_fp = _create_fp_to_fp
     InterpreterBuilder.binary_op = _binary_op
+    InterpreterBuilder.create_dot = _create_dot
