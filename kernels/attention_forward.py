@@ -116,7 +116,8 @@ def forward_kernel(
         high = full_begin if phase == 0 else (full_end if phase == 1 else stop)
         weighted, total, largest = _attend(
             weighted, total, largest, q, k_x, v_x, k_strides, v_strides, b, kv_head, row, first, end, seed, low, high,
-            S, scale, softcap, threshold, C, BLOCK_Q, BLOCK_K, BLOCK_C, phase != 1, HAS_SOFTCAP, HAS_DROPOUT, DESCRIPTORS,
+            S, scale, softcap, threshold, C, BLOCK_Q, BLOCK_K, BLOCK_C, phase != 1, HAS_SOFTCAP, HAS_DROPOUT,
+            DESCRIPTORS,
         )  # fmt: skip
     nothing = total == 0.0
     out = weighted * (keep_scale / tl.where(nothing, 1.0, total))[:, None]

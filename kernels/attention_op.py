@@ -107,7 +107,7 @@ def _launch_forward(
     lse_BHT = torch.empty((B, H, T), dtype=torch.float32, device=q.device)
     if out.numel() == 0 or S == 0:
         return out.zero_(), lse_BHT.fill_(math.inf)
-    tile, block_c = find_tile("forward", q, S), block_of_width(C)
+    tile, block_c = find_tile("forward", q, S, softcap > 0.0 or seeds_BH is not None), block_of_width(C)
     described = _descriptors_pay(q.device) and all(map(describable, (q, k, v)))
 
     def tiles_of(x: Tensor, block: int) -> Any:
@@ -125,6 +125,10 @@ def _launch_forward(
             num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
     return out, lse_BHT
+
+
+def _has_extra(numbers: dict[str, Any]) -> bool:
+    return numbers["HAS_SOFTCAP"] or numbers["HAS_DROPOUT"]
 
 
 class _Backward:
@@ -166,7 +170,7 @@ class _Backward:
 
     def grad_q(self, first_BT: Tensor, end_BT: Tensor, numbers: dict[str, Any]) -> Tensor:
         """Compute the gradient of the queries in a pass of its own."""
-        q, tile = self.q, find_tile("grad_q", self.q, self.S)
+        q, tile = self.q, find_tile("grad_q", self.q, self.S, _has_extra(numbers))
         grad_q = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         section = _section(q.device, self.S * self.C * 2 * q.element_size()) * (self.H // self.K)
         grad_q_kernel[(triton.cdiv(self.T, tile.block_q) * self.B * self.H,)](
@@ -182,7 +186,7 @@ class _Backward:
     ) -> tuple[Tensor, Tensor]:
         """Compute the gradients of keys and values, and add those of the queries into `grad_q`, if it is given."""
         q, k = self.q, self.k
-        tile = find_tile("grad_kv" if grad_q is None else "grad_kv_atomic", q, self.S)
+        tile = find_tile("grad_kv" if grad_q is None else "grad_kv_atomic", q, self.S, _has_extra(numbers))
         num_tiles = triton.cdiv(self.S, tile.block_k)
         splits = group_splits(q.device, num_tiles * self.B * self.K, self.H // self.K)
         kind = k.dtype if splits == 1 else torch.float32
@@ -193,7 +197,8 @@ class _Backward:
         grad_kv_kernel[(num_tiles * num_rows,)](
             self.tiles_of(q, tile.block_q), self.tiles_of(k, tile.block_k), self.tiles_of(self.v, tile.block_k),
             self.tiles_of(self.grad_out, tile.block_q),
-            self.tiles_of(target, tile.block_q) if add_described else target, *grads, first_ptr=first_BS, end_ptr=end_BS,
+            self.tiles_of(target, tile.block_q) if add_described else target,
+            *grads, first_ptr=first_BS, end_ptr=end_BS,
             grad_q_strides=_three_strides(target), grad_kv_strides=_three_strides(grads[0]), num_rows=num_rows,
             heads_in_section=_section(q.device, self.T * self.C * 2 * q.element_size() * (self.H // self.K // splits)),
             SPLITS=splits, BLOCK_Q=tile.block_q, BLOCK_K=tile.block_k, ATOMIC_GRAD_Q=grad_q is not None,

@@ -21,7 +21,7 @@ KERNELS = ("forward", "grad_kv_atomic", "grad_kv", "grad_q")
 FEW_QUERIES = 16  # generation with a cache
 SHORT_KEYS = 1024
 # Shared memory of a program, by which a GPU without a table of its own gets that of another.
-_TABLE_OF_MAJOR = {9: "sm_90", 10: "sm_90", 11: "sm_86", 12: "sm_86"}
+_TABLE_OF_MAJOR = {9: "sm_90", 10: "sm_100", 11: "sm_86", 12: "sm_86"}
 
 
 @dataclass(frozen=True)
@@ -62,16 +62,17 @@ def read_table(name: str) -> dict[str, Any]:
     return json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
 
 
-def shape_class(head_dim: int, num_queries: int, num_keys: int) -> str:
+def shape_class(head_dim: int, num_queries: int, num_keys: int, has_extra: bool) -> str:
     """Name the shapes that share a tile: width of heads, as a power of two, and length.
 
     Args:
         head_dim: C.
         num_queries: T.
         num_keys: S.
+        has_extra: there is a soft-cap or dropout, whose registers leave room for smaller tiles only.
     """
     length = "few" if num_queries <= FEW_QUERIES else "short" if num_keys <= SHORT_KEYS else "long"
-    return f"{block_of_width(head_dim)} {length}"
+    return f"{block_of_width(head_dim)} {'extra' if has_extra else length}"
 
 
 def block_of_width(head_dim: int) -> int:
@@ -84,13 +85,14 @@ def _device_table(index: int) -> dict[str, Any]:
     return read_table(table_name(torch.device("cuda", index)))["tiles"]
 
 
-def find_tile(kernel: str, q_BTHC: torch.Tensor, num_keys: int) -> Tile:
+def find_tile(kernel: str, q_BTHC: torch.Tensor, num_keys: int, has_extra: bool) -> Tile:
     """Find the tile shape of a program.
 
     Args:
         kernel: one of `KERNELS`.
         q_BTHC: the queries.
         num_keys: S.
+        has_extra: there is a soft-cap or dropout.
     """
     if not q_BTHC.is_cuda:
         return INTERPRETED
@@ -98,6 +100,6 @@ def find_tile(kernel: str, q_BTHC: torch.Tensor, num_keys: int) -> Tile:
         return FP32
     _, T, _, C = q_BTHC.shape
     tiles = _device_table(q_BTHC.device.index)[kernel]
-    name = shape_class(C, T, num_keys)
+    name = shape_class(C, T, num_keys, has_extra)
     # backward of few queries is that of a short row
     return Tile(*tiles.get(name) or tiles[name.replace("few", "short")])

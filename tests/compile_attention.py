@@ -1,18 +1,22 @@
 """Compiles the attention programs of a tile table for GPUs that this machine need not have; prints JSON lines.
 
-Run in a process of its own, without `TRITON_INTERPRET`: `python tests/compile_attention.py sm_90 [sm_80 ...]`.
-Every distinct program of the table is compiled once, with the widest head of its class, and the variants with
-soft-cap and dropout once a width.
+Run in a process of its own, without `TRITON_INTERPRET`: `python tests/compile_attention.py sm_90 sm_100:long`, where
+`:long` leaves all other shape classes of the table out.
+Every distinct program of the table is compiled once, with the widest head of its class; those of the class `extra`
+with a soft-cap, and with dropout.
 """
 
 from __future__ import annotations
 
 import json
 import re
+import subprocess
 import sys
+import tempfile
 from typing import Any
 
 import triton
+from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -94,46 +98,78 @@ def compile_program(
     """Compile one program; return what it uses."""
     constants = constants_of(name, tile, head_dim, target in DESCRIBED, **flags)
     options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
-    compiled = triton.compile(
-        source_of(name, constants, dtype), target=GPUTarget("cuda", TARGETS[target], 32), options=options
-    )
-    ptx = compiled.asm["ptx"]
+    amd = target.startswith("gfx")
+    machine = GPUTarget("hip", target, 64) if amd else GPUTarget("cuda", TARGETS[target], 32)
+    compiled = triton.compile(source_of(name, constants, dtype), target=machine, options=options)
+    code = compiled.asm["amdgcn" if amd else "ptx"]
 
     def count(pattern: str) -> int:
-        return len(re.findall(pattern, ptx))
+        return len(re.findall(pattern, code))
 
+    if amd:
+        spilled = re.search(r"vgpr_spill_count:\s*(\d+)", code)
+        assert spilled, "no count of spilled registers"
+        used = {"spilled_bytes": 4 * int(spilled[1]), "loop_spills": 0, "wgmma_serialized": 0, "mfma": count("v_mfma")}
+    else:
+        used = assemble(code, TARGETS[target])
+        used["loop_spills"] = spills_in_loops(compiled.asm["cubin"]) if used["spilled_bytes"] else 0
     return {
         "target": target, "program": name, "head_dim": head_dim, **vars(tile), **flags, "dtype": dtype,
-        **assemble(ptx, TARGETS[target]), "shared_bytes": compiled.metadata.shared,
-        "scratch_bytes": compiled.metadata.global_scratch_size, "f64": count(r"\.f64"),
+        **used, "shared_bytes": compiled.metadata.shared,
+        "scratch_bytes": compiled.metadata.global_scratch_size, "f64": count(r"\.f64|_f64"),
         "wgmma": count("wgmma.mma_async"), "mma": count(r"mma\.sync"), "tcgen05": count(r"tcgen05\.mma"),
         "tma": count(r"cp\.async\.bulk\.tensor"), "tma_add": count(r"cp\.reduce\.async\.bulk"),
         "cp_async": count(r"cp\.async\.c[ag]"), "atomics": count(r"\s(?:red|atom)\.global"),
     }  # fmt: skip
 
 
-def programs_of(table: str) -> list[tuple[str, Tile, int, dict[str, bool]]]:
-    """List the distinct programs of a table with the variants that are compiled: name, tile, width, flags."""
+def spills_in_loops(cubin: bytes) -> int:
+    """Count the stores to local memory in the innermost loops that multiply matrices."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [knobs.nvidia.nvdisasm.path, "-c", file.name]
+        listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    labels: dict[str, int] = {}
+    loops = []
+    instructions: list[str] = []
+    for line in listing.splitlines():
+        if label := re.match(r"(\.L_x_\d+):", line.strip()):
+            labels[label[1]] = len(instructions)
+        elif re.match(r"\s*/\*[0-9a-f]{4,}\*/", line):
+            instructions.append(line)
+            target = re.search(r"BRA.*`\((\.L_x_\d+)\)", line)
+            if target and target[1] in labels:
+                loops.append((labels[target[1]], len(instructions)))
+    inner = [(a, b) for a, b in loops if not any(a <= c and d < b for c, d in loops)]
+    bodies = [instructions[a:b] for a, b in inner]
+    bodies = [body for body in bodies if any(re.search(r"[HG]MMA", line) for line in body)]
+    assert bodies, "no loop with a matrix product was found"
+    return sum("STL" in line for body in bodies for line in body)
+
+
+def programs_of(table: str, only: str | None = None) -> list[tuple[str, Tile, int, dict[str, bool]]]:
+    """List the distinct programs of a table: name, tile, width of heads, and soft-cap or dropout.
+
+    Args:
+        table: its name.
+        only: a length, `few`, `short`, `long` or `extra`; None: all.
+    """
     found = []
     for name, tiles in read_table(table)["tiles"].items():
         for shape_class, numbers in tiles.items():
-            width = int(shape_class.split()[0])
-            found.append((name, Tile(*numbers), width, {}))
-            if shape_class.endswith("long"):
-                found.append((name, Tile(*numbers), width, {"softcap": True}))
-                found.append((name, Tile(*numbers), width, {"dropout": True}))
-    unique = []
-    for program in found:
-        if program not in unique:
-            unique.append(program)
-    return unique
+            width, length = shape_class.split()
+            variants = ({"softcap": True}, {"dropout": True}) if length == "extra" else ({},)
+            found += [(name, Tile(*numbers), int(width), flags) for flags in variants if only in (None, length)]
+    return [program for index, program in enumerate(found) if program not in found[:index]]
 
 
 def main() -> None:
     """Compile the programs of the tables named on the command line."""
-    for table in sys.argv[1:]:
+    for argument in sys.argv[1:]:
+        table, _, only = argument.partition(":")
         print(json.dumps(compile_program(table, "delta", Tile(64, 64, 4, 2), 128)), flush=True)
-        for name, tile, width, flags in programs_of(table):
+        for name, tile, width, flags in programs_of(table, only or None):
             print(json.dumps(compile_program(table, name, tile, width, **flags)), flush=True)
 
 

@@ -73,7 +73,7 @@ def test_bf16_stays_within_twice_the_rounding_of_the_truth():
 
 
 def test_dropout_drops_probabilities_by_the_mask_of_the_row():
-    q, k, _ = draw(kv_heads=4)
+    q, k, _ = draw(kv_heads=4, width=10)
     v = torch.eye(10)[None, :, None].expand(3, 10, 4, 10)  # the output is then the probabilities
     visible, key = visibility(DOC_START, 10, q.dtype), DropoutKey(1, 2, torch.tensor([5, 6, 7]), 3, 1)
     kept_BHTS = attention_keep_mask(attention_seeds(4, key), 10, 10, 0.25)

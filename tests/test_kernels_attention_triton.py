@@ -1,0 +1,48 @@
+"""The Triton attention: in the interpreter, inside a model, and inside training under ZeRO-3."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.rank_helpers import losses, run_cases
+
+ROOT = Path(__file__).resolve().parents[1]
+INTERPRETED = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("part", ["errors_stay", "not errors_stay"])
+def test_triton_in_the_interpreter(part):
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", part]
+    done = subprocess.run(
+        [*command, "tests/interpreter_attention.py"], cwd=ROOT, env=INTERPRETED, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert " passed" in done.stdout and "skipped" not in done.stdout, done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.launches
+def test_training_under_zero_3_in_the_interpreter_is_training_without(tiny_config, tmp_path, monkeypatch):
+    # Norms and attention run as Triton programs inside DeepSpeed's hooks, with activations computed again in the
+    # backward pass, dropout of probabilities, packed documents and grouped queries.
+    overrides = [
+        "train.num_steps=3", "parallel.zero_stage=3", "model.attention_dropout=0.1", "model.num_kv_heads=2",
+        "train.activation_checkpointing=full", "data.seq_len=32", "train.global_batch_size=4",
+        "train.micro_batch_size=2",
+    ]  # fmt: skip
+    found = []
+    for name in ("torch", "triton"):
+        if name == "triton":
+            monkeypatch.setenv("TRITON_INTERPRET", "1")
+        run_cases(
+            tiny_config, [{"overrides": [f"run.dir={tmp_path}/{name}", *overrides]}], 2, tmp_path / f"{name}-ranks"
+        )
+        found.append(losses(tmp_path / name))
+    assert len(found[0]) == 3
+    assert found[1] == pytest.approx(found[0], rel=2e-5) and found[1] != found[0]
