@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Everything that is measured, in one command of under 9 minutes: the GPU's tests, the norms, a training step of three
-# configs. Each part has its own time limit and writes its own JSON; what fails is said, and the rest goes on.
+# Everything that is measured, in one command of under 9 minutes: the GPU's tests, attention, the norms, a training step
+# of three configs. Each part has its own time limit and writes its own JSON; what fails is said, and the rest goes on.
 #
 #   make bench                                      in .venv
 #   PYTHON=python3 bash benchmarks/gpu.sh           with another Python, e.g. the one of a container image
@@ -8,10 +8,12 @@
 # OUT      folder of the results (bench-results)
 # WHEELS   folder of wheels that are installed, offline and for this run only, where DeepSpeed or what reads the
 #          configs is missing (.whl)
-# PARTS    what to run ("tests norms step"; without a GPU "norms step loop": the loop is what training costs beside its
-#          model: reading rows, the loop itself, the start)
+# PARTS    what to run ("tests attention norms step"; without a GPU "attention norms step loop": the loop is what
+#          training costs beside its model: reading rows, the loop itself, the start). "tune", of 180 s, is run only when
+#          named, and needs a GPU: it writes the tile shapes that are quickest there to OUT/tiles.json, a table for
+#          kernels/tiles/; training reads it from there
 # CONFIGS  whose steps ("gpt2-124m llama-350m llama-1.3b")
-# SECONDS_IN_ALL   time limit (525); the steps get what tests and norms leave
+# SECONDS_IN_ALL   time limit (525); the steps get what the other parts leave
 #
 # Exit status 1: a part failed or ran out of time; the others' results are there all the same.
 # Without a GPU it runs what can run there, at tiny sizes, and says what was left out.
@@ -22,7 +24,7 @@ python=${PYTHON:-python3}
 out=${OUT:-bench-results}
 wheels=${WHEELS:-.whl}
 limit=${SECONDS_IN_ALL:-525}
-parts=" ${PARTS:-tests norms step} "
+parts=" ${PARTS:-tests attention norms step} "
 loop_seconds=0 # that the steps leave for what comes after them
 read -ra configs <<<"${CONFIGS:-gpt2-124m llama-350m llama-1.3b}"
 notes=()
@@ -57,11 +59,11 @@ installed() { "$python" -c 'import sys; from importlib.util import find_spec
 sys.exit(any(not find_spec(name) for name in sys.argv[1:]))' "$@" 2>>"$out/log.txt"; }
 
 test_gpu() { # EXTRA ARGUMENTS...: pytest-benchmark, where installed, warns beside xdist, and warnings are errors here
-  part "tests/gpu" 130 "$python" -m pytest tests/gpu -q -p no:cacheprovider -p no:benchmark "$@"
+  part "tests/gpu" 150 "$python" -m pytest tests/gpu -q -p no:cacheprovider -p no:benchmark "$@"
 }
 
 : >"$out/log.txt"
-rm -f "$out"/{norms,reading,overhead,startup}.json "$out"/step-*.json
+rm -f "$out"/{attention,norms,tiles,reading,overhead,startup}.json "$out"/step-*.json
 if ! installed deepspeed pydantic ruamel ruamel.yaml; then
   if compgen -G "$wheels/*.whl" >/dev/null; then
     site=$(mktemp -d)
@@ -85,13 +87,26 @@ if "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>>
     tests=$(grep -aE '^(=+ )?[0-9]+ (passed|failed|error|skipped)' "$out/log.txt" | tail -n 1)
     notes+=("tests/gpu: ${tests:-no summary}")
   fi
-  norm_seconds=100
+  if [[ $parts == *" tune "* ]]; then
+    part tune 180 "$python" benchmarks/tune.py --seconds 160 --out "$out/tiles.json"
+    tuned=$(grep -aE '^([0-9]+ entries are|nothing was)' "$out/log.txt" | tail -n 1)
+    notes+=("tune: ${tuned:-no summary}")
+  fi
+  attention_seconds=110
+  norm_seconds=60
 else
   shrink=(--shrink)
   steps=(--shrink --steps 3)
+  attention_seconds=60
   norm_seconds=60
-  [ -n "${PARTS:-}" ] || parts=" norms step loop "
+  [ -n "${PARTS:-}" ] || parts=" attention norms step loop "
+  [[ $parts != *" tune "* ]] || notes+=("tune: left out: needs a GPU")
   notes+=("no GPU: tests/gpu and Liger left out; tiny sizes, torch.compile without code generation")
+fi
+
+if [[ $parts == *" attention "* ]]; then
+  part attention "$attention_seconds" "$python" benchmarks/attention.py --out "$out/attention.json" \
+    --seconds $((attention_seconds - 20)) ${shrink[@]+"${shrink[@]}"}
 fi
 
 if [[ $parts == *" norms "* ]]; then
@@ -99,7 +114,7 @@ if [[ $parts == *" norms "* ]]; then
     ${shrink[@]+"${shrink[@]}"}
 fi
 
-results=("$out/norms.json")
+results=("$out/attention.json" "$out/norms.json")
 if [[ $parts == *" loop "* ]]; then loop_seconds=210; fi
 [[ $parts == *" step "* ]] || configs=()
 num_left=${#configs[@]}

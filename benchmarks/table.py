@@ -9,6 +9,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+# TFLOP/s that the project wants of an H100: causal, bf16, by direction, width of heads and length of rows.
+ATTENTION_TARGETS = {
+    ("forward", 128): {2048: 450, 4096: 510, 8192: 540, 16384: 555},
+    ("forward", 64): {2048: 360, 4096: 395, 8192: 420, 16384: 430},
+    ("backward", 128): {2048: 290, 4096: 365, 8192: 420, 16384: 440},
+    ("backward", 64): {2048: 260, 4096: 310, 8192: 350, 16384: 370},
+}
+DOCUMENTS_RATIO = 1.15  # that a scored pair may take in packed documents, in causal rows of that length
+
 
 def render(records: Sequence[dict[str, Any]]) -> str:
     """Write the results as tables, each machine and date once above the tables that it belongs to."""
@@ -66,6 +75,52 @@ def _norms(record: dict[str, Any]) -> str:
     )
 
 
+def _attention(record: dict[str, Any]) -> str:
+    rows = record["rows"]
+    if not rows:
+        return "attention: no rows"
+    worst = max((row["relative_error"] for row in rows), key=lambda error: (error != error, error))
+    settings = record["settings"]
+    size = f"{settings['tokens']} tokens, H x C = {settings['width']}, {settings['dtype']}"
+    parts = [f"attention: TFLOP/s; {size}; largest relative error {worst:.1e}"]
+    for direction in ("forward", "backward"):
+        parts.append(_attention_rates(direction, [row for row in rows if row["direction"] == direction], record))
+    return "\n".join([*parts, *_documents_beside_causal(rows)])
+
+
+def _attention_rates(direction: str, rows: list[dict[str, Any]], record: dict[str, Any]) -> str:
+    names = list(dict.fromkeys(row["implementation"] for row in rows))
+    rates = {(row["case"], row["T"], row["head_dim"], row["implementation"]): row["tflops"] for row in rows}
+    aimed = "H100" in record["device"]["name"] and record["settings"]["dtype"] == "bf16"
+    lines = [[direction, *names, *(["target"] if aimed else []), "ours / best of torch's"]]
+    for case, T, width in dict.fromkeys(place[:3] for place in sorted(rates)):
+        found = {name: rates[case, T, width, name] for name in names if (case, T, width, name) in rates}
+        cells = [f"{found[name]:.3g}" if name in found else "-" for name in names]
+        if aimed:
+            target = ATTENTION_TARGETS.get((direction, width), {}).get(T) if case == "causal" else None
+            cells.append(str(target or "-"))
+        others = [rate for name, rate in found.items() if not name.startswith("ours")]
+        cells.append(f"{found['ours'] / max(others):.2f}" if "ours" in found and others else "-")
+        lines.append([f"{case} T={T} C={width}", *cells])
+    return _aligned(lines)
+
+
+def _documents_beside_causal(rows: list[dict[str, Any]]) -> list[str]:
+    """Compare what a scored pair takes in packed documents and in causal rows."""
+    keys = ("implementation", "direction", "head_dim", "T")
+    causal = {tuple(row[key] for key in keys): row for row in rows if row["case"] == "causal"}
+    lines = []
+    for row in rows:
+        beside = causal.get(tuple(row[key] for key in keys))
+        if row["case"] == "documents" and beside:
+            ratio = row["picoseconds_per_scored"] / beside["picoseconds_per_scored"]
+            place = f"documents T={row['T']} C={row['head_dim']} {row['direction']}"
+            lines.append([place, row["implementation"], f"{ratio:.2f}"])
+    if not lines:
+        return []
+    return [f"time of a scored pair, documents / causal (target: at most {DOCUMENTS_RATIO})", _aligned(sorted(lines))]
+
+
 def _steps(record: dict[str, Any]) -> str:
     lines = [["variant", "micro-batch", "ms/step", "tokens/s", "MFU", "causal MFU", "GiB"]]
     for row in record["rows"]:
@@ -117,6 +172,7 @@ def _startup(record: dict[str, Any]) -> str:
 
 
 _TABLES = {
+    "attention": _attention,
     "norms": _norms,
     "step": _steps,
     "reading": _reading,

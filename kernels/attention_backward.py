@@ -167,7 +167,7 @@ def _pass_over_queries(
     return grad_k, grad_v
 
 
-@triton.jit(do_not_specialize=["T", "S", "heads_in_section", "threshold"])
+@triton.jit(do_not_specialize=["T", "S", "num_rows", "heads_in_section", "threshold"])
 def grad_kv_kernel(
     q_x: tl.tensor,
     k_x: tl.tensor,
@@ -290,7 +290,7 @@ def _pass_over_keys(
     return grad_q
 
 
-@triton.jit(do_not_specialize=["T", "S", "heads_in_section", "threshold"])
+@triton.jit(do_not_specialize=["T", "S", "num_rows", "heads_in_section", "threshold"])
 def grad_q_kernel(
     q_x: tl.tensor,
     k_x: tl.tensor,

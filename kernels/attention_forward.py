@@ -64,7 +64,7 @@ def _attend(
     return weighted, total, largest
 
 
-@triton.jit(do_not_specialize=["T", "S", "heads_in_section", "threshold"])
+@triton.jit(do_not_specialize=["T", "S", "num_rows", "heads_in_section", "threshold"])
 def forward_kernel(
     q_x: tl.tensor,
     k_x: tl.tensor,

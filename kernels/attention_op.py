@@ -18,7 +18,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from kernels.attention_backward import delta_kernel, grad_kv_kernel, grad_q_kernel
 from kernels.attention_forward import forward_kernel
 from kernels.dropout import drop_threshold
-from kernels.tile_table import block_of_width, find_tile
+from kernels.tile_table import Tile, block_of_width, find_tile
 
 MAX_HEAD_DIM = 256
 INTERPRETED_PROCESSORS, INTERPRETED_CACHE_BYTES = 4, 2**14  # small, so that tests have several sections and splits
@@ -89,7 +89,7 @@ def group_splits(device: torch.device, num_programs: int, group: int) -> int:
     return enough[0] if enough else group
 
 
-def _launch_forward(
+def launch_forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -99,7 +99,12 @@ def _launch_forward(
     dropout_p: float,
     softcap: float,
     scale: float,
+    tile: Tile | None = None,
 ) -> tuple[Tensor, Tensor]:
+    """Launch the forward program; return the output and log2 of the sums of exponentials, `[B, H, T]`.
+
+    `tile` is for tuning: None, in training, takes that of the table.
+    """
     q, k, v = _rows_dense(q), _rows_dense(k), _rows_dense(v)
     B, T, H, C = q.shape
     S, K = k.shape[1:3]
@@ -107,7 +112,8 @@ def _launch_forward(
     lse_BHT = torch.empty((B, H, T), dtype=torch.float32, device=q.device)
     if out.numel() == 0 or S == 0:
         return out.zero_(), lse_BHT.fill_(math.inf)
-    tile, block_c = find_tile("forward", q, S, softcap > 0.0 or seeds_BH is not None), block_of_width(C)
+    tile = tile or find_tile("forward", q, S, softcap > 0.0 or seeds_BH is not None)
+    block_c = block_of_width(C)
     described = _descriptors_pay(q.device) and all(map(describable, (q, k, v)))
 
     def tiles_of(x: Tensor, block: int) -> Any:
@@ -131,8 +137,11 @@ def _has_extra(numbers: dict[str, Any]) -> bool:
     return numbers["HAS_SOFTCAP"] or numbers["HAS_DROPOUT"]
 
 
-class _Backward:
-    """The tensors of one backward pass, and the launches that it is made of."""
+class Backward:
+    """The tensors of one backward pass, and the launches that it is made of.
+
+    `tile` is for tuning: None, in training, takes that of the table.
+    """
 
     def __init__(self, grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse_BHT: Tensor) -> None:
         self.q, self.k, self.v = _rows_dense(q), _rows_dense(k), _rows_dense(v)
@@ -144,6 +153,7 @@ class _Backward:
         self.described = _descriptors_pay(q.device) and all(map(describable, (self.q, self.k, self.v, self.grad_out)))
 
     def tiles_of(self, x: Tensor, block: int) -> Any:
+        """Describe tiles of `block` rows of a tensor, or return it where programs take pointers."""
         return describe(x, block, self.block_c) if self.described else x
 
     def delta(self, grad_q: Tensor | None) -> None:
@@ -168,9 +178,9 @@ class _Backward:
             "DESCRIPTORS": self.described,
         }  # fmt: skip
 
-    def grad_q(self, first_BT: Tensor, end_BT: Tensor, numbers: dict[str, Any]) -> Tensor:
+    def grad_q(self, first_BT: Tensor, end_BT: Tensor, numbers: dict[str, Any], tile: Tile | None = None) -> Tensor:
         """Compute the gradient of the queries in a pass of its own."""
-        q, tile = self.q, find_tile("grad_q", self.q, self.S, _has_extra(numbers))
+        q, tile = self.q, tile or find_tile("grad_q", self.q, self.S, _has_extra(numbers))
         grad_q = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         section = _section(q.device, self.S * self.C * 2 * q.element_size()) * (self.H // self.K)
         grad_q_kernel[(triton.cdiv(self.T, tile.block_q) * self.B * self.H,)](
@@ -182,11 +192,16 @@ class _Backward:
         return grad_q
 
     def grad_kv(
-        self, first_BS: Tensor, end_BS: Tensor, numbers: dict[str, Any], grad_q: Tensor | None
+        self,
+        first_BS: Tensor,
+        end_BS: Tensor,
+        numbers: dict[str, Any],
+        grad_q: Tensor | None,
+        tile: Tile | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Compute the gradients of keys and values, and add those of the queries into `grad_q`, if it is given."""
         q, k = self.q, self.k
-        tile = find_tile("grad_kv" if grad_q is None else "grad_kv_atomic", q, self.S, _has_extra(numbers))
+        tile = tile or find_tile("grad_kv" if grad_q is None else "grad_kv_atomic", q, self.S, _has_extra(numbers))
         num_tiles = triton.cdiv(self.S, tile.block_k)
         splits = group_splits(q.device, num_tiles * self.B * self.K, self.H // self.K)
         kind = k.dtype if splits == 1 else torch.float32
@@ -225,7 +240,7 @@ def _forward_op(
     scale: float,
     deterministic: bool,
 ) -> tuple[Tensor, Tensor]:
-    return _launch_forward(q, k, v, first_BT, end_BT, seeds_BH, dropout_p, softcap, scale)
+    return launch_forward(q, k, v, first_BT, end_BT, seeds_BH, dropout_p, softcap, scale)
 
 
 @torch.library.custom_op("longhaul::attention_backward", mutates_args=())
@@ -249,7 +264,7 @@ def _backward_op(
     if q.numel() == 0 or k.numel() == 0:
         return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     with torch.cuda.device_of(q):
-        backward = _Backward(grad_out, q, k, v, out, lse_BHT)
+        backward = Backward(grad_out, q, k, v, out, lse_BHT)
         numbers = backward.numbers(seeds_BH, dropout_p, softcap, scale)
         if deterministic:
             backward.delta(None)

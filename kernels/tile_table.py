@@ -45,9 +45,14 @@ INTERPRETED = Tile(32, 16, 4, 1)
 FP32 = Tile(32, 32, 4, 1)  # fp32 is for tests: it has no tensor cores
 
 
+def own_name(gpu: str) -> str:
+    """Name the table that is of this GPU alone, by the name that the driver gives it."""
+    return re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-")
+
+
 def table_name(device: torch.device) -> str:
     """Name the table of a GPU: its own where there is one, else that of its generation."""
-    own = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name(device).lower()).strip("-")
+    own = own_name(torch.cuda.get_device_name(device))
     if (FOLDER / f"{own}.json").exists():
         return own
     if torch.version.hip:

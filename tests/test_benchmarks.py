@@ -254,10 +254,11 @@ def test_the_script_goes_on_when_everything_fails(tmp_path: Path) -> None:
     command = ["bash", str(ROOT / "benchmarks/gpu.sh")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
     assert done.returncode == 1 and done.stderr == ""
-    for part in ("norms", "step gpt2-124m", "step llama-350m", "step llama-1.3b"):
+    for part in ("attention", "norms", "step gpt2-124m", "step llama-350m", "step llama-1.3b"):
         assert f"{part}: FAILED with status 3 after" in done.stdout
     assert "deepspeed is not installed, nor in" in done.stdout and "no GPU: tests/gpu and Liger left out" in done.stdout
-    assert "called: benchmarks/norms.py --out" in (tmp_path / "out/log.txt").read_text(encoding="utf-8")
+    log = (tmp_path / "out/log.txt").read_text(encoding="utf-8")
+    assert "called: benchmarks/norms.py --out" in log and "called: benchmarks/attention.py --out" in log
 
 
 @pytest.mark.launches
