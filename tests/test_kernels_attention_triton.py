@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.rank_helpers import losses, run_cases
+from tests.rank_helpers import metric_lines, run_cases
 
 ROOT = Path(__file__).resolve().parents[1]
 INTERPRETED = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -32,9 +32,9 @@ def test_training_under_zero_3_in_the_interpreter_is_training_without(tiny_confi
     # Norms and attention run as Triton programs inside DeepSpeed's hooks, with activations computed again in the
     # backward pass, dropout of probabilities, packed documents and grouped queries.
     overrides = [
-        "train.num_steps=3", "parallel.zero_stage=3", "model.attention_dropout=0.1", "model.num_kv_heads=2",
-        "train.activation_checkpointing=full", "data.seq_len=32", "train.global_batch_size=4",
-        "train.micro_batch_size=2",
+        "train.num_steps=2", "schedule.warmup_steps=1", "parallel.zero_stage=3", "model.attention_dropout=0.1", "model.num_kv_heads=2",
+        "train.activation_checkpointing=full", "data.seq_len=32", "train.global_batch_size=2",
+        "train.micro_batch_size=1",
     ]  # fmt: skip
     found = []
     for name in ("torch", "triton"):
@@ -43,6 +43,8 @@ def test_training_under_zero_3_in_the_interpreter_is_training_without(tiny_confi
         run_cases(
             tiny_config, [{"overrides": [f"run.dir={tmp_path}/{name}", *overrides]}], 2, tmp_path / f"{name}-ranks"
         )
-        found.append(losses(tmp_path / name))
-    assert len(found[0]) == 3
-    assert found[1] == pytest.approx(found[0], rel=2e-5) and found[1] != found[0]
+        lines = [line for line in metric_lines(tmp_path / name) if "loss" in line]
+        found.append([line["loss"] for line in lines] + [line["grad_norm"] for line in lines])
+    assert len(found[0]) == 4
+    assert found[1] == pytest.approx(found[0], rel=2e-5)
+    assert found[1] != found[0]  # other programs ran: their rounding is not the same to the last bit
