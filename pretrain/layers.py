@@ -131,8 +131,10 @@ class Attention(nn.Module):
         B, T, _ = x_BTD.shape
         H, K = self.num_heads, self.num_kv_heads
         qkv = self.qkv(x_BTD).view(B, T, H + 2 * K, self.head_dim)
-        q_BTHC, k_BSKC = self._positioned(qkv[:, :, : H + K], context.rope_tables)
-        v_BSKC = v_BTKC = qkv[:, :, H + K :]
+        # split, not slices: its gradient is one concatenation, theirs are three tensors of zeros and two sums
+        qk, v_BTKC = qkv.split((H + K, K), dim=2)
+        q_BTHC, k_BSKC = self._positioned(qk, context.rope_tables)
+        v_BSKC = v_BTKC
         if context.caches is not None:
             k_BSKC, v_BSKC = context.caches[self.layer].extend(k_BSKC, v_BTKC)
         key = context.dropout_key
@@ -143,14 +145,16 @@ class Attention(nn.Module):
 
     def _positioned(self, qk: Tensor, rope_tables: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
         """Normalise queries and keys, if the model does, and turn them by their positions."""
-        q_BTHC, k_BTKC = qk[:, :, : self.num_heads], qk[:, :, self.num_heads :]
+        heads = (self.num_heads, self.num_kv_heads)
         if self.q_norm is not None and self.k_norm is not None:
+            q_BTHC, k_BTKC = qk.split(heads, dim=2)
             q_BTHC, k_BTKC = self.q_norm(q_BTHC, None)[0], self.k_norm(k_BTKC, None)[0]
             if rope_tables is not None:
                 q_BTHC, k_BTKC = rope(q_BTHC, *rope_tables), rope(k_BTKC, *rope_tables)
-        elif rope_tables is not None:
+            return q_BTHC, k_BTKC
+        if rope_tables is not None:
             qk = rope(qk, *rope_tables)  # queries and keys lie side by side: one call
-            q_BTHC, k_BTKC = qk[:, :, : self.num_heads], qk[:, :, self.num_heads :]
+        q_BTHC, k_BTKC = qk.split(heads, dim=2)
         return q_BTHC, k_BTKC
 
 

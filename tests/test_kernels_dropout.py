@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from kernels.dropout import DropoutKey, dropout, keep_mask, philox
+from kernels.dropout import DropoutKey, attention_keep_mask, attention_seeds, dropout, keep_mask, philox
 
 # Random123's kat_vectors for philox4x32-10: counter, key, result
 VECTORS = [
@@ -64,3 +64,36 @@ def test_gradient_uses_the_same_mask():
     y = dropout(x, 0.5, key())
     y.sum().backward()
     assert torch.equal(x.grad, y.detach())
+
+
+def test_the_mask_of_attention_follows_row_and_head_only():
+    together = attention_keep_mask(attention_seeds(4, key((7, 2**32 + 8))), 9, 11, 0.5)
+    alone = attention_keep_mask(attention_seeds(4, key((2**32 + 8,))), 9, 11, 0.5)
+    assert torch.equal(together[1:], alone)
+    # a longer row and more keys begin with the same mask; a rank that holds two of four heads draws theirs
+    longer = attention_keep_mask(attention_seeds(4, key((7,))), 20, 30, 0.5)
+    assert torch.equal(longer[:, :, :9, :11], together[:1])
+    assert torch.equal(attention_keep_mask(attention_seeds(4, key((7,)))[:, 2:], 9, 11, 0.5), together[:1, 2:])
+
+
+@pytest.mark.parametrize("other", [{"seed": 4}, {"step": 6}, {"layer": 3}, {"site": 2}, {"rows": (9,)}])
+def test_every_part_of_the_key_changes_the_mask_of_attention(other):
+    keys = (key((7,)), key(**({"rows": (7,)} | other)))
+    masks = [attention_keep_mask(attention_seeds(2, key), 40, 50, 0.5) for key in keys]
+    assert 0.45 < (masks[0] != masks[1]).float().mean() < 0.55
+    assert 0.45 < (masks[0][:, 0] != masks[0][:, 1]).float().mean() < 0.55  # heads differ
+    assert 0.45 < (masks[0][..., 1:, :] != masks[0][..., :-1, :]).float().mean() < 0.55  # and queries
+
+
+def test_attention_drops_as_often_as_asked():
+    for p in (0.1, 0.9):
+        kept = attention_keep_mask(attention_seeds(4, key((1, 2, 3))), 100, 100, p)
+        assert kept.float().mean().item() == pytest.approx(1 - p, abs=0.005)
+
+
+def test_words_of_attention_by_hand():
+    seeds = attention_seeds(2, key((7,)))
+    words = philox(int(seeds[0, 1]) & (2**64 - 1), (5 // 4, 3, 0, 0))
+    threshold = words[5 % 4] / 2**32
+    below, above = (attention_keep_mask(seeds, 4, 6, p)[0, 1, 3, 5] for p in (threshold - 1e-6, threshold + 1e-6))
+    assert below and not above

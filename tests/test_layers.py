@@ -1,7 +1,7 @@
 import torch
 
-from kernels.attention import visibility
 from kernels.dropout import DropoutKey
+from kernels.visibility import visibility
 from pretrain.config import ModelSection
 from pretrain.families import resolve_shape
 from pretrain.layers import Attention, Block, Context, LayerNorm, Linear, Output, RMSNorm, make_norm
