@@ -71,7 +71,7 @@ def measure(functions: dict[str, Attention], tensors: list[Tensor], grad: Tensor
             torch.autograd.grad(function(*tensors), tensors, grad)
             if number > 0:
                 times[name].append(time.perf_counter() - start)
-        if number >= 3 and time.perf_counter() - begin > seconds:
+        if number >= 2 and time.perf_counter() - begin > seconds:
             break
     return {name: statistics.median(values) for name, values in times.items()}
 
