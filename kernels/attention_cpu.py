@@ -100,7 +100,10 @@ class _Pieces(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_BTHC: Tensor) -> tuple[Tensor | None, ...]:
         q_BTHC, k_BSKC, v_BSKC, out_BTHC, *lses = ctx.saved_tensors
-        grad_q_BTHC, grad_k_BSKC, grad_v_BSKC = (x.new_zeros(x.shape) for x in (q_BTHC, k_BSKC, v_BSKC))
+        grad_q_BTHC = q_BTHC.new_zeros(q_BTHC.shape)
+        # Chunks of one document share its keys: their gradients are sums, which bf16 would round at every addition.
+        sum_dtype = torch.promote_types(k_BSKC.dtype, torch.float32)
+        grad_k_BSKC, grad_v_BSKC = (x.new_zeros(x.shape, dtype=sum_dtype) for x in (k_BSKC, v_BSKC))
         for piece, lse in zip(ctx.pieces, lses, strict=True):
             part_q, part_k, part_v = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
                 _heads_first(grad_BTHC, piece.rows, piece.queries),
@@ -115,10 +118,9 @@ class _Pieces(torch.autograd.Function):
                 scale=ctx.scale,
             )
             _heads_first(grad_q_BTHC, piece.rows, piece.queries).copy_(part_q)
-            # Chunks of one document share its keys.
             _heads_first(grad_k_BSKC, piece.rows, piece.keys).add_(part_k)
             _heads_first(grad_v_BSKC, piece.rows, piece.keys).add_(part_v)
-        return grad_q_BTHC, grad_k_BSKC, grad_v_BSKC, None, None
+        return grad_q_BTHC, grad_k_BSKC.to(k_BSKC.dtype), grad_v_BSKC.to(v_BSKC.dtype), None, None
 
 
 def _heads_first(x_BTHC: Tensor, rows: slice, slots: slice) -> Tensor:
