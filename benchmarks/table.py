@@ -171,8 +171,20 @@ def _startup(record: dict[str, Any]) -> str:
     return _aligned(lines)
 
 
+def _attention_cpu(record: dict[str, Any]) -> str:
+    lines = [["forward and backward", "ours ms", "masked ms", "best SDPA ms", "ours/best", "cutting ms"]]
+    for row in record["rows"]:
+        name = f"{row['case']} {row['num_rows']}x{row['seq_len']} {row['dtype']}"
+        times = [f"{1e3 * row[f'{key}_seconds']:.2f}" for key in ("ours", "masked", "best_sdpa")]
+        lines.append([name, *times, f"{row['ratio']:.2f}", f"{1e3 * row['cut_seconds']:.2f}"])
+    settings = record["settings"]
+    heads = f"{settings['heads']} query heads, {settings['kv_heads']} key heads of 64"
+    return f"attention on a CPU: {heads}; threads: {settings['num_threads']}\n" + _aligned(lines)
+
+
 _TABLES = {
     "attention": _attention,
+    "attention_cpu": _attention_cpu,
     "norms": _norms,
     "step": _steps,
     "reading": _reading,

@@ -1,7 +1,7 @@
 """Attention over what each query sees: causal or full, packed documents, sliding window, grouped queries.
 
-On a GPU of compute capability 8.0 or higher, and on AMD's, own Triton programs run (`kernels.attention_op`); on a CPU,
-and on older GPUs, PyTorch's operators (`kernels.attention_torch`).
+In bf16 and fp16 on a GPU of compute capability 8.0 or higher, and on AMD's, own Triton programs run
+(`kernels.attention_op`); on a CPU, on older GPUs and in fp32 PyTorch's operators (`kernels.attention_torch`).
 
 Source: Vaswani et al. 2017; grouped queries: Ainslie et al. 2023, "GQA"; sliding window: Beltagy et al. 2020,
 "Longformer"; soft-cap: Gemma Team 2024, "Gemma 2".
@@ -102,19 +102,21 @@ def _check(
 
 def _has_programs(q_BTHC: Tensor) -> bool:
     """Tell whether the Triton programs can run, and say once why not on a GPU."""
-    if not use_triton(q_BTHC) or q_BTHC.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+    if not use_triton(q_BTHC) or q_BTHC.dtype == torch.float64:
         return False
-    if not q_BTHC.is_cuda or torch.version.hip:
-        missing = None
-    else:
+    missing = None
+    if q_BTHC.is_cuda and not torch.version.hip:
         capability = torch.cuda.get_device_capability(q_BTHC.device)
-        missing = f"compute capability {capability}" if capability < OLDEST_CAPABILITY else None
+        if capability < OLDEST_CAPABILITY:
+            missing = f"compute capability {capability}"
+    if q_BTHC.is_cuda and q_BTHC.dtype == torch.float32:
+        missing = "fp32"  # of which the matrix units have none: it would be slower than PyTorch's
     if q_BTHC.shape[3] > MAX_HEAD_DIM:
         missing = f"heads of {q_BTHC.shape[3]}"
     if missing is not None and not torch.compiler.is_compiling():
         warnings.warn(  # Python shows the same warning of the same line once
-            f"attention: {missing}: PyTorch's attention runs, with a mask of B x T x S; the Triton programs need "
-            f"compute capability {OLDEST_CAPABILITY} and heads of at most {MAX_HEAD_DIM}.",
+            f"attention: {missing}: PyTorch's attention runs, with a mask of B x T x S; the Triton programs need bf16 "
+            f"or fp16, compute capability {OLDEST_CAPABILITY} and heads of at most {MAX_HEAD_DIM}.",
             stacklevel=2,
         )
     return missing is None

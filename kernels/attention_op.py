@@ -119,7 +119,7 @@ def launch_forward(
     def tiles_of(x: Tensor, block: int) -> Any:
         return describe(x, block, block_c) if described else x
 
-    section = _section(q.device, S * C * 2 * k.element_size()) * (H // K)
+    section = min(_section(q.device, S * C * 2 * k.element_size()) * (H // K), B * H)
     with torch.cuda.device_of(q):
         forward_kernel[(triton.cdiv(T, tile.block_q) * B * H,)](
             tiles_of(q, tile.block_q), tiles_of(k, tile.block_k), tiles_of(v, tile.block_k),
@@ -183,6 +183,7 @@ class Backward:
         q, tile = self.q, tile or find_tile("grad_q", self.q, self.S, _has_extra(numbers))
         grad_q = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         section = _section(q.device, self.S * self.C * 2 * q.element_size()) * (self.H // self.K)
+        section = min(section, self.B * self.H)
         grad_q_kernel[(triton.cdiv(self.T, tile.block_q) * self.B * self.H,)](
             self.tiles_of(q, tile.block_q), self.tiles_of(self.k, tile.block_k), self.tiles_of(self.v, tile.block_k),
             self.tiles_of(self.grad_out, tile.block_q), grad_q, first_ptr=first_BT, end_ptr=end_BT,
@@ -207,6 +208,7 @@ class Backward:
         kind = k.dtype if splits == 1 else torch.float32
         grads = [torch.empty((self.B, self.S, self.K * splits, self.C), dtype=kind, device=k.device) for _ in range(2)]
         num_rows = self.B * self.K * splits
+        section = _section(q.device, self.T * self.C * 2 * q.element_size() * (self.H // self.K // splits))
         add_described = self.described and grad_q is not None and q.is_cuda  # the interpreter cannot
         target: Any = q if grad_q is None else grad_q
         grad_kv_kernel[(num_tiles * num_rows,)](
@@ -215,7 +217,7 @@ class Backward:
             self.tiles_of(target, tile.block_q) if add_described else target,
             *grads, first_ptr=first_BS, end_ptr=end_BS,
             grad_q_strides=_three_strides(target), grad_kv_strides=_three_strides(grads[0]), num_rows=num_rows,
-            heads_in_section=_section(q.device, self.T * self.C * 2 * q.element_size() * (self.H // self.K // splits)),
+            heads_in_section=min(section, num_rows),
             SPLITS=splits, BLOCK_Q=tile.block_q, BLOCK_K=tile.block_k, ATOMIC_GRAD_Q=grad_q is not None,
             DESCRIPTOR_ADD=add_described, num_warps=tile.num_warps, num_stages=tile.num_stages, **numbers,
         )  # fmt: skip

@@ -1,8 +1,9 @@
 """Attention by PyTorch's own operators: the explicit truth, and what runs where no Triton kernel does.
 
-On a CPU and a GPU alike this is PyTorch's fused `scaled_dot_product_attention` with an additive mask, of which a
-sliding window is a part. With dropout of probabilities, which has to be keyed by row, and with a soft-cap, which the
-fused operator does not have, it is the explicit truth: B H T S fp32 scores are held, forward and backward.
+On a GPU this is PyTorch's fused `scaled_dot_product_attention` with an additive mask, of which a sliding window is a
+part; on a CPU `kernels/attention_cpu.py` calls the same piece by piece. With dropout of probabilities, which has to be
+keyed by row, and with a soft-cap, which the fused operator does not have, it is the explicit truth: B H T S fp32 scores
+are held, forward and backward.
 """
 
 from __future__ import annotations
@@ -10,14 +11,12 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from kernels.attention_cpu import attention_cpu, fused_attention
 from kernels.dropout import DropoutKey, attention_keep_mask, attention_seeds
 from kernels.visibility import Visibility
-
-_SHORT_SLOTS_CPU = 256
 
 
 def attention_truth(
@@ -56,16 +55,14 @@ def attention_sdpa(
     q_BTHC: Tensor, k_BSKC: Tensor, v_BSKC: Tensor, visible: Visibility, scale: float | None = None
 ) -> Tensor:
     """Compute `attention` without dropout and soft-cap by the quickest of PyTorch's operators."""
-    num_heads, num_kv_heads = q_BTHC.shape[2], k_BSKC.shape[2]
-    if q_BTHC.is_cuda:
-        # Of PyTorch's GPU kernels flash takes no mask, cuDNN's can return NaN gradients with one (pytorch#196678), and
-        # the memory-efficient one refuses fewer key heads than query heads: explicit scores would run instead.
-        k_BSKC, v_BSKC = repeat_heads(k_BSKC, num_heads), repeat_heads(v_BSKC, num_heads)
-        with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
-            return _fused(q_BTHC, k_BSKC, v_BSKC, visible.bias_B1TS, scale, grouped=False)
-    if q_BTHC.dtype == torch.bfloat16 and k_BSKC.shape[1] <= _SHORT_SLOTS_CPU:
-        return _short(q_BTHC, k_BSKC, v_BSKC, visible.bias_B1TS, scale)
-    return _fused(q_BTHC, k_BSKC, v_BSKC, visible.bias_B1TS, scale, grouped=num_heads != num_kv_heads)
+    num_heads = q_BTHC.shape[2]
+    if q_BTHC.device.type == "cpu":
+        return attention_cpu(q_BTHC, k_BSKC, v_BSKC, visible, scale)
+    # Of PyTorch's GPU kernels flash takes no mask, cuDNN's can return NaN gradients with one (pytorch#196678), and the
+    # memory-efficient one refuses fewer key heads than query heads: explicit scores would run instead.
+    k_BSKC, v_BSKC = repeat_heads(k_BSKC, num_heads), repeat_heads(v_BSKC, num_heads)
+    with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
+        return fused_attention(q_BTHC, k_BSKC, v_BSKC, visible.bias_B1TS, scale=scale)
 
 
 def repeat_heads(x_BSKC: Tensor, num_heads: int) -> Tensor:
@@ -76,38 +73,3 @@ def repeat_heads(x_BSKC: Tensor, num_heads: int) -> Tensor:
     """
     B, S, K, C = x_BSKC.shape
     return x_BSKC[:, :, :, None].expand(B, S, K, num_heads // K, C).reshape(B, S, num_heads, C)
-
-
-def _short(q_BTHC: Tensor, k_BSKC: Tensor, v_BSKC: Tensor, bias_B1TS: Tensor, scale: float | None) -> Tensor:
-    """Attend by explicit bf16 scores, which on a CPU are quicker than PyTorch's fused kernel in short rows.
-
-    Forward and backward on one core, 1024 tokens, 4 heads of 64: 3.7 ms against 11.2 in rows of 128, 5.3 against 9.0
-    in rows of 256, the same in rows of 512.
-    """
-    B, T, H, C = q_BTHC.shape
-    S, K = k_BSKC.shape[1:3]
-    # The query heads that share a key head are rows of one product, so keys and values are not repeated.
-    q_BKRC = (
-        (q_BTHC * (1.0 / math.sqrt(C) if scale is None else scale))
-        .view(B, T, K, H // K, C)
-        .permute(0, 2, 3, 1, 4)
-        .reshape(B, K, -1, C)
-    )
-    scores_BKRS = q_BKRC @ k_BSKC.permute(0, 2, 3, 1).contiguous()
-    scores_BKGTS = scores_BKRS.view(B, K, H // K, T, S) + bias_B1TS[:, None]
-    out_BKRC = scores_BKGTS.softmax(-1).view(B, K, -1, S) @ v_BSKC.transpose(1, 2).contiguous()
-    return out_BKRC.view(B, K, H // K, T, C).permute(0, 3, 1, 2, 4).flatten(2, 3)
-
-
-def _fused(
-    q_BTHC: Tensor, k_BSKC: Tensor, v_BSKC: Tensor, bias_B1TS: Tensor, scale: float | None, grouped: bool
-) -> Tensor:
-    out_BHTC = F.scaled_dot_product_attention(
-        q_BTHC.transpose(1, 2),
-        k_BSKC.transpose(1, 2),
-        v_BSKC.transpose(1, 2),
-        attn_mask=bias_B1TS,
-        scale=scale,
-        enable_gqa=grouped,
-    )
-    return out_BHTC.transpose(1, 2)

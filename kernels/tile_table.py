@@ -42,7 +42,6 @@ class Tile:
 
 
 INTERPRETED = Tile(32, 16, 4, 1)
-FP32 = Tile(32, 32, 4, 1)  # fp32 is for tests: it has no tensor cores
 
 
 def own_name(gpu: str) -> str:
@@ -101,8 +100,6 @@ def find_tile(kernel: str, q_BTHC: torch.Tensor, num_keys: int, has_extra: bool)
     """
     if not q_BTHC.is_cuda:
         return INTERPRETED
-    if q_BTHC.dtype == torch.float32:
-        return FP32
     _, T, _, C = q_BTHC.shape
     tiles = _device_table(q_BTHC.device.index)[kernel]
     name = shape_class(C, T, num_keys, has_extra)

@@ -14,6 +14,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from kernels.pieces import Piece, cut
+
 
 @dataclass(frozen=True)
 class Visibility:
@@ -56,6 +58,16 @@ class Visibility:
         """
         zeros_BTS = torch.zeros(self.seen_BTS.shape, dtype=self.dtype, device=self.first_BT.device)
         return zeros_BTS.masked_fill_(~self.seen_BTS, -math.inf)[:, None]
+
+    @cached_property
+    def all_see(self) -> bool:
+        """Whether every query sees a key, read on the host."""
+        return bool((self.end_BT > self.first_BT.clamp(min=0)).all())
+
+    @cached_property
+    def pieces(self) -> list[Piece]:
+        """The queries with the keys that any of them sees, for a CPU: values are read on the host."""
+        return cut(self.first_BT, self.end_BT, self.dtype)
 
 
 def visibility(

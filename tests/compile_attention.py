@@ -143,7 +143,7 @@ def spills_in_loops(cubin: bytes) -> int:
                 loops.append((labels[target[1]], len(instructions)))
     inner = [(a, b) for a, b in loops if not any(a <= c and d < b for c, d in loops)]
     bodies = [instructions[a:b] for a, b in inner]
-    bodies = [body for body in bodies if any(re.search(r"[HG]MMA", line) for line in body)]
+    bodies = [body for body in bodies if any(re.search(r"[HG]MMA|FFMA", line) for line in body)]
     assert bodies, "no loop with a matrix product was found"
     return sum("STL" in line for body in bodies for line in body)
 

@@ -14,9 +14,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import norms, optimizers, prepare, reading, startup, step, table, updates
+from benchmarks import attention_cpu, norms, optimizers, prepare, reading, startup, step, table, updates
 from benchmarks.baseline import Baseline
 from benchmarks.record import Record
+from kernels.attention import attention
+from kernels.visibility import visibility
 from pretrain.families import num_parameters
 from tests.rank_helpers import run_command
 
@@ -294,3 +296,25 @@ def test_optimizers_are_timed(capsys: pytest.CaptureFixture[str]) -> None:
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines[1:]] == list(optimizers.NAMES)
     assert all(float(line.split()[1]) > 0 and line.endswith(" ms") for line in lines[1:])
+
+
+def test_attention_on_a_cpu_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "attention-cpu.json"
+    arguments = ["--heads", "2", "--kv-heads", "1", "--seq-lens", "40", "520", "--seconds", "0", "--out", str(out)]
+    assert attention_cpu.main([*arguments, "--dtypes", "float32"]) == 0
+    content = json.loads(out.read_text(encoding="utf-8"))
+    assert set(content) == RECORD_KEYS
+    cases = {(row["case"], row["seq_len"]) for row in content["rows"]}
+    assert cases == {(case, n) for case in attention_cpu.CASES for n in (40, 520)} - {("window 512", 40)}
+    for row in content["rows"]:
+        assert 0 < row["best_sdpa_seconds"] <= row["masked_seconds"] and row["ours_seconds"] > 0
+        assert row["ratio"] == row["ours_seconds"] / row["best_sdpa_seconds"] and row["num_pieces"] >= 1
+    assert "attention on a CPU: 2 query heads, 1 key heads of 64" in capsys.readouterr().out
+
+
+def test_calls_a_document_are_what_ours_is_measured_against() -> None:
+    lengths = [10, 1, 29, 25, 15]
+    starts_BT = torch.tensor([attention_cpu.starts_of(lengths[:3]), attention_cpu.starts_of(lengths[3:])])
+    tensors = [torch.randn(2, 40, heads, 8) for heads in (4, 2, 2)]
+    ours = attention(*tensors, visibility(starts_BT, 40, torch.float32))
+    torch.testing.assert_close(attention_cpu.by_document(lengths)(*tensors), ours)

@@ -71,7 +71,6 @@ def test_tiles_of_shape_classes(monkeypatch):
         assert find_tile("forward", queries(T, 80), S, extra) == Tile(*tiles["forward"][f"128 {length}"])
     # the backward pass of few queries is that of a short row
     assert find_tile("grad_q", queries(1, 64), 9000, False) == Tile(*tiles["grad_q"]["64 short"])
-    assert find_tile("forward", queries(dtype=torch.float32), 2048, False) == tile_table.FP32
 
 
 @pytest.mark.parametrize(("head_dim", "block"), [(1, 32), (32, 32), (40, 64), (64, 64), (80, 128), (256, 256)])
@@ -80,18 +79,25 @@ def test_blocks_of_widths(head_dim, block):
 
 
 @pytest.mark.parametrize(
-    ("capability", "head_dim", "hip", "expected"),
+    ("capability", "head_dim", "dtype", "hip", "expected"),
     [
-        ((9, 0), 128, None, None),
-        ((8, 0), 256, None, None),
-        ((9, 4), 128, "7.0", None),
-        ((7, 5), 64, None, "attention: compute capability (7, 5): PyTorch's attention runs, with a mask of B x T x S"),
-        ((9, 0), 320, None, "attention: heads of 320: PyTorch's attention runs"),
+        ((9, 0), 128, torch.bfloat16, None, None),
+        ((8, 0), 256, torch.float16, None, None),
+        ((9, 4), 128, torch.bfloat16, "7.0", None),
+        (
+            (7, 5),
+            64,
+            torch.float16,
+            None,
+            "attention: compute capability (7, 5): PyTorch's attention runs, with a mask",
+        ),
+        ((9, 0), 320, torch.bfloat16, None, "attention: heads of 320: PyTorch's attention runs"),
+        ((9, 0), 64, torch.float32, None, "attention: fp32: PyTorch's attention runs"),
     ],
 )
-def test_an_old_gpu_is_told_what_runs(monkeypatch, capability, head_dim, hip, expected):
+def test_a_gpu_without_programs_is_told_what_runs(monkeypatch, capability, head_dim, dtype, hip, expected):
     pretend(monkeypatch, "a GPU", capability, hip)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        assert attention._has_programs(queries(C=head_dim)) is (expected is None)
+        assert attention._has_programs(queries(C=head_dim, dtype=dtype)) is (expected is None)
     assert [str(warning.message).startswith(expected or "") for warning in caught] == ([True] if expected else [])
