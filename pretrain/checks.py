@@ -138,10 +138,13 @@ def _optimizer_problems(config: Config) -> Iterator[Problem]:
 
 
 def _schedule_problems(config: Config) -> Iterator[Problem]:
-    """Check that warm-up and decay fit into the run."""
+    """Check that warm-up, decay and the steps that are traced fit into the run."""
     if config.train.num_steps is None and config.train.num_tokens is None:
         return
     schedule, num_steps = config.schedule, num_steps_of(config)
+    if beyond := [step for step in config.train.profile_steps if step > num_steps]:
+        text = f"train.profile_steps has {beyond[0]}; expected at most the run's {num_steps} steps. Use {num_steps}."
+        yield Problem("train.profile_steps", text)
     warmup = schedule.warmup_steps
     if warmup > num_steps:
         text = (

@@ -255,6 +255,12 @@ class TrainSection(Section):
         False, description="On a GPU, choose algorithms that give the same bits on every run. A CPU's always do."
     )
 
+    profile_steps: list[Count] = Field(
+        [],
+        description="Steps whose trace rank 0 writes into the run folder's `profile/`, for TensorBoard or Perfetto; on "
+        "a GPU with a snapshot of its memory.",
+    )
+
     @property
     def has_extra_terms(self) -> bool:
         """Whether the training objective is more than the cross-entropy."""

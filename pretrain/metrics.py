@@ -27,7 +27,7 @@ class StepMetrics:
     """One optimizer step.
 
     `loss` is the cross-entropy in nats per scored token, `objective` what was minimised (None where that is the same),
-    `lr` as used, `memory_bytes` the peak of rank 0.
+    `lr` as used, `memory_bytes` the peak of rank 0, `phase_seconds` rank 0's own.
     """
 
     step: int
@@ -41,6 +41,7 @@ class StepMetrics:
     memory_bytes: int
     skipped_steps: int
     epochs: dict[str, float]
+    phase_seconds: dict[str, float]
 
 
 def _json_number(value: Any) -> Any:
@@ -116,6 +117,7 @@ class MetricLog:
         }  # fmt: skip
         line |= {} if metrics.objective is None else {"objective": metrics.objective}
         line |= {f"epoch/{name}": epoch for name, epoch in metrics.epochs.items()}
+        line |= {f"seconds/{phase}": seconds for phase, seconds in metrics.phase_seconds.items()}
         self._write(line)
         self._add_scalars(line, "train/", metrics.step)
         self._recent.append(metrics.step_seconds)

@@ -25,6 +25,7 @@ from pretrain.guard import SkipGuard, StopRequest
 from pretrain.hardware import peak_flops, peak_memory_bytes
 from pretrain.metrics import MetricLog, StepMetrics
 from pretrain.model import Transformer
+from pretrain.profiling import PhaseClock, Profiler
 from pretrain.run_folder import RunFolder, open_log
 from pretrain.samples import Samples, drop_samples_after, save_samples
 from pretrain.schedule import lr_at
@@ -65,6 +66,7 @@ class Run:
     checkpoints: Checkpoints
     samples: Samples
     guard: SkipGuard
+    profiler: Profiler
     folder: RunFolder | None
     log: MetricLog | None
     stop: StopRequest
@@ -168,8 +170,11 @@ def open_run(
         )  # fmt: skip
         cleanup.push(lambda kind, *_: log.close(failed=kind is not None))
     guard = SkipGuard(config.guard.max_skipped_steps, progress.num_skipped)
-    run = Run(config, ranks, plan, tokenizer, stream, val_rows, engine, checkpoints, samples, guard, folder, log, stop,
-              clock, progress)  # fmt: skip
+    profiler = Profiler(
+        run_path, config.train.profile_steps, ranks.rank, ranks.device, lambda *event: run.event(*event)
+    )
+    run = Run(config, ranks, plan, tokenizer, stream, val_rows, engine, checkpoints, samples, guard, profiler, folder,
+              log, stop, clock, progress)  # fmt: skip
     for event in events:
         run.event(*event)
     if engine.frozen:
@@ -204,7 +209,8 @@ def run_steps(run: Run) -> tuple[str, int, str]:
     run.engine.train()
     first_step = progress.step + 1
     while progress.step < run.plan.num_steps:
-        asked_to_stop = train_step(run)
+        with run.profiler.watch(progress.step + 1):
+            asked_to_stop = train_step(run)
         if progress.step == first_step:
             run.clock.mark("first step")
             run.event("first_step", str(run.clock), seconds=run.clock.seconds)
@@ -235,21 +241,27 @@ def run_steps(run: Run) -> tuple[str, int, str]:
 
 def train_step(run: Run) -> bool:
     """Do one optimizer update and report it; return whether any rank was asked to stop."""
-    begin = time.perf_counter()
+    begin, phases = time.perf_counter(), PhaseClock(run.ranks.device)
     rows, num_targets, num_damaged = read_rows(run)
     waited = time.perf_counter() - begin
+    phases.mark("data")
     # DeepSpeed divides by micro-steps and ranks; what must remain is the sum over the step's targets / their number.
     scale = run.ranks.world_size * run.plan.num_micro_steps / max(num_targets, 1)
     sums = torch.zeros(2, device=run.ranks.device)  # of the objective and of the cross-entropy
     for index, batch in enumerate(rows.micro_batches):
         objective, cross_entropy = run.engine.forward(*to_device(batch, run.ranks.device), run.progress.step)
+        phases.mark("forward")
         run.engine.backward(objective * scale)
         sums += torch.stack((objective.detach(), cross_entropy))
         if index < run.plan.num_micro_steps - 1:
             run.engine.end_micro_step()
+        phases.mark("backward")
     lr = lr_at(run.progress.step, run.plan.num_steps, run.config.optim.lr, run.config.schedule)
     result = run.engine.step(lr)
+    phases.mark("optimizer")
     *totals, stop_requests = run.ranks.sum([*sums.tolist(), run.stop.received is not None])
+    phase_seconds = phases.seconds()  # before: the host has now waited for the device
+    phase_seconds["others"] = time.perf_counter() - begin - sum(phase_seconds.values())
     means = [total / max(num_targets, 1) for total in totals]
     finish_step(run, StepMetrics(
         step=run.progress.step + 1, tokens=run.progress.num_tokens + run.plan.tokens_per_step,
@@ -257,6 +269,7 @@ def train_step(run: Run) -> bool:
         grad_norm=result.grad_norm, lr=lr,
         step_seconds=time.perf_counter() - begin, data_wait_seconds=waited,
         memory_bytes=peak_memory_bytes(run.ranks.device), skipped_steps=0, epochs=run.stream.state()["epochs"],
+        phase_seconds=phase_seconds,
     ), result.applied, num_damaged)  # fmt: skip
     return stop_requests > 0
 

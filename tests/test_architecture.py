@@ -27,7 +27,7 @@ TIERS = (
     "checks explain sentencepiece_model varied_texts table_files token_files shards tensor_files distributed layers"
     " published model_card muon",
     "settings sentencepiece_tokenizer row_table model optim checkpoint_files shard_reader journal sources sampling"
-    " tracking family_table",
+    " tracking family_table profiling",
     "data_plan engine metrics guard hf_tokenizer generate",
     "checkpoint stream tokenizer_files tokenizer_trial source_sample",
     "run_folder tokenizer_export workers",

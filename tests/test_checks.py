@@ -138,6 +138,12 @@ def test_warmup_fits_into_the_run() -> None:
     assert texts_of(config) == [("schedule.warmup_steps", message)]
 
 
+def test_steps_that_are_traced_are_steps_of_the_run() -> None:
+    assert texts_of(config_of(train__profile_steps=[1, 100])) == []
+    message = "train.profile_steps has 101; expected at most the run's 100 steps. Use 100."
+    assert texts_of(config_of(train__profile_steps=[5, 101, 102])) == [("train.profile_steps", message)]
+
+
 def test_decay_fits_beside_the_warmup() -> None:
     assert texts_of(config_of(schedule__name="wsd", schedule__warmup_steps=90)) == []
     assert texts_of(config_of(schedule__name="wsd", schedule__warmup_steps=91)) == [

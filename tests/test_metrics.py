@@ -25,7 +25,8 @@ def make_log(folder, first_step=0, attempt=1, tensorboard=True):
 
 def step_metrics(step, loss=2.0):
     return StepMetrics(step=step, tokens=1000 * step, loss=loss, objective=None, grad_norm=1.5, lr=1e-3, step_seconds=0.5,
-                       data_wait_seconds=0.01, memory_bytes=123, skipped_steps=0, epochs={"code": 0.25})  # fmt: skip
+                       data_wait_seconds=0.01, memory_bytes=123, skipped_steps=0, epochs={"code": 0.25},
+                       phase_seconds={"forward": 0.2, "backward": 0.3})  # fmt: skip
 
 
 def read(folder):
@@ -42,6 +43,7 @@ def test_a_training_line_has_the_promised_keys_and_figures(tmp_path, capsys):
     assert (line["tokens_per_second"], line["tokens_per_second_per_gpu"]) == (2000.0, 1000.0)
     assert (line["mfu"], line["mfu_causal"]) == (pytest.approx(0.06), pytest.approx(0.05))
     assert line["epoch/code"] == 0.25
+    assert (line["seconds/forward"], line["seconds/backward"]) == (0.2, 0.3)
     shown = capsys.readouterr().err
     assert shown.count("\n") == 1 and shown.startswith("step 2/10  loss 2.0000  2k tokens/s  MFU 6.0%")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import shutil
 
@@ -39,9 +40,11 @@ def runs(tiny_config, tmp_path_factory):
         "gpt2": ["model={family: gpt2, dim: 32, num_layers: 2, num_heads: 4, dropout: 0.1}"],
         "z-loss": ["train.z_loss=0.01"],
         "smoothed": ["train.label_smoothing=0.2", "train.z_loss=0.01", "eval={every_steps: 20, max_rows: 8}"],
+        "profiled": ["train.profile_steps=[3, 20]"],
+        "out-of-memory": ["checkpoint.every_steps=2"],
         "tensors": ["log.tensorboard=true", "eval={every_steps: 10, max_rows: 4}"],
     }  # fmt: skip
-    extra = {"best-fails": {"signal_at": 9, "fail_save": [8]}}
+    extra = {"out-of-memory": {"out_of_memory": 4}, "best-fails": {"signal_at": 9, "fail_save": [8]}}
     listed = [
         {"overrides": [f"run.dir={folder}/{name}", *overrides]} | extra.get(name, {})
         for name, overrides in cases.items()
@@ -129,6 +132,39 @@ def test_z_loss_and_smoothing_are_minimised_and_the_reported_loss_is_without_the
     held_out = evaluations(runs[1] / "smoothed")[20]
     assert abs(held_out - lines[-1]["loss"]) < 0.5  # cross-entropy, not the smoothed objective
     assert held_out < lines[-1]["objective"] - 0.3
+
+
+def test_steps_are_traced_as_asked(runs):
+    outcomes, folder = runs
+    assert losses(folder / "profiled") == losses(folder / "plain")
+    paths = sorted((folder / "profiled/profile").iterdir())
+    assert [path.name for path in paths] == [f"step-{n:08d}.rank-0.pt.trace.json.gz" for n in (3, 20)]
+    with gzip.open(paths[0], "rt") as file:
+        names = {event.get("name") for event in json.load(file)["traceEvents"]}
+    assert {"aten::mm", "aten::embedding"} <= names
+    events = [line for line in metric_lines(folder / "profiled") if line.get("event") == "profile"]
+    assert [event["message"] for event in events] == [str(path) for path in paths]
+
+
+def test_phases_add_up_to_the_step(runs):
+    lines = [line for line in metric_lines(runs[1] / "plain") if "loss" in line]
+    phases = ("data", "forward", "backward", "optimizer", "others")
+    for line in lines:
+        seconds = [line[f"seconds/{phase}"] for phase in phases]
+        assert min(seconds) >= 0
+        assert sum(seconds) == pytest.approx(line["step_seconds"], abs=2e-3)
+    assert lines[-1]["seconds/backward"] > lines[-1]["seconds/optimizer"]
+
+
+def test_a_run_that_is_out_of_memory_says_what_to_change(runs):
+    outcomes, folder = runs
+    assert outcomes["out-of-memory"].startswith("TrainingError: step 4: rank 0 ran out of memory (")
+    assert (
+        "Halve train.micro_batch_size (train.global_batch_size stays, and so does the loss)"
+        in outcomes["out-of-memory"]
+    )
+    assert list_steps(folder / "out-of-memory/checkpoints") == [2]
+    assert json.loads((folder / "out-of-memory/status.json").read_text())["status"] == "failed"
 
 
 def test_tensorboard_has_the_metrics(runs):

@@ -1,8 +1,8 @@
 """Runs training cases one after the other in one start of the ranks, since a DeepSpeed start costs 10 s and more.
 
 Started by the tests on every rank: `cases.py CONFIG CASES.json`. CASES.json holds a list of
-{"overrides": [...], and by choice "signal_at", "signal_rank", "poison", "damage", "fail_save", "lose_state"}. What a
-case leaves behind is in its run folder.
+{"overrides": [...], and by choice "signal_at", "signal_rank", "poison", "out_of_memory", "damage", "fail_save",
+"lose_state"}. What a case leaves behind is in its run folder.
 """
 
 from __future__ import annotations
@@ -86,6 +86,14 @@ def run_case(case: dict, config_path: str, ranks) -> str:
             return original(run)
 
         train_module.train_step = step_then_signal
+    if "out_of_memory" in case:  # memory ends in this step
+
+        def step_without_memory(run):
+            if run.progress.step + 1 == case["out_of_memory"]:
+                torch.empty(2**60)
+            return original(run)
+
+        train_module.train_step = step_without_memory
     if "poison" in case:  # gradients of these steps are not finite on the last rank
 
         def poisoned_step(run):

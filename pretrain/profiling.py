@@ -1,0 +1,140 @@
+"""Where a step's time and memory go: seconds by phase, traces of torch's profiler, and what to do when memory ends."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from pretrain.errors import TrainingError
+
+MEMORY_ENTRIES = 100_000  # allocations and frees that a snapshot shows
+
+
+class PhaseClock:
+    """Seconds of one step by phase, without waiting for the device.
+
+    On a GPU a mark is an event in the stream; `seconds` may be called once the host has waited for the last one, as it
+    does when it reads the loss.
+
+    Args:
+        device: where the step runs.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._on_gpu = device.type == "cuda"
+        self._marks: list[tuple[str, float | torch.cuda.Event]] = []
+        self.mark("")
+
+    def mark(self, phase: str) -> None:
+        """Say that what was done since the last mark was this phase; one may come several times."""
+        if self._on_gpu:
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self._marks.append((phase, event))
+        else:
+            self._marks.append((phase, time.perf_counter()))
+
+    def seconds(self) -> dict[str, float]:
+        """Sum the seconds of each phase."""
+        found: dict[str, float] = defaultdict(float)
+        for (_, begin), (phase, end) in zip(self._marks, self._marks[1:], strict=False):
+            if isinstance(begin, torch.cuda.Event) and isinstance(end, torch.cuda.Event):
+                found[phase] += begin.elapsed_time(end) / 1e3
+            elif isinstance(begin, float) and isinstance(end, float):
+                found[phase] += end - begin
+        return dict(found)
+
+
+class Profiler:
+    """Traces of the steps that a config names, and snapshots of GPU memory.
+
+    Args:
+        folder: run folder; files go to `profile/` in it.
+        steps: that are traced.
+        rank: of this process. Rank 0 writes traces; every rank writes what its memory held when it ended.
+        device: where the steps run.
+        report: called with a kind of event and a message.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        steps: list[int],
+        rank: int,
+        device: torch.device,
+        report: Callable[[str, str], None],
+    ) -> None:
+        self.folder, self.rank, self.device, self._report = folder / "profile", rank, device, report
+        self.steps = set(steps) if rank == 0 else set()
+        if self.steps and device.type == "cuda":
+            torch.cuda.memory._record_memory_history(max_entries=MEMORY_ENTRIES)
+
+    @contextmanager
+    def watch(self, step: int) -> Iterator[None]:
+        """Enclose one step: trace it if it is to be, and explain it if memory ends in it.
+
+        Raises:
+            TrainingError: memory ended.
+        """
+        try:
+            if step in self.steps:
+                with self._trace(step):
+                    yield
+            else:
+                yield
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            raise TrainingError(self._explain(step, error)) from error
+
+    @contextmanager
+    def _trace(self, step: int) -> Iterator[None]:
+        activities = [torch.profiler.ProfilerActivity.CPU]
+        if self.device.type == "cuda":
+            activities.append(torch.profiler.ProfilerActivity.CUDA)
+        with torch.profiler.profile(activities=activities, record_shapes=True, profile_memory=True) as profile:
+            yield
+        # the name by which TensorBoard's profiler plugin finds it; Perfetto opens any
+        path = self.folder / f"step-{step:08d}.rank-{self.rank}.pt.trace.json.gz"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            profile.export_chrome_trace(str(path))
+            snapshot = self._snapshot(step)
+        except OSError as error:
+            self._report("profile_failed", f"{path}: {error.strerror}")
+            return
+        self._report("profile", f"{path}" + (f" and {snapshot}" if snapshot else ""))
+
+    def _snapshot(self, step: int) -> Path | None:
+        """Write what GPU memory holds, in the format of https://pytorch.org/memory_viz; None on a CPU."""
+        if self.device.type != "cuda":
+            return None
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / f"step-{step:08d}.rank-{self.rank}.memory.pickle"
+        torch.cuda.memory._dump_snapshot(str(path))
+        return path
+
+    def _explain(self, step: int, error: RuntimeError) -> str:
+        kind = "GPU memory" if self.device.type == "cuda" else "memory"
+        try:
+            snapshot = self._snapshot(step)
+        except OSError:
+            snapshot = None  # the disk is full as well; the message below is what matters
+        first = str(error).strip().splitlines()[0]
+        where = f" What it held: {snapshot} (open it at https://pytorch.org/memory_viz)." if snapshot else ""
+        return (
+            f"step {step}: rank {self.rank} ran out of {kind} ({first}); expected a micro-batch that fits. Halve "
+            "train.micro_batch_size (train.global_batch_size stays, and so does the loss), then "
+            "train.activation_checkpointing=full, then parallel.zero_stage one higher. The same command goes on from "
+            f"the newest checkpoint.{where}"
+        )
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Tell whether an error of torch says that memory ended, of a GPU or of the machine."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
