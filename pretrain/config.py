@@ -248,8 +248,10 @@ class TrainSection(Section):
         0.0,
         description="Share of each target that is spread evenly over all tokens. The reported `loss` is without it.",
     )
-    activation_checkpointing: Literal["none", "full"] = Field(
-        "none", description="`full` keeps each block's input only and computes the block again in the backward pass."
+    activation_checkpointing: Literal["none", "selective", "full"] = Field(
+        "none",
+        description="`selective` keeps what matrix products and attention return, and computes norms, RoPE and "
+        "activations again in the backward pass; `full` keeps each block's input only and computes all of it again.",
     )
     deterministic: Bool = Field(
         False, description="On a GPU, choose algorithms that give the same bits on every run. A CPU's always do."
@@ -275,6 +277,11 @@ class ParallelSection(Section):
         ge=0,
         le=3,
         description="DeepSpeed ZeRO: 0 divides nothing, 1 optimizer states, 2 gradients too, 3 weights too.",
+    )
+    overlap_comm: Bool = Field(
+        False,
+        description="DeepSpeed sends gradients while the backward pass goes on. Off, because its versions had races: "
+        "NaN or wrong gradients, without an error (DeepSpeed #5545, #8061). Compare the losses of both first.",
     )
     timeout_seconds: Count = Field(1800, description="A rank that waits longer than this for the others fails.")
 

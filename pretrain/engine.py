@@ -135,7 +135,7 @@ def deepspeed_settings(config: Config, plan: BatchPlan, num_parameters: int) -> 
         "zero_allow_untested_optimizer": True,
         "zero_optimization": {
             "stage": stage,
-            "overlap_comm": False,  # races and NaN: DeepSpeed #5545, #8061
+            "overlap_comm": config.parallel.overlap_comm,
             "contiguous_gradients": True,
             # DeepSpeed allocates a bucket of this many elements whatever the model's size; its default is 2 GB in fp32.
             "reduce_bucket_size": min(num_parameters, 500_000_000),

@@ -8,13 +8,13 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from kernels.dropout import SITE_EMBEDDING, DropoutKey, dropout
 from kernels.rope import RopeScaling, rope_tables
 from kernels.visibility import visibility
 from pretrain.families import ModelShape
 from pretrain.layers import Block, Context, Embedding, Output, make_norm
+from pretrain.recompute import recomputed
 
 
 class KVCache:
@@ -84,7 +84,8 @@ class Transformer(nn.Module):
         Args:
             shape: from `families.resolve_shape`.
             seed: fixes the initial weights and dropout.
-            activation_checkpointing: `full` computes each block again in the backward pass, `none` does not.
+            activation_checkpointing: `full` computes each block again in the backward pass, `selective` what is cheap
+                of it, `none` nothing.
             z_loss: part of the training objective, as in `linear_cross_entropy`.
             label_smoothing: likewise.
         """
@@ -223,11 +224,8 @@ class Transformer(nn.Module):
         context = Context(visible, tables, key, None if cache is None else cache.layers)
         residual_BTD = None
         for block in self.blocks:
-            if self.activation_checkpointing == "full" and torch.is_grad_enabled():
-                # Dropout is a function of its key, so no random state needs to be kept for the second computation.
-                x_BTD, residual_BTD = checkpoint(
-                    block, x_BTD, residual_BTD, context, use_reentrant=False, preserve_rng_state=False
-                )
+            if self.activation_checkpointing != "none" and torch.is_grad_enabled():
+                x_BTD, residual_BTD = recomputed(self.activation_checkpointing, block, x_BTD, residual_BTD, context)
             else:
                 x_BTD, residual_BTD = block(x_BTD, residual_BTD, context)
         return self.final_norm(x_BTD, residual_BTD)[0]

@@ -109,6 +109,7 @@ _SPELLINGS_OF = {
     "train.deterministic": "deterministic_mode cudnn_deterministic full_determinism",
     "parallel.zero_stage": "zero_optimization zero stage zero_optimization_stage data_parallel_shard_degree"
     " use_distributed_optimizer dp_config",
+    "parallel.overlap_comm": "overlap_grad_reduce",
     "parallel.timeout_seconds": "distributed_timeout_minutes ddp_timeout init_timeout_seconds dist_timeout",
     "eval.every_steps": "eval_interval eval_steps val_check_interval eval_every evaluation_interval eval_freq"
     " evaluation_strategy freq eval_strategy",

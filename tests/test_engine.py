@@ -40,6 +40,11 @@ def test_settings_follow_the_batch_plan():
     assert settings["zero_optimization"]["reduce_bucket_size"] == 1000
 
 
+def test_communication_overlaps_only_if_asked():
+    config = config_of(parallel={"zero_stage": 2, "overlap_comm": True})
+    assert deepspeed_settings(config, BatchPlan.of(config, 2), 1000)["zero_optimization"]["overlap_comm"]
+
+
 def test_stage_0_clips_here_and_not_in_deepspeed():
     config = config_of(parallel={"zero_stage": 0})
     assert deepspeed_settings(config, BatchPlan.of(config, 1), 10**10)["gradient_clipping"] == 0.0

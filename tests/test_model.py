@@ -1,8 +1,10 @@
 import math
+from collections import Counter as Counts
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pretrain.config import ModelSection
 from pretrain.families import resolve_shape
@@ -276,14 +278,56 @@ def test_bf16_stays_near_fp32(options):
 def test_activation_checkpointing_changes_nothing(options):
     tokens, targets, starts = batch()
     losses, grads = [], []
-    for kind in ("none", "full"):
+    for kind in ("none", "full", "selective"):
         model = build(options, checkpointing=kind, dropout=0.2, attention_dropout=0.2)
         loss, _ = model(tokens, targets, starts, torch.tensor([3, 4]), 7)
         loss.backward()
         losses.append(loss)
         grads.append([p.grad for p in model.parameters()])
-    assert torch.equal(*losses)
-    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+    for other in (1, 2):
+        assert torch.equal(losses[0], losses[other])
+        assert all(torch.equal(a, b) for a, b in zip(grads[0], grads[other], strict=True))
+
+
+class Counter(TorchDispatchMode):
+    """Counts calls of operators by name, and what they return, in elements."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = Counts()
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        self.calls[operator.__name__.partition(".")[0]] += 1
+        return operator(*args, **(kwargs or {}))
+
+
+@FAMILIES
+def test_selective_checkpointing_repeats_no_product_and_keeps_less(options):
+    tokens, targets, starts = batch()
+    calls, kept = {}, {}
+    for kind in ("none", "selective", "full"):
+        model = build(options, checkpointing=kind)
+        sizes = []
+
+        def keep(x, sizes=sizes):
+            sizes.append(x.numel())
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            loss, _ = model(tokens, targets, starts)
+        kept[kind] = sum(sizes)
+        with Counter() as counter:
+            loss.backward()
+        calls[kind] = counter.calls
+    products = {kind: sum(found[name] for name in ("mm", "addmm", "bmm")) for kind, found in calls.items()}
+    assert products["none"] == products["selective"] < products["full"]
+    attention = "_scaled_dot_product_flash_attention_for_cpu"
+    assert calls["selective"][attention] == calls["none"][attention] == 0
+    assert calls["full"][attention] > 0 or "attention_softcap" in options  # which is matrix products
+    assert calls["none"]["rsqrt"] + calls["none"]["native_layer_norm"] < (
+        calls["selective"]["rsqrt"] + calls["selective"]["native_layer_norm"]
+    )
+    assert kept["full"] <= kept["selective"] < kept["none"]
 
 
 @FAMILIES

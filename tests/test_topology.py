@@ -25,6 +25,10 @@ def topology_cases(num_ranks, folder):
         {"overrides": [f"run.dir={folder}/r{num_ranks}-z{stage}-a{accumulation}", f"parallel.zero_stage={stage}",
                        f"train.micro_batch_size={16 // (num_ranks * accumulation)}"]}
         for stage in STAGES for accumulation in (1, 2, 4)
+    ] + [
+        {"overrides": [f"run.dir={folder}/r{num_ranks}-z{stage}-overlap", f"parallel.zero_stage={stage}",
+                       f"train.micro_batch_size={8 // num_ranks}", "parallel.overlap_comm=true"]}
+        for stage in (1, 2, 3)
     ]  # fmt: skip
 
 

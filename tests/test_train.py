@@ -29,6 +29,7 @@ def runs(tiny_config, tmp_path_factory):
         "plain": [],
         "deterministic": ["train.deterministic=true"],
         "recomputed": ["train.activation_checkpointing=full"],
+        "recomputed-selectively": ["train.activation_checkpointing=selective"],
         "early": ["optim.lr=0.3", "optim.clip_norm=0", "schedule={name: constant}", "train.num_steps=60",
                   "eval={every_steps: 3, patience: 2, max_rows: 8}"],
         "best": ["eval={every_steps: 4, max_rows: 8}", "checkpoint={every_steps: 5, keep_last: 2}"],
@@ -60,6 +61,7 @@ def evaluations(run):
 def test_recomputing_activations_or_determinism_change_nothing_on_a_cpu(runs):
     assert losses(runs[1] / "deterministic") == losses(runs[1] / "plain")
     assert losses(runs[1] / "recomputed") == losses(runs[1] / "plain")
+    assert losses(runs[1] / "recomputed-selectively") == losses(runs[1] / "plain")
 
 
 def test_early_stopping_keeps_the_best(runs):
