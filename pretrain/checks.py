@@ -170,6 +170,9 @@ def _batch_problems(config: Config) -> Iterator[Problem]:
             f"train.micro_batch_size is {micro}; expected a divisor of train.global_batch_size ({rows}). Use "
             f"{divisor}, or a global batch of {math.ceil(rows / micro) * micro}.",
         )
+    if config.train.grad_accum_dtype == "bf16" and config.train.precision != "bf16":
+        text = f"train.grad_accum_dtype is bf16; expected fp32 with train.precision {config.train.precision}. Use fp32."
+        yield Problem("train.grad_accum_dtype", text)
 
 
 def _evaluation_problems(config: Config) -> Iterator[Problem]:

@@ -240,6 +240,11 @@ class TrainSection(Section):
     precision: Literal["bf16", "fp16", "fp32"] = Field(
         "bf16", description="Arithmetic of the model; master weights and moments are fp32 always. fp16 needs a GPU."
     )
+    grad_accum_dtype: Literal["fp32", "bf16"] = Field(
+        "fp32",
+        description="In which gradients of micro-steps and ranks are summed. bf16, with precision bf16 only, halves "
+        "their memory, and rounds every sum.",
+    )
     z_loss: float = Field(
         0.0, ge=0, le=1, description="Weight of log(sum(exp(logits)))^2 in the objective, which keeps logits from "
         "drifting; 1e-4 is usual. The `loss` that is reported never contains it."

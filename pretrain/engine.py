@@ -141,7 +141,7 @@ def deepspeed_settings(config: Config, plan: BatchPlan, num_parameters: int) -> 
             "reduce_bucket_size": min(num_parameters, 500_000_000),
             "allgather_bucket_size": min(num_parameters, 500_000_000),
         },
-        "data_types": {"grad_accum_dtype": "fp32"},
+        "data_types": {"grad_accum_dtype": config.train.grad_accum_dtype},
     }
     if config.train.precision == "bf16":
         settings["bf16"] = {"enabled": True}

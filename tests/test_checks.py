@@ -138,6 +138,13 @@ def test_warmup_fits_into_the_run() -> None:
     assert texts_of(config) == [("schedule.warmup_steps", message)]
 
 
+def test_gradients_are_summed_in_bf16_with_bf16_only() -> None:
+    assert texts_of(config_of(train__precision="bf16", train__grad_accum_dtype="bf16")) == []
+    message = "train.grad_accum_dtype is bf16; expected fp32 with train.precision fp32. Use fp32."
+    found = texts_of(config_of(train__precision="fp32", train__grad_accum_dtype="bf16"))
+    assert found == [("train.grad_accum_dtype", message)]
+
+
 def test_steps_that_are_traced_are_steps_of_the_run() -> None:
     assert texts_of(config_of(train__profile_steps=[1, 100])) == []
     message = "train.profile_steps has 101; expected at most the run's 100 steps. Use 100."

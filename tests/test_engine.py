@@ -40,6 +40,11 @@ def test_settings_follow_the_batch_plan():
     assert settings["zero_optimization"]["reduce_bucket_size"] == 1000
 
 
+def test_gradients_are_summed_as_asked():
+    config = config_of(train={"precision": "bf16", "grad_accum_dtype": "bf16"})
+    assert deepspeed_settings(config, BatchPlan.of(config, 2), 1000)["data_types"] == {"grad_accum_dtype": "bf16"}
+
+
 def test_communication_overlaps_only_if_asked():
     config = config_of(parallel={"zero_stage": 2, "overlap_comm": True})
     assert deepspeed_settings(config, BatchPlan.of(config, 2), 1000)["zero_optimization"]["overlap_comm"]

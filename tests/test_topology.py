@@ -111,6 +111,20 @@ def test_resuming_after_a_signal_is_bitwise(tiny_config, tmp_path):
     assert fp32 != bf16 and relative_difference(bf16, fp32) < 0.02
 
 
+def test_gradients_summed_in_bf16_train_and_resume(tiny_config, tmp_path):
+    cases = []
+    for stage in (1, 2, 3):
+        common = [f"parallel.zero_stage={stage}", "train.precision=bf16", "train.micro_batch_size=2"]
+        short = [f"run.dir={tmp_path}/{stage}-bf16", *common, "train.grad_accum_dtype=bf16"]
+        cases += [{"overrides": [f"run.dir={tmp_path}/{stage}-fp32", *common]}]
+        cases += [{"overrides": short, "signal_at": 9}, {"overrides": short}]
+    assert run_cases(tiny_config, cases, 2, tmp_path / "ranks") == ["done", "stopped", "done"] * 3
+    for stage in (1, 2, 3):
+        short, exact = losses(tmp_path / f"{stage}-bf16"), losses(tmp_path / f"{stage}-fp32")
+        assert len(short) == 20 and short != exact
+        assert relative_difference(short, exact) < 0.01
+
+
 def test_a_checkpoint_moves_to_other_stages(tiny_config, tmp_path):
     chain = [0, 1, 2, 3, 1, 0]
     cases = [
