@@ -94,8 +94,9 @@ def measure(kind: str, shape: tuple[int, ...], dtype: torch.dtype, device: str) 
 def strided(kind: str, dtype: torch.dtype, device: str) -> list[tuple[Tensor, Tensor]]:
     """Return inputs and gradients that are slices of wider, transposed or expanded tensors."""
     wide, dense = drawn((2, 4, 6, 96), dtype, device), drawn((2, 2, 64, 3), dtype, device).transpose(2, 3)
-    xs = [wide[:, ::2, 2:5, 16:80], wide[:, :2, :3, ::3], wide.transpose(1, 2)[:, :2, :3, :64]]
+    rows = drawn((2, 2, 3, 96), dtype, device)[..., 16:80]  # the only one that can be viewed as rows
+    xs = [rows, wide[:, ::2, 2:5, 16:80], wide[:, :2, :3, ::3], wide.transpose(1, 2)[:, :2, :3, :64]]
     xs += [dense, dense[:, :, :1].expand(2, 2, 3, 64)]
-    grads = [drawn((2, 64, 3, 2), dtype, device, 1).permute(3, 0, 2, 1), wide[:, :2, 3:, 16:80]]
+    grads = [drawn((2, 64, 3, 2), dtype, device, 1).permute(3, 0, 2, 1), rows, wide[:, :2, 3:, 16:80]]
     grads.append(torch.ones((), dtype=dtype, device=device).expand(2, 2, 3, 64))  # as of .sum().backward()
     return [(x, grad[..., : grad_for(kind, x).shape[-1]]) for x in xs for grad in grads]
