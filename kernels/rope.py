@@ -12,8 +12,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from kernels.dispatch import use_triton
 
 
 @dataclass(frozen=True)
@@ -111,7 +115,7 @@ def rope_truth(x_BTHC: Tensor, cos_BT1R: Tensor, sin_BT1R: Tensor) -> Tensor:
 
 
 def rope(x_BTHC: Tensor, cos_BT1R: Tensor, sin_BT1R: Tensor) -> Tensor:
-    """Rotate queries or keys by the angles of their positions.
+    """Rotate queries or keys, or both side by side, by the angles of their positions.
 
     Args:
         x_BTHC: heads, any strides; never changed in place.
@@ -119,8 +123,10 @@ def rope(x_BTHC: Tensor, cos_BT1R: Tensor, sin_BT1R: Tensor) -> Tensor:
         sin_BT1R: fp32 sines.
 
     Returns:
-        `[B, T, H, C]`, contiguous, in the dtype of `x_BTHC`.
+        `[B, T, H, C]`, contiguous, in the dtype of `x_BTHC`, rounded once.
     """
+    if use_triton(x_BTHC) and x_BTHC.dtype != torch.float64:
+        return _rope_op(x_BTHC, cos_BT1R, sin_BT1R, False)
     return _Rope.apply(x_BTHC, cos_BT1R, sin_BT1R)
 
 
@@ -146,3 +152,110 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     out[..., :half] = (first * cos).sub_(second * sin)
     out[..., half:] = (second * cos).add_(first * sin)
     return out
+
+
+@triton.jit
+def _rope_kernel(
+    x_ptr: tl.tensor,
+    cos_ptr: tl.tensor,
+    sin_ptr: tl.tensor,
+    y_ptr: tl.tensor,
+    x_stride_b: tl.tensor,
+    x_stride_t: tl.tensor,
+    x_stride_h: tl.tensor,
+    table_stride_b: tl.tensor,
+    table_stride_t: tl.tensor,
+    T: tl.tensor,
+    HEADS: tl.constexpr,
+    PAIRS: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BACK: tl.constexpr,
+) -> None:
+    tiles = tl.cdiv(T, BLOCK_T)  # of a row
+    row = (tl.program_id(0) // tiles).to(tl.int64)  # products with strides pass 2**31
+    token = (tl.program_id(0) % tiles).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)[:, None, None]
+    pair = tl.arange(0, BLOCK_R)[None, None, :]
+    turned = (token < T) & (pair < PAIRS)
+    table = row * table_stride_b + token * table_stride_t + pair
+    cos = tl.load(cos_ptr + table, mask=turned, other=0.0)
+    sin = tl.load(sin_ptr + table, mask=turned, other=0.0)
+    if BACK:
+        sin = -sin
+    for first_head in range(0, HEADS, BLOCK_H):  # once, but for very many heads
+        head = (first_head + tl.arange(0, BLOCK_H)).to(tl.int64)[None, :, None]
+        inside = turned & (head < HEADS)
+        x = x_ptr + row * x_stride_b + token * x_stride_t + head * x_stride_h + pair
+        first = tl.load(x, mask=inside, other=0.0).to(tl.float32)
+        second = tl.load(x + PAIRS, mask=inside, other=0.0).to(tl.float32)
+        y = y_ptr + ((row * T + token) * HEADS + head) * (2 * PAIRS) + pair
+        tl.store(y, (first * cos - second * sin).to(y_ptr.dtype.element_ty), mask=inside)
+        tl.store(y + PAIRS, (second * cos + first * sin).to(y_ptr.dtype.element_ty), mask=inside)
+
+
+def rope_tile(num_heads: int, head_dim: int) -> tuple[int, int, int, int]:
+    """Choose the tile of one program: a few tokens with all their heads, so that their angles are read once.
+
+    Args:
+        num_heads: heads that are turned together.
+        head_dim: width of one head.
+
+    Returns:
+        Tokens, heads and pairs, powers of two, and warps: 16 pairs a thread, two loads of 16 bytes from each half.
+    """
+    block_r = triton.next_power_of_2(head_dim // 2)
+    block_h = min(triton.next_power_of_2(num_heads), max(4096 // block_r, 1))
+    block_t = min(max(2048 // (block_h * block_r), 1), 16)
+    return block_t, block_h, block_r, min(max(block_t * block_h * block_r // 512, 1), 8)
+
+
+def _tables_of(x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Bring both tables to `[B, T, 1, R]` with the same strides, those of pairs 1."""
+    B, T, _, C = x.shape
+    for table in (cos, sin):
+        if table.dtype != torch.float32 or table.dim() != 4 or table.shape[2:] != (1, C // 2) or C % 2 == 1:
+            raise ValueError(
+                f"a table of heads {tuple(x.shape)} is {tuple(table.shape)} {table.dtype}; "
+                f"expected {(B, T, 1, C // 2)} torch.float32 and an even width of heads."
+            )
+    cos, sin = cos.expand(B, T, 1, -1), sin.expand(B, T, 1, -1)
+    if cos.stride() == sin.stride() and cos.stride(-1) == 1:
+        return cos, sin
+    return cos.contiguous(), sin.contiguous()
+
+
+@torch.library.custom_op("longhaul::rope", mutates_args=())
+def _rope_op(x: Tensor, cos: Tensor, sin: Tensor, back: bool) -> Tensor:
+    """Turn by the angles, or `back` by them, which is the gradient."""
+    cos, sin = _tables_of(x, cos, sin)
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    B, T, H, C = x.shape
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if y.numel() > 0:
+        block_t, block_h, block_r, num_warps = rope_tile(H, C)
+        with torch.cuda.device_of(x):
+            _rope_kernel[(B * triton.cdiv(T, block_t),)](
+                x, cos, sin, y, *x.stride()[:3], *cos.stride()[:2], T,
+                HEADS=H, PAIRS=C // 2, BLOCK_T=block_t, BLOCK_H=block_h, BLOCK_R=block_r, BACK=back,
+                num_warps=num_warps,
+            )  # fmt: skip
+    return y
+
+
+@_rope_op.register_fake
+def _(x: Tensor, cos: Tensor, sin: Tensor, back: bool) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, cos, sin, ctx.back = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(cos, sin)
+
+
+def _turn_back(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, None, None, None]:
+    return None if grad is None else _rope_op(grad, *ctx.saved_tensors, not ctx.back), None, None, None
+
+
+_rope_op.register_autograd(_turn_back, setup_context=_keep)

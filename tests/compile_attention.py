@@ -23,7 +23,7 @@ from triton.compiler import ASTSource
 from kernels.attention_backward import delta_kernel, grad_kv_kernel, grad_q_kernel
 from kernels.attention_forward import forward_kernel
 from kernels.tile_table import Tile, read_table
-from tests.compile_norms import assemble
+from tests.compile_programs import assemble
 
 PROGRAMS = {
     "forward": forward_kernel,

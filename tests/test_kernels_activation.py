@@ -4,6 +4,11 @@ import pytest
 import torch
 
 from kernels.activation import gelu, swiglu, swiglu_truth
+from tests.interpreter_process import run_interpreted
+
+
+def test_triton_in_the_interpreter():
+    run_interpreted("tests/interpreter_operators.py", "swiglu or gelu")
 
 
 def test_values():

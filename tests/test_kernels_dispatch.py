@@ -40,15 +40,21 @@ def test_no_more_programs_than_rows():
     assert num_programs(torch.zeros(1), 0, 4) == 0
 
 
-def test_norms_compile_for_ampere_and_hopper_without_spills_or_fp64(tmp_path):
+def test_programs_compile_for_ampere_and_hopper_without_spills_or_fp64(tmp_path):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "tests/compile_norms.py", "768", "8192"]
+    command = [sys.executable, "tests/compile_programs.py", "768", "8192"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     reports = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(reports) == 2 * 2 * 2 * 2  # norms, directions, GPUs, widths
+    rows = 2 * 2 + 2  # norms and SwiGLU, forward and backward
+    assert len(reports) == 2 * (2 * rows + 2 + 5)  # GPUs; widths, GELU, and five shapes of heads
     for report in reports:
         assert report["spilled_bytes"] == 0, report
         assert report["f64"] == 0, report
         assert report["wide_loads"] > 0, report
+        if "norm" not in report["kernel"]:
+            assert report["registers"] <= 64, report
+            assert report["wide_stores"] == report["stores"], report
+            # the angles of heads of 80 are read one by one and spread through shared memory
+            assert report["loads"] - report["wide_loads"] <= (2 if report["shape"] == "12x80" else 0), report

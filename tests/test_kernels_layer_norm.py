@@ -1,32 +1,12 @@
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
 from kernels.layer_norm import add_layer_norm, layer_norm
-
-ROOT = Path(__file__).resolve().parent.parent
+from tests.interpreter_process import run_interpreted
 
 
 def test_triton_in_the_interpreter():
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "tests/interpreter_norms.py",
-        "-k",
-        "layernorm",
-    ]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert " passed" in done.stdout, done.stdout
+    run_interpreted("tests/interpreter_norms.py", "layernorm")
 
 
 def test_values():

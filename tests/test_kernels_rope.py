@@ -3,7 +3,21 @@ import math
 import pytest
 import torch
 
-from kernels.rope import RopeScaling, rope, rope_tables, rope_truth
+from kernels.rope import RopeScaling, rope, rope_tables, rope_tile, rope_truth
+from tests.interpreter_process import run_interpreted
+
+
+def test_triton_in_the_interpreter():
+    run_interpreted("tests/interpreter_operators.py", "rope or Rope")
+
+
+@pytest.mark.parametrize("head_dim", [2, 6, 64, 80, 128, 256])
+@pytest.mark.parametrize("num_heads", [1, 2, 5, 20, 40, 136])
+def test_a_tile_holds_all_pairs_and_fits_the_registers(num_heads, head_dim):
+    tokens, heads, pairs, num_warps = rope_tile(num_heads, head_dim)
+    assert all(size & (size - 1) == 0 for size in (tokens, heads, pairs, num_warps))
+    assert pairs >= head_dim // 2 and tokens * heads * pairs <= 16 * 32 * max(num_warps, 1)
+    assert heads >= num_heads or heads * pairs == 4096
 
 
 def tables(length=6, head_dim=8, theta=100.0):
