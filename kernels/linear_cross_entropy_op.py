@@ -24,8 +24,8 @@ from kernels.matmul import add_matmul, matmul_into
 
 CHUNK_ELEMENTS = 2**28  # 1 GiB of logits: 2092 tokens of 128k classes
 CHUNK_ROWS = 4096  # each chunk passes over the gradient of the weights: fewer, larger chunks where memory allows
-# fp16 has nothing between 0 and 6e-8, which many probabilities among 128k classes are below. A gradient of a logit is at
-# most 1 + 2 z_loss lse: up to 63 of it is finite in fp16 after this factor, which backward divides by in fp32.
+# fp16 has nothing between 0 and 6e-8, and many probabilities among 128k classes are smaller. A gradient of a logit is
+# at most 1 + 2 z_loss lse; times this, up to 63 of it is finite in fp16. The backward pass divides by it, in fp32.
 _GRAD_SCALE_FP16 = 2.0**10
 
 _Options = tuple[float, float, float | None]  # z_loss, label_smoothing, softcap
