@@ -33,7 +33,7 @@ def several_blocks(monkeypatch):
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_errors_stay_within_twice_those_of_eager_code(dtype, options):
-    for num_tokens, num_classes in ((0, 7), (33, 1), (1, 7), (33, 100), (2, 4097)):
+    for num_tokens, num_classes in ((0, 7), (3, 1), (1, 7), (33, 100), (2, 4097)):
         ratio = measure(draw(num_tokens, num_classes, dtype), num_classes, **options)
         assert ratio <= 1.0, f"{num_tokens} x {num_classes}: {ratio:.2f} of the bound"
 
@@ -41,19 +41,19 @@ def test_errors_stay_within_twice_those_of_eager_code(dtype, options):
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_rows_of_several_blocks_whose_gradient_lies_over_their_logits(several_blocks, dtype, options):
-    for num_classes in (65, 192, 355):
-        assert measure(draw(6, num_classes, dtype), num_classes, **options) <= 1.0
+    for num_classes in (192, 355):
+        assert measure(draw(4, num_classes, dtype), num_classes, **options) <= 1.0
 
 
 @pytest.mark.parametrize("options", [{}, OPTIONS[-1]], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("rows", [5, 12])
+@pytest.mark.parametrize("rows", [5, 8])
 def test_chunks_give_what_one_chunk_gives(rows, dtype, options, monkeypatch):
-    x, weight, targets = draw(33, 100, dtype)
+    x, weight, targets = draw(17, 100, dtype)
     whole = results(lambda *a, **o: linear_cross_entropy(*a, 100, **o), x, weight, targets, 0.7, **options)
     monkeypatch.setattr(operator, "CHUNK_ELEMENTS", rows * 100)
     monkeypatch.setattr(operator, "CHUNK_ROWS", 1)
-    assert operator.chunk_rows(33, 100) <= rows
+    assert operator.chunk_rows(17, 100) <= rows
     parts = results(lambda *a, **o: linear_cross_entropy(*a, 100, **o), x, weight, targets, 0.7, **options)
     for a, b in zip(parts, whole, strict=True):
         torch.testing.assert_close(a, b, rtol=1.6e-2 if dtype == torch.bfloat16 else 1e-3, atol=1e-5)
@@ -61,7 +61,7 @@ def test_chunks_give_what_one_chunk_gives(rows, dtype, options, monkeypatch):
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_equals_the_truth(options):
-    x, weight, targets = draw(33, 100, torch.float32)
+    x, weight, targets = draw(9, 100, torch.float32)
     found = results(lambda *a, **o: linear_cross_entropy(*a, 100, **o), x, weight, targets, 0.7, **options)
     truth = results(lambda *a, **o: linear_cross_entropy_truth(*a, 100, **o), x, weight, targets, 0.7, **options)
     for a, b in zip(found, truth, strict=True):
@@ -180,7 +180,7 @@ def test_factors_of_two_dtypes_are_multiplied_in_the_wider():
 
 
 def test_the_same_bits_every_time():
-    x, weight, targets = draw(33, 100, torch.float32)
+    x, weight, targets = draw(9, 100, torch.float32)
     first, second = (results(lambda *a: linear_cross_entropy(*a, 100), x, weight, targets, 1.0) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
@@ -194,6 +194,7 @@ def test_rows_that_lie_past_two_to_the_31(several_blocks, grad_dtype):
         pytest.skip("8 GiB of address space cannot be had")
     near, far = program.new_logits(3, 100, memory.device), memory.as_strided((3, 100), (stride, 1))
     near.copy_(torch.randn(3, 100))
+    near[1] = float("nan")  # not scored: not read
     far.copy_(near)
     found = []
     for logits in (near, far):
