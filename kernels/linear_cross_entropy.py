@@ -15,10 +15,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-IGNORED = -100  # target of a token that is not scored
+from kernels.cross_entropy import IGNORED
+from kernels.dispatch import use_triton
+from kernels.linear_cross_entropy_op import linear_cross_entropy_op, token_losses_op
+from kernels.matmul import matmul_fp32
 
 _CHUNK_ELEMENTS_CPU = 2**21  # 8 MiB of fp32 logits: about a last-level cache; flat from 2^18 to 2^23 when measured
-_CHUNK_ELEMENTS_GPU = 2**28  # 1 GiB of fp32 logits: 8192 tokens of 32k classes, enough to fill the matrix units
 
 
 def token_losses(
@@ -37,10 +39,12 @@ def token_losses(
         fp32 `[N]`, nats, 0 where not scored.
     """
     with torch.no_grad():
+        if use_triton(x_ND):
+            return token_losses_op(*_in_one_dtype(x_ND, weight_VD), targets_N, num_classes, 0.0, 0.0, softcap)[1]
         weight_CD = weight_VD[:num_classes]
         parts = []
         for rows in _chunks(x_ND, num_classes):
-            logits_NC = soft_cap(_matmul_fp32(x_ND[rows], weight_CD.t()), softcap)
+            logits_NC = soft_cap(matmul_fp32(x_ND[rows], weight_CD.t()), softcap)
             parts.append(_Chunk(logits_NC, targets_N[rows]).cross_entropy())
         return torch.cat(parts) if parts else x_ND.new_zeros(0, dtype=torch.float32)
 
@@ -105,10 +109,26 @@ def linear_cross_entropy(
 
     Source: z-loss: Chowdhery et al. 2022 (PaLM), section 5; label smoothing: Szegedy et al. 2016, section 7.
     """
-    if not (torch.is_grad_enabled() and (x_ND.requires_grad or weight_VD.requires_grad)):
+    with_grads = torch.is_grad_enabled() and (x_ND.requires_grad or weight_VD.requires_grad)
+    if use_triton(x_ND):
+        arguments = (*_in_one_dtype(x_ND, weight_VD), targets_N, num_classes, z_loss, label_smoothing, softcap)
+        if with_grads:
+            objective, cross_entropy, *_ = linear_cross_entropy_op(*arguments)
+            return objective, cross_entropy.detach()
+        objective_N, cross_entropy_N = token_losses_op(*arguments)
+        return objective_N.sum(), cross_entropy_N.sum()
+    if not with_grads:
         with torch.no_grad():
             return _forward(x_ND, weight_VD, targets_N, num_classes, (z_loss, label_smoothing, softcap), None)
     return _LinearCrossEntropy.apply(x_ND, weight_VD, targets_N, num_classes, (z_loss, label_smoothing, softcap))
+
+
+def _in_one_dtype(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Convert to autocast's dtype where that is on, else to the wider of the two."""
+    kind = x.device.type
+    autocast = torch.is_autocast_enabled(kind)
+    dtype = torch.get_autocast_dtype(kind) if autocast else torch.promote_types(x.dtype, weight.dtype)
+    return x.to(dtype), weight.to(dtype)
 
 
 _Options = tuple[float, float, float | None]  # z_loss, label_smoothing, softcap
@@ -148,7 +168,7 @@ def _forward(
     used = weight[:num_classes]
     objective, cross_entropy = (torch.zeros((), dtype=torch.float32, device=x.device) for _ in range(2))
     for rows in _chunks(x, num_classes):
-        logits = soft_cap(_matmul_fp32(x[rows], used.t()), softcap)
+        logits = soft_cap(matmul_fp32(x[rows], used.t()), softcap)
         slope = 1.0 - (logits / softcap).square_() if softcap is not None and grads is not None else None
         mean = logits.mean(-1, keepdim=True) if label_smoothing else None
         chunk = _Chunk(logits, targets[rows])
@@ -160,8 +180,8 @@ def _forward(
         if slope is not None:
             grad_logits.mul_(slope)
         grad_logits = grad_logits.to(x.dtype)
-        grads[0][rows] = _matmul_fp32(grad_logits, used)
-        grads[1][:num_classes] += _matmul_fp32(grad_logits.t(), x[rows])
+        grads[0][rows] = matmul_fp32(grad_logits, used)
+        grads[1][:num_classes] += matmul_fp32(grad_logits.t(), x[rows])
     return objective, cross_entropy
 
 
@@ -203,25 +223,5 @@ class _Chunk:
 
 
 def _chunks(x: Tensor, num_classes: int) -> list[slice]:
-    budget = _CHUNK_ELEMENTS_GPU if x.is_cuda else _CHUNK_ELEMENTS_CPU
-    size = max(budget // num_classes, 1)
+    size = max(_CHUNK_ELEMENTS_CPU // num_classes, 1)
     return [slice(start, min(start + size, x.shape[0])) for start in range(0, x.shape[0], size)]
-
-
-def _matmul_fp32(a: Tensor, b: Tensor) -> Tensor:
-    """Multiply matrices into fp32: by the GPU's matrix units with an fp32 result, on a CPU from fp32 copies."""
-    if a.dtype == torch.float32 and b.dtype == torch.float32:
-        return a @ b
-    if a.is_cuda and a.dtype == b.dtype:
-        return torch.mm(a, b, out_dtype=torch.float32)
-    if a.dtype != torch.bfloat16 or b.dtype != torch.bfloat16:
-        return torch.mm(a.float(), b.float())
-    # The copies hold bf16 values, so bf16 matrix units, where the CPU has them, lose nothing and are faster
-    # (2048 x 256 x 4096 with AMX, forward and backward: 105 ms against 196 ms).
-    settings = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    before = settings.fp32_precision
-    settings.fp32_precision = "bf16"
-    try:
-        return torch.mm(a.float(), b.float())
-    finally:
-        settings.fp32_precision = before

@@ -76,8 +76,16 @@ def results(norm: Norm, arguments: list, grads: list[Tensor]) -> list[Tensor]:
     return [*(o.detach() for o in outputs), *(leaf.grad for leaf in leaves if leaf is not None)]
 
 
-def worst_ratio(actual: list[Tensor], eager: list[Tensor], reference: list[Tensor]) -> float:
+def worst_ratio(
+    actual: list[Tensor], eager: list[Tensor], reference: list[Tensor], least_noise: float = 1e-12
+) -> float:
     """Compare by the rule of FlashAttention's tests: error <= 2 x the error of eager code in that dtype + noise.
+
+    Args:
+        actual: what is tested.
+        eager: the same in plain PyTorch.
+        reference: the same in fp64.
+        least_noise: a bound is not smaller.
 
     Returns:
         The largest of error / (2 x eager error + atol), which must not pass 1; NaN counts as infinite.
@@ -90,7 +98,7 @@ def worst_ratio(actual: list[Tensor], eager: list[Tensor], reference: list[Tenso
         # With a handful of elements either term may be 0 by luck: at least one unit in the last place of the largest.
         atol = max(noise, torch.finfo(a.dtype).eps * r.abs().max())
         bound = 2 * (e.double() - r).abs().max() + atol
-        ratio = ((a.double() - r).abs().max() / bound.clamp_min(1e-12)).item()
+        ratio = ((a.double() - r).abs().max() / bound.clamp_min(least_noise)).item()
         worst = max(worst, ratio if ratio == ratio else float("inf"))
     return worst
 

@@ -1,10 +1,19 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from kernels import linear_cross_entropy as module
+from kernels.cross_entropy import row_stride, vocabulary_block
 from kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_truth, soft_cap, token_losses
+from kernels.linear_cross_entropy_op import chunk_rows
 
+ROOT = Path(__file__).resolve().parent.parent
 OPTIONS = [
     {},
     {"z_loss": 1e-2},
@@ -131,3 +140,52 @@ def test_soft_cap_is_the_same_with_and_without_gradients():
     capped = soft_cap(logits.clone().requires_grad_(), 5.0)
     assert capped.abs().max() <= 5.0 and torch.equal(capped.detach(), soft_cap(logits.clone(), 5.0))
     assert soft_cap(logits, None) is logits
+
+
+def test_triton_in_the_interpreter():
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/interpreter_loss.py"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert " passed" in done.stdout, done.stdout
+
+
+def test_the_program_compiles_for_ampere_and_hopper_without_spills_or_fp64(tmp_path):
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "tests/compile_loss.py", "50257", "262144"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    reports = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(reports) == 2 * 2 * 4  # GPUs, classes, variants
+    for report in reports:
+        assert report["spilled_bytes"] == 0 and report["f64"] == 0, report
+        assert report["wide_loads"] > 0, report
+        writes = report["variant"] != "evaluation"
+        assert (report["wide_stores"] > 0) == writes, report
+        assert report["cached_loads"] == 0, report  # what is read is overwritten: no cache may hold on to it
+
+
+@pytest.mark.parametrize("num_classes", [1, 31, 100, 4096, 4097, 50257, 262144])
+def test_blocks_and_rows_of_logits(num_classes):
+    block, num_warps = vocabulary_block(num_classes)
+    assert block & (block - 1) == 0 and (block >= num_classes or block == 4096)
+    assert num_warps & (num_warps - 1) == 0 and num_warps <= 16 and block <= 256 * num_warps
+    assert num_classes <= row_stride(num_classes) < num_classes + 32 and row_stride(num_classes) * 4 % 128 == 0
+
+
+def test_chunks_are_large_and_logits_a_sixth_of_the_unfused():
+    for num_tokens, num_classes, rows in (
+        (8192, 128256, 2048),
+        (16384, 128256, 4096),
+        (65536, 128256, 4096),
+        (8192, 32000, 8192),
+        (32768, 50257, 4682),
+        (5000, 128256, 1667),
+        (1, 2**40, 1),
+    ):
+        assert chunk_rows(num_tokens, num_classes) == rows
+    assert chunk_rows(0, 100) == 0
+    # 8192 tokens of width 2048: logits and the fp32 gradients against 12 bytes a logit
+    ours = 4 * (chunk_rows(8192, 128256) * row_stride(128256) + 128256 * 2048 + 8192 * 2048) + 8 * 8192
+    assert ours < 12 * 8192 * 128256 / 5.7
