@@ -15,7 +15,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from kernels.cross_entropy import cross_entropy_kernel, vocabulary_block
-from tests.compile_norms import assemble
+from tests.compile_programs import assemble
 
 OPTIONS: dict[str, Any] = {"Z_LOSS": 1e-4, "SMOOTHING": 0.1, "SOFTCAP": 30.0}
 VARIANTS: dict[str, dict[str, Any]] = {

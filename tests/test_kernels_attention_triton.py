@@ -1,35 +1,23 @@
-"""The Triton attention: in the interpreter, inside a model, and inside training under ZeRO-3."""
+"""The Triton attention: in the interpreter, and inside training under ZeRO-3."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
+from tests.interpreter_process import run_interpreted
 from tests.rank_helpers import metric_lines, run_cases
-
-ROOT = Path(__file__).resolve().parents[1]
-INTERPRETED = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("part", ["errors_stay", "not errors_stay"])
 def test_triton_in_the_interpreter(part):
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", part]
-    done = subprocess.run(
-        [*command, "tests/interpreter_attention.py"], cwd=ROOT, env=INTERPRETED, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert " passed" in done.stdout and "skipped" not in done.stdout, done.stdout
+    run_interpreted("tests/interpreter_attention.py", part)
 
 
 @pytest.mark.slow
 @pytest.mark.launches
 def test_training_under_zero_3_in_the_interpreter_is_training_without(tiny_config, tmp_path, monkeypatch):
-    # Norms and attention run as Triton programs inside DeepSpeed's hooks, with activations computed again in the
+    # All fused operators run as Triton programs inside DeepSpeed's hooks, with activations computed again in the
     # backward pass, dropout of probabilities, packed documents and grouped queries.
     overrides = [
         "train.num_steps=2", "schedule.warmup_steps=1", "parallel.zero_stage=3", "model.attention_dropout=0.1", "model.num_kv_heads=2",
