@@ -80,7 +80,7 @@ if "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>>
   steps=()
   # several processes, because compiling several hundred small kernels is what takes the time
   parallel=()
-  ! installed xdist || parallel=(-n 4)
+  ! installed xdist || parallel=(-n 8)
   if [[ $parts == *" tests "* ]]; then
     test_gpu ${parallel[@]+"${parallel[@]}"}
     case $? in 3 | 4) test_gpu ;; esac # pytest itself failed: once more, in one process

@@ -8,6 +8,11 @@ from torch import Tensor
 _HALVES = (torch.bfloat16, torch.float16)
 
 
+def _has_wide_result(a: Tensor, b: Tensor) -> bool:
+    """Tell whether the GPU's library multiplies these into fp32: NVIDIA's, in half precision."""
+    return a.is_cuda and not torch.version.hip and a.dtype == b.dtype and a.dtype in _HALVES
+
+
 def matmul_fp32(a: Tensor, b: Tensor) -> Tensor:
     """Multiply matrices into fp32: by the GPU's matrix units with an fp32 result, on a CPU from fp32 copies.
 
@@ -17,7 +22,7 @@ def matmul_fp32(a: Tensor, b: Tensor) -> Tensor:
     """
     if a.dtype == torch.float32 and b.dtype == torch.float32:
         return a @ b
-    if a.is_cuda and a.dtype == b.dtype and a.dtype in _HALVES:
+    if _has_wide_result(a, b):
         return torch.mm(a, b, out_dtype=torch.float32)
     if a.dtype != torch.bfloat16 or b.dtype != torch.bfloat16:
         return torch.mm(a.float(), b.float())
@@ -42,7 +47,7 @@ def matmul_into(out: Tensor, a: Tensor, b: Tensor) -> None:
     """
     if a.dtype == torch.float32 and b.dtype == torch.float32:
         torch.mm(a, b, out=out)
-    elif a.is_cuda and a.dtype == b.dtype and a.dtype in _HALVES:
+    elif _has_wide_result(a, b):
         torch.mm(a, b, out_dtype=torch.float32, out=out)
     else:
         out.copy_(matmul_fp32(a, b))
@@ -55,7 +60,7 @@ def add_matmul(out: Tensor, a: Tensor, b: Tensor) -> None:
     """
     if a.dtype == torch.float32 and b.dtype == torch.float32:
         torch.addmm(out, a, b, out=out)
-    elif a.is_cuda and a.dtype == b.dtype and a.dtype in _HALVES:
+    elif _has_wide_result(a, b):
         torch.addmm(out, a, b, out_dtype=torch.float32, out=out)
     else:
         out.add_(matmul_fp32(a, b))
