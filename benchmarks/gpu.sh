@@ -8,10 +8,10 @@
 # OUT      folder of the results (bench-results)
 # WHEELS   folder of wheels that are installed, offline and for this run only, where DeepSpeed or what reads the
 #          configs is missing (.whl)
-# PARTS    what to run ("tests attention norms step"; without a GPU "attention norms step loop": the loop is what
-#          training costs beside its model: reading rows, the loop itself, the start). "tune", of 180 s, is run only when
-#          named, and needs a GPU: it writes the tile shapes that are quickest there to OUT/tiles.json, a table for
-#          kernels/tiles/; training reads it from there
+# PARTS    what to run ("tests attention norms step"; without a GPU "attention operators norms step loop": the loop is
+#          what training costs beside its model: reading rows, the loop itself, the start). On a GPU two are run only when
+#          named: "operators", of 60 s (the loss, RoPE, activations), and "tune", of 180 s, which writes the tile shapes
+#          that are quickest there to OUT/tiles.json, a table for kernels/tiles/; training reads it from there
 # CONFIGS  whose steps ("gpt2-124m llama-350m llama-1.3b")
 # SECONDS_IN_ALL   time limit (525); the steps get what the other parts leave
 #
@@ -63,7 +63,7 @@ test_gpu() { # EXTRA ARGUMENTS...: pytest-benchmark, where installed, warns besi
 }
 
 : >"$out/log.txt"
-rm -f "$out"/{attention,norms,tiles,reading,overhead,startup}.json "$out"/step-*.json
+rm -f "$out"/{attention,norms,operators,tiles,reading,overhead,startup}.json "$out"/step-*.json
 if ! installed deepspeed pydantic ruamel ruamel.yaml; then
   if compgen -G "$wheels/*.whl" >/dev/null; then
     site=$(mktemp -d)
@@ -99,7 +99,7 @@ else
   steps=(--shrink --steps 3)
   attention_seconds=60
   norm_seconds=60
-  [ -n "${PARTS:-}" ] || parts=" attention norms step loop "
+  [ -n "${PARTS:-}" ] || parts=" attention operators norms step loop "
   [[ $parts != *" tune "* ]] || notes+=("tune: left out: needs a GPU")
   notes+=("no GPU: tests/gpu and Liger left out; tiny sizes, torch.compile without code generation")
 fi
@@ -114,7 +114,12 @@ if [[ $parts == *" norms "* ]]; then
     ${shrink[@]+"${shrink[@]}"}
 fi
 
-results=("$out/attention.json" "$out/norms.json")
+if [[ $parts == *" operators "* ]]; then
+  part operators 60 "$python" benchmarks/operators.py --out "$out/operators.json" --seconds 45 \
+    ${shrink[@]+"${shrink[@]}"}
+fi
+
+results=("$out/attention.json" "$out/norms.json" "$out/operators.json")
 if [[ $parts == *" loop "* ]]; then loop_seconds=210; fi
 [[ $parts == *" step "* ]] || configs=()
 num_left=${#configs[@]}

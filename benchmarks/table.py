@@ -121,6 +121,28 @@ def _documents_beside_causal(rows: list[dict[str, Any]]) -> list[str]:
     return [f"time of a scored pair, documents / causal (target: at most {DOCUMENTS_RATIO})", _aligned(sorted(lines))]
 
 
+def _operators(record: dict[str, Any]) -> str:
+    rows = record["rows"]
+    names = list(dict.fromkeys(row["implementation"] for row in rows))
+    numbers = {(row["operator"], row["direction"], row["implementation"]): row for row in rows}
+    lines = [["microseconds (% of copy, GB)", *names]]
+    for place in dict.fromkeys((row["operator"], row["direction"]) for row in rows):
+        cells = []
+        for name in names:
+            row = numbers.get((*place, name))
+            if row is None:
+                cells.append("-")
+                continue
+            notes = [] if row["percent_of_copy"] is None else [f"{row['percent_of_copy']:.0f}%"]
+            notes += [] if row["peak_bytes"] is None else [f"{row['peak_bytes'] / 1e9:.2f}"]
+            cells.append(f"{row['microseconds']:.0f}" + (f" ({', '.join(notes)})" if notes else ""))
+        lines.append([" ".join(place), *cells])
+    worst = max((row["relative_error"] for row in rows), default=0.0, key=lambda error: (error != error, error))
+    sizes = record["settings"]
+    size = f"{sizes['tokens']} tokens, {sizes['classes']} classes, width {sizes['width']}"
+    return f"operators: {size}; largest relative error {worst:.1e}\n" + _aligned(lines)
+
+
 def _steps(record: dict[str, Any]) -> str:
     lines = [["variant", "micro-batch", "ms/step", "tokens/s", "MFU", "causal MFU", "GiB"]]
     for row in record["rows"]:
@@ -186,6 +208,7 @@ _TABLES = {
     "attention": _attention,
     "attention_cpu": _attention_cpu,
     "norms": _norms,
+    "operators": _operators,
     "step": _steps,
     "reading": _reading,
     "overhead": _overhead,
