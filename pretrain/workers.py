@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 
@@ -79,7 +80,8 @@ def encode_batches(
     waiting: deque[tuple[Batch, Future[list[np.ndarray]]]] = deque()
     try:
         for batch in batches:
-            waiting.append((batch, pool.submit(_encode, tokenizer.fingerprint, batch.texts)))
+            with _interrupts_held():  # the first call starts the processes
+                waiting.append((batch, pool.submit(_encode, tokenizer.fingerprint, batch.texts)))
             if len(waiting) > 2 * num_processes:
                 done, future = waiting.popleft()
                 yield done, future.result()
@@ -104,7 +106,8 @@ def fit_in_process(sample: Sequence[bytes], section: TokenizerSection) -> bytes:
     spawn = multiprocessing.get_context("spawn")
     receiver, sender = spawn.Pipe(duplex=False)
     process = spawn.Process(target=_fit_and_send, args=(sender, list(sample), section), daemon=True)
-    process.start()
+    with _interrupts_held():
+        process.start()
     sender.close()
     try:
         result = receiver.recv()
@@ -132,8 +135,19 @@ def _fit_and_send(sender: Connection, sample: list[bytes], section: TokenizerSec
         sender.send(error)
 
 
+@contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Hold Ctrl-C, which a terminal sends to the processes too, from those that start: they inherit what is held."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _begin_worker() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
