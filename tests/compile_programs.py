@@ -76,7 +76,8 @@ def assemble(ptx: str, capability: int) -> dict[str, int]:
         file.write(ptx)
         file.flush()
         architecture = f"--gpu-name=sm_{capability}{'a' if capability >= 90 else ''}"
-        command = [knobs.nvidia.ptxas.path, "-v", architecture, file.name, "-o", "/dev/null"]
+        assembler = knobs.nvidia.ptxas_blackwell if capability >= 100 else knobs.nvidia.ptxas
+        command = [assembler.path, "-v", architecture, file.name, "-o", "/dev/null"]
         report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     registers = re.search(r"Used (\d+) registers", report)
     spilled = re.search(r"(\d+) bytes spill stores", report)
