@@ -116,7 +116,7 @@ def compile_program(
     return {
         "target": target, "program": name, "head_dim": head_dim, **vars(tile), **flags, "dtype": dtype,
         **used, "shared_bytes": compiled.metadata.shared,
-        "scratch_bytes": compiled.metadata.global_scratch_size, "f64": count(r"\.f64|_f64"),
+        "scratch_bytes": getattr(compiled.metadata, "global_scratch_size", 0), "f64": count(r"\.f64|_f64"),
         "wgmma": count("wgmma.mma_async"), "mma": count(r"mma\.sync"), "tcgen05": count(r"tcgen05\.mma"),
         "tma": count(r"cp\.async\.bulk\.tensor"), "tma_add": count(r"cp\.reduce\.async\.bulk"),
         "cp_async": count(r"cp\.async\.c[ag]"), "atomics": count(r"\s(?:red|atom)\.global"),
