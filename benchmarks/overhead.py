@@ -29,12 +29,13 @@ from pretrain.families import resolve_shape
 from pretrain.guard import StopRequest
 from pretrain.metrics import StepMetrics
 from pretrain.model import Transformer
+from pretrain.run import Run, open_run
 from pretrain.run_folder import RunFolder
 from pretrain.schedule import lr_at
 from pretrain.settings import load_config
 from pretrain.start_clock import StartClock
 from pretrain.stream import TokenStream
-from pretrain.train import Run, open_run, train_step
+from pretrain.train import train_step
 
 EXAMPLES = """examples:
   python benchmarks/overhead.py configs/quickstart.yaml --out bench-results/overhead.json      (prepared before)

@@ -3,80 +3,30 @@
 from __future__ import annotations
 
 import logging
-import os
 import time
-from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import asdict
 
 import torch
 
 from pretrain import __version__
-from pretrain.batch_plan import BatchPlan
-from pretrain.checkpoint import Checkpoints
 from pretrain.config import Config
 from pretrain.distributed import Ranks
-from pretrain.engine import Engine, init_distributed, leave_distributed
+from pretrain.engine import init_distributed, leave_distributed
 from pretrain.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, CheckpointError, LonghaulError, TrainingError
 from pretrain.evaluate import Evaluation, evaluate
-from pretrain.families import flops_per_token, resolve_shape
-from pretrain.guard import SkipGuard, StopRequest
-from pretrain.hardware import peak_flops, peak_memory_bytes
-from pretrain.metrics import MetricLog, StepMetrics
-from pretrain.model import Transformer
-from pretrain.profiling import PhaseClock, Profiler
-from pretrain.run_folder import RunFolder, open_log
-from pretrain.samples import Samples, drop_samples_after, save_samples
+from pretrain.guard import StopRequest
+from pretrain.hardware import peak_memory_bytes
+from pretrain.metrics import StepMetrics
+from pretrain.profiling import PhaseClock
+from pretrain.run import Run, open_run
+from pretrain.run_folder import RunFolder
+from pretrain.samples import save_samples
 from pretrain.schedule import lr_at
-from pretrain.self_test import check_optimizer
 from pretrain.start_clock import StartClock
-from pretrain.stream import Batch, StepRows, TokenStream, ValRows
-from pretrain.tokenizer import Tokenizer
-from pretrain.tokenizer_files import keep_files, open_tokenizer
-from pretrain.tracking import Tracker, check_tracking
+from pretrain.stream import Batch, StepRows
 
 logger = logging.getLogger("longhaul")
-
-
-@dataclass
-class Progress:
-    """How far the run is; part of every checkpoint."""
-
-    step: int = 0
-    num_tokens: int = 0
-    num_skipped: int = 0
-    best_loss: float | None = None
-    best_step: int | None = None
-    best_counted_loss: float | None = None  # the best by more than eval.min_delta, for early stopping
-    evals_without_improvement: int = 0
-
-
-@dataclass
-class Run:
-    """Everything that a run consists of on this rank; `folder` and `log` exist on rank 0 only."""
-
-    config: Config
-    ranks: Ranks
-    plan: BatchPlan
-    tokenizer: Tokenizer
-    stream: TokenStream
-    val_rows: ValRows | None
-    engine: Engine
-    checkpoints: Checkpoints
-    samples: Samples
-    guard: SkipGuard
-    profiler: Profiler
-    folder: RunFolder | None
-    log: MetricLog | None
-    stop: StopRequest
-    clock: StartClock
-    progress: Progress = field(default_factory=Progress)
-
-    def event(self, event: str, message: str, **details: Any) -> None:
-        """Record an event once, not once a rank; `details` are for programs that read `metrics.jsonl`."""
-        if self.log:
-            self.log.event(self.progress.step, event, message, **details)
 
 
 def train(config: Config) -> int:
@@ -115,92 +65,6 @@ def train_on(config: Config, ranks: Ranks, clock: StartClock) -> int:
             folder.write_status(status, exit_status, run.progress.step, reason)
             run.event(status, reason)
         return exit_status
-
-
-def open_run(
-    config: Config,
-    ranks: Ranks,
-    folder: RunFolder | None,
-    stop: StopRequest,
-    cleanup: ExitStack,
-    clock: StartClock,
-) -> Run:
-    """Build everything, check it, and load the newest checkpoint; whatever is wrong is found here, on all ranks."""
-    if folder:
-        folder.write_status("running", None, 0)
-    ranks.agree(lambda: check_tracking(config.log.wandb) if folder else None)
-    plan = ranks.agree(lambda: BatchPlan.of(config, ranks.world_size))
-    tokenizer = ranks.agree(lambda: open_tokenizer(config.tokenizer))
-    if folder:
-        keep_files(tokenizer, folder.path)
-    shape = resolve_shape(config.model, tokenizer.vocab_size, config.data.seq_len)
-    stream = ranks.agree(lambda: TokenStream(config, plan, ranks.rank, tokenizer.fingerprint))
-    cleanup.callback(stream.close)
-    val_rows = ranks.agree(lambda: ValRows(config, tokenizer.fingerprint, config.eval.max_rows)
-                           if config.eval.every_steps else None)  # fmt: skip
-    clock.mark("data")
-    set_determinism(config.train.deterministic)
-    check_optimizer(config, plan, ranks)
-    clock.mark("self-test")
-    objective = config.train.z_loss, config.train.label_smoothing
-    model = Transformer(shape, config.run.seed, config.train.activation_checkpointing, *objective)
-    samples = ranks.agree(lambda: Samples(config, model, tokenizer, ranks))
-    clock.mark("model")
-    engine = ranks.agree(lambda: Engine(model, config, plan, ranks))
-    clock.mark("engine")
-    cleanup.callback(engine.close)
-    events: list[tuple[str, str]] = []
-    run_path = ranks.from_first(folder.path if folder else None)
-    checkpoints = Checkpoints(run_path / "checkpoints", config.checkpoint, ranks, lambda *event: events.append(event))
-    progress = Progress()
-    training = checkpoints.load_newest(engine)
-    if training is not None:
-        progress = Progress(**training["progress"])
-        ranks.agree(lambda: stream.load_state(training["data"]))
-    clock.mark("checkpoint")
-    open_log(run_path, ranks)
-    log, tracker = None, ranks.agree(lambda: start_tracking(config, folder, events.append))
-    if folder:
-        drop_samples_after(folder.path, progress.step)
-        log = MetricLog(
-            folder.path, config.log, num_steps=plan.num_steps, tokens_per_step=plan.tokens_per_step,
-            world_size=ranks.world_size, first_step=progress.step, attempt=folder.attempt,
-            flops_per_token=(flops_per_token(shape, causal=False), flops_per_token(shape, causal=True)),
-            peak_flops=peak_flops(ranks.device, config.train.precision), tracker=tracker,
-        )  # fmt: skip
-        cleanup.push(lambda kind, *_: log.close(failed=kind is not None))
-    guard = SkipGuard(config.guard.max_skipped_steps, progress.num_skipped)
-    profiler = Profiler(
-        run_path, config.train.profile_steps, ranks.rank, ranks.device, lambda *event: run.event(*event)
-    )
-    run = Run(config, ranks, plan, tokenizer, stream, val_rows, engine, checkpoints, samples, guard, profiler, folder,
-              log, stop, clock, progress)  # fmt: skip
-    for event in events:
-        run.event(*event)
-    if engine.frozen:
-        run.event("frozen", f"optim.groups has lr_ratio 0 for, and these stay as they are: {', '.join(engine.frozen)}")
-    action = f"going on after step {progress.step}" if training else "starting"
-    run.event("start", f"{action}: {ranks.world_size} ranks on {ranks.device.type}, ZeRO stage {engine.stage}, "
-              f"{config.train.precision}, {plan.tokens_per_step} tokens a step, {plan.num_steps} steps")  # fmt: skip
-    return run
-
-
-def start_tracking(
-    config: Config, folder: RunFolder | None, report: Callable[[tuple[str, str]], None]
-) -> Tracker | None:
-    """Start the run on Weights & Biases, on rank 0 and if the config names a project."""
-    if folder is None or config.log.wandb is None:
-        return None
-    return Tracker(config.log.wandb, folder.path, config.model_dump(mode="json"), lambda *event: report(event))
-
-
-def set_determinism(wanted: bool) -> None:
-    """Make torch choose deterministic algorithms, or the fastest."""
-    if wanted:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with this
-    torch.use_deterministic_algorithms(wanted)
-    # Else every torch.empty is filled, DeepSpeed's gradient buckets too, which are up to 2 GB a micro-step.
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def run_steps(run: Run) -> tuple[str, int, str]:

@@ -32,7 +32,8 @@ TIERS = (
     "checkpoint stream tokenizer_files tokenizer_trial source_sample",
     "run_folder tokenizer_export workers",
     "evaluate hf_export self_test samples corpus",
-    "train prepare convert quickstart",
+    "run prepare convert quickstart",
+    "train",
     "dry_run",
 )
 TIER_OF = {module: tier for tier, modules in enumerate(TIERS) for module in modules.split()}

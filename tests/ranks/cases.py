@@ -20,6 +20,7 @@ import torch
 
 from pretrain import engine as engine_module
 from pretrain import train as train_module
+from pretrain.checkpoint import Checkpoints
 from pretrain.engine import init_distributed, leave_distributed
 from pretrain.errors import CheckpointError, LonghaulError
 from pretrain.model import KVCache
@@ -38,7 +39,7 @@ def run_case(case: dict, config_path: str, ranks) -> str:
             content[len(content) // 2] ^= 1
             path.write_bytes(content)
         ranks.barrier()
-    save = train_module.Checkpoints.save
+    save = Checkpoints.save
     if "fail_save" in case:  # saving these steps fails as it does on a full disk
 
         def failing_save(self, engine, step, *rest):
@@ -46,7 +47,7 @@ def run_case(case: dict, config_path: str, ranks) -> str:
                 raise CheckpointError(f"step {step}: no space")
             return save(self, engine, step, *rest)
 
-        train_module.Checkpoints.save = failing_save
+        Checkpoints.save = failing_save
     if "lose_state" in case:  # the last rank's optimizer lacks a state when it saves
 
         def incomplete_save(self, engine, *rest):
@@ -55,7 +56,7 @@ def run_case(case: dict, config_path: str, ranks) -> str:
                     state.pop(case["lose_state"], None)
             return save(self, engine, *rest)
 
-        train_module.Checkpoints.save = incomplete_save
+        Checkpoints.save = incomplete_save
     if "sabotage" in case:  # DeepSpeed is handed another optimizer than the one that was asked for
         engine_module.make_optimizer = lambda groups, section: torch.optim.SGD(groups, lr=section.lr)
     sample = train_module.sample
@@ -118,7 +119,7 @@ def run_case(case: dict, config_path: str, ranks) -> str:
         return f"{type(error).__name__}: {error}"
     finally:
         train_module.train_step = original
-        train_module.Checkpoints.save = save
+        Checkpoints.save = save
         train_module.sample = sample
         engine_module.deepspeed_settings = settings
         engine_module.make_optimizer = make_optimizer
