@@ -11,10 +11,12 @@ import re
 import socket
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from functools import cache
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from pretrain.errors import ConfigError, LonghaulError
 
@@ -37,9 +39,15 @@ class Ranks:
 
     def sum(self, values: Sequence[float]) -> list[float]:
         """Return the sum over ranks of each value, computed in fp64 and equal on every rank."""
-        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
-        dist.all_reduce(tensor)
-        return tensor.tolist()
+        return self.start_sum(values).result()
+
+    def start_sum(self, values: Sequence[float] | Tensor) -> PendingSum:
+        """Begin `sum`; what the device was given to do before this goes on, and what comes after need not wait.
+
+        Args:
+            values: numbers, or a tensor `[N]` on this rank's device that may not have been computed yet.
+        """
+        return (_SumOnGPU if self.device.type == "cuda" else _SumOnCPU)(values, self)
 
     def barrier(self) -> None:
         """Wait for all ranks."""
@@ -72,7 +80,7 @@ class Ranks:
         dist.all_gather_object(values, value)
         return values
 
-    def take_first(self, tensor: torch.Tensor) -> torch.Tensor:
+    def take_first(self, tensor: Tensor) -> Tensor:
         """Overwrite a tensor on this rank's device by rank 0's, and return it."""
         dist.broadcast(tensor, src=0)
         return tensor
@@ -82,6 +90,64 @@ class Ranks:
         values = [value]
         dist.broadcast_object_list(values, src=0)
         return values[0]
+
+
+class PendingSum(Protocol):
+    """A sum over ranks that is under way."""
+
+    def is_ready(self) -> bool:
+        """Whether `result` would not wait."""
+
+    def result(self) -> list[float]:
+        """Wait for the sum, and return it."""
+
+
+class _SumOnCPU:
+    def __init__(self, values: Sequence[float] | Tensor, ranks: Ranks) -> None:
+        self._sums = torch.as_tensor(values, dtype=torch.float64).clone()
+        self._work = dist.all_reduce(self._sums, async_op=True) if ranks.world_size > 1 else None
+
+    def is_ready(self) -> bool:
+        return self._work is None or self._work.is_completed()
+
+    def result(self) -> list[float]:
+        if self._work is not None:
+            self._work.wait()
+        return self._sums.tolist()
+
+
+class _SumOnGPU:
+    """On a stream of its own, so that the host waits for this sum alone and not for what was given to the device."""
+
+    def __init__(self, values: Sequence[float] | Tensor, ranks: Ranks) -> None:
+        stream = _sum_stream(ranks.device)
+        if isinstance(values, Tensor):
+            stream.wait_stream(torch.cuda.current_stream(ranks.device))
+            values.record_stream(stream)
+        with torch.cuda.stream(stream):
+            if isinstance(values, Tensor):
+                sums = values.double()
+            else:
+                on_host = torch.tensor(values, dtype=torch.float64, pin_memory=True)
+                sums = on_host.to(ranks.device, non_blocking=True)
+            if ranks.world_size > 1:
+                dist.all_reduce(sums)
+            self._sums = torch.empty(sums.shape, dtype=torch.float64, pin_memory=True)
+            self._sums.copy_(sums, non_blocking=True)
+            self._arrived = torch.cuda.Event()
+            self._arrived.record(stream)
+
+    def is_ready(self) -> bool:
+        return self._arrived.query()
+
+    def result(self) -> list[float]:
+        self._arrived.synchronize()
+        return self._sums.tolist()
+
+
+@cache
+def _sum_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
 
 
 def read_rank_variables(environment: Mapping[str, str]) -> dict[str, str]:

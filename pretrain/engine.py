@@ -29,14 +29,17 @@ import torch.distributed as dist
 from torch import nn
 
 from pretrain.batch_plan import BatchPlan
+from pretrain.communication import CommunicationTimer
 from pretrain.config import Config
 from pretrain.distributed import Ranks, choose_device, export_rank_variables
 from pretrain.errors import ConfigError, TrainingError
 from pretrain.matrix_exchange import Held
 from pretrain.muon import Muon
 from pretrain.optim import create_state, make_optimizer, moment_names, param_groups
+from pretrain.profiling import PhaseClock
 
 MASTER = "master"
+_COMMUNICATION = CommunicationTimer()  # one a process, as DeepSpeed's backend is
 
 
 @dataclass
@@ -55,9 +58,12 @@ class Fragment:
 
 @dataclass(frozen=True)
 class StepResult:
-    """What an update did: the gradient norm before clipping, and whether the weights moved."""
+    """What an update did: whether the weights moved, and the gradient norm before clipping.
 
-    grad_norm: float
+    The norm is a scalar on the device, which has not been waited for; NaN where a gradient was not finite.
+    """
+
+    grad_norm: torch.Tensor
     applied: bool
 
 
@@ -91,6 +97,7 @@ def init_distributed(timeout_seconds: int) -> Ranks:
                 f"expected a free port there that all nodes reach ({str(error).splitlines()[0]}). Choose another port "
                 "(deepspeed --master_port, torchrun --master-port, MASTER_PORT)."
             ) from None
+    _COMMUNICATION.watch(deepspeed.comm.comm.cdb)
     return Ranks(int(variables["RANK"]), int(variables["LOCAL_RANK"]), int(variables["WORLD_SIZE"]), device)
 
 
@@ -122,6 +129,16 @@ def effective_stage(zero_stage: int, precision: str) -> int:
     return zero_stage if precision == "fp32" else max(zero_stage, 1)
 
 
+def bucket_elements(world_size: int) -> int:
+    """Gradients that are reduced at once: more where each rank's share would else be too small to fill the network.
+
+    DeepSpeed allocates them whatever the model's size, in fp32 (stage 1) or the weights' type; its own default is 2 GB.
+
+    Source: Megatron-LM's distributed data parallel, max(40 million, 1 million x ranks).
+    """
+    return max(40_000_000, 1_000_000 * world_size)
+
+
 def deepspeed_settings(config: Config, plan: BatchPlan, num_parameters: int) -> dict:
     """Generate DeepSpeed's JSON for this config, number of ranks and size of model."""
     stage = effective_stage(config.parallel.zero_stage, config.train.precision)
@@ -137,9 +154,10 @@ def deepspeed_settings(config: Config, plan: BatchPlan, num_parameters: int) -> 
             "stage": stage,
             "overlap_comm": config.parallel.overlap_comm,
             "contiguous_gradients": True,
-            # DeepSpeed allocates a bucket of this many elements whatever the model's size; its default is 2 GB in fp32.
-            "reduce_bucket_size": min(num_parameters, 500_000_000),
-            "allgather_bucket_size": min(num_parameters, 500_000_000),
+            "reduce_bucket_size": min(num_parameters, bucket_elements(plan.world_size)),
+            # Even, as DeepSpeed wants it; nothing is allocated for it where the backend gathers into one tensor.
+            "allgather_bucket_size": 500_000_000,
+            "stage3_prefetch_bucket_size": max(50_000_000, num_parameters // config.model.num_layers),
         },
         "data_types": {"grad_accum_dtype": config.train.grad_accum_dtype},
     }
@@ -188,6 +206,10 @@ class Engine:
         for group in list(dist.distributed_c10d._world.pg_map):
             dist.distributed_c10d._set_pg_timeout(timedelta(seconds=config.parallel.timeout_seconds), group)
 
+    def time_communication(self, clock: PhaseClock | None) -> None:
+        """Count what is waited for collectives from now on as the phase `communication` of this clock."""
+        _COMMUNICATION.clock = clock
+
     def forward(self, *args: Any) -> torch.Tensor:
         """Run the model."""
         return self._engine(*args)
@@ -214,9 +236,9 @@ class Engine:
 
     def _step_divided(self) -> StepResult:
         self._engine.step()
-        norm = self._engine.get_global_grad_norm()
         applied = self._engine.was_step_applied()
-        return StepResult(float(norm) if applied and norm is not None else math.nan, applied)
+        norm = self._engine.get_global_grad_norm() if applied else math.nan
+        return StepResult(torch.as_tensor(norm, dtype=torch.float32, device=self.ranks.device), applied)
 
     def _step_plain(self) -> StepResult:
         parameters = [parameter for _, parameter in self._parameters]
@@ -229,7 +251,7 @@ class Engine:
         elif self.optim.clip_norm > 0:
             torch.nn.utils.clip_grads_with_norm_(parameters, self.optim.clip_norm, norm)
         self._engine.step()
-        return StepResult(float(norm) if applied else math.nan, applied)
+        return StepResult(norm if applied else torch.full_like(norm, math.nan), applied)
 
     def fragments(self) -> Iterator[Fragment]:
         """Yield what this rank owns, in the model's order; every element belongs to exactly one rank.

@@ -48,7 +48,8 @@ def evaluate(
     device = ranks.device if ranks else (device or torch.device("cpu"))
     per_rank = -(-rows.num_rows // world_size)
     own = list(range(rank * per_rank, min((rank + 1) * per_rank, rows.num_rows)))
-    loss_sum, num_tokens, num_bytes = 0.0, 0, 0
+    losses = torch.zeros((), dtype=torch.float64, device=device)  # read back once: a batch need not wait for the last
+    num_tokens, num_bytes = 0, 0
     with torch.no_grad():
         # Every rank runs the same number of forward passes, since ZeRO-3 gathers weights in them together.
         for begin in range(0, per_rank, micro_batch_size):
@@ -60,10 +61,10 @@ def evaluate(
                 batch.row_ids_B.to(device), 0,
             )  # fmt: skip
             scored = targets_BT[targets_BT >= 0].numpy()
-            loss_sum += float(loss)
+            losses += loss
             num_tokens += scored.size
             num_bytes += int(token_bytes[scored].sum())
-    totals = [loss_sum, float(num_tokens), float(num_bytes)]
+    totals = [float(losses), float(num_tokens), float(num_bytes)]
     loss_sum, tokens, text_bytes = ranks.sum(totals) if ranks else totals
     loss_mean = loss_sum / tokens
     return Evaluation(

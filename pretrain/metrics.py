@@ -37,7 +37,6 @@ class StepMetrics:
     grad_norm: float
     lr: float
     step_seconds: float
-    data_wait_seconds: float
     memory_bytes: int
     skipped_steps: int
     epochs: dict[str, float]
@@ -112,7 +111,7 @@ class MetricLog:
             "step": metrics.step, "tokens": metrics.tokens, "loss": metrics.loss, "grad_norm": metrics.grad_norm,
             "lr": metrics.lr, "tokens_per_second": rate, "tokens_per_second_per_gpu": rate / self.world_size,
             "step_seconds": metrics.step_seconds, "mfu": utilisation[0], "mfu_causal": utilisation[1],
-            "memory_bytes": metrics.memory_bytes, "data_wait_seconds": metrics.data_wait_seconds,
+            "memory_bytes": metrics.memory_bytes, "data_wait_seconds": metrics.phase_seconds["data"],
             "skipped_steps": metrics.skipped_steps, "timestamp": time.time(), "attempt": self.attempt,
         }  # fmt: skip
         line |= {} if metrics.objective is None else {"objective": metrics.objective}

@@ -12,6 +12,8 @@ import torch
 
 from pretrain.errors import TrainingError
 
+_Moment = float | torch.cuda.Event
+
 MEMORY_ENTRIES = 100_000  # allocations and frees that a snapshot shows
 
 
@@ -19,35 +21,61 @@ class PhaseClock:
     """Seconds of one step by phase, without waiting for the device.
 
     On a GPU a mark is an event in the stream; `seconds` may be called once the host has waited for the last one, as it
-    does when it reads the loss.
+    has when the step's loss has arrived.
 
     Args:
         device: where the step runs.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._on_gpu = device.type == "cuda"
-        self._marks: list[tuple[str, float | torch.cuda.Event]] = []
-        self.mark("")
+        self._device = device
+        self._stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
+        self._marks: list[tuple[str, _Moment]] = [("", self._now())]
+        self._inner: list[tuple[str, int, _Moment, _Moment]] = []  # phase, index of the next mark, begin, end
 
     def mark(self, phase: str) -> None:
         """Say that what was done since the last mark was this phase; one may come several times."""
-        if self._on_gpu:
-            event = torch.cuda.Event(enable_timing=True)
-            event.record()
-            self._marks.append((phase, event))
-        else:
-            self._marks.append((phase, time.perf_counter()))
+        self._marks.append((phase, self._now()))
+
+    @contextmanager
+    def within(self, phase: str) -> Iterator[None]:
+        """Enclose what is a phase of its own in the middle of another.
+
+        On a GPU: what the stream that the clock began in waits for. Other streams' work runs beside it, and is not
+        counted.
+        """
+        if self._stream is not None and torch.cuda.current_stream(self._device) != self._stream:
+            yield
+            return
+        begin = self._now()
+        yield
+        self._inner.append((phase, len(self._marks), begin, self._now()))
 
     def seconds(self) -> dict[str, float]:
         """Sum the seconds of each phase."""
         found: dict[str, float] = defaultdict(float)
         for (_, begin), (phase, end) in zip(self._marks, self._marks[1:], strict=False):
-            if isinstance(begin, torch.cuda.Event) and isinstance(end, torch.cuda.Event):
-                found[phase] += begin.elapsed_time(end) / 1e3
-            elif isinstance(begin, float) and isinstance(end, float):
-                found[phase] += end - begin
+            found[phase] += _seconds_between(begin, end)
+        for phase, number, begin, end in self._inner:
+            if number < len(self._marks):
+                seconds = _seconds_between(begin, end)
+                found[phase] += seconds
+                found[self._marks[number][0]] -= seconds
         return dict(found)
+
+    def _now(self) -> _Moment:
+        if self._stream is None:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+
+def _seconds_between(begin: _Moment, end: _Moment) -> float:
+    if isinstance(begin, torch.cuda.Event) and isinstance(end, torch.cuda.Event):
+        return begin.elapsed_time(end) / 1e3
+    assert isinstance(begin, float) and isinstance(end, float)
+    return end - begin
 
 
 class Profiler:

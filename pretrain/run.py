@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -13,14 +13,15 @@ import torch
 from pretrain.batch_plan import BatchPlan
 from pretrain.checkpoint import Checkpoints
 from pretrain.config import Config
-from pretrain.distributed import Ranks
+from pretrain.distributed import PendingSum, Ranks
 from pretrain.engine import Engine
 from pretrain.families import flops_per_token, resolve_shape
+from pretrain.feed import Feed
 from pretrain.guard import SkipGuard, StopRequest
 from pretrain.hardware import peak_flops
-from pretrain.metrics import MetricLog
+from pretrain.metrics import MetricLog, StepMetrics
 from pretrain.model import Transformer
-from pretrain.profiling import Profiler
+from pretrain.profiling import PhaseClock, Profiler
 from pretrain.run_folder import RunFolder, open_log
 from pretrain.samples import Samples, drop_samples_after
 from pretrain.self_test import check_optimizer
@@ -45,6 +46,30 @@ class Progress:
 
 
 @dataclass
+class PendingStep:
+    """A step that is done but for reading back its sums, which takes until the device has come so far."""
+
+    metrics: StepMetrics  # without the losses, the norm and the phases
+    num_targets: int
+    sums: PendingSum  # of the objective, the cross-entropy, and the gradient norm, which is the same on all ranks
+    phases: PhaseClock
+    world_size: int
+
+    def finish(self) -> StepMetrics:
+        """Wait for the device, and return the whole metrics."""
+        objective_sum, loss_sum, norm_sum = self.sums.result()
+        num_targets = max(self.num_targets, 1)
+        seconds = self.phases.seconds()
+        # What the phases leave. The device runs behind the host, so that their ends differ a little.
+        rest = max(0.0, self.metrics.step_seconds - sum(seconds.values()))
+        return replace(
+            self.metrics, loss=loss_sum / num_targets, grad_norm=norm_sum / self.world_size,
+            objective=None if self.metrics.objective is None else objective_sum / num_targets,
+            phase_seconds=seconds | {"others": seconds.get("others", 0.0) + rest},
+        )  # fmt: skip
+
+
+@dataclass
 class Run:
     """Everything that a run consists of on this rank; `folder` and `log` exist on rank 0 only."""
 
@@ -64,6 +89,12 @@ class Run:
     stop: StopRequest
     clock: StartClock
     progress: Progress = field(default_factory=Progress)
+    feed: Feed = field(init=False)
+    unreported: PendingStep | None = None  # the step whose sums have not been read back
+    step_began: float = 0.0  # where the time of the step that runs counts from, in `time.perf_counter`'s seconds
+
+    def __post_init__(self) -> None:
+        self.feed = Feed(self.stream, self.ranks)
 
     def event(self, event: str, message: str, **details: Any) -> None:
         """Record an event once, not once a rank; `details` are for programs that read `metrics.jsonl`."""

@@ -250,6 +250,16 @@ class TokenStream:
         Raises:
             DataError: A shard cannot be read.
         """
+        step = self.read_step()
+        self.advance()
+        return step
+
+    def read_step(self) -> StepRows:
+        """Return this rank's rows of the next step, which count as consumed only after `advance`.
+
+        Raises:
+            DataError: A shard cannot be read.
+        """
         if self._closed:
             raise RuntimeError("the token stream was closed")
         if self._ahead is None:
@@ -257,9 +267,11 @@ class TokenStream:
             self._ahead = _ReadAhead(self._read_step, self.cursor, num_rows, self._depth)
             # Runs at close, when the stream is collected, or at exit, before daemon threads are frozen.
             self._stop_reading = weakref.finalize(self, self._ahead.stop)
-        step = self._ahead.take()
+        return self._ahead.take()
+
+    def advance(self) -> None:
+        """Move the cursor past the oldest step that was read and not yet counted."""
         self.cursor += self._batch_plan.global_batch_size
-        return step
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps, JSON: the cursor, the plan's identity, and rows and epochs per corpus."""

@@ -3,30 +3,32 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict
 
 import torch
 
 from pretrain import __version__
 from pretrain.config import Config
-from pretrain.distributed import Ranks
+from pretrain.distributed import PendingSum, Ranks
 from pretrain.engine import init_distributed, leave_distributed
 from pretrain.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, CheckpointError, LonghaulError, TrainingError
 from pretrain.evaluate import Evaluation, evaluate
+from pretrain.feed import StepInput
 from pretrain.guard import StopRequest
 from pretrain.hardware import peak_memory_bytes
 from pretrain.metrics import StepMetrics
 from pretrain.profiling import PhaseClock
-from pretrain.run import Run, open_run
+from pretrain.run import PendingStep, Run, open_run
 from pretrain.run_folder import RunFolder
 from pretrain.samples import save_samples
 from pretrain.schedule import lr_at
 from pretrain.start_clock import StartClock
-from pretrain.stream import Batch, StepRows
 
 logger = logging.getLogger("longhaul")
+REPORT_SECONDS = 5.0  # that a failed run waits at most for the last step's loss
 
 
 def train(config: Config) -> int:
@@ -57,6 +59,8 @@ def train_on(config: Config, ranks: Ranks, clock: StartClock) -> int:
             run = open_run(config, ranks, folder, stop, cleanup, clock)
             status, exit_status, reason = run_steps(run)
         except BaseException as error:
+            if run:
+                report_after_failure(run)
             if folder:
                 code = error.exit_status if isinstance(error, LonghaulError) else EXIT_FAILED
                 folder.write_status("failed", code, run.progress.step if run else 0, str(error) or type(error).__name__)
@@ -71,6 +75,7 @@ def run_steps(run: Run) -> tuple[str, int, str]:
     """Step until the run is over or must stop; return its status, exit status and the reason in words."""
     config, progress = run.config, run.progress
     run.engine.train()
+    run.step_began = time.perf_counter()
     first_step = progress.step + 1
     while progress.step < run.plan.num_steps:
         with run.profiler.watch(progress.step + 1):
@@ -104,91 +109,90 @@ def run_steps(run: Run) -> tuple[str, int, str]:
 
 
 def train_step(run: Run) -> bool:
-    """Do one optimizer update and report it; return whether any rank was asked to stop."""
-    begin, phases = time.perf_counter(), PhaseClock(run.ranks.device)
-    rows, num_targets, num_damaged = read_rows(run)
-    waited = time.perf_counter() - begin
+    """Do one optimizer update; return whether any rank was asked to stop.
+
+    The host runs ahead of a GPU and waits for it once, in the optimizer, to see whether the gradients are finite. What
+    the step computed is read back and recorded while the next one runs, or as soon as nothing is recorded otherwise.
+    """
+    phases = PhaseClock(run.ranks.device)
+    run.engine.time_communication(phases)
+    rows = run.feed.take()
     phases.mark("data")
     # DeepSpeed divides by micro-steps and ranks; what must remain is the sum over the step's targets / their number.
-    scale = run.ranks.world_size * run.plan.num_micro_steps / max(num_targets, 1)
-    sums = torch.zeros(2, device=run.ranks.device)  # of the objective and of the cross-entropy
+    scale = run.ranks.world_size * run.plan.num_micro_steps / max(rows.num_targets, 1)
+    totals = torch.zeros(2, device=run.ranks.device)  # of the objective and of the cross-entropy
     for index, batch in enumerate(rows.micro_batches):
-        objective, cross_entropy = run.engine.forward(*to_device(batch, run.ranks.device), run.progress.step)
+        objective, cross_entropy = run.engine.forward(*batch, run.progress.step)
         phases.mark("forward")
         run.engine.backward(objective * scale)
-        sums += torch.stack((objective.detach(), cross_entropy))
+        totals += torch.stack((objective.detach(), cross_entropy))
         if index < run.plan.num_micro_steps - 1:
             run.engine.end_micro_step()
         phases.mark("backward")
+        if index == 0:
+            report(run)  # the step before: its sums have arrived, or do while this micro-step runs
+            phases.mark("others")
+    if run.progress.step + 1 < run.plan.num_steps:
+        run.feed.prepare(stop=run.stop.received is not None)
+        phases.mark("data")
     lr = lr_at(run.progress.step, run.plan.num_steps, run.config.optim.lr, run.config.schedule)
     result = run.engine.step(lr)
     phases.mark("optimizer")
-    *totals, stop_requests = run.ranks.sum([*sums.tolist(), run.stop.received is not None])
-    phase_seconds = phases.seconds()  # before: the host has now waited for the device
-    phase_seconds["others"] = time.perf_counter() - begin - sum(phase_seconds.values())
-    means = [total / max(num_targets, 1) for total in totals]
-    finish_step(run, StepMetrics(
-        step=run.progress.step + 1, tokens=run.progress.num_tokens + run.plan.tokens_per_step,
-        loss=means[1], objective=means[0] if run.config.train.has_extra_terms else None,
-        grad_norm=result.grad_norm, lr=lr,
-        step_seconds=time.perf_counter() - begin, data_wait_seconds=waited,
-        memory_bytes=peak_memory_bytes(run.ranks.device), skipped_steps=0, epochs=run.stream.state()["epochs"],
-        phase_seconds=phase_seconds,
-    ), result.applied, num_damaged)  # fmt: skip
-    return stop_requests > 0
+    run.engine.time_communication(None)
+    sums = run.ranks.start_sum(torch.cat((totals, result.grad_norm.view(1))))
+    finish_step(run, rows, result.applied, lr, sums, phases)
+    return run.feed.stop_requested()
 
 
-def read_rows(run: Run) -> tuple[StepRows, int, int]:
-    """Take this rank's rows of the next step; return them and, over all ranks, the targets and damaged documents.
-
-    Raises:
-        LonghaulError: on all ranks, if any rank cannot read its rows.
-    """
-    rows, failure = StepRows([], 0, []), None
-    try:
-        rows = run.stream.next_step()
-    except LonghaulError as error:
-        failure = error
-    num_targets, num_damaged, num_failed = run.ranks.sum([rows.num_targets, len(rows.damaged), failure is not None])
-    if num_failed:
-        run.ranks.agree(lambda: _reraise(failure))
-    for document in rows.damaged:
-        logger.warning("step %d: %s is damaged and was masked", run.progress.step + 1, document)
-    return rows, int(num_targets), int(num_damaged)
-
-
-def _reraise(error: Exception | None) -> None:
-    if error is not None:
-        raise error
-
-
-def finish_step(run: Run, metrics: StepMetrics, applied: bool, num_damaged: int) -> None:
-    """Count and record a step."""
-    progress = run.progress
-    progress.step, progress.num_tokens = metrics.step, metrics.tokens
-    if num_damaged:
-        run.event("damaged_documents", f"{num_damaged} documents of this step failed their checksum and were masked")
+def finish_step(run: Run, rows: StepInput, applied: bool, lr: float, sums: PendingSum, phases: PhaseClock) -> None:
+    """Count a step, and leave its metrics to `report`."""
+    progress, config = run.progress, run.config
+    progress.step, progress.num_tokens = progress.step + 1, progress.num_tokens + run.plan.tokens_per_step
+    if rows.num_damaged:
+        run.event("damaged_documents", f"{rows.num_damaged} documents of this step failed their checksum and were "
+                  "masked")  # fmt: skip
     if not applied:
         run.event("skipped_step", "a gradient is not finite; the weights were left as they were")
-    is_overflow = run.config.train.precision == "fp16" and metrics.loss == metrics.loss  # the loss scale adapts
-    last_row = run.stream.cursor
+    # fp16's loss scale adapts by overflows, which count only where the loss is not a number itself
+    is_overflow = config.train.precision == "fp16" and not applied and not math.isnan(sums.result()[1])
+    end = run.stream.cursor
     try:
-        run.guard.record(applied or is_overflow, metrics.step, (last_row - run.plan.global_batch_size, last_row))
+        run.guard.record(applied or is_overflow, progress.step, (end - run.plan.global_batch_size, end))
     finally:
         progress.num_skipped = run.guard.num_skipped
-        if run.log:
-            run.log.step(StepMetrics(**{**vars(metrics), "skipped_steps": progress.num_skipped}))
+        now = time.perf_counter()
+        run.unreported = PendingStep(StepMetrics(
+            step=progress.step, tokens=progress.num_tokens, loss=math.nan,
+            objective=math.nan if config.train.has_extra_terms else None, grad_norm=math.nan, lr=lr,
+            step_seconds=now - run.step_began, memory_bytes=peak_memory_bytes(run.ranks.device),
+            skipped_steps=progress.num_skipped, epochs=run.stream.state()["epochs"], phase_seconds={},
+        ), rows.num_targets, sums, phases, run.ranks.world_size)  # fmt: skip
+        run.step_began = now
+    if sums.is_ready():
+        report(run)
 
 
-def to_device(batch: Batch, device: torch.device) -> tuple[torch.Tensor, ...]:
-    """Move a micro-batch to where the model is, in the order of `Transformer.forward`."""
-    tensors = (batch.tokens_BT, batch.targets_BT, batch.doc_start_BT, batch.row_ids_B)
-    return tuple(tensor.to(device, non_blocking=True) for tensor in tensors)
+def report(run: Run) -> None:
+    """Record the step whose sums have not been read back, if there is one."""
+    pending, run.unreported = run.unreported, None
+    if pending and run.log:
+        run.log.step(pending.finish())
+
+
+def report_after_failure(run: Run) -> None:
+    """Record the last step that was done, unless what failed is why its sums do not arrive."""
+    give_up = time.monotonic() + REPORT_SECONDS
+    with suppress(Exception):  # the failure that is already on its way is the one to be seen
+        while run.unreported and not run.unreported.sums.is_ready() and time.monotonic() < give_up:
+            time.sleep(0.01)
+        if run.unreported and run.unreported.sums.is_ready():
+            report(run)
 
 
 def judge(run: Run) -> Evaluation:
     """Evaluate on held-out documents; remember, and by choice save, the best so far."""
     assert run.val_rows is not None
+    report(run)
     run.engine.train(False)
     num_damaged = len(run.val_rows.damaged)
     result = evaluate(
@@ -211,11 +215,13 @@ def judge(run: Run) -> Evaluation:
             progress.best_step = progress.step
             if not save(run):  # the best that exists is still the one before, and must not be pruned
                 progress.best_loss, progress.best_step = before
+    run.step_began = time.perf_counter()
     return result
 
 
 def sample(run: Run) -> None:
     """Let the model write text. Neither what it computes nor a disk that fails ends the run, or changes it."""
+    report(run)
     step = run.progress.step
     run.engine.train(False)
     try:
@@ -225,6 +231,7 @@ def sample(run: Run) -> None:
     except (OSError, TrainingError) as error:
         run.event("samples_failed", str(error))
     run.engine.train()
+    run.step_began = time.perf_counter()
 
 
 def save(run: Run, last: bool = False) -> bool:
@@ -232,6 +239,7 @@ def save(run: Run, last: bool = False) -> bool:
 
     A failed save is reported and the run goes on, unless it is the last one. Returns whether it was saved.
     """
+    report(run)
     training = {"progress": asdict(run.progress), "num_tokens": run.progress.num_tokens, "data": run.stream.state()}
     about = {"config": run.config.model_dump(mode="json"), "longhaul": __version__, "torch": torch.__version__}
     try:
@@ -242,6 +250,8 @@ def save(run: Run, last: bool = False) -> bool:
             raise
         run.event("save_failed", str(error))
         return False
+    finally:
+        run.step_began = time.perf_counter()
     run.checkpoints.prune(run.progress.best_step)
     if run.folder:
         run.folder.write_status("running", None, run.progress.step)

@@ -28,8 +28,9 @@ TIERS = (
     " published model_card muon",
     "settings sentencepiece_tokenizer row_table model optim checkpoint_files shard_reader journal sources sampling"
     " tracking family_table profiling",
-    "data_plan engine metrics guard hf_tokenizer generate",
-    "checkpoint stream tokenizer_files tokenizer_trial source_sample",
+    "data_plan communication metrics guard hf_tokenizer generate",
+    "engine stream",
+    "checkpoint feed tokenizer_files tokenizer_trial source_sample",
     "run_folder tokenizer_export workers",
     "evaluate hf_export self_test samples corpus",
     "run prepare convert quickstart",

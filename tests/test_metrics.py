@@ -25,8 +25,8 @@ def make_log(folder, first_step=0, attempt=1, tensorboard=True):
 
 def step_metrics(step, loss=2.0):
     return StepMetrics(step=step, tokens=1000 * step, loss=loss, objective=None, grad_norm=1.5, lr=1e-3, step_seconds=0.5,
-                       data_wait_seconds=0.01, memory_bytes=123, skipped_steps=0, epochs={"code": 0.25},
-                       phase_seconds={"forward": 0.2, "backward": 0.3})  # fmt: skip
+                       memory_bytes=123, skipped_steps=0, epochs={"code": 0.25},
+                       phase_seconds={"data": 0.01, "forward": 0.2, "backward": 0.3})  # fmt: skip
 
 
 def read(folder):

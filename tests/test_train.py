@@ -43,9 +43,13 @@ def runs(tiny_config, tmp_path_factory):
         "smoothed": ["train.label_smoothing=0.2", "train.z_loss=0.01", "eval={every_steps: 20, max_rows: 8}"],
         "profiled": ["train.profile_steps=[3, 20]"],
         "out-of-memory": ["checkpoint.every_steps=2"],
+        "reads": ["train.precision=bf16"],
+        "reads-recomputed": ["train.precision=bf16", "model.attention_dropout=0.1", "model.dropout=0.1",
+                             "train.activation_checkpointing=full", "train.z_loss=0.01"],
         "tensors": ["log.tensorboard=true", "eval={every_steps: 10, max_rows: 4}"],
     }  # fmt: skip
-    extra = {"out-of-memory": {"out_of_memory": 4}, "best-fails": {"signal_at": 9, "fail_save": [8]}}
+    extra = {"out-of-memory": {"out_of_memory": 4}, "best-fails": {"signal_at": 9, "fail_save": [8]},
+             "reads": {"count_reads": 5}, "reads-recomputed": {"count_reads": 5}}  # fmt: skip
     listed = [
         {"overrides": [f"run.dir={folder}/{name}", *overrides]} | extra.get(name, {})
         for name, overrides in cases.items()
@@ -150,12 +154,22 @@ def test_steps_are_traced_as_asked(runs):
 
 def test_phases_add_up_to_the_step(runs):
     lines = [line for line in metric_lines(runs[1] / "plain") if "loss" in line]
-    phases = ("data", "forward", "backward", "optimizer", "others")
+    phases = ("data", "forward", "backward", "optimizer", "communication", "others")
     for line in lines:
         seconds = [line[f"seconds/{phase}"] for phase in phases]
         assert min(seconds) >= 0
         assert sum(seconds) == pytest.approx(line["step_seconds"], abs=2e-3)
     assert lines[-1]["seconds/backward"] > lines[-1]["seconds/optimizer"]
+
+
+@pytest.mark.parametrize("name", ["reads", "reads-recomputed"])
+def test_the_host_waits_for_the_device_in_deepspeeds_step_only(runs, name):
+    """It looks at the gradients there, which must be finite before the weights move."""
+    callers = json.loads((runs[1] / name / "reads.json").read_text())
+    callers = [caller for caller in callers if "kernels/pieces.py" not in caller]  # attention's path on CPUs only
+    assert callers, "the check of the gradients was not seen: nothing was measured"
+    assert [caller for caller in callers if not caller.startswith(("deepspeed/runtime/", "runtime/zero/"))] == []
+    assert len(callers) <= 2
 
 
 def test_a_run_that_is_out_of_memory_says_what_to_change(runs):

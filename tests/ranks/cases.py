@@ -27,6 +27,7 @@ from pretrain.model import KVCache
 from pretrain.optim import make_optimizer
 from pretrain.settings import load_config
 from pretrain.start_clock import StartClock
+from tests.host_reads import HostReads
 
 
 def run_case(case: dict, config_path: str, ranks) -> str:
@@ -113,6 +114,17 @@ def run_case(case: dict, config_path: str, ranks) -> str:
                 run.engine.forward = forward
 
         train_module.train_step = poisoned_step
+    if "count_reads" in case:  # what the host reads from the device in this step
+
+        def watched_step(run):
+            if run.progress.step + 1 != case["count_reads"]:
+                return original(run)
+            with HostReads() as reads:
+                asked = original(run)
+            (Path(config.run.dir) / "reads.json").write_text(json.dumps(reads.callers))
+            return asked
+
+        train_module.train_step = watched_step
     try:
         return {0: "done", 75: "stopped"}[train_module.train_on(config, ranks, StartClock())]
     except LonghaulError as error:

@@ -1,0 +1,116 @@
+"""The rows of every step, on this rank's device and agreed upon by all ranks before the step begins.
+
+While one step runs, the next one's rows are copied to the device on a stream of their own, and their targets are
+counted over all ranks: a step waits neither for a copy nor for another rank's count.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pretrain.distributed import PendingSum, Ranks
+from pretrain.errors import LonghaulError
+from pretrain.stream import Batch, StepRows, TokenStream
+
+logger = logging.getLogger("longhaul")
+
+
+@dataclass(frozen=True)
+class StepInput:
+    """What this rank computes in one step.
+
+    Args:
+        micro_batches: on the device, each in the order of `Transformer.forward`.
+        num_targets: scored targets of all ranks.
+        num_damaged: documents of all ranks that failed their checksum and are masked.
+    """
+
+    micro_batches: list[tuple[Tensor, ...]]
+    num_targets: int
+    num_damaged: int
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """A step whose rows are read; its copies and its sums over ranks are under way."""
+
+    rows: StepRows
+    micro_batches: list[tuple[Tensor, ...]]
+    copied: torch.cuda.Event | None
+    sums: PendingSum  # targets, damaged documents, ranks that could not read, ranks that were asked to stop
+    failure: LonghaulError | None
+
+
+class Feed:
+    """The steps of a `TokenStream`, one after the other; all ranks call the same methods in the same order."""
+
+    def __init__(self, stream: TokenStream, ranks: Ranks) -> None:
+        """Feed this rank; nothing is read before the first step is prepared."""
+        self._stream, self._ranks = stream, ranks
+        self._copies = torch.cuda.Stream(ranks.device) if ranks.device.type == "cuda" else None
+        self._next: _Prepared | None = None
+
+    def prepare(self, stop: bool) -> None:
+        """Read the next step's rows and start to copy and to count them; an error waits for `take`.
+
+        Args:
+            stop: whether this rank was asked to stop, which `stop_requested` tells all ranks.
+        """
+        rows, failure = StepRows([], 0, []), None
+        try:
+            rows = self._stream.read_step()
+        except LonghaulError as error:
+            failure = error
+        micro_batches = [_tensors(batch) for batch in rows.micro_batches]
+        copied = None
+        if self._copies is not None:
+            with torch.cuda.stream(self._copies):
+                micro_batches = [
+                    tuple(tensor.pin_memory().to(self._ranks.device, non_blocking=True) for tensor in tensors)
+                    for tensors in micro_batches
+                ]
+                copied = torch.cuda.Event()
+                copied.record(self._copies)
+        sums = self._ranks.start_sum([rows.num_targets, len(rows.damaged), failure is not None, stop])
+        self._next = _Prepared(rows, micro_batches, copied, sums, failure)
+
+    def stop_requested(self) -> bool:
+        """Whether any rank was asked to stop when it prepared the next step; False if none is prepared."""
+        return self._next is not None and self._next.sums.result()[3] > 0
+
+    def take(self) -> StepInput:
+        """Return the next step's rows, which count as consumed from now on; prepare them now if nobody has.
+
+        Raises:
+            LonghaulError: on all ranks, if any rank could not read its rows.
+        """
+        if self._next is None:
+            self.prepare(stop=False)
+        assert self._next is not None
+        prepared, self._next = self._next, None
+        num_targets, num_damaged, num_failed, _ = prepared.sums.result()
+        if num_failed:
+            self._ranks.agree(lambda: _raise(prepared.failure))
+        self._stream.advance()
+        for document in prepared.rows.damaged:
+            logger.warning("%s is damaged and was masked", document)
+        if prepared.copied is not None:
+            consumer = torch.cuda.current_stream()
+            consumer.wait_event(prepared.copied)
+            for tensors in prepared.micro_batches:
+                for tensor in tensors:
+                    tensor.record_stream(consumer)  # else its memory could be copied over while it is read
+        return StepInput(prepared.micro_batches, int(num_targets), int(num_damaged))
+
+
+def _tensors(batch: Batch) -> tuple[Tensor, ...]:
+    return batch.tokens_BT, batch.targets_BT, batch.doc_start_BT, batch.row_ids_B
+
+
+def _raise(error: Exception | None) -> None:
+    if error is not None:
+        raise error
