@@ -45,7 +45,8 @@ class Ranks:
         """Begin `sum`; what the device was given to do before this goes on, and what comes after need not wait.
 
         Args:
-            values: numbers, or a tensor `[N]` on this rank's device that may not have been computed yet.
+            values: numbers, or a tensor `[N]` on this rank's device, which may still have to be computed and does not
+                change after that.
         """
         return (_SumOnGPU if self.device.type == "cuda" else _SumOnCPU)(values, self)
 
