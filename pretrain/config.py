@@ -242,8 +242,8 @@ class TrainSection(Section):
     )
     grad_accum_dtype: Literal["fp32", "bf16"] = Field(
         "fp32",
-        description="In which gradients of micro-steps and ranks are summed. bf16, with precision bf16 only, halves "
-        "their memory, and rounds every sum.",
+        description="In which gradients of micro-steps and ranks are summed, and sent. bf16, with precision bf16 only, "
+        "halves their memory and what is sent, and rounds every sum.",
     )
     z_loss: float = Field(
         0.0, ge=0, le=1, description="Weight of log(sum(exp(logits)))^2 in the objective, which keeps logits from "

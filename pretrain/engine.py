@@ -160,6 +160,7 @@ def deepspeed_settings(config: Config, plan: BatchPlan, num_parameters: int) -> 
             "stage3_prefetch_bucket_size": max(50_000_000, num_parameters // config.model.num_layers),
         },
         "data_types": {"grad_accum_dtype": config.train.grad_accum_dtype},
+        "communication_data_type": config.train.grad_accum_dtype,  # else bf16 and fp16 gradients are rounded to be sent
     }
     if config.train.precision == "bf16":
         settings["bf16"] = {"enabled": True}
@@ -198,6 +199,8 @@ class Engine:
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=settings, dist_init_required=False
         )
+        if plan.world_size == 1 and self.stage < 2 and not hasattr(self._optimizer, "reduce_gradients"):
+            self._engine.enable_backward_allreduce = False  # it would copy all gradients to and from one more buffer
         self._torch_optimizer = optimizer
         self._parameters = list(self._engine.module.named_parameters())
         self._num_updates = 0

@@ -34,7 +34,7 @@ def test_settings_follow_the_batch_plan():
     assert settings["train_micro_batch_size_per_gpu"] == 2
     assert settings["gradient_accumulation_steps"] == 4
     assert settings["zero_optimization"]["stage"] == 2 and not settings["zero_optimization"]["overlap_comm"]
-    assert settings["data_types"]["grad_accum_dtype"] == "fp32"
+    assert settings["data_types"]["grad_accum_dtype"] == settings["communication_data_type"] == "fp32"
     assert settings["bf16"] == {"enabled": True} and "fp16" not in settings
     assert settings["gradient_clipping"] == 1.0
     assert settings["zero_optimization"]["reduce_bucket_size"] == 1000
@@ -42,7 +42,22 @@ def test_settings_follow_the_batch_plan():
 
 def test_gradients_are_summed_as_asked():
     config = config_of(train={"precision": "bf16", "grad_accum_dtype": "bf16"})
-    assert deepspeed_settings(config, BatchPlan.of(config, 2), 1000)["data_types"] == {"grad_accum_dtype": "bf16"}
+    settings = deepspeed_settings(config, BatchPlan.of(config, 2), 1000)
+    assert settings["data_types"] == {"grad_accum_dtype": "bf16"} and settings["communication_data_type"] == "bf16"
+
+
+def test_buckets_grow_with_the_ranks_and_stop_at_the_model():
+    config = config_of(parallel={"zero_stage": 2}, train={"global_batch_size": 1024})
+
+    def buckets(num_ranks: int, num_parameters: int) -> tuple[int, int, int]:
+        found = deepspeed_settings(config, BatchPlan.of(config, num_ranks), num_parameters)["zero_optimization"]
+        assert found["allgather_bucket_size"] % 2 == 0  # DeepSpeed asserts it
+        return found["reduce_bucket_size"], found["stage3_prefetch_bucket_size"], found["allgather_bucket_size"]
+
+    assert buckets(1, 999_999)[0] == 999_999
+    assert buckets(8, 10**9)[0] == 40_000_000
+    assert buckets(256, 10**9)[0] == 256_000_000
+    assert buckets(8, 8 * 10**9)[1] == 8 * 10**9 // config.model.num_layers
 
 
 def test_communication_overlaps_only_if_asked():
