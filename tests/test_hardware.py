@@ -21,6 +21,14 @@ def test_a_gpu_is_looked_up_by_the_most_particular_name(monkeypatch):
         ("NVIDIA A10", 125e12, 31.2e12),
         ("NVIDIA L40S", 362e12, 91.6e12),
         ("NVIDIA L4", 121e12, 30.3e12),
+        ("NVIDIA L40", 181e12, 90.5e12),
+        ("NVIDIA A10G", 70e12, 31.5e12),
+        ("NVIDIA H20", 148e12, 44e12),
+        ("NVIDIA H200", 989e12, 67e12),
+        ("NVIDIA GH200 480GB", 989e12, 67e12),
+        ("NVIDIA GB200", 2500e12, 80e12),
+        ("NVIDIA B200", 2250e12, 75e12),
+        ("AMD Instinct MI300X", 1307.4e12, 163.4e12),
     ):
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda _, name=name: name)
         assert (peak_flops(device, "bf16"), peak_flops(device, "fp32")) == (low, single)
