@@ -30,7 +30,7 @@ def attention(
     v_BSKC: Tensor,
     visible: Visibility,
     dropout_p: float = 0.0,
-    dropout_key: DropoutKey | None = None,
+    dropout_key: DropoutKey | Tensor | None = None,
     softcap: float | None = None,
     scale: float | None = None,
     deterministic: bool | None = None,
@@ -45,7 +45,8 @@ def attention(
         v_BSKC: values.
         visible: which keys each query sees; one that sees none gets zeros.
         dropout_p: probability that a probability is dropped.
-        dropout_key: seed, step, rows and place of the dropout; None for no dropout.
+        dropout_key: seed, step, rows and place of the dropout, or the seeds that `attention_seeds` draws from these;
+            None for no dropout.
         softcap: scores s become softcap * tanh(s / softcap); None: they stay as they are.
         scale: what scores are multiplied by, above 0; None: 1 / sqrt(C).
         deterministic: gradients have the same bits on every run, which on a GPU costs a second pass over the keys.
@@ -64,7 +65,9 @@ def attention(
     _check(q_BTHC, k_BSKC, v_BSKC, visible, scale, softcap)
     drops = dropout_p > 0.0 and dropout_key is not None
     if _has_programs(q_BTHC):
-        seeds_BH = attention_seeds(q_BTHC.shape[2], dropout_key) if drops and dropout_key is not None else None
+        seeds_BH = dropout_key if drops else None
+        if isinstance(seeds_BH, DropoutKey):
+            seeds_BH = attention_seeds(q_BTHC.shape[2], seeds_BH)
         intervals = (visible.first_BT, visible.end_BT, *visible.queries_BS)
         scale = 1.0 / math.sqrt(q_BTHC.shape[3]) if scale is None else scale
         if deterministic is None:

@@ -29,19 +29,19 @@ class DropoutKey:
 
     Args:
         seed: of the run, up to 64 bits.
-        step: of training.
+        step: of training; a number, or an int64 scalar.
         row_ids_B: int64 `[B]`, the global number of each row.
-        layer: index of the block.
+        layer: index of the block, or int64 numbers that broadcast with what is drawn.
         site: place in the block, one of `SITE_*`.
     """
 
     seed: int
-    step: int
+    step: int | Tensor
     row_ids_B: Tensor
-    layer: int = 0
+    layer: int | Tensor = 0
     site: int = SITE_EMBEDDING
 
-    def at(self, layer: int, site: int) -> DropoutKey:
+    def at(self, layer: int | Tensor, site: int) -> DropoutKey:
         """Make the key of another place in the model."""
         return dataclasses.replace(self, layer=layer, site=site)
 
@@ -72,10 +72,10 @@ def attention_seeds(num_heads: int, key: DropoutKey) -> Tensor:
 
     Args:
         num_heads: H, of all ranks.
-        key: where and when.
+        key: where and when; several layers, `[L, 1, 1]`, are drawn at once.
 
     Returns:
-        int64 `[B, H]`, words 0 and 1 of the counter (head, row, step, place).
+        int64 `[B, H]` or `[L, B, H]`, words 0 and 1 of the counter (head, row, step, place).
     """
     head_H = torch.arange(num_heads, dtype=torch.int64, device=key.row_ids_B.device)
     place = key.layer * _SITES_PER_LAYER + key.site
