@@ -2,6 +2,12 @@ import pytest
 import torch
 
 from kernels.dropout import DropoutKey, attention_keep_mask, attention_seeds, dropout, keep_mask, philox
+from tests.interpreter_process import run_interpreted
+
+
+def test_triton_in_the_interpreter():
+    run_interpreted("tests/interpreter_operators.py", "dropout")
+
 
 # Random123's kat_vectors for philox4x32-10: counter, key, result
 VECTORS = [
