@@ -5,15 +5,18 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from kernels.attention import prepare
 from kernels.dropout import SITE_ATTENTION, SITE_EMBEDDING, DropoutKey, attention_seeds, dropout
 from kernels.rope import RopeScaling, rope_tables
 from kernels.visibility import Visibility, visibility
+from pretrain.compiling import compiled
 from pretrain.families import ModelShape
 from pretrain.layers import Block, Context, Embedding, Output, make_norm
 from pretrain.recompute import recomputed
@@ -70,6 +73,14 @@ class _LayerCache:
         return self.k_BSKC[:, :end], self.v_BSKC[:, :end]
 
 
+def _run_block(
+    checkpointing: str, block: nn.Module, x_BTD: Tensor, residual_BTD: Tensor | None, context: Context
+) -> tuple[Tensor, Tensor]:
+    if checkpointing != "none" and torch.is_grad_enabled():
+        return recomputed(checkpointing, block, x_BTD, residual_BTD, context)
+    return block(x_BTD, residual_BTD, context)
+
+
 class Transformer(nn.Module):
     """A pre-norm decoder-only Transformer over rows of packed documents."""
 
@@ -95,6 +106,7 @@ class Transformer(nn.Module):
         self.shape, self.seed = shape, seed
         self.rope_scaling = RopeScaling(**shape.rope_scaling.model_dump()) if shape.rope_scaling else None
         self.activation_checkpointing = activation_checkpointing
+        self._compiled_block: Callable[..., Any] | None = None
         self.embedding = Embedding(shape.padded_vocab_size, shape.dim)
         self.position_embedding = Embedding(shape.seq_len, shape.dim) if shape.positions == "learned" else None
         self.blocks = nn.ModuleList(Block(shape) for _ in range(shape.num_layers))
@@ -133,6 +145,13 @@ class Transformer(nn.Module):
             parameter.copy_(torch.empty(parameter.shape, device="cpu").normal_(0.0, std, generator=generator))
             if owner in ("embedding", "output"):
                 parameter[self.shape.vocab_size :] = 0.0
+
+    def compile_blocks(self, backend: str = "inductor") -> None:
+        """Have training run the blocks through `torch.compile`, which happens in the first forward pass.
+
+        Evaluation and generation, whose batches are of many sizes, run as before.
+        """
+        self._compiled_block = compiled(_run_block, backend)
 
     def forward(
         self,
@@ -224,12 +243,14 @@ class Transformer(nn.Module):
             x_BTD = dropout(x_BTD, self.shape.dropout, key.at(0, SITE_EMBEDDING))
         num_keys = tokens_BT.shape[1] + (0 if cache is None else cache.num_used)
         visible = visibility(doc_start_BT, num_keys, x_BTD.dtype, self.shape.sliding_window)
-        residual_BTD = None
+        run_block, residual_BTD = _run_block, None
+        if self._compiled_block is not None and self.training and torch.is_grad_enabled():
+            drops = key is not None and self.shape.attention_dropout > 0.0
+            prepare(visible, self.shape.head_dim, drops or self.shape.attention_softcap is not None)
+            # The first block's own code, without a residual, would be compiled too: give it one.
+            run_block, residual_BTD = self._compiled_block, torch.zeros_like(x_BTD).requires_grad_(x_BTD.requires_grad)
         for block, context in zip(self.blocks, self._contexts(visible, tables, key, cache), strict=True):
-            if self.activation_checkpointing != "none" and torch.is_grad_enabled():
-                x_BTD, residual_BTD = recomputed(self.activation_checkpointing, block, x_BTD, residual_BTD, context)
-            else:
-                x_BTD, residual_BTD = block(x_BTD, residual_BTD, context)
+            x_BTD, residual_BTD = run_block(self.activation_checkpointing, block, x_BTD, residual_BTD, context)
         return self.final_norm(x_BTD, residual_BTD)[0]
 
     def _contexts(

@@ -15,6 +15,7 @@ import torch
 from pretrain import __version__
 from pretrain.batch_plan import BatchPlan
 from pretrain.checkpoint import Checkpoints
+from pretrain.compiling import should_compile
 from pretrain.config import Config
 from pretrain.distributed import Ranks
 from pretrain.engine import Engine, init_distributed, leave_distributed
@@ -144,6 +145,8 @@ def open_run(
     clock.mark("self-test")
     objective = config.train.z_loss, config.train.label_smoothing
     model = Transformer(shape, config.run.seed, config.train.activation_checkpointing, *objective)
+    if should_compile(config, ranks.device):
+        model.compile_blocks()
     samples = ranks.agree(lambda: Samples(config, model, tokenizer, ranks))
     clock.mark("model")
     engine = ranks.agree(lambda: Engine(model, config, plan, ranks))
