@@ -12,6 +12,7 @@ from pretrain.config import ModelSection
 from pretrain.errors import TrainingError
 from pretrain.families import resolve_shape
 from pretrain.model import KVCache, Transformer
+from tests.interpreter_process import run_interpreted
 from tests.rank_helpers import losses, newest, run_cases
 from tests.test_checks import config_of
 
@@ -84,6 +85,11 @@ def test_one_code_computes_what_all_layers_and_steps_do(name, checkpointing, cap
     for a, b in zip(grads, expected_grads, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4 * float(b.abs().max()))
     assert capfd.readouterr() == ("", "")  # the compiler has nothing to say to users
+
+
+@pytest.mark.slow
+def test_the_graph_of_a_gpu_in_the_interpreter():
+    run_interpreted("tests/interpreter_compile.py", "")
 
 
 def test_checkpointing_keeps_less_in_compiled_code_too():
