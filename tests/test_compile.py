@@ -87,6 +87,19 @@ def test_one_code_computes_what_all_layers_and_steps_do(name, checkpointing, cap
     assert capfd.readouterr() == ("", "")  # the compiler has nothing to say to users
 
 
+def test_bf16():
+    found = []
+    for compiles in (False, True):
+        model = build().bfloat16()
+        if compiles:
+            model.compile_blocks("aot_eager")
+        objective, loss = model(*batch(), 0)
+        objective.backward()
+        assert all(parameter.grad.dtype == torch.bfloat16 for parameter in model.parameters())
+        found.append(float(loss))
+    assert found[1] == pytest.approx(found[0], rel=1e-3)
+
+
 @pytest.mark.slow
 def test_the_graph_of_a_gpu_in_the_interpreter():
     run_interpreted("tests/interpreter_compile.py", "")
