@@ -1,6 +1,7 @@
 """One whole update of the weights (forward, backward, clip, fused AdamW) in each of the ways that are compared.
 
 - `ours-deepspeed`: Longhaul's Transformer as training runs it, by `pretrain.engine.Engine` on one rank
+- `ours-compiled`: the same with `train.compile`
 - `ours-torch`: the same Transformer with bf16 weights and fp32 master copies, by torch alone
 - `baseline-eager`, `baseline-compiled`: plain PyTorch under bf16 autocast, without and with `torch.compile`
 """
@@ -19,7 +20,7 @@ from pretrain.families import ModelShape
 from pretrain.model import Transformer
 from pretrain.optim import make_optimizer, param_groups
 
-VARIANTS = ("ours-deepspeed", "baseline-compiled", "ours-torch", "baseline-eager")
+VARIANTS = ("ours-deepspeed", "ours-compiled", "baseline-compiled", "ours-torch", "baseline-eager")
 
 
 @dataclass(frozen=True)
@@ -86,8 +87,8 @@ def make_update(variant: str, config: Config, shape: ModelShape, compile_backend
         compile_backend: of `torch.compile`.
     """
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    if variant == "ours-deepspeed":
-        return _by_engine(config, shape)
+    if variant in ("ours-deepspeed", "ours-compiled"):
+        return _by_engine(config, shape, compile_backend if variant == "ours-compiled" else None)
     if variant == "ours-torch":
         step = by_torch(make_ours(shape, device, torch.float32), config, device)
         return Update(lambda batches: _mean_loss(batches, step, config.optim.lr), device)
@@ -96,7 +97,7 @@ def make_update(variant: str, config: Config, shape: ModelShape, compile_backend
     return _by_autocast(model, config, device, compile_backend if variant == "baseline-compiled" else None)
 
 
-def _by_engine(config: Config, shape: ModelShape) -> Update:
+def _by_engine(config: Config, shape: ModelShape, compile_backend: str | None) -> Update:
     from pretrain.batch_plan import BatchPlan
     from pretrain.engine import Engine, init_distributed
 
@@ -118,7 +119,9 @@ def _by_engine(config: Config, shape: ModelShape) -> Update:
             raise FloatingPointError("a gradient is not finite: the update was skipped")
         return float(loss_sum) / num_targets
 
-    return Update(update, ranks.device)
+    if compile_backend is None:
+        return Update(update, ranks.device)
+    return Update(update, ranks.device, lambda: model.compile_blocks(compile_backend))
 
 
 def _mean_loss(batches: list[Rows], step: Callable[[list[Rows], float, int, int], float], lr: float) -> float:

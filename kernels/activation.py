@@ -37,7 +37,8 @@ def swiglu(gate_up: Tensor) -> Tensor:
     """
     if use_triton(gate_up) and gate_up.dtype != torch.float64:
         return _swiglu_op(gate_up)
-    return _SwiGLU.apply(gate_up)
+    # A compiler fuses the plain form, and cannot trace writing into halves.
+    return swiglu_truth(gate_up) if torch.compiler.is_compiling() else _SwiGLU.apply(gate_up)
 
 
 def gelu_truth(x: Tensor) -> Tensor:

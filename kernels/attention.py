@@ -30,7 +30,7 @@ def attention(
     v_BSKC: Tensor,
     visible: Visibility,
     dropout_p: float = 0.0,
-    dropout_key: DropoutKey | None = None,
+    dropout_key: DropoutKey | Tensor | None = None,
     softcap: float | None = None,
     scale: float | None = None,
     deterministic: bool | None = None,
@@ -45,7 +45,8 @@ def attention(
         v_BSKC: values.
         visible: which keys each query sees; one that sees none gets zeros.
         dropout_p: probability that a probability is dropped.
-        dropout_key: seed, step, rows and place of the dropout; None for no dropout.
+        dropout_key: seed, step, rows and place of the dropout, or the seeds that `attention_seeds` draws from these;
+            None for no dropout.
         softcap: scores s become softcap * tanh(s / softcap); None: they stay as they are.
         scale: what scores are multiplied by, above 0; None: 1 / sqrt(C).
         deterministic: gradients have the same bits on every run, which on a GPU costs a second pass over the keys.
@@ -63,8 +64,10 @@ def attention(
         q_BTHC, k_BSKC, v_BSKC = q_BTHC.to(wanted), k_BSKC.to(wanted), v_BSKC.to(wanted)
     _check(q_BTHC, k_BSKC, v_BSKC, visible, scale, softcap)
     drops = dropout_p > 0.0 and dropout_key is not None
-    if _has_programs(q_BTHC):
-        seeds_BH = attention_seeds(q_BTHC.shape[2], dropout_key) if drops and dropout_key is not None else None
+    if _has_programs(q_BTHC, q_BTHC.dtype, q_BTHC.shape[3]):
+        seeds_BH = dropout_key if drops else None
+        if isinstance(seeds_BH, DropoutKey):
+            seeds_BH = attention_seeds(q_BTHC.shape[2], seeds_BH)
         intervals = (visible.first_BT, visible.end_BT, *visible.queries_BS)
         scale = 1.0 / math.sqrt(q_BTHC.shape[3]) if scale is None else scale
         if deterministic is None:
@@ -74,6 +77,22 @@ def attention(
     if softcap is not None or drops:
         return attention_truth(q_BTHC, k_BSKC, v_BSKC, visible, dropout_p, dropout_key, softcap, scale)
     return attention_sdpa(q_BTHC, k_BSKC, v_BSKC, visible, scale)
+
+
+def prepare(visible: Visibility, head_dim: int, is_explicit: bool) -> None:
+    """Compute what `attention` reads of a visibility now, once, before code that is compiled for a layer does.
+
+    Args:
+        visible: what each query sees.
+        head_dim: C.
+        is_explicit: probabilities are dropped, or there is a soft-cap.
+    """
+    if _has_programs(visible.first_BT, visible.dtype, head_dim):
+        visible.queries_BS  # noqa: B018  a cached property, as the others
+    elif is_explicit:
+        visible.seen_BTS  # noqa: B018
+    else:
+        visible.bias_B1TS  # noqa: B018
 
 
 def _check(
@@ -100,19 +119,19 @@ def _check(
             raise ValueError(f"attention: {name} is {value}; expected a number above 0.")
 
 
-def _has_programs(q_BTHC: Tensor) -> bool:
-    """Tell whether the Triton programs can run, and say once why not on a GPU."""
-    if not use_triton(q_BTHC) or q_BTHC.dtype == torch.float64:
+def _has_programs(x: Tensor, dtype: torch.dtype, head_dim: int) -> bool:
+    """Tell whether the Triton programs can run on the device of `x`, and say once why not on a GPU."""
+    if not use_triton(x) or dtype == torch.float64:
         return False
     missing = None
-    if q_BTHC.is_cuda and not torch.version.hip:
-        capability = torch.cuda.get_device_capability(q_BTHC.device)
+    if x.is_cuda and not torch.version.hip:
+        capability = torch.cuda.get_device_capability(x.device)
         if capability < OLDEST_CAPABILITY:
             missing = f"compute capability {capability}"
-    if q_BTHC.is_cuda and q_BTHC.dtype == torch.float32:
+    if x.is_cuda and dtype == torch.float32:
         missing = "fp32"  # of which the matrix units have none: it would be slower than PyTorch's
-    if q_BTHC.shape[3] > MAX_HEAD_DIM:
-        missing = f"heads of {q_BTHC.shape[3]}"
+    if head_dim > MAX_HEAD_DIM:
+        missing = f"heads of {head_dim}"
     if missing is not None and not torch.compiler.is_compiling():
         warnings.warn(  # Python shows the same warning of the same line once
             f"attention: {missing}: PyTorch's attention runs, with a mask of B x T x S; the Triton programs need bf16 "

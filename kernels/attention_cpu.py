@@ -26,8 +26,10 @@ def attention_cpu(
     """Compute `attention` without dropout and soft-cap on a CPU."""
     T, H = q_BTHC.shape[1:3]
     S, K = k_BSKC.shape[1:3]
-    if torch.compiler.is_compiling():  # a compiler cannot read on the host where to cut
-        return fused_attention(q_BTHC, k_BSKC, v_BSKC, visible.bias_B1TS, scale=scale)
+    if torch.compiler.is_compiling():  # a compiler cannot read on the host where to cut, nor what the CPU has
+        narrow, wide = q_BTHC.dtype, torch.promote_types(q_BTHC.dtype, torch.float32)
+        q_BTHC, k_BSKC, v_BSKC, bias_B1TS = (x.to(wide) for x in (q_BTHC, k_BSKC, v_BSKC, visible.bias_B1TS))
+        return fused_attention(q_BTHC, k_BSKC, v_BSKC, bias_B1TS, scale=scale).to(narrow)
     if q_BTHC.dtype == torch.bfloat16 and has_bf16_units():
         if S <= _SHORT_SLOTS and visible.all_see:
             return _short(q_BTHC, k_BSKC, v_BSKC, visible.bias_B1TS, scale)

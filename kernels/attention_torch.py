@@ -25,7 +25,7 @@ def attention_truth(
     v_BSKC: Tensor,
     visible: Visibility,
     dropout_p: float = 0.0,
-    dropout_key: DropoutKey | None = None,
+    dropout_key: DropoutKey | Tensor | None = None,
     softcap: float | None = None,
     scale: float | None = None,
 ) -> Tensor:
@@ -45,7 +45,8 @@ def attention_truth(
     scores_BKGTS = scores_BKGTS.masked_fill(~seen_B11TS, -math.inf).masked_fill(~seen_B11TS.any(-1, True), 0.0)
     probs_BKGTS = scores_BKGTS.softmax(-1).masked_fill(~seen_B11TS, 0.0)
     if dropout_p > 0.0 and dropout_key is not None:
-        kept_BHTS = attention_keep_mask(attention_seeds(H, dropout_key), T, num_keys, dropout_p)
+        seeds_BH = attention_seeds(H, dropout_key) if isinstance(dropout_key, DropoutKey) else dropout_key
+        kept_BHTS = attention_keep_mask(seeds_BH, T, num_keys, dropout_p)
         probs_BKGTS = torch.where(kept_BHTS.view(probs_BKGTS.shape), probs_BKGTS / (1.0 - dropout_p), 0.0)
     out_BKGTC = probs_BKGTS.to(v_BSKC.dtype) @ v_BK1SC
     return out_BKGTC.permute(0, 3, 1, 2, 4).flatten(2, 3)

@@ -61,6 +61,7 @@ def check_options(config: Config, given: Set[str]) -> list[Problem]:
         _optimizer_problems,
         _schedule_problems,
         _batch_problems,
+        _compile_problems,
         _evaluation_problems,
         _source_problems,
         _model_problems,
@@ -173,6 +174,13 @@ def _batch_problems(config: Config) -> Iterator[Problem]:
     if config.train.grad_accum_dtype == "bf16" and config.train.precision != "bf16":
         text = f"train.grad_accum_dtype is bf16; expected fp32 with train.precision {config.train.precision}. Use fp32."
         yield Problem("train.grad_accum_dtype", text)
+
+
+def _compile_problems(config: Config) -> Iterator[Problem]:
+    """Check that what is compiled is whole: ZeRO-3 gathers weights in hooks inside of a block."""
+    if config.train.compile and config.parallel.zero_stage == 3:
+        text = "train.compile is true; expected false or null with parallel.zero_stage 3, which gathers weights inside "
+        yield Problem("train.compile", text + "of a block. Use train.compile=false, or parallel.zero_stage=2.")
 
 
 def _evaluation_problems(config: Config) -> Iterator[Problem]:

@@ -261,7 +261,12 @@ class TrainSection(Section):
     deterministic: Bool = Field(
         False, description="On a GPU, choose algorithms that give the same bits on every run. A CPU's always do."
     )
-
+    compile: Bool | None = Field(
+        None,
+        description="Compile the Transformer blocks by `torch.compile` in training, once for all of them, in the first "
+        "step; the loss is the same but for rounding. Null: where it was measured to win, which so far is nowhere: "
+        "`benchmarks/step.py` measures it (`ours-compiled`). Not with `parallel.zero_stage` 3.",
+    )
     profile_steps: list[Count] = Field(
         [],
         description="Steps whose trace rank 0 writes into the run folder's `profile/`, for TensorBoard or Perfetto; on "

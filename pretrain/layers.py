@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from kernels.activation import gelu, swiglu
 from kernels.attention import attention
-from kernels.dropout import SITE_ATTENTION, SITE_ATTENTION_OUTPUT, SITE_FFN_OUTPUT, DropoutKey, dropout
+from kernels.dropout import SITE_ATTENTION_OUTPUT, SITE_FFN_OUTPUT, DropoutKey, dropout
 from kernels.layer_norm import add_layer_norm, layer_norm
 from kernels.linear_cross_entropy import linear_cross_entropy, soft_cap, token_losses
 from kernels.rms_norm import add_rms_norm, rms_norm
@@ -33,19 +33,26 @@ class LayerCache(Protocol):
 
 @dataclass(frozen=True)
 class Context:
-    """What all blocks of one forward pass share.
+    """What a block works with beside the residual stream. It comes from outside, so that all blocks are one code.
 
     Args:
-        visible: which keys each token sees.
-        rope_tables: fp32 cosines and sines `[B, T, 1, C/2]`, or None with learned positions.
-        dropout_key: seed, step and rows, or None where nothing is dropped.
-        caches: one per block in generation, else None.
+        visible: which keys each token sees; shared by all blocks.
+        rope_tables: fp32 cosines and sines `[B, T, 1, C/2]`, or None with learned positions; shared likewise.
+        dropout_key: seed, step, rows and this block's layer, or None where nothing is dropped.
+        attention_seeds_BH: of this block, from `attention_seeds`; None where no probabilities are dropped.
+        cache: this block's in generation, else None.
     """
 
     visible: Visibility
     rope_tables: tuple[Tensor, Tensor] | None = None
     dropout_key: DropoutKey | None = None
-    caches: tuple[LayerCache, ...] | None = None
+    attention_seeds_BH: Tensor | None = None
+    cache: LayerCache | None = None
+
+    def dropped(self, x_BTD: Tensor, p: float, site: int) -> Tensor:
+        """Drop of what a sublayer adds, with probability `p`."""
+        key = self.dropout_key
+        return x_BTD if key is None else dropout(x_BTD, p, key.at(key.layer, site))
 
 
 class Linear(nn.Linear):
@@ -106,9 +113,8 @@ def make_norm(shape: ModelShape) -> RMSNorm | LayerNorm:
 class Attention(nn.Module):
     """Multi-head, grouped-query or multi-query attention with one projection for queries, keys and values."""
 
-    def __init__(self, shape: ModelShape, layer: int) -> None:
+    def __init__(self, shape: ModelShape) -> None:
         super().__init__()
-        self.layer = layer
         self.num_heads, self.num_kv_heads, self.head_dim = shape.num_heads, shape.num_kv_heads, shape.head_dim
         self.dropout, self.attention_dropout = shape.dropout, shape.attention_dropout
         self.softcap = shape.attention_softcap
@@ -126,7 +132,7 @@ class Attention(nn.Module):
 
         Args:
             x_BTD: normalised residual stream.
-            context: what the blocks share.
+            context: of this block.
         """
         B, T, _ = x_BTD.shape
         H, K = self.num_heads, self.num_kv_heads
@@ -135,13 +141,12 @@ class Attention(nn.Module):
         qk, v_BTKC = qkv.split((H + K, K), dim=2)
         q_BTHC, k_BSKC = self._positioned(qk, context.rope_tables)
         v_BSKC = v_BTKC
-        if context.caches is not None:
-            k_BSKC, v_BSKC = context.caches[self.layer].extend(k_BSKC, v_BTKC)
-        key = context.dropout_key
-        probs_key = key and key.at(self.layer, SITE_ATTENTION)
-        out_BTHC = attention(q_BTHC, k_BSKC, v_BSKC, context.visible, self.attention_dropout, probs_key, self.softcap)
+        if context.cache is not None:
+            k_BSKC, v_BSKC = context.cache.extend(k_BSKC, v_BTKC)
+        seeds_BH = context.attention_seeds_BH
+        out_BTHC = attention(q_BTHC, k_BSKC, v_BSKC, context.visible, self.attention_dropout, seeds_BH, self.softcap)
         out_BTD = self.output(out_BTHC.reshape(B, T, H * self.head_dim))
-        return dropout(out_BTD, self.dropout, key.at(self.layer, SITE_ATTENTION_OUTPUT)) if key else out_BTD
+        return context.dropped(out_BTD, self.dropout, SITE_ATTENTION_OUTPUT)
 
     def _positioned(self, qk: Tensor, rope_tables: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
         """Normalise queries and keys, if the model does, and turn them by their positions."""
@@ -161,34 +166,30 @@ class Attention(nn.Module):
 class SwiGLUFeedForward(nn.Module):
     """The gated feed-forward: one projection for gate and up, SwiGLU, projection down."""
 
-    def __init__(self, shape: ModelShape, layer: int) -> None:
+    def __init__(self, shape: ModelShape) -> None:
         super().__init__()
-        self.layer, self.dropout = layer, shape.dropout
+        self.dropout = shape.dropout
         self.gate_up = Linear(shape.dim, 2 * shape.ffn_dim, bias=shape.ffn_bias)
         self.gate_up.stacked_rows = (shape.ffn_dim, shape.ffn_dim)
         self.down = Linear(shape.ffn_dim, shape.dim, bias=shape.ffn_bias)
 
     def forward(self, x_BTD: Tensor, context: Context) -> Tensor:
         """Compute what the feed-forward adds to the residual stream."""
-        out_BTD = self.down(swiglu(self.gate_up(x_BTD)))
-        key = context.dropout_key
-        return dropout(out_BTD, self.dropout, key.at(self.layer, SITE_FFN_OUTPUT)) if key else out_BTD
+        return context.dropped(self.down(swiglu(self.gate_up(x_BTD))), self.dropout, SITE_FFN_OUTPUT)
 
 
 class GELUFeedForward(nn.Module):
     """The feed-forward without a gate: projection up, GELU, projection down."""
 
-    def __init__(self, shape: ModelShape, layer: int) -> None:
+    def __init__(self, shape: ModelShape) -> None:
         super().__init__()
-        self.layer, self.dropout = layer, shape.dropout
+        self.dropout = shape.dropout
         self.up = Linear(shape.dim, shape.ffn_dim, bias=shape.ffn_bias)
         self.down = Linear(shape.ffn_dim, shape.dim, bias=shape.ffn_bias)
 
     def forward(self, x_BTD: Tensor, context: Context) -> Tensor:
         """Compute what the feed-forward adds to the residual stream."""
-        out_BTD = self.down(gelu(self.up(x_BTD)))
-        key = context.dropout_key
-        return dropout(out_BTD, self.dropout, key.at(self.layer, SITE_FFN_OUTPUT)) if key else out_BTD
+        return context.dropped(self.down(gelu(self.up(x_BTD))), self.dropout, SITE_FFN_OUTPUT)
 
 
 class Block(nn.Module):
@@ -198,12 +199,12 @@ class Block(nn.Module):
     the norm that follows.
     """
 
-    def __init__(self, shape: ModelShape, layer: int) -> None:
+    def __init__(self, shape: ModelShape) -> None:
         super().__init__()
         self.attention_norm = make_norm(shape)
-        self.attention = Attention(shape, layer)
+        self.attention = Attention(shape)
         self.ffn_norm = make_norm(shape)
-        self.ffn = (SwiGLUFeedForward if shape.activation == "swiglu" else GELUFeedForward)(shape, layer)
+        self.ffn = (SwiGLUFeedForward if shape.activation == "swiglu" else GELUFeedForward)(shape)
 
     def forward(self, x_BTD: Tensor, residual_BTD: Tensor | None, context: Context) -> tuple[Tensor, Tensor]:
         """Run the block.
@@ -211,7 +212,7 @@ class Block(nn.Module):
         Args:
             x_BTD: what the layer before adds to the residual stream; for the first block, the stream itself.
             residual_BTD: the residual stream; None for the first block.
-            context: what the blocks share.
+            context: of this block.
 
         Returns:
             What this block's feed-forward adds, and the residual stream that it is to be added to.

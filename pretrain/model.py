@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import math
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from kernels.dropout import SITE_EMBEDDING, DropoutKey, dropout
+from kernels.attention import prepare
+from kernels.dropout import SITE_ATTENTION, SITE_EMBEDDING, DropoutKey, attention_seeds, dropout
 from kernels.rope import RopeScaling, rope_tables
-from kernels.visibility import visibility
+from kernels.visibility import Visibility, visibility
+from pretrain.compiling import compiled
 from pretrain.families import ModelShape
 from pretrain.layers import Block, Context, Embedding, Output, make_norm
 from pretrain.recompute import recomputed
@@ -68,6 +73,14 @@ class _LayerCache:
         return self.k_BSKC[:, :end], self.v_BSKC[:, :end]
 
 
+def _run_block(
+    checkpointing: str, block: nn.Module, x_BTD: Tensor, residual_BTD: Tensor | None, context: Context
+) -> tuple[Tensor, Tensor]:
+    if checkpointing != "none" and torch.is_grad_enabled():
+        return recomputed(checkpointing, block, x_BTD, residual_BTD, context)
+    return block(x_BTD, residual_BTD, context)
+
+
 class Transformer(nn.Module):
     """A pre-norm decoder-only Transformer over rows of packed documents."""
 
@@ -93,9 +106,10 @@ class Transformer(nn.Module):
         self.shape, self.seed = shape, seed
         self.rope_scaling = RopeScaling(**shape.rope_scaling.model_dump()) if shape.rope_scaling else None
         self.activation_checkpointing = activation_checkpointing
+        self._compiled_block: Callable[..., Any] | None = None
         self.embedding = Embedding(shape.padded_vocab_size, shape.dim)
         self.position_embedding = Embedding(shape.seq_len, shape.dim) if shape.positions == "learned" else None
-        self.blocks = nn.ModuleList(Block(shape, layer) for layer in range(shape.num_layers))
+        self.blocks = nn.ModuleList(Block(shape) for _ in range(shape.num_layers))
         self.final_norm = make_norm(shape)
         tied_to = self.embedding.weight if shape.tie_embeddings else None
         self.output = Output(shape, tied_to, z_loss, label_smoothing)
@@ -132,6 +146,13 @@ class Transformer(nn.Module):
             if owner in ("embedding", "output"):
                 parameter[self.shape.vocab_size :] = 0.0
 
+    def compile_blocks(self, backend: str = "inductor") -> None:
+        """Have training run the blocks through `torch.compile`, which happens in the first forward pass.
+
+        Evaluation and generation, whose batches are of many sizes, run as before.
+        """
+        self._compiled_block = compiled(_run_block, backend)
+
     def forward(
         self,
         tokens_BT: Tensor,
@@ -160,7 +181,8 @@ class Transformer(nn.Module):
         """
         if targets_BT is None or doc_start_BT is None:
             return self._logits(tokens_BT, cache, last_only)
-        key = DropoutKey(self.seed, step, row_ids_B) if self.training and row_ids_B is not None else None
+        drops = self.training and max(self.shape.dropout, self.shape.attention_dropout) > 0.0
+        key = DropoutKey(self.seed, step, row_ids_B) if drops and row_ids_B is not None else None
         hidden_BTD = self._hidden(tokens_BT, doc_start_BT, self._positions(doc_start_BT, 0), key, None)
         return self.output(hidden_BTD, targets_BT, per_token)
 
@@ -221,14 +243,37 @@ class Transformer(nn.Module):
             x_BTD = dropout(x_BTD, self.shape.dropout, key.at(0, SITE_EMBEDDING))
         num_keys = tokens_BT.shape[1] + (0 if cache is None else cache.num_used)
         visible = visibility(doc_start_BT, num_keys, x_BTD.dtype, self.shape.sliding_window)
-        context = Context(visible, tables, key, None if cache is None else cache.layers)
-        residual_BTD = None
-        for block in self.blocks:
-            if self.activation_checkpointing != "none" and torch.is_grad_enabled():
-                x_BTD, residual_BTD = recomputed(self.activation_checkpointing, block, x_BTD, residual_BTD, context)
-            else:
-                x_BTD, residual_BTD = block(x_BTD, residual_BTD, context)
+        run_block, residual_BTD = _run_block, None
+        if self._compiled_block is not None and self.training and torch.is_grad_enabled():
+            drops = key is not None and self.shape.attention_dropout > 0.0
+            prepare(visible, self.shape.head_dim, drops or self.shape.attention_softcap is not None)
+            # The first block's own code, without a residual, would be compiled too: give it one.
+            run_block, residual_BTD = self._compiled_block, torch.zeros_like(x_BTD).requires_grad_(x_BTD.requires_grad)
+        for block, context in zip(self.blocks, self._contexts(visible, tables, key, cache), strict=True):
+            x_BTD, residual_BTD = run_block(self.activation_checkpointing, block, x_BTD, residual_BTD, context)
         return self.final_norm(x_BTD, residual_BTD)[0]
+
+    def _contexts(
+        self, visible: Visibility, tables: tuple[Tensor, Tensor] | None, key: DropoutKey | None, cache: KVCache | None
+    ) -> Iterator[Context]:
+        """Yield what each block works with."""
+        seeds_LBH = None
+        if key is not None:
+            device, num_layers = key.row_ids_B.device, self.shape.num_layers
+            layer_L = torch.arange(num_layers, device=device)
+            if self.shape.attention_dropout > 0.0:  # of all layers at once: Philox is some eighty operations
+                seeds_LBH = attention_seeds(self.shape.num_heads, key.at(layer_L[:, None, None], SITE_ATTENTION))
+            # Numbers would be part of the compiled code; tensors are read by it.
+            step = layer_L.new_zeros(()) + key.step
+            keys = [dataclasses.replace(key, step=step, layer=layer) for layer in layer_L]
+        for index in range(self.shape.num_layers):
+            yield Context(
+                visible,
+                tables,
+                None if key is None else keys[index],
+                None if seeds_LBH is None else seeds_LBH[index],
+                None if cache is None else cache.layers[index],
+            )
 
     def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]
         # Leaving the meta device makes a new Parameter in each module that holds one: tie them again.

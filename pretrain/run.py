@@ -12,6 +12,7 @@ import torch
 
 from pretrain.batch_plan import BatchPlan
 from pretrain.checkpoint import Checkpoints
+from pretrain.compiling import should_compile
 from pretrain.config import Config
 from pretrain.distributed import PendingSum, Ranks
 from pretrain.engine import Engine
@@ -129,6 +130,8 @@ def open_run(
     clock.mark("self-test")
     objective = config.train.z_loss, config.train.label_smoothing
     model = Transformer(shape, config.run.seed, config.train.activation_checkpointing, *objective)
+    if should_compile(config, ranks.device):
+        model.compile_blocks()
     samples = ranks.agree(lambda: Samples(config, model, tokenizer, ranks))
     clock.mark("model")
     engine = ranks.agree(lambda: Engine(model, config, plan, ranks))

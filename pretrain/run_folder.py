@@ -33,7 +33,7 @@ CONFIG_FILE = "config.yaml"
 # Changing these does not change what the run computes, beyond its length.
 FREE_TO_CHANGE = (
     "parallel.", "train.micro_batch_size", "train.num_steps", "train.num_tokens", "eval.", "checkpoint.", "log.",
-    "guard.", "run.allow_changes", "run.dir", "data.prefetch_steps", "data.prepare_processes",
+    "guard.", "run.allow_changes", "run.dir", "data.prefetch_steps", "data.prepare_processes", "train.compile",
 )  # fmt: skip
 _PACKAGES = (
     "torch",

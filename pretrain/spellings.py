@@ -107,6 +107,7 @@ _SPELLINGS_OF = {
     "train.activation_checkpointing": "gradient_checkpointing checkpoint_activations recompute_granularity"
     " recompute_activations activation_checkpoint use_checkpointing recompute ac_config",
     "train.deterministic": "deterministic_mode cudnn_deterministic full_determinism",
+    "train.compile": "torch_compile compile_model use_compile",
     "parallel.zero_stage": "zero_optimization zero stage zero_optimization_stage data_parallel_shard_degree"
     " use_distributed_optimizer dp_config",
     "parallel.overlap_comm": "overlap_grad_reduce",

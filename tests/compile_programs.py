@@ -1,4 +1,4 @@
-"""Compiles the Triton norms, RoPE and activations for GPUs that this machine need not have; prints JSON lines.
+"""Compiles the Triton norms, RoPE, activations and dropout for GPUs that this machine need not have; prints JSON lines.
 
 Run in a process of its own, without `TRITON_INTERPRET`: `python tests/compile_programs.py 768 8192`, where the numbers
 are widths of rows.
@@ -19,10 +19,11 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kernels import activation, layer_norm, rms_norm, rope
+from kernels import activation, dropout, layer_norm, rms_norm, rope
 from kernels.dispatch import row_block
 
 FP32 = ("rstd_ptr", "mean_ptr", "partial_ptr", "partial_weight_ptr", "partial_bias_ptr", "cos_ptr", "sin_ptr")
+INT64 = ("rows_ptr", "step_ptr", "layer_ptr")
 HEADS = ((20, 128), (24, 64), (12, 80), (136, 128), (1, 256))  # heads turned together, and the width of one
 
 
@@ -32,7 +33,7 @@ def compile_kernel(kernel: Any, capability: int, constants: dict[str, Any], num_
     Pointers, and sizes but for `num_rows`, are multiples of 16, as Triton finds at each launch of training.
 
     Args:
-        kernel: with pointers called `..._ptr`, to bf16 but for `FP32`, and compile-time arguments in capitals.
+        kernel: with pointers called `..._ptr`, to bf16 but for `FP32` and `INT64`, and compile-time arguments in capitals.
         capability: 80 or 90.
         constants: compile-time arguments; those left out are True.
         num_warps: warps of one program.
@@ -45,10 +46,12 @@ def compile_kernel(kernel: Any, capability: int, constants: dict[str, Any], num_
         if name in constants:
             signature[name] = "constexpr"
         elif name.endswith("_ptr"):
-            signature[name] = "*fp32" if name in FP32 else "*bf16"
+            signature[name] = "*fp32" if name in FP32 else "*i64" if name in INT64 else "*bf16"
+        elif name == "seed":
+            signature[name] = "i64"
         else:
             signature[name] = "i32"
-        if name not in constants and name != "num_rows":
+        if name not in constants and name not in ("num_rows", "seed", "step_ptr", "layer_ptr"):
             multiples[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(
         fn=kernel,
@@ -106,6 +109,8 @@ def programs(widths: list[int]) -> Iterator[tuple[str, Any, dict[str, Any], int]
             yield str(width), kernel, constants, activation.NUM_WARPS
     for kernel in (activation._gelu_kernel, activation._gelu_backward_kernel):
         yield "any", kernel, {"BLOCK": activation.BLOCK}, activation.NUM_WARPS
+    constants = {"SITE": 3, "SITES_PER_LAYER": 8, "THRESHOLD": 429496730, "SCALE": 1 / 0.9, "BLOCK": dropout.BLOCK}
+    yield "any", dropout._dropout_kernel, constants, dropout.NUM_WARPS
     for heads, head_dim in HEADS:
         block_t, block_h, block_r, num_warps = rope.rope_tile(heads, head_dim)
         blocks = {"BLOCK_T": block_t, "BLOCK_H": block_h, "BLOCK_R": block_r}

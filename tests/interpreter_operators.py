@@ -1,4 +1,4 @@
-"""Triton's RoPE, SwiGLU and GELU in Triton's interpreter, in a process of its own: `interpreter_process.py` says why."""
+"""Triton's RoPE, SwiGLU, GELU and dropout in Triton's interpreter, in a process of its own: `interpreter_process.py` says why."""
 
 from __future__ import annotations
 
@@ -11,14 +11,18 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from kernels.activation import gelu, swiglu
+from kernels.dropout import DropoutKey, dropout, dropout_truth
 from kernels.rope import rope
 from tests import interpreter_bf16
 from tests.norm_cases import DTYPES, results
 from tests.operator_cases import (
+    DROPPED,
     KINDS,
     SHAPES,
     drawn,
+    drop_key,
     grad_for,
+    is_dropout_exact,
     measure,
     operation,
     ratio_of,
@@ -217,3 +221,48 @@ def test_refuses_halves_of_unlike_width(kind):
 @pytest.mark.parametrize("kind", ["gelu"])
 def test_gelu_of_a_number(kind):
     assert gelu(torch.tensor(1.5)).shape == ()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.999])
+def test_dropout_is_the_truth_to_the_last_bit(dtype, p):
+    for shape in DROPPED:
+        assert is_dropout_exact(drawn(shape, dtype, "cpu"), drawn(shape, dtype, "cpu", 1), p), shape
+
+
+def test_dropout_of_strided_tensors():
+    wide = drawn((4, 6, 5, 32), torch.float32, "cpu")
+    for x in (wide[::2, 1:4], wide.transpose(0, 1), wide[..., ::3], wide[:1].expand(3, 6, 5, 32)):
+        for grad in (wide.new_ones(()).expand(x.shape), drawn(x.shape[::-1], torch.float32, "cpu").permute(3, 2, 1, 0)):
+            assert is_dropout_exact(x, grad, 0.3)
+
+
+def test_dropout_of_nothing():
+    for shape in ((0, 4), (3, 0), (2, 0, 5)):
+        assert is_dropout_exact(torch.randn(shape), torch.randn(shape), 0.5)
+
+
+def test_dropout_takes_numbers_and_tensors():
+    x, key = drawn((2, 40), torch.float32, "cpu"), drop_key(2, "cpu")
+    of_tensors = DropoutKey(key.seed, torch.tensor(key.step), key.row_ids_B, torch.arange(20)[key.layer], key.site)
+    assert torch.equal(dropout(x, 0.5, key), dropout(x, 0.5, of_tensors))
+    for seed in (0, 1, 16, 2**31, 2**32 - 1, 2**63 - 1, 2**63):
+        key = DropoutKey(seed, 1, key.row_ids_B)
+        assert torch.equal(dropout(x, 0.5, key), dropout_truth(x, 0.5, key))
+
+
+def test_dropout_passes_opcheck():
+    x, key = drawn((2, 5, 7), torch.float32, "cpu").requires_grad_(), drop_key(2, "cpu")
+    numbers = torch.tensor(key.step), torch.tensor(key.layer), -5, key.site, 0.3
+    torch.library.opcheck(torch.ops.longhaul.dropout.default, (x, key.row_ids_B, *numbers))
+    seeds = torch.arange(6).view(2, 3)
+    torch.library.opcheck(torch.ops.longhaul.attention_keep_mask.default, (seeds, 4, 6, 0.3))
+
+
+def test_dropout_draws_its_mask_again_and_keeps_the_key_only():
+    x, kept = drawn((2, 512), torch.float32, "cpu").requires_grad_(), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
+        y = dropout(x, 0.5, drop_key(2, "cpu"))
+    assert kept == [2, 1, 1]
+    y.sum().backward()
+    assert torch.equal(x.grad, torch.where(y == 0, 0.0, 2.0))

@@ -1,4 +1,4 @@
-"""What is checked of Triton's RoPE, SwiGLU and GELU: interpreted by `interpreter_operators.py`, on a GPU by `gpu/`."""
+"""What is checked of Triton's RoPE, SwiGLU, GELU and dropout: interpreted by `interpreter_operators.py`, on a GPU by `gpu/`."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kernels.activation import gelu, gelu_truth, swiglu, swiglu_truth
+from kernels.dropout import SITE_FFN_OUTPUT, DropoutKey, dropout, dropout_truth
 from kernels.rope import rope, rope_tables, rope_truth
 from tests.norm_cases import poisoned_memory, results, worst_ratio
 
@@ -100,3 +101,21 @@ def strided(kind: str, dtype: torch.dtype, device: str) -> list[tuple[Tensor, Te
     grads = [drawn((2, 64, 3, 2), dtype, device, 1).permute(3, 0, 2, 1), rows, wide[:, :2, 3:, 16:80]]
     grads.append(torch.ones((), dtype=dtype, device=device).expand(2, 2, 3, 64))  # as of .sum().backward()
     return [(x, grad[..., : grad_for(kind, x).shape[-1]]) for x in xs for grad in grads]
+
+
+DROPPED = ((1, 1), (3, 5), (2, 7, 33), (2, 3, 1520), (1, 4096))  # rows that are no multiple of four, of a tile, or both
+
+
+def drop_key(rows: int, device: str, first: int = 2**33 - 1) -> DropoutKey:
+    """Return a key whose numbers all fill more than 32 bits, but for the layer."""
+    return DropoutKey(2**64 - 5, 2**35 + 7, torch.arange(rows, device=device) + first, 11, SITE_FFN_OUTPUT)
+
+
+def is_dropout_exact(x: Tensor, grad: Tensor, p: float) -> bool:
+    """Whether forward and backward are those of the truth to the last bit, with memory poisoned."""
+    key = drop_key(len(x), x.device.type)
+    with poisoned_memory():
+        found = results(lambda x: dropout(x, p, key), [x], [grad])
+    # The truth multiplies by the scale and then drops; so does its gradient, in the other order: -0.0 is 0.0 here.
+    truth = results(lambda x: dropout_truth(x, p, key), [x], [grad])
+    return all(torch.equal(a, b) for a, b in zip(found, truth, strict=True))

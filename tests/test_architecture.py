@@ -25,7 +25,7 @@ TIERS = (
     "config_docs schedule batch_plan packing families console tokenizer source_files matrix_exchange lion"
     " generate_options",
     "checks explain sentencepiece_model varied_texts table_files token_files shards tensor_files distributed layers recompute"
-    " published model_card muon",
+    " published model_card muon compiling",
     "settings sentencepiece_tokenizer row_table model optim checkpoint_files shard_reader journal sources sampling"
     " tracking family_table profiling",
     "data_plan communication metrics guard hf_tokenizer generate",

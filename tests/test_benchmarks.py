@@ -95,14 +95,15 @@ def test_a_variant_is_measured(variant: str) -> None:
 def test_a_step_by_deepspeed_is_the_step_by_torch(tmp_path: Path) -> None:
     out = tmp_path / "step.json"
     command = [sys.executable, "benchmarks/step.py", CONFIGS[0], "--shrink", "--steps", "3", "--micro-steps", "2"]
-    command += ["--variants", "ours-deepspeed,ours-torch", "--out", str(out)]
+    command += ["--variants", "ours-deepspeed,ours-compiled,ours-torch", "--out", str(out)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     content = json.loads(out.read_text(encoding="utf-8"))
     assert set(content) == RECORD_KEYS and content["failures"] == []
-    by_engine, by_torch = content["rows"]
+    by_engine, compiled, by_torch = content["rows"]
     assert set(by_engine) == STEP_KEYS
     assert by_engine["loss"] == pytest.approx(by_torch["loss"], rel=1e-3)  # after six updates
+    assert compiled["loss"] == pytest.approx(by_torch["loss"], rel=1e-3)
     assert "ours-deepspeed" in done.stdout and "SHRUNK" in done.stdout
 
 

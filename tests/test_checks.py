@@ -34,6 +34,17 @@ def test_a_good_config_has_no_problem() -> None:
     assert texts_of(config_of(checkpoint__keep_best=True), "checkpoint.keep_best") == []
 
 
+def test_compiled_blocks_and_zero_3_exclude_each_other() -> None:
+    assert texts_of(config_of(train__compile=True, parallel__zero_stage=2)) == []
+    assert texts_of(config_of(train__compile=False, parallel__zero_stage=3)) == []
+    assert texts_of(config_of(parallel__zero_stage=3)) == []
+    assert texts_of(config_of(train__compile=True, parallel__zero_stage=3)) == [(
+        "train.compile",
+        "train.compile is true; expected false or null with parallel.zero_stage 3, which gathers weights inside of a "
+        "block. Use train.compile=false, or parallel.zero_stage=2.",
+    )]  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("changes", "option", "reason"),
     [

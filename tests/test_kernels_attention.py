@@ -81,6 +81,7 @@ def test_dropout_drops_probabilities_by_the_mask_of_the_row():
     dropped = attention(q, k, v, visible, 0.25, key).permute(0, 2, 1, 3)
     torch.testing.assert_close(dropped, torch.where(kept_BHTS, probabilities / 0.75, 0.0))
     assert attention(q, k, v, visible, 0.25, None).equal(attention(q, k, v, visible))
+    assert attention(q, k, v, visible, 0.25, attention_seeds(4, key)).equal(attention(q, k, v, visible, 0.25, key))
 
 
 def test_repeated_heads_attend_as_grouped_ones_do():

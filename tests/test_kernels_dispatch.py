@@ -48,7 +48,7 @@ def test_programs_compile_for_ampere_and_hopper_without_spills_or_fp64(tmp_path)
     assert done.returncode == 0, done.stderr
     reports = [json.loads(line) for line in done.stdout.splitlines()]
     rows = 2 * 2 + 2  # norms and SwiGLU, forward and backward
-    assert len(reports) == 2 * (2 * rows + 2 + 5)  # GPUs; widths, GELU, and five shapes of heads
+    assert len(reports) == 2 * (2 * rows + 2 + 1 + 5)  # GPUs; widths, GELU, dropout, and five shapes of heads
     for report in reports:
         assert report["spilled_bytes"] == 0, report
         assert report["f64"] == 0, report
@@ -56,5 +56,6 @@ def test_programs_compile_for_ampere_and_hopper_without_spills_or_fp64(tmp_path)
         if "norm" not in report["kernel"]:
             assert report["registers"] <= 64, report
             assert report["wide_stores"] == report["stores"], report
-            # the angles of heads of 80 are read one by one and spread through shared memory
-            assert report["loads"] - report["wide_loads"] <= (2 if report["shape"] == "12x80" else 0), report
+            # the angles of heads of 80 are read one by one and spread through shared memory; dropout reads three numbers
+            few = 2 if report["shape"] == "12x80" else 3 if report["kernel"].startswith("dropout") else 0
+            assert report["loads"] - report["wide_loads"] <= few, report

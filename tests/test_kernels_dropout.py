@@ -2,6 +2,12 @@ import pytest
 import torch
 
 from kernels.dropout import DropoutKey, attention_keep_mask, attention_seeds, dropout, keep_mask, philox
+from tests.interpreter_process import run_interpreted
+
+
+def test_triton_in_the_interpreter():
+    run_interpreted("tests/interpreter_operators.py", "dropout")
+
 
 # Random123's kat_vectors for philox4x32-10: counter, key, result
 VECTORS = [
@@ -83,6 +89,19 @@ def test_every_part_of_the_key_changes_the_mask_of_attention(other):
     assert 0.45 < (masks[0] != masks[1]).float().mean() < 0.55
     assert 0.45 < (masks[0][:, 0] != masks[0][:, 1]).float().mean() < 0.55  # heads differ
     assert 0.45 < (masks[0][..., 1:, :] != masks[0][..., :-1, :]).float().mean() < 0.55  # and queries
+
+
+def test_seeds_of_all_layers_are_those_of_each():
+    together = attention_seeds(3, key((7, 2**32 + 8), layer=torch.arange(5)[:, None, None]))
+    assert together.shape == (5, 2, 3)
+    for layer in range(5):
+        assert torch.equal(together[layer], attention_seeds(3, key((7, 2**32 + 8), layer=layer)))
+
+
+def test_step_and_layer_may_be_tensors():
+    for draw in (lambda key: keep_mask((2, 5, 7), 0.5, key), lambda key: attention_seeds(3, key)):
+        of_tensors = draw(key(step=torch.tensor(2**33 + 5), layer=torch.tensor(2)))
+        assert torch.equal(of_tensors, draw(key(step=2**33 + 5, layer=2)))
 
 
 def test_attention_drops_as_often_as_asked():

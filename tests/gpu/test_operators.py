@@ -1,11 +1,25 @@
-"""Triton's RoPE, SwiGLU and GELU on a GPU, by the rule that the interpreter's tests use."""
+"""Triton's RoPE, SwiGLU, GELU and dropout on a GPU, by the rule that the interpreter's tests use."""
 
 import pytest
 import torch
 
+from kernels.dropout import dropout, dropout_truth
 from kernels.rope import rope
 from tests.norm_cases import DTYPES, results
-from tests.operator_cases import KINDS, SHAPES, drawn, grad_for, measure, operation, ratio_of, strided, tables
+from tests.operator_cases import (
+    DROPPED,
+    KINDS,
+    SHAPES,
+    drawn,
+    drop_key,
+    grad_for,
+    is_dropout_exact,
+    measure,
+    operation,
+    ratio_of,
+    strided,
+    tables,
+)
 
 pytestmark = [
     pytest.mark.gpu,
@@ -93,3 +107,33 @@ def test_compiles_as_one_graph(kind):
     expected, found = run(x * 2), compiled(x)
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close(torch.autograd.grad(found, x, grad)[0], torch.autograd.grad(expected, x, grad)[0])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_dropout_is_the_truth_to_the_last_bit(dtype):
+    for shape in (*DROPPED, (2, 2048, 2816), (3, 4099, 761)):
+        for p in (0.1, 0.5):
+            assert is_dropout_exact(drawn(shape, dtype, "cuda"), drawn(shape, dtype, "cuda", 1), p), shape
+
+
+def test_dropout_is_that_of_a_cpu():
+    x = drawn((3, 4099, 5), torch.bfloat16, "cpu")
+    assert torch.equal(dropout(x.cuda(), 0.3, drop_key(3, "cuda")).cpu(), dropout_truth(x, 0.3, drop_key(3, "cpu")))
+
+
+def test_dropout_past_two_to_the_31_elements():
+    if torch.cuda.get_device_properties(0).total_memory < 40 * 2**30:
+        pytest.skip("needs 40 GiB of GPU memory")
+    x = torch.ones(3, 2**30, device="cuda", dtype=torch.bfloat16)
+    y = dropout(x, 0.5, drop_key(3, "cuda"))
+    assert torch.equal(y[2:], dropout(x[2:], 0.5, drop_key(1, "cuda", 2**33 + 1)))
+    assert abs(float((y[2] == 0).float().mean()) - 0.5) < 1e-3
+
+
+def test_dropout_compiles_as_one_graph():
+    x, key = drawn((2, 1024, 64), torch.bfloat16, "cuda").requires_grad_(), drop_key(2, "cuda")
+    compiled = torch.compile(lambda x: dropout(x * 2, 0.3, key), fullgraph=True)
+    expected, found = dropout(x * 2, 0.3, key), compiled(x)
+    assert torch.equal(found, expected)
+    grad = torch.ones_like(x)
+    assert torch.equal(torch.autograd.grad(found, x, grad)[0], torch.autograd.grad(expected, x, grad)[0])
