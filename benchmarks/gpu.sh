@@ -130,7 +130,7 @@ if [[ $parts == *" operators "* ]]; then
 fi
 
 results=("$out/attention.json" "$out/norms.json" "$out/operators.json")
-if [[ $parts == *" loop "* ]]; then loop_seconds=210; fi
+if [[ $parts == *" loop "* ]]; then loop_seconds=220; fi
 also='' beside=''
 [[ $parts != *" step "* ]] || also=,ours-torch,baseline-eager
 [[ $parts != *" peers "* ]] || beside=,transformers,transformers-liger
