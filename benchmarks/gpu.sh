@@ -130,7 +130,7 @@ if [[ $parts == *" operators "* ]]; then
 fi
 
 results=("$out/attention.json" "$out/norms.json" "$out/operators.json")
-if [[ $parts == *" loop "* ]]; then loop_seconds=220; fi
+if [[ $parts == *" loop "* ]]; then loop_seconds=230; fi
 also='' beside=''
 [[ $parts != *" step "* ]] || also=,ours-torch,baseline-eager
 [[ $parts != *" peers "* ]] || beside=,transformers,transformers-liger
@@ -148,8 +148,8 @@ done
 if [[ $parts == *" loop "* ]]; then
   part reading 40 "$python" benchmarks/reading.py --out "$out/reading.json"
   if part "prepare of the quickstart" 40 "$python" launch/prepare.py configs/quickstart.yaml; then
-    part overhead 110 "$python" benchmarks/overhead.py configs/quickstart.yaml --out "$out/overhead.json" --steps 15 \
-      --warmup 3 --stages 1
+    part overhead 120 "$python" benchmarks/overhead.py configs/quickstart.yaml --out "$out/overhead.json" --steps 15 \
+      --warmup 3 --stages 1 --seconds 80
     part startup 60 "$python" benchmarks/startup.py configs/quickstart.yaml --out "$out/startup.json" --runs 3
   fi
   results+=("$out/reading.json" "$out/overhead.json" "$out/startup.json")

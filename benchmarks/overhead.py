@@ -82,8 +82,13 @@ def make_loops(run: Run, cleanup: ExitStack) -> tuple[dict[str, Step], str | Non
     return loops, reason
 
 
-def measure(config: Config, ranks: Ranks, num_steps: int, num_warmup: int) -> tuple[dict[str, Any], str | None]:
-    """Time all loops in turn; return medians, ratios and losses, and why the Trainer was left out."""
+def measure(
+    config: Config, ranks: Ranks, num_steps: int, num_warmup: int, max_seconds: float
+) -> tuple[dict[str, Any], str | None]:
+    """Time all loops in turn; return medians, ratios and losses, and why the Trainer was left out.
+
+    Of `num_steps` steps after the warm-up, as many are timed as begin within `max_seconds`, and at least three.
+    """
     losses: dict[str, list[float]] = {"ours": [], "bare": [], "trainer": []}
     with ExitStack() as cleanup:
         folder = RunFolder(config)
@@ -103,7 +108,10 @@ def measure(config: Config, ranks: Ranks, num_steps: int, num_warmup: int) -> tu
         run.log.step = write_and_keep  # type: ignore[method-assign]
         times: dict[str, list[tuple[float, float]]] = {name: [] for name in ("ours", *loops)}
         orders = cycle(permutations(times))
+        deadline = time.monotonic() + max_seconds
         for number, (rows, num_targets) in enumerate(batches):
+            if time.monotonic() > deadline and len(times["ours"]) >= 3:
+                break
             lr = lr_at(number, run.plan.num_steps, config.optim.lr, config.schedule)
             for name in next(orders):
                 begin = time.perf_counter(), time.process_time()
@@ -146,18 +154,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="JSON file to write")
     parser.add_argument("--steps", type=int, default=30, help="timed steps of each loop (%(default)s)")
     parser.add_argument("--warmup", type=int, default=5, help="steps before them (%(default)s)")
+    parser.add_argument("--seconds", type=float, default=1e9, help="for the steps of all stages; fewer are timed then")
     parser.add_argument("--stages", default="0,1", help="ZeRO stages to measure (%(default)s)")
     arguments = parser.parse_intermixed_args(argv)
     settings = {name: value for name, value in vars(arguments).items() if name != "out"}
     record = Record("overhead", arguments.out, settings)
     ranks = None
     with tempfile.TemporaryDirectory() as folder:
-        for stage in arguments.stages.split(","):
+        stages = arguments.stages.split(",")
+        for stage in stages:
             overrides = [*arguments.overrides, f"run.dir={folder}/run-{stage}", f"parallel.zero_stage={stage}"]
             overrides += [f"train.num_steps={arguments.steps + arguments.warmup}", "schedule.warmup_steps=1"]
             config = load_config(arguments.config, overrides)
             ranks = ranks or init_distributed(config.parallel.timeout_seconds)
-            row, reason = measure(config, ranks, arguments.steps, arguments.warmup)
+            row, reason = measure(config, ranks, arguments.steps, arguments.warmup, arguments.seconds / len(stages))
             record.add(case=f"ZeRO {stage}, {config.train.precision}", **row)
             if reason:
                 record.fail("transformers", reason)
