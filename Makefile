@@ -46,7 +46,7 @@ check: setup ## check format, lint and types, then run the tests
 	@$(BIN)/mypy
 	@$(MAKE) test
 
-bench: setup ## measure speed beside plain PyTorch's; a table, and JSON in bench-results
+bench: setup ## measure speed beside plain PyTorch and transformers; a table, and JSON in bench-results
 	@PYTHON=$(BIN)/python bash benchmarks/gpu.sh
 
 clean: ## remove .venv and caches; data/ and runs/ stay

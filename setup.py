@@ -36,8 +36,11 @@ setup(
         "zstandard>=0.23,<1",
     ],
     extras_require={
+        # what `benchmarks/` compares with, beside transformers; Liger is for GPUs
+        "bench": ["accelerate>=1.1,<2", 'liger-kernel>=0.8.5,<0.9; platform_system == "Linux"'],
         "wandb": ["wandb>=0.31,<1"],
         "test": [
+            "accelerate>=1.1,<2",
             "datasets>=4,<6",
             "hypothesis>=6.100,<7",
             "mypy>=1.15,<3",

@@ -6,13 +6,19 @@
 #   PYTHON=python3 bash benchmarks/gpu.sh           with another Python, e.g. the one of a container image
 #
 # OUT      folder of the results (bench-results)
-# WHEELS   folder of wheels that are installed, offline and for this run only, where DeepSpeed or what reads the
-#          configs is missing (.whl)
+# WHEELS   folder of wheels that are installed, offline, without dependencies and for this run only, where one of them is
+#          missing: deepspeed, pydantic and ruamel.yaml with what they need; for "peers" also accelerate (with psutil) and
+#          liger_kernel, beside a transformers that is installed (.whl)
 # PARTS    what to run ("tests attention norms step"; without a GPU "attention operators norms step loop": the loop is
-#          what training costs beside its model: reading rows, the loop itself, the start). On a GPU two are run only when
-#          named: "operators", of 60 s (the loss, RoPE, activations), and "tune", of 180 s, which writes the tile shapes
-#          that are quickest there to OUT/tiles.json, a table for kernels/tiles/; training reads it from there
-# CONFIGS  whose steps ("gpt2-124m llama-350m llama-1.3b")
+#          what training costs beside its model: reading rows, the loop itself beside bare torch's and transformers'
+#          Trainer's, the start). On a GPU these are run only when named: "operators", of 60 s (the loss, RoPE,
+#          activations); "tune", of 180 s, which writes the tile shapes that are quickest there to OUT/tiles.json, a table
+#          for kernels/tiles/; training reads it from there; and "peers", the steps of "step" beside transformers'
+#          Trainer, without and with Liger, too. PARTS=peers alone leaves them all of the time, 170 s a config.
+# CONFIGS  whose steps ("gpt2-124m llama-350m llama-1.3b"); on a GPU in rows of 2048 tokens
+# VARIANTS  of a step, most important first; the time left for a config is shared out (by PARTS, "step": ours-deepspeed,
+#          baseline-compiled,ours-torch,baseline-eager; "peers": ours-deepspeed,baseline-compiled,transformers,
+#          transformers-liger; both: all)
 # SECONDS_IN_ALL   time limit (525); the steps get what the other parts leave
 #
 # Exit status 1: a part failed or ran out of time; the others' results are there all the same.
@@ -64,7 +70,11 @@ test_gpu() { # EXTRA ARGUMENTS...: pytest-benchmark, where installed, warns besi
 
 : >"$out/log.txt"
 rm -f "$out"/{attention,norms,operators,tiles,reading,overhead,startup}.json "$out"/step-*.json
-if ! installed deepspeed pydantic ruamel ruamel.yaml; then
+needed=(deepspeed pydantic ruamel ruamel.yaml)
+for name in accelerate liger_kernel; do # of the peers: only where they are provided
+  ! compgen -G "$wheels/$name-*.whl" >/dev/null || needed+=("$name")
+done
+if ! installed "${needed[@]}"; then
   if compgen -G "$wheels/*.whl" >/dev/null; then
     site=$(mktemp -d)
     part "install of $wheels" 60 "$python" -m pip install -q --no-index --find-links "$wheels" --no-deps --no-compile \
@@ -77,7 +87,7 @@ fi
 
 if "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>>"$out/log.txt"; then
   shrink=()
-  steps=()
+  steps=(--seq-len 2048)
   # several processes, because compiling several hundred small kernels is what takes the time
   parallel=()
   ! installed xdist || parallel=(-n 8)
@@ -120,21 +130,26 @@ if [[ $parts == *" operators "* ]]; then
 fi
 
 results=("$out/attention.json" "$out/norms.json" "$out/operators.json")
-if [[ $parts == *" loop "* ]]; then loop_seconds=210; fi
-[[ $parts == *" step "* ]] || configs=()
+if [[ $parts == *" loop "* ]]; then loop_seconds=230; fi
+also='' beside=''
+[[ $parts != *" step "* ]] || also=,ours-torch,baseline-eager
+[[ $parts != *" peers "* ]] || beside=,transformers,transformers-liger
+[ -n "$also$beside" ] || configs=()
+variants=${VARIANTS:-ours-deepspeed,baseline-compiled$beside$also}
 num_left=${#configs[@]}
 for name in ${configs[@]+"${configs[@]}"}; do
   seconds=$((($(left) - loop_seconds) / num_left))
   num_left=$((num_left - 1))
   part "step $name" "$seconds" "$python" benchmarks/step.py "configs/$name.yaml" \
-    --out "$out/step-$name.json" --seconds $((seconds - 5)) ${steps[@]+"${steps[@]}"}
+    --out "$out/step-$name.json" --variants "$variants" --seconds $((seconds - 5)) ${steps[@]+"${steps[@]}"}
   results+=("$out/step-$name.json")
 done
 
 if [[ $parts == *" loop "* ]]; then
   part reading 40 "$python" benchmarks/reading.py --out "$out/reading.json"
   if part "prepare of the quickstart" 40 "$python" launch/prepare.py configs/quickstart.yaml; then
-    part overhead 100 "$python" benchmarks/overhead.py configs/quickstart.yaml --out "$out/overhead.json" --steps 15 --warmup 3
+    part overhead 120 "$python" benchmarks/overhead.py configs/quickstart.yaml --out "$out/overhead.json" --steps 15 \
+      --warmup 3 --stages 1 --seconds 80
     part startup 60 "$python" benchmarks/startup.py configs/quickstart.yaml --out "$out/startup.json" --runs 3
   fi
   results+=("$out/reading.json" "$out/overhead.json" "$out/startup.json")

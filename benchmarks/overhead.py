@@ -1,8 +1,10 @@
-"""What Longhaul's training loop costs over a bare torch loop: same model, batches, optimizer and learning rates.
+"""Longhaul's training loop beside a bare torch loop and beside transformers' Trainer: same weights, batches and rates.
 
 Ours is `train_step` as it runs in training, with reading, checks, DeepSpeed, metrics and log. The bare loop has its
-batches in memory and does forward, backward, clip and fused step. The two take turns step by step in one process, so
-that whatever else the machine does meets both, and their losses are compared, so that both do the same work.
+batches in memory and does forward, backward, clip and fused step with our model. The third is `Trainer.train()` with
+transformers' model of that shape (`benchmarks/peers.py`), batches in memory too. They take turns step by step in one
+process, so that whatever else the machine does meets all. The losses of ours and the bare loop are compared, so that
+both do the same work; the Trainer's differ, because its documents see each other.
 """
 
 from __future__ import annotations
@@ -14,17 +16,19 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from itertools import cycle, permutations
 from pathlib import Path
 from typing import Any
 
 if sys.path[0] == str(Path(__file__).resolve().parent):  # run as a file
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from benchmarks.record import Record
+from benchmarks.record import Record, first_line
 from benchmarks.updates import Rows, by_torch
 from pretrain.config import Config
 from pretrain.distributed import Ranks
 from pretrain.engine import init_distributed
+from pretrain.errors import ExportError
 from pretrain.families import resolve_shape
 from pretrain.guard import StopRequest
 from pretrain.metrics import StepMetrics
@@ -42,72 +46,103 @@ EXAMPLES = """examples:
   python benchmarks/overhead.py configs/quickstart.yaml train.precision=bf16 parallel.zero_stage=0"""
 
 
-def bare_steps(run: Run, num_steps: int) -> Callable[[], float]:
-    """Return a function that does the next step of the bare loop on the run's own batches and returns its loss."""
+Step = Callable[[list[Rows], int, float, int], float]  # micro-batches, targets, learning rate, number -> mean loss
+
+
+def read_steps(run: Run, num_steps: int) -> list[tuple[list[Rows], int]]:
+    """Read the rows of the run's first steps, and the number of targets of each, into the memory of its device."""
     config, device = run.config, run.ranks.device
     stream = TokenStream(config, run.plan, run.ranks.rank, run.tokenizer.fingerprint)
     steps = [stream.next_step() for _ in range(num_steps)]
     stream.close()
-    batches = [
-        [Rows(*(tensor.to(device) for tensor in vars(batch).values())) for batch in rows.micro_batches]
+    return [
+        ([Rows(*(tensor.to(device) for tensor in vars(batch).values())) for batch in rows.micro_batches],
+         rows.num_targets)
         for rows in steps
-    ]
+    ]  # fmt: skip
+
+
+def make_loops(run: Run, cleanup: ExitStack) -> tuple[dict[str, Step], str | None]:
+    """Build the other loops with the run's initial weights; return them, and why the Trainer is not among them."""
+    config, device = run.config, run.ranks.device
     shape = resolve_shape(config.model, run.tokenizer.vocab_size, config.data.seq_len)
-    model = Transformer(shape, config.run.seed).to(device).train()
-    update = by_torch(model, config, device)
-    done = 0
+    ours = Transformer(shape, config.run.seed).to(device).train()
+    reason, loops = None, {}
+    try:
+        from benchmarks.peers import TrainerLoop, copy_weights, make_model
 
-    def step() -> float:
-        nonlocal done
-        lr = lr_at(done, run.plan.num_steps, config.optim.lr, config.schedule)
-        loss = update(batches[done], lr, steps[done].num_targets, done)
-        done += 1
-        return loss
+        theirs = make_model(shape, device)
+        copy_weights(ours, theirs, shape)
+        loop = TrainerLoop(theirs, config)
+        cleanup.callback(loop.close)
+        loops["trainer"] = lambda batches, num_targets, lr, number: loop.step(batches, lr)
+    except (ImportError, ValueError, ExportError) as error:
+        reason = first_line(error)
+    bare = by_torch(ours, config, device)
+    loops["bare"] = lambda batches, num_targets, lr, number: bare(batches, lr, num_targets, number)
+    return loops, reason
 
-    return step
 
+def measure(
+    config: Config, ranks: Ranks, num_steps: int, num_warmup: int, max_seconds: float
+) -> tuple[dict[str, Any], str | None]:
+    """Time all loops in turn; return medians, ratios and losses, and why the Trainer was left out.
 
-def measure(config: Config, ranks: Ranks, num_steps: int, num_warmup: int) -> dict[str, Any]:
-    """Time both loops in turn; return medians, their ratio, and the largest difference of a loss."""
-    losses: list[float] = []
+    Of `num_steps` steps after the warm-up, as many are timed as begin within `max_seconds`, and at least three.
+    """
+    losses: dict[str, list[float]] = {"ours": [], "bare": [], "trainer": []}
     with ExitStack() as cleanup:
         folder = RunFolder(config)
         cleanup.callback(folder.close)
         stop = cleanup.enter_context(StopRequest())
         run = open_run(config, ranks, folder, stop, cleanup, StartClock())
         run.engine.train()
-        bare = bare_steps(run, num_steps + num_warmup)
+        loops, reason = make_loops(run, cleanup)
+        batches = read_steps(run, num_steps + num_warmup)
         assert run.log
         write = run.log.step
 
         def write_and_keep(metrics: StepMetrics) -> None:
-            losses.append(metrics.loss)
+            losses["ours"].append(metrics.loss)
             write(metrics)
 
         run.log.step = write_and_keep  # type: ignore[method-assign]
-        times: dict[str, list[tuple[float, float]]] = {"ours": [], "bare": []}
-        largest = 0.0
-        for number in range(num_steps + num_warmup):
-            bare_loss = 0.0
-            for name in ("ours", "bare") if number % 2 else ("bare", "ours"):
+        times: dict[str, list[tuple[float, float]]] = {name: [] for name in ("ours", *loops)}
+        orders = cycle(permutations(times))
+        deadline = time.monotonic() + max_seconds
+        for number, (rows, num_targets) in enumerate(batches):
+            if time.monotonic() > deadline and len(times["ours"]) >= 3:
+                break
+            lr = lr_at(number, run.plan.num_steps, config.optim.lr, config.schedule)
+            for name in next(orders):
                 begin = time.perf_counter(), time.process_time()
                 if name == "ours":
                     train_step(run)
                 else:
-                    bare_loss = bare()
+                    losses[name].append(loops[name](rows, num_targets, lr, number))
                 if number >= num_warmup:
                     times[name].append((time.perf_counter() - begin[0], time.process_time() - begin[1]))
-            largest = max(largest, abs(losses[-1] - bare_loss))
-    wall, cpu = ({name: [pair[kind] for pair in pairs] for name, pairs in times.items()} for kind in (0, 1))
-    return {
-        "ours_seconds": statistics.median(wall["ours"]),
-        "bare_seconds": statistics.median(wall["bare"]),
-        # of each pair, which ran side by side: what the machine does meanwhile changes slowly
-        "ratio": statistics.median(a / b for a, b in zip(wall["ours"], wall["bare"], strict=True)),
-        "cpu_ratio": statistics.median(a / b for a, b in zip(cpu["ours"], cpu["bare"], strict=True)),
-        "largest_loss_difference": largest,
-        "num_steps": num_steps,
-    }
+    return summary(times, losses), reason
+
+
+def summary(times: dict[str, list[tuple[float, float]]], losses: dict[str, list[float]]) -> dict[str, Any]:
+    """Summarise the pairs of wall and CPU seconds of each loop's steps, and its losses.
+
+    A ratio is the median over the steps, whose turns ran side by side: what the machine does meanwhile changes slowly.
+    """
+    row: dict[str, Any] = {"num_steps": len(times["ours"])}
+    for name in ("ours", "bare", "trainer"):
+        row[f"{name}_seconds"] = statistics.median(wall for wall, _ in times[name]) if name in times else None
+    for name, prefix in (("bare", ""), ("trainer", "trainer_")):
+        for kind, key in enumerate(("ratio", "cpu_ratio")):
+            pairs = zip(times["ours"], times.get(name, ()), strict=name in times)
+            ratios = [ours[kind] / other[kind] for ours, other in pairs]
+            row[prefix + key] = statistics.median(ratios) if ratios else None
+    # ours may write a step's loss after the next step has begun, and the last one not at all
+    pairs_of_losses = zip(losses["ours"], losses["bare"], strict=False)
+    row["largest_loss_difference"] = max(abs(ours - bare) for ours, bare in pairs_of_losses)
+    row["last_losses"] = {name: values[-1] if values else None for name, values in losses.items()}
+    return row
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -120,19 +155,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="JSON file to write")
     parser.add_argument("--steps", type=int, default=30, help="timed steps of each loop (%(default)s)")
     parser.add_argument("--warmup", type=int, default=5, help="steps before them (%(default)s)")
+    parser.add_argument("--seconds", type=float, default=1e9, help="for the steps of all stages; fewer are timed then")
     parser.add_argument("--stages", default="0,1", help="ZeRO stages to measure (%(default)s)")
     arguments = parser.parse_intermixed_args(argv)
     settings = {name: value for name, value in vars(arguments).items() if name != "out"}
     record = Record("overhead", arguments.out, settings)
     ranks = None
     with tempfile.TemporaryDirectory() as folder:
-        for stage in arguments.stages.split(","):
+        stages = arguments.stages.split(",")
+        for stage in stages:
             overrides = [*arguments.overrides, f"run.dir={folder}/run-{stage}", f"parallel.zero_stage={stage}"]
             overrides += [f"train.num_steps={arguments.steps + arguments.warmup}", "schedule.warmup_steps=1"]
             config = load_config(arguments.config, overrides)
             ranks = ranks or init_distributed(config.parallel.timeout_seconds)
-            row = measure(config, ranks, arguments.steps, arguments.warmup)
+            row, reason = measure(config, ranks, arguments.steps, arguments.warmup, arguments.seconds / len(stages))
             record.add(case=f"ZeRO {stage}, {config.train.precision}", **row)
+            if reason:
+                record.fail("transformers", reason)
     from benchmarks.table import render
 
     print(render([record.content]))

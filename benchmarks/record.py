@@ -14,7 +14,9 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGES = ("torch", "triton", "deepspeed", "liger-kernel", "numpy", "sentencepiece")
+PACKAGES = (
+    "torch", "triton", "deepspeed", "transformers", "accelerate", "liger-kernel", "numpy", "sentencepiece",
+)  # fmt: skip
 
 
 def describe_device() -> dict[str, Any]:

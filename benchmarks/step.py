@@ -1,20 +1,22 @@
-"""A whole training step of a config's model on synthetic packed documents, beside plain PyTorch.
+"""A whole training step of a config's model on synthetic packed documents, beside plain PyTorch and transformers.
 
 Tokens/s, model FLOPs utilisation and peak memory of each variant (`benchmarks/updates.py` says what they are), each in
-a process of its own. (`benchmarks/overhead.py` compares the training loop with a bare one, step by step in turn.) The
-micro-batch is the largest power of two whose predicted memory fits, unless it is given.
+a process of its own. (`benchmarks/overhead.py` compares training loops step by step in turn.) The micro-batch is the
+largest power of two whose predicted memory fits, unless it is given; as that differs, memory is also compared at the
+config's own micro-batch.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,12 +47,15 @@ SHRINK = (
 )  # fmt: skip
 
 
-def open_config(path: str, shrink: bool, micro_batch: int, num_micro_steps: int) -> tuple[Config, ModelShape]:
+def open_config(
+    path: str, shrink: bool, micro_batch: int, num_micro_steps: int, seq_len: int | None = None
+) -> tuple[Config, ModelShape]:
     """Load a config with one step of `num_micro_steps` micro-batches, and resolve its model's shape."""
     overrides = [
         f"train.micro_batch_size={micro_batch}",
         f"train.global_batch_size={micro_batch * num_micro_steps}",
         "train.precision=bf16",
+        *([f"data.seq_len={seq_len}"] if seq_len else []),
     ]
     config = load_config(path, overrides)
     if shrink:
@@ -106,9 +111,30 @@ def time_updates(update: Update, batches: list[Rows], num_steps: int, max_second
     return seconds, loss
 
 
-def measure(arguments: argparse.Namespace, variant: str) -> dict[str, Any]:
-    """Measure one variant in this process; return its row."""
-    config, shape = open_config(arguments.config, arguments.shrink, arguments.micro_batch or 1, arguments.micro_steps)
+def memory_at(update: Update, shape: ModelShape, size: int) -> int | None:
+    """Return the peak memory of an update of one micro-batch of this size; None where it does not fit."""
+    torch.cuda.empty_cache()
+    try:
+        for _ in range(2):  # the first may compile
+            peak = _peak_of_one(update, shape, size)
+    except torch.OutOfMemoryError:
+        return None
+    return peak
+
+
+def measure(
+    arguments: argparse.Namespace, variant: str, keep: Callable[[dict[str, Any]], None] = lambda row: None
+) -> dict[str, Any]:
+    """Measure one variant in this process; return its row.
+
+    Args:
+        arguments: of the command.
+        variant: one of `VARIANTS`.
+        keep: is given the row before memory is measured once more, for which time may not suffice.
+    """
+    config, shape = open_config(
+        arguments.config, arguments.shrink, arguments.micro_batch or 1, arguments.micro_steps, arguments.seq_len
+    )
     backend = "aot_eager" if arguments.shrink else "inductor"
     torch.manual_seed(1)
     update = make_update(variant, config, shape, backend)
@@ -133,7 +159,7 @@ def measure(arguments: argparse.Namespace, variant: str) -> dict[str, Any]:
     tokens_per_second = micro_batch * arguments.micro_steps * shape.seq_len / median
     peak = peak_flops(update.device, "bf16")
     flops = {"mfu": flops_per_token(shape, causal=False), "mfu_causal": flops_per_token(shape, causal=True)}
-    return {
+    row = {
         "variant": variant,
         "num_parameters": num_parameters(shape),
         "seq_len": shape.seq_len,
@@ -146,8 +172,14 @@ def measure(arguments: argparse.Namespace, variant: str) -> dict[str, Any]:
         **{name: tokens_per_second * value / peak if peak else None for name, value in flops.items()},
         "peak_flops": peak,
         "peak_memory_bytes": peak_memory_bytes(update.device),
+        "common_micro_batch_size": arguments.micro_batch or load_config(arguments.config).train.micro_batch_size,
+        "common_memory_bytes": None,
         "loss": loss,
     }
+    if on_gpu:
+        keep(row)
+        row["common_memory_bytes"] = memory_at(update, shape, row["common_micro_batch_size"])
+    return row
 
 
 def measure_apart(arguments: argparse.Namespace, variant: str, seconds: float) -> dict[str, Any]:
@@ -161,13 +193,15 @@ def measure_apart(arguments: argparse.Namespace, variant: str, seconds: float) -
         command = [sys.executable, __file__, arguments.config, "--variants", variant, "--row", str(result)]
         command += ["--steps", str(arguments.steps), "--micro-steps", str(arguments.micro_steps)]
         command += ["--micro-batch", str(arguments.micro_batch)] if arguments.micro_batch else []
+        command += ["--seq-len", str(arguments.seq_len)] if arguments.seq_len else []
         command += ["--shrink"] if arguments.shrink else []
         try:
             done = subprocess.run(command, timeout=seconds, stdout=sys.stderr)
+            ending = f"its process ended with status {done.returncode} and no result"
         except subprocess.TimeoutExpired:
-            raise RuntimeError(f"took longer than {seconds:.0f} s") from None
+            ending = f"took longer than {seconds:.0f} s"
         if not result.exists():
-            raise RuntimeError(f"its process ended with status {done.returncode} and no result")
+            raise RuntimeError(ending)
         row = json.loads(result.read_text(encoding="utf-8"))
     if "error" in row:
         raise RuntimeError(row["error"])
@@ -175,12 +209,17 @@ def measure_apart(arguments: argparse.Namespace, variant: str, seconds: float) -
 
 
 def _measure_as_child(arguments: argparse.Namespace) -> int:
+    def write(row: dict[str, Any]) -> None:
+        temporary = arguments.row.with_suffix(".tmp")  # this process may be killed at any time
+        temporary.write_text(json.dumps(row), encoding="utf-8")
+        os.replace(temporary, arguments.row)
+
     try:
-        row = measure(arguments, arguments.variants[0])
+        row = measure(arguments, arguments.variants[0], write)
     except Exception as error:  # whatever it is, the other variants go on and the record says it
         row = {"error": first_line(error)}
         print(f"{arguments.config} {arguments.variants[0]}: {row['error']}", file=sys.stderr)
-    arguments.row.write_text(json.dumps(row), encoding="utf-8")
+    write(row)
     return 1 if "error" in row else 0
 
 
@@ -201,6 +240,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--variants", type=_variants, default=list(VARIANTS), help=f"of {','.join(VARIANTS)}")
     parser.add_argument("--micro-batch", type=int, help="rows; the largest power of two that fits by default")
     parser.add_argument("--micro-steps", type=int, default=1, help="micro-batches of a step; 1 by default")
+    parser.add_argument("--seq-len", type=int, help="tokens in a row; the config's by default")
     parser.add_argument("--steps", type=int, default=20, help="timed steps at most")
     parser.add_argument("--seconds", type=float, default=1e9, help="for all variants together")
     parser.add_argument("--shrink", action="store_true", help="tiny shape; torch.compile without code generation")

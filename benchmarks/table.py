@@ -16,6 +16,9 @@ ATTENTION_TARGETS = {
     ("backward", 128): {2048: 290, 4096: 365, 8192: 420, 16384: 440},
     ("backward", 64): {2048: 260, 4096: 310, 8192: 350, 16384: 370},
 }
+MFU_TARGETS = {"gpt2-124m": 0.45, "llama-350m": 0.52, "llama-1.3b": 0.58}  # likewise, at MFU_SEQ_LEN, by config
+MFU_SEQ_LEN = 2048
+BARE_RATE = 0.97  # of a bare torch loop's tokens/s that ours must reach with the same operators
 DOCUMENTS_RATIO = 1.15  # that a scored pair may take in packed documents, in causal rows of that length
 
 
@@ -144,16 +147,48 @@ def _operators(record: dict[str, Any]) -> str:
 
 
 def _steps(record: dict[str, Any]) -> str:
-    lines = [["variant", "micro-batch", "ms/step", "tokens/s", "MFU", "causal MFU", "GiB"]]
-    for row in record["rows"]:
+    rows = record["rows"]
+    ours = next((row for row in rows if row["variant"] == "ours-deepspeed"), None)
+    shared = rows[0].get("common_micro_batch_size") if rows else None
+    lines = [
+        ["variant", "micro-batch", "ms/step", "tokens/s", "of ours", "MFU", "causal MFU", "GiB", f"GiB of {shared}"]
+    ]
+    for row in rows:
         rates = [f"{100 * row[name]:.1f}%" if row[name] is not None else "-" for name in ("mfu", "mfu_causal")]
         size = f"{row['num_micro_steps']}x{row['micro_batch_size']}x{row['seq_len']}"
+        of_ours = f"{row['tokens_per_second'] / ours['tokens_per_second']:.2f}" if ours else "-"
+        memory = [row["peak_memory_bytes"], row.get("common_memory_bytes")]
         lines.append(
-            [row["variant"], size, f"{1e3 * row['step_seconds']:.1f}", f"{row['tokens_per_second']:.0f}", *rates,
-             f"{row['peak_memory_bytes'] / 2**30:.1f}"]
+            [row["variant"], size, f"{1e3 * row['step_seconds']:.1f}", f"{row['tokens_per_second']:.0f}", of_ours,
+             *rates, *(f"{number / 2**30:.1f}" if number else "-" for number in memory)]
         )  # fmt: skip
-    size = f", {record['rows'][0]['num_parameters'] / 1e6:.3g} million parameters" if record["rows"] else ""
-    return f"training step: {Path(record['settings']['config']).stem}{size}\n" + _aligned(lines)
+    name = Path(record["settings"]["config"]).stem
+    size = f", {rows[0]['num_parameters'] / 1e6:.3g} million parameters" if rows else ""
+    aimed = ours is not None and "H100" in record["device"]["name"] and not record["settings"].get("shrink")
+    verdicts = _step_verdicts(name, ours, rows) if ours and aimed else []
+    return "\n".join([f"training step: {name}{size}", _aligned(lines), *verdicts])
+
+
+def _step_verdicts(name: str, ours: dict[str, Any], rows: list[dict[str, Any]]) -> list[str]:
+    """Say which targets of a step were met; a peer without a number is compared with nothing."""
+    verdicts = []
+    target = MFU_TARGETS.get(name)
+    if target and ours["mfu"] is not None and ours["seq_len"] == MFU_SEQ_LEN:
+        verdicts.append(_verdict(ours["mfu"] >= target, f"MFU of at least {100 * target:.0f}%",
+                                 f"{100 * ours['mfu']:.1f}%"))  # fmt: skip
+    peers = [row for row in rows if not row["variant"].startswith("ours")]
+    if peers:
+        best = max(peers, key=lambda row: row["tokens_per_second"])
+        ratio = ours["tokens_per_second"] / best["tokens_per_second"]
+        verdicts.append(_verdict(ratio > 1, f"faster than each of {len(peers)} peers",
+                                 f"{ratio:.2f} times {best['variant']}"))  # fmt: skip
+    memory = {row["variant"]: row["common_memory_bytes"] for row in peers if row.get("common_memory_bytes")}
+    if memory and ours.get("common_memory_bytes"):
+        least = min(memory, key=lambda variant: memory[variant])
+        ratio = ours["common_memory_bytes"] / memory[least]
+        verdicts.append(_verdict(ratio < 1, f"the lowest peak memory at {ours['common_micro_batch_size']} rows",
+                                 f"{ratio:.2f} of {least}'s"))  # fmt: skip
+    return verdicts
 
 
 def _prepare(record: dict[str, Any]) -> str:
@@ -177,14 +212,29 @@ def _reading(record: dict[str, Any]) -> str:
 
 def _overhead(record: dict[str, Any]) -> str:
     lines = [
-        ["training loop beside bare torch", "ours ms/step", "bare ms/step", "ratio", "by CPU time", "loss differs by"]
-    ]
+        ["training loop beside others", "ours ms/step", "bare torch", "ours/bare", "by CPU time", "Trainer",
+         "ours/Trainer", "by CPU time", "bare's loss differs by"]
+    ]  # fmt: skip
+    verdicts = []
     for row in record["rows"]:
+        times = {name: row.get(f"{name}_seconds") for name in ("ours", "bare", "trainer")}  # older files lack the last
+        ms = {name: f"{1e3 * seconds:.1f}" if seconds else "-" for name, seconds in times.items()}
+        ratios = {key: row.get(key) for key in ("ratio", "cpu_ratio", "trainer_ratio", "trainer_cpu_ratio")}
+        cells = [f"{ratio:.3f}" if ratio else "-" for ratio in ratios.values()]
         lines.append(
-            [row["case"], f"{1e3 * row['ours_seconds']:.1f}", f"{1e3 * row['bare_seconds']:.1f}",
-             f"{row['ratio']:.3f}", f"{row['cpu_ratio']:.3f}", f"{row['largest_loss_difference']:.1e}"]
+            [row["case"], ms["ours"], ms["bare"], *cells[:2], ms["trainer"], *cells[2:],
+             f"{row['largest_loss_difference']:.1e}"]
         )  # fmt: skip
-    return _aligned(lines)
+        rate = 1 / ratios["ratio"]
+        verdicts.append(_verdict(rate >= BARE_RATE, f"{row['case']}: at least {BARE_RATE} of bare torch's tokens/s",
+                                 f"{rate:.3f}"))  # fmt: skip
+        if ratio := ratios["trainer_ratio"]:
+            verdicts.append(_verdict(ratio < 1, f"{row['case']}: faster than the Trainer", f"{1 / ratio:.2f} times"))
+    return "\n".join([_aligned(lines), *verdicts])
+
+
+def _verdict(is_met: bool, target: str, found: str) -> str:
+    return f"  target {'met' if is_met else 'MISSED'}: {target} ({found})"
 
 
 def _startup(record: dict[str, Any]) -> str:

@@ -4,6 +4,7 @@
 - `ours-compiled`: the same with `train.compile`
 - `ours-torch`: the same Transformer with bf16 weights and fp32 master copies, by torch alone
 - `baseline-eager`, `baseline-compiled`: plain PyTorch under bf16 autocast, without and with `torch.compile`
+- `transformers`, `transformers-liger`: transformers' model and Trainer, without and with Liger's operators in them
 """
 
 from __future__ import annotations
@@ -20,7 +21,15 @@ from pretrain.families import ModelShape
 from pretrain.model import Transformer
 from pretrain.optim import make_optimizer, param_groups
 
-VARIANTS = ("ours-deepspeed", "ours-compiled", "baseline-compiled", "ours-torch", "baseline-eager")
+VARIANTS = (  # the most important first: time may run out
+    "ours-deepspeed",
+    "baseline-compiled",
+    "transformers",
+    "transformers-liger",
+    "ours-compiled",
+    "ours-torch",
+    "baseline-eager",
+)
 
 
 @dataclass(frozen=True)
@@ -92,9 +101,20 @@ def make_update(variant: str, config: Config, shape: ModelShape, compile_backend
     if variant == "ours-torch":
         step = by_torch(make_ours(shape, device, torch.float32), config, device)
         return Update(lambda batches: _mean_loss(batches, step, config.optim.lr), device)
+    if variant.startswith("transformers"):
+        return _by_trainer(config, shape, device, with_liger=variant == "transformers-liger")
     with device:
         model = Baseline(shape)
     return _by_autocast(model, config, device, compile_backend if variant == "baseline-compiled" else None)
+
+
+def _by_trainer(config: Config, shape: ModelShape, device: torch.device, with_liger: bool) -> Update:
+    from benchmarks.peers import TrainerLoop, make_model, use_liger  # seconds, and it needs accelerate
+
+    if with_liger:
+        use_liger(shape)
+    loop = TrainerLoop(make_model(shape, device), config)
+    return Update(lambda batches: loop.step(batches, config.optim.lr), device)
 
 
 def _by_engine(config: Config, shape: ModelShape, compile_backend: str | None) -> Update:

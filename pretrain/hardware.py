@@ -7,8 +7,8 @@ import time
 
 import torch
 
-# Dense peak FLOP/s: (bf16 and fp16 with matrix units and fp32 sums, fp32 without TF32). Source: the makers' data sheets;
-# figures quoted "with sparsity" are twice these. The longest key that the device's name contains counts.
+# Dense peak FLOP/s: (bf16 and fp16 with matrix units and fp32 sums, fp32 without TF32). Source: the makers' data
+# sheets, whose figures "with sparsity" are twice these. The longest key that the device's name contains counts.
 GPU_PEAK_FLOPS = {
     "GB200": (2500e12, 80e12),
     "B200": (2250e12, 75e12),

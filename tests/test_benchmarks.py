@@ -27,7 +27,8 @@ CONFIGS = [f"configs/{name}.yaml" for name in ("gpt2-124m", "llama-350m", "llama
 RECORD_KEYS = {"benchmark", "date", "commit", "device", "versions", "settings", "rows", "failures"}
 STEP_KEYS = {
     "variant", "num_parameters", "seq_len", "micro_batch_size", "num_micro_steps", "num_timed_steps", "step_seconds",
-    "step_seconds_range", "tokens_per_second", "mfu", "mfu_causal", "peak_flops", "peak_memory_bytes", "loss",
+    "step_seconds_range", "tokens_per_second", "mfu", "mfu_causal", "peak_flops", "peak_memory_bytes",
+    "common_micro_batch_size", "common_memory_bytes", "loss",
 }  # fmt: skip
 NORM_KEYS = {
     "operation", "direction", "implementation", "num_rows", "width", "dtype", "microseconds", "gigabytes_per_second",
@@ -36,7 +37,14 @@ NORM_KEYS = {
 
 
 def step_arguments(config: str, **changes) -> argparse.Namespace:
-    base = {"config": str(ROOT / config), "shrink": True, "micro_batch": 2, "micro_steps": 2, "steps": 3}
+    base = {
+        "config": str(ROOT / config),
+        "shrink": True,
+        "micro_batch": 2,
+        "micro_steps": 2,
+        "steps": 3,
+        "seq_len": None,
+    }
     return argparse.Namespace(**(base | changes))
 
 
@@ -202,7 +210,9 @@ def test_the_loop_is_compared_with_a_bare_one_that_computes_the_same(tiny_config
     for row in rows:
         assert row["largest_loss_difference"] < 1e-4 and row["num_steps"] == 6
         assert row["ours_seconds"] > 0 and row["bare_seconds"] > 0 and row["ratio"] > 0.5
-    assert "training loop beside bare torch" in done.stdout
+        assert row["trainer_seconds"] > 0 and row["trainer_ratio"] > 0
+        assert row["last_losses"]["trainer"] == pytest.approx(row["last_losses"]["bare"], rel=0.05)
+    assert "training loop beside others" in done.stdout
 
 
 @pytest.mark.launches
@@ -237,7 +247,7 @@ def test_the_table_shows_files(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert f"torch {torch.__version__}" in lines[0] and lines[1] == (
         "training step: llama-350m, 345 million parameters"
     )
-    assert lines[3].split() == ["ours-torch", "1x16x2048", "250.0", "131072", "45.6%", "-", "3.0"]
+    assert lines[3].split() == ["ours-torch", "1x16x2048", "250.0", "131072", "-", "45.6%", "-", "3.0", "0.0"]
     assert lines[-1] == "  no number: rmsnorm: OutOfMemoryError: CUDA out of memory"
     assert sum("torch" in line and "python" in line for line in lines) == 1  # one machine, named once
 
