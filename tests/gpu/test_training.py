@@ -38,7 +38,7 @@ def sized(family, **model):
     options = {"family": family, "dim": 512, "num_layers": 6, "num_heads": 8, "ffn_dim": 1408}
     config = make_config(
         model=options | {"num_kv_heads": 2 if family == "llama" else None} | model,
-        data={"seq_len": SEQ_LEN}, train={"global_batch_size": 4, "micro_batch_size": 4},
+        data={"seq_len": SEQ_LEN}, train={"global_batch_size": 4, "micro_batch_size": 4}, optim={"lr": 5e-4},
     )  # fmt: skip
     return config, resolve_shape(config.model, BYTES_VOCAB, SEQ_LEN)
 
@@ -48,7 +48,7 @@ def test_200_steps_with_operators_on_are_those_with_them_off(family):
     config, shape = sized(family)
     steps = byte_steps(config, NUM_STEPS, "cuda")
     truth = train(config, shape, steps, device="cuda")
-    assert sum(truth[-20:]) < 0.7 * sum(truth[:20])
+    assert sum(truth[-20:]) < 0.85 * sum(truth[:20])
 
     _, found, torchs = compare(config, shape, steps, ALL, truth, "cuda", num_roundings=2)
     # PyTorch's own roundings may part further than 1e-5 here: then by as much, of which two runs are a rough guess.
