@@ -18,7 +18,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.updates import Rows, by_torch
-from kernels import activation, attention, layer_norm, linear_cross_entropy, rms_norm, rope
+from kernels import activation, attention, dropout, layer_norm, linear_cross_entropy, rms_norm, rope
 from pretrain.config import Config
 from pretrain.families import ModelShape
 from pretrain.model import Transformer
@@ -30,6 +30,7 @@ OPERATORS: dict[str, tuple[ModuleType, ...]] = {
     "rope": (rope,),
     "activations": (activation,),
     "loss": (linear_cross_entropy,),
+    "dropout": (dropout,),
 }
 ALL = tuple(OPERATORS)
 FP32_BOUND = 1e-5  # of a loss, relative
