@@ -124,9 +124,15 @@ def _import_muon_without_compiler() -> None:
         torch.compile = original
 
 
-def effective_stage(zero_stage: int, precision: str) -> int:
-    """The stage that runs: DeepSpeed accumulates bf16 and fp16 gradients in fp32 from stage 1 on only."""
-    return zero_stage if precision == "fp32" else max(zero_stage, 1)
+def effective_stage(zero_stage: int, precision: str, world_size: int) -> int:
+    """The stage that runs, where two would compute the same.
+
+    DeepSpeed accumulates bf16 and fp16 gradients in fp32 from stage 1 on only; and one rank has nothing to divide, where
+    stage 1 in fp32 would but copy all gradients twice (3% of a step on a CPU: docs/notes/0012).
+    """
+    if precision != "fp32":
+        return max(zero_stage, 1)
+    return 0 if zero_stage == 1 and world_size == 1 else zero_stage
 
 
 def bucket_elements(world_size: int) -> int:
@@ -141,7 +147,7 @@ def bucket_elements(world_size: int) -> int:
 
 def deepspeed_settings(config: Config, plan: BatchPlan, num_parameters: int) -> dict:
     """Generate DeepSpeed's JSON for this config, number of ranks and size of model."""
-    stage = effective_stage(config.parallel.zero_stage, config.train.precision)
+    stage = effective_stage(config.parallel.zero_stage, config.train.precision, plan.world_size)
     settings: dict = {
         "train_batch_size": plan.global_batch_size,
         "train_micro_batch_size_per_gpu": plan.micro_batch_size,
@@ -183,7 +189,7 @@ class Engine:
         if config.train.precision == "fp16" and ranks.device.type == "cpu":
             raise ConfigError("train.precision is fp16; expected bf16 or fp32 on a CPU. Use train.precision=fp32.")
         self.ranks = ranks
-        self.stage = effective_stage(config.parallel.zero_stage, config.train.precision)
+        self.stage = effective_stage(config.parallel.zero_stage, config.train.precision, plan.world_size)
         self.optim = config.optim
         self.precision = config.train.precision
         self._names = {id(parameter): name for name, parameter in model.named_parameters()}

@@ -21,10 +21,12 @@ def config_of(**sections):
 
 
 @pytest.mark.parametrize(
-    ("stage", "precision", "runs"), [(0, "fp32", 0), (0, "bf16", 1), (0, "fp16", 1), (3, "bf16", 3)]
-)
-def test_low_precision_needs_a_stage_that_accumulates_in_fp32(stage, precision, runs):
-    assert effective_stage(stage, precision) == runs
+    ("stage", "precision", "num_ranks", "runs"),
+    [(0, "fp32", 2, 0), (0, "bf16", 2, 1), (0, "fp16", 1, 1), (3, "bf16", 2, 3), (1, "fp32", 2, 1), (1, "fp32", 1, 0),
+     (1, "bf16", 1, 1), (2, "fp32", 1, 2)],
+)  # fmt: skip
+def test_low_precision_runs_from_stage_1_on_and_one_rank_below_it(stage, precision, num_ranks, runs):
+    assert effective_stage(stage, precision, num_ranks) == runs
 
 
 def test_settings_follow_the_batch_plan():
