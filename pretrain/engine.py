@@ -127,8 +127,8 @@ def _import_muon_without_compiler() -> None:
 def effective_stage(zero_stage: int, precision: str, world_size: int) -> int:
     """The stage that runs, where two would compute the same.
 
-    DeepSpeed accumulates bf16 and fp16 gradients in fp32 from stage 1 on only; and one rank has nothing to divide, where
-    stage 1 in fp32 would but copy all gradients twice (3% of a step on a CPU: docs/notes/0012).
+    DeepSpeed accumulates bf16 and fp16 gradients in fp32 from stage 1 on only. And one rank has nothing to divide: in
+    fp32 stage 1 would but copy all gradients twice, which was 2% of a step on a CPU (docs/notes/0012).
     """
     if precision != "fp32":
         return max(zero_stage, 1)

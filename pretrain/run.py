@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -92,7 +93,7 @@ class Run:
     progress: Progress = field(default_factory=Progress)
     feed: Feed = field(init=False)
     unreported: PendingStep | None = None  # the step whose sums have not been read back
-    step_began: float = 0.0  # where the time of the step that runs counts from, in `time.perf_counter`'s seconds
+    step_began: float = field(default_factory=time.perf_counter)  # the time of the step that runs counts from here
 
     def __post_init__(self) -> None:
         self.feed = Feed(self.stream, self.ranks)
