@@ -88,7 +88,7 @@ def test_large_logits(options):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_strided_inputs_are_read_right_and_left_alone(dtype):
+def test_strided_inputs_are_read_right_and_left_alone(dtype):  # fla#759, unsloth#10617
     wide, weight, _ = draw(66, 100, dtype, width=80)
     _, _, targets = draw(33, 100, dtype)
     before = wide.clone()
@@ -98,7 +98,7 @@ def test_strided_inputs_are_read_right_and_left_alone(dtype):
     assert torch.equal(wide, before)
 
 
-def test_two_calls_accumulate():
+def test_two_calls_accumulate():  # a weight whose gradient was there already: Liger-Kernel#512, #827
     x, weight, targets = draw(20, 100, torch.float32)
     leaf = weight.clone().requires_grad_()
     for rows in (slice(0, 11), slice(11, 20)):
@@ -119,7 +119,7 @@ def test_fp16_keeps_probabilities_that_it_cannot_hold():
     assert grad_x[0, 1] > 0
 
 
-def test_a_class_that_does_not_exist_gives_nan():
+def test_a_class_that_does_not_exist_gives_nan():  # and reads nothing outside: Liger-Kernel#916
     x, weight, targets = draw(3, 100, torch.float32)
     for wrong in (100, -1, 2**40):
         targets[0] = wrong
@@ -127,7 +127,7 @@ def test_a_class_that_does_not_exist_gives_nan():
 
 
 @pytest.mark.parametrize("softcap", [None, 2.0])
-def test_token_losses(softcap):
+def test_token_losses(softcap):  # without gradients, so that none can be wrong: Liger-Kernel#968
     x, weight, targets = draw(12, 100, torch.float32)
     losses = token_losses(x, weight, targets, 100, softcap)
     for row in range(12):

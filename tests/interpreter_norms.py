@@ -35,19 +35,19 @@ CASES = [(kind, dtype) for kind in KINDS for dtype in DTYPES if kind in KINDS[:2
 
 @pytest.mark.parametrize("with_residual", [False, True], ids=["plain", "residual"])
 @pytest.mark.parametrize(("kind", "dtype"), CASES, ids=str)
-def test_errors_stay_within_twice_those_of_eager_code(kind, dtype, with_residual):
+def test_errors_stay_within_twice_those_of_eager_code(kind, dtype, with_residual):  # the weight's too: unsloth#4533
     for shape in SHAPES:
         ratio = measure(kind, shape, dtype, "cpu", with_residual)
         assert ratio <= 1.0, f"{shape}: {ratio:.2f} of the bound"
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_strided_inputs_are_read_right_and_left_alone(kind):
+def test_strided_inputs_are_read_right_and_left_alone(kind):  # Liger-Kernel#376, unsloth#5001, #10617; fla#759
     assert strided_ratio(kind, "cpu") <= 1.0
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_row_of_32k_columns(kind):
+def test_a_row_of_32k_columns(kind):  # columns beyond a block: xformers#785
     assert measure(kind, (4, 32768), torch.float32, "cpu", True) <= 1.0
 
 
@@ -137,7 +137,7 @@ def test_the_same_bits_every_time(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_rows_that_lie_past_two_to_the_31(kind):
+def test_rows_that_lie_past_two_to_the_31(kind):  # Liger-Kernel#1483, #804; fla#1080
     stride = 2**30
     try:
         memory = torch.empty(2 * stride + 64, dtype=torch.float16)  # address space; only three pages are touched

@@ -54,7 +54,7 @@ def test_rounded_once(kind, dtype):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_strided_inputs_and_gradients_are_read_right_and_left_alone(kind):
+def test_strided_inputs_and_gradients_are_read_right_and_left_alone(kind):  # Liger-Kernel#376, unsloth#10617
     for x, grad in strided(kind, torch.float32, "cpu"):
         assert ratio_of(kind, x, grad) <= 1.0, (x.stride(), grad.stride())
     assert operation(kind, x).run(x).is_contiguous()  # of an expanded tensor
@@ -133,7 +133,7 @@ def test_the_programs_are_what_runs(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_rows_that_lie_past_two_to_the_31(kind):
+def test_rows_that_lie_past_two_to_the_31(kind):  # Liger-Kernel#1483, #804; fla#1080
     stride = 2**30
     try:
         memory = torch.empty(2 * stride + 64, dtype=torch.float16)  # address space; only three pages are touched

@@ -248,7 +248,12 @@ def test_flops_are_those_that_pytorch_counts():
     model, tokens = Transformer(shape, 1), torch.zeros(2, 16, dtype=torch.int64)
     with FlopCounterMode(display=False) as counter:
         model(tokens, tokens, torch.zeros_like(tokens), torch.arange(2))[0].backward()
-    assert counter.get_total_flops() == 2 * 16 * flops_per_token(shape, causal=False)
+    total = counter.get_total_flops()
+    assert total == 2 * 16 * flops_per_token(shape, causal=False)
+    # attention's products are those of batches of matrices; causal order needs half of them
+    of_attention = sum(n for name, n in counter.get_flop_counts()["Global"].items() if "bmm" in str(name))
+    assert 0 < of_attention < total
+    assert total - of_attention / 2 == 2 * 16 * flops_per_token(shape, causal=True)
 
 
 def test_every_family_allows_its_own_defaults():

@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -38,6 +39,11 @@ def test_rows_are_viewed_where_they_can_be():
 def test_no_more_programs_than_rows():
     assert num_programs(torch.zeros(1), 2, 4) == 2
     assert num_programs(torch.zeros(1), 0, 4) == 0
+
+
+def test_programs_are_numbered_along_one_axis():  # the others end at 65535: Fast-LLM#386
+    axes = re.findall(r"program_id\((.*?)\)", "".join(p.read_text() for p in sorted(ROOT.glob("kernels/*.py"))))
+    assert len(axes) >= 15 and set(axes) == {"0"}
 
 
 def test_programs_compile_for_ampere_and_hopper_without_spills_or_fp64(tmp_path):
