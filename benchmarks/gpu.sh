@@ -17,8 +17,8 @@
 #          Trainer, without and with Liger, too. PARTS=peers alone leaves them all of the time, 170 s a config.
 # CONFIGS  whose steps ("gpt2-124m llama-350m llama-1.3b"); on a GPU in rows of 2048 tokens
 # VARIANTS  of a step, most important first; the time left for a config is shared out (by PARTS, "step": ours-deepspeed,
-#          baseline-compiled,ours-torch,baseline-eager; "peers": ours-deepspeed,baseline-compiled,transformers,
-#          transformers-liger; both: all)
+#          baseline-compiled,ours-compiled,ours-torch; "peers": ours-deepspeed,baseline-compiled,transformers,
+#          transformers-liger; both: all of these; baseline-eager only when named)
 # SECONDS_IN_ALL   time limit (525); the steps get what the other parts leave
 #
 # Exit status 1: a part failed or ran out of time; the others' results are there all the same.
@@ -132,7 +132,7 @@ fi
 results=("$out/attention.json" "$out/norms.json" "$out/operators.json")
 if [[ $parts == *" loop "* ]]; then loop_seconds=230; fi
 also='' beside=''
-[[ $parts != *" step "* ]] || also=,ours-torch,baseline-eager
+[[ $parts != *" step "* ]] || also=,ours-compiled,ours-torch
 [[ $parts != *" peers "* ]] || beside=,transformers,transformers-liger
 [ -n "$also$beside" ] || configs=()
 variants=${VARIANTS:-ours-deepspeed,baseline-compiled$beside$also}
