@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.interpreter_process import run_interpreted
-from tests.rank_helpers import metric_lines, run_cases
+from tests.rank_helpers import metric_lines, newest, run_cases
 
 
 @pytest.mark.timeout(900)
@@ -35,4 +35,6 @@ def test_training_under_zero_3_in_the_interpreter_is_training_without(tiny_confi
         found.append([line["loss"] for line in lines] + [line["grad_norm"] for line in lines])
     assert len(found[0]) == 4
     assert found[1] == pytest.approx(found[0], rel=2e-5)
-    assert found[1] != found[0]  # other programs ran: their rounding is not the same to the last bit
+    # Other programs ran: their rounding is not the same to the last bit, which so few losses need not show.
+    with_torch, with_triton = (newest(tmp_path / name) for name in ("torch", "triton"))
+    assert any(not with_torch.read_whole(name).equal(with_triton.read_whole(name)) for name in with_torch.shapes)
