@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import importlib
 import itertools
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -40,9 +41,10 @@ def test_a_few_steps_in_the_interpreter():
 @pytest.mark.slow
 @pytest.mark.launches
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("case", ["llama_in_fp32", "gpt2_in_bf16"])
-def test_200_steps_in_the_interpreter(case):
-    run_interpreted("tests/interpreter_training.py", f"200_steps_of_{case}")
+def test_200_steps_in_the_interpreter():
+    cases = ("200_steps_of_llama_in_fp32", "200_steps_of_gpt2_in_bf16")  # minutes each, on a core each
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(lambda case: run_interpreted("tests/interpreter_training.py", case), cases))
 
 
 def test_every_operator_can_be_switched():
