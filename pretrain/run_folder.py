@@ -30,10 +30,12 @@ from pretrain.tokenizer import Tokenizer
 from pretrain.tokenizer_files import open_tokenizer
 
 CONFIG_FILE = "config.yaml"
-# Changing these does not change what the run computes, beyond its length.
+# Changing these does not change what the run computes, beyond its length. What is already done of `data.sources` and
+# `data.phases` cannot be changed either: a checkpoint is compared with the plan of the rows up to it.
 FREE_TO_CHANGE = (
     "parallel.", "train.micro_batch_size", "train.num_steps", "train.num_tokens", "eval.", "checkpoint.", "log.",
     "guard.", "run.allow_changes", "run.dir", "data.prefetch_steps", "data.prepare_processes", "train.compile",
+    "data.sources", "data.phases",
 )  # fmt: skip
 _PACKAGES = (
     "torch",
@@ -200,7 +202,7 @@ def load_run(run: str | Path, step: int | None = None) -> LoadedRun:
     reader = _open_good(path, [step] if step is not None else list(reversed(steps)))
     config = parse_config(reader.manifest["about"]["config"])
     tokenizer = open_tokenizer(config.tokenizer, path)
-    model = Transformer(resolve_shape(config.model, tokenizer.vocab_size, config.data.seq_len), config.run.seed)
+    model = Transformer(resolve_shape(config.model, tokenizer.vocab_size, config.data.max_seq_len), config.run.seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(reader.read_whole(name))

@@ -6,8 +6,8 @@ import json
 
 import pytest
 
-from pretrain.config import RopeScalingSection
 from pretrain.errors import ConfigError
+from pretrain.model_options import RopeScalingSection
 from pretrain.run_folder import RunFolder, changed_options, flatten
 from pretrain.settings import load_config
 from tests.conftest import write_tiny_corpus
