@@ -13,6 +13,8 @@ from pretrain import row_order
 from pretrain.data_plan import DataPlan, Mixture, open_plan
 from pretrain.errors import ConfigError, DataError
 from pretrain.row_order import MIXTURE_PERIOD, CorpusOrder, mixture_slots, permutation, spread_slots
+from pretrain.row_table import build_row_tables
+from pretrain.shards import Manifest
 from tests.data_helpers import make_config, make_corpus, random_documents
 
 SIZES = {"web": [13, 40, 7, 22, 31, 18], "code": [9, 11], "books": [25, 4, 60]}
@@ -174,6 +176,23 @@ def test_open_plan_reads_row_counts_and_fingerprints(folders):
         assert plan.pieces[f"rows of {corpus.name}"] == corpus.rows[32].num_rows
     assert plan.pieces["share of web"] == "3072/4096" and plan.pieces["tokenizer"] == "a" * 64
     assert plan.hash != open_plan(make_config(folders, seed=2), "a" * 64)[0].hash
+
+
+def test_corpora_prepared_before_there_were_other_packings_keep_their_plan(folders):
+    # Computed by the version before: another value would refuse the checkpoints of runs that exist.
+    assert open_plan(make_config(folders), "a" * 64)[0].hash == (
+        "8249188f6804f7c04ac11192b1334a79ea25d6245e681f0b3fb5659489486129"
+    )
+
+
+def test_another_packing_is_another_plan(folders):
+    plan = open_plan(make_config(folders), "a" * 64)[0]
+    with pytest.raises(DataError, match=r"rows-32-concat is missing; .*data\.packing concat\. Run:"):
+        open_plan(make_config(folders, packing="concat"), "a" * 64)
+    for folder in folders:
+        build_row_tables(folder, Manifest.load(folder), 32, "concat")
+    other = open_plan(make_config(folders, packing="concat"), "a" * 64)[0]
+    assert "packing was concatenated-1 and is best-fit-decreasing-1" in plan.explain_difference(other.pieces)
 
 
 def test_unprepared_corpora_are_refused_with_the_command_to_run(folders):

@@ -1,0 +1,257 @@
+"""Phases of a run: other shares and other rows from a step on, the same rows before it whatever is added later."""
+
+import json
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from pretrain.config import Config
+from pretrain.data_plan import describe_phases, open_plan
+from pretrain.errors import DataError
+from pretrain.packing import PACKING_VERSIONS
+from pretrain.phases import phases_of, sampling_weights
+from pretrain.shards import load_index
+from pretrain.stream import IGNORED_TARGET, TokenStream, ValRows
+from tests.data_helpers import PAD, TOKENIZER, batch_plan, flip_bit, make_config, make_corpus, random_documents
+
+GLOBAL_BATCH, NUM_STEPS = 12, 9
+FIELDS = ("tokens_BT", "targets_BT", "doc_start_BT", "row_ids_B")
+PHASES: list[dict[str, Any]] = [
+    {"from_step": 3, "weights": {"web": 0.2, "code": 0.5, "books": 0.3}, "seq_len": 64},
+    {"from_step": 5, "epochs": {"code": 1.0, "books": 2.0}},
+    {"from_step": 7, "seq_len": 16},
+]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("corpora")
+    for name, seed in (("web", 1), ("code", 2), ("books", 3)):
+        documents = random_documents(120, seed), random_documents(15, seed + 10)
+        make_corpus(root / name, *documents, seq_lens=(16, 32, 64), packings=sorted(PACKING_VERSIONS))
+    return {root / "web": 0.8, root / "code": 0.2, root / "books": 0.0}
+
+
+def config_of(folders, phases=PHASES, global_batch_size=GLOBAL_BATCH, **data) -> Config:
+    config = make_config(folders, phases=phases, **data)
+    train = config.train.model_copy(update={"global_batch_size": global_batch_size, "num_steps": NUM_STEPS})
+    return config.model_copy(update={"train": train})
+
+
+def make_stream(folders, rank=0, world_size=1, micro_batch_size=2, global_batch_size=GLOBAL_BATCH, **data):
+    sizes = batch_plan(global_batch_size, world_size, micro_batch_size, seq_len=32)
+    config = config_of(folders, global_batch_size=global_batch_size, **data)
+    return TokenStream(config, sizes, rank, TOKENIZER)
+
+
+def global_steps(folders, num_steps, state=None, world_size=1, num_read_ahead=0, **options):
+    """Runs all ranks; returns each step's rows over the ranks in order, and the state at the end."""
+    streams = [make_stream(folders, rank, world_size, **options) for rank in range(world_size)]
+    for one in streams:
+        if state is not None:
+            one.load_state(json.loads(json.dumps(state)))
+    steps = []
+    for _ in range(num_steps):
+        batches = [batch for one in streams for batch in one.next_step().micro_batches]
+        steps.append(tuple(torch.cat([getattr(batch, field) for batch in batches]) for field in FIELDS))
+    state = streams[0].state()
+    for one in streams:
+        for _ in range(num_read_ahead):  # taken, trained on, and lost in a crash before a checkpoint
+            one.next_step()
+        one.close()
+    return steps, state
+
+
+def assert_same(steps, expected):
+    assert len(steps) == len(expected)
+    for step, other in zip(steps, expected, strict=True):
+        assert all(torch.equal(one, two) for one, two in zip(step, other, strict=True))
+
+
+@pytest.fixture(scope="module")
+def reference(folders):
+    return global_steps(folders, NUM_STEPS)[0]
+
+
+def test_phases_begin_at_the_rows_of_their_steps(folders):
+    phases = phases_of(config_of(folders))
+    assert [(one.first_step, one.first_row, one.seq_len, one.rows_per_step) for one in phases] == [
+        (0, 0, 32, 12), (3, 36, 64, 6), (5, 48, 64, 6), (7, 60, 16, 24),
+    ]  # fmt: skip
+    assert [one.kind for one in phases] == ["weights", "weights", "epochs", "epochs"]
+    assert [sorted(one.amounts) for one in phases] == [
+        ["code", "web"], ["books", "code", "web"], ["books", "code"], ["books", "code"],
+    ]  # fmt: skip
+    assert phases[1].option.format("web") == "data.phases.0.weights[web]" and phases[3].option == phases[2].option
+    weights = sampling_weights(config_of(folders))
+    assert weights == {"web": 0.8, "code": 0.5, "books": pytest.approx(2 / 3)}
+    assert sampling_weights(config_of(folders, phases=[])) == {"web": 0.8, "code": 0.2}
+
+
+def test_rows_of_each_phase_have_its_length_and_sources(folders, reference):
+    assert [tuple(step[0].shape) for step in reference] == [(12, 32)] * 3 + [(6, 64)] * 4 + [(24, 16)] * 2
+    assert torch.equal(torch.cat([step[3] for step in reference]), torch.arange(3 * 12 + 4 * 6 + 2 * 24))
+    plan = open_plan(config_of(folders), TOKENIZER)[0]
+    assert plan.names == ["web", "code", "books"]
+    tokens = plan.tokens_per_corpus(36 + 24 + 48)
+    assert sum(tokens.values()) == NUM_STEPS * GLOBAL_BATCH * 32 and plan.tokens_per_corpus(36)["books"] == 0
+
+
+PARTS = st.tuples(
+    st.integers(0, 4), st.sampled_from([1, 2, 3]), st.sampled_from([2, 4]), st.integers(1, 3), st.integers(0, 2)
+).filter(lambda part: GLOBAL_BATCH // part[1] % part[2] == 0)
+
+
+@given(st.lists(PARTS, min_size=1, max_size=4))
+@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_split_of_a_run_with_phases_gives_the_same_global_batches(folders, reference, parts):
+    steps, state = [], None
+    for num_steps, world_size, micro_batch_size, prefetch_steps, num_read_ahead in parts:
+        more, state = global_steps(
+            folders, min(num_steps, NUM_STEPS - len(steps)), state, world_size, num_read_ahead,
+            micro_batch_size=micro_batch_size, prefetch_steps=prefetch_steps,
+        )  # fmt: skip
+        steps += more
+    assert_same(steps, reference[: len(steps)])
+
+
+@pytest.mark.parametrize("num_phases", [0, 1, 2])
+def test_phases_may_be_added_up_to_the_checkpoint_and_none_before_it(folders, reference, num_phases):
+    boundary = PHASES[num_phases]["from_step"]
+    steps, state = global_steps(folders, boundary, phases=PHASES[:num_phases])
+    more, end = global_steps(folders, NUM_STEPS - boundary, state)
+    assert_same(steps + more, reference)
+    assert len(json.dumps(end)) < 6000
+    past = global_steps(folders, boundary + 1, phases=PHASES[:num_phases])[1]
+    with pytest.raises(
+        DataError, match=rf"differs from the checkpoint's: data\.phases\.{num_phases}: .* was absent and"
+    ):
+        make_stream(folders).load_state(past)
+
+
+@pytest.mark.parametrize(
+    ("change", "clause"),
+    [
+        ({"from_step": 2}, r"data\.phases\.0: its first row was 36 and is 24"),
+        (
+            {"weights": {"web": 0.4, "code": 0.5, "books": 0.1}},
+            r"data\.phases\.0: share of books was 1229/4096 and is 410/",
+        ),
+        ({"seq_len": 16}, r"data\.phases\.0: data.seq_len was 64 and is 16"),
+        (
+            {"weights": {"web": 0.2, "code": 0.8}},
+            r"data\.phases\.0: data.sources was web, code, books and is web, code",
+        ),
+    ],
+)
+def test_a_phase_that_has_begun_cannot_change(folders, change, clause):
+    state = global_steps(folders, 4)[1]
+    other = make_stream(folders, phases=[PHASES[0] | change, *PHASES[1:]])
+    with pytest.raises(DataError, match=f"{clause}.*run\\.dir"):
+        other.load_state(state)
+    earlier = global_steps(folders, 2)[1]
+    other.load_state(earlier)  # before it begins, it can
+
+
+def test_a_step_is_not_cut_by_rows_of_another_length(folders):
+    _, state = global_steps(folders, 2, phases=[])
+    text = (
+        r"data\.phases: rows of 64 tokens begin at row 30, inside of a step of 10 rows; expected the end of one\. Put back "
+        r"the train\.global_batch_size that the checkpoint at row 24"
+    )
+    with pytest.raises(DataError, match=text):
+        make_stream(folders, global_batch_size=10).load_state(state)
+
+
+def test_held_out_rows_have_one_length_in_every_phase(folders):
+    with_phases, without = (ValRows(config_of(folders, phases=phases), TOKENIZER, 0) for phases in (PHASES, []))
+    numbers = list(range(with_phases.num_rows))
+    assert with_phases.num_rows == without.num_rows
+    assert torch.equal(with_phases.batch(numbers).tokens_BT, without.batch(numbers).tokens_BT)
+
+
+@pytest.mark.parametrize("packing", sorted(PACKING_VERSIONS))
+def test_tokens_in_are_tokens_out_for_every_packing(folders, packing):
+    web = {next(iter(folders)): 1.0}
+    stream = make_stream(web, phases=[], packing=packing)
+    num_rows = stream.plan.epoch_rows_at(0)["web"]
+    batches = [batch for _ in range(-(-num_rows // GLOBAL_BATCH)) for batch in stream.next_step().micro_batches]
+    stream.close()
+    tokens_BT, targets_BT, doc_start_BT = (
+        torch.cat([getattr(batch, field) for batch in batches])[:num_rows] for field in FIELDS[:3]
+    )
+    num_scored, documents = int((targets_BT != IGNORED_TARGET).sum()), random_documents(120, 1)
+    assert num_scored == sum(len(one) - 1 for one in documents)
+    assert num_scored + int((targets_BT == IGNORED_TARGET).sum()) == num_rows * 32
+    num_begun = [len(set(row[row_targets != IGNORED_TARGET].tolist()))
+                 for row, row_targets in zip(doc_start_BT, targets_BT, strict=True)]  # fmt: skip
+    assert max(num_begun) == 1 if packing == "document" else max(num_begun) > 1
+    follows = doc_start_BT[:, 1:] == doc_start_BT[:, :-1]
+    scored = (targets_BT != IGNORED_TARGET)[:, :-1] & follows
+    assert torch.equal(tokens_BT[:, 1:][scored], targets_BT[:, :-1][scored])
+
+
+@given(
+    st.sampled_from(sorted(PACKING_VERSIONS)), st.integers(0, 119), st.floats(0, 1, exclude_max=True), st.integers(0, 1)
+)
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_a_flipped_bit_changes_only_rows_with_its_document(folders, packing, number, place, offset):
+    web = next(iter(folders))
+    corpora = open_plan(config_of({web: 1.0}, phases=[], packing=packing), TOKENIZER)[1]
+    block = 0
+    while number >= corpora[0].shards[block].num_documents:
+        number, block = number - corpora[0].shards[block].num_documents, block + 1
+    shard = corpora[0].shards[block]
+    record = load_index(web, shard)[number]
+    position = int(record["offset"]) + 2 * int(place * int(record["num_tokens"])) + offset
+    num_steps = -(-corpora[0].rows[32].num_rows // GLOBAL_BATCH)
+    whole = global_steps({web: 1.0}, num_steps, phases=[], packing=packing)[0]
+    flip_bit(web / f"{shard.name}.tar", position)
+    try:
+        stream = make_stream({web: 1.0}, phases=[], packing=packing)
+        names = f"{web}/{shard.name}.tar document {number} in row "
+        for expected in whole:
+            rows = stream.next_step()
+            tokens_BT, targets_BT, doc_start_BT, row_ids_B = (
+                torch.cat([getattr(batch, field) for batch in rows.micro_batches]) for field in FIELDS
+            )
+            assert torch.equal(doc_start_BT, expected[2]) and torch.equal(row_ids_B, expected[3])
+            changed = (targets_BT != expected[1]) | (tokens_BT != expected[0])
+            assert {names + str(row) for row in row_ids_B[changed.any(dim=1)].tolist()} == set(rows.damaged)
+            assert (targets_BT[changed] == IGNORED_TARGET).all() and (tokens_BT[changed] == PAD).all()
+        stream.close()
+    finally:
+        flip_bit(web / f"{shard.name}.tar", position)
+
+
+def test_phases_are_described_with_shares_and_epochs(folders):
+    config = config_of(folders)
+    plan = open_plan(config, TOKENIZER)[0]
+    lines = describe_phases(plan, phases_of(config), NUM_STEPS)
+    web = plan.epoch_rows_at(0)["web"]
+    assert lines[0].startswith(f"steps 1 to 3, rows of 32 tokens: web 80.00% ({29 / web:.2f} epochs), code 20.00% (")
+    assert lines[2].startswith("steps 6 to 7, rows of 64 tokens: code ")
+    asked = (plan.epoch_rows_at(48)["code"] + 2 * plan.epoch_rows_at(48)["books"]) / 6
+    assert lines[2].endswith(f"; data.phases.1.epochs add up to {asked:.0f} steps, of which it has 2")
+    assert lines[3].startswith("steps 8 to 9, rows of 16 tokens: ") and "add up" not in lines[3]
+
+
+def test_epochs_and_tokens_of_sources_are_what_the_run_sees(folders):
+    config = config_of({folder: 1.0 for folder in folders}, phases=[])
+    sizes = open_plan(config, TOKENIZER)[0].epoch_rows_at(0)
+    for key, amounts in (("epochs", (1.0, 3.0, 0.5)), ("tokens", (4e5, 1e5, 2e5))):
+        sources = [source.model_copy(update={key: amount})
+                   for source, amount in zip(config.data.sources, amounts, strict=True)]  # fmt: skip
+        own = config.model_copy(update={"data": config.data.model_copy(update={"sources": sources})})
+        plan, phases = open_plan(own, TOKENIZER)[0], phases_of(own)
+        asked = dict(zip(sizes, amounts, strict=True))
+        rows = {name: asked[name] * (size if key == "epochs" else 1 / 32) for name, size in sizes.items()}
+        seen = plan.epochs(round(sum(rows.values())))
+        assert all(seen[name] == pytest.approx(rows[name] / sizes[name], rel=0.02) for name in sizes)
+        num_steps = round(sum(rows.values()) / GLOBAL_BATCH)
+        assert "add up" not in describe_phases(plan, phases, num_steps)[0]
+        text = f"data.sources add up to {num_steps} steps, of which it has {2 * num_steps}"
+        assert text in describe_phases(plan, phases, 2 * num_steps)[0]
