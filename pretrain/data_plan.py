@@ -355,9 +355,7 @@ def describe_phases(plan: DataPlan, phases: Sequence[Phase], num_steps: int) -> 
         own = not lines or phase.option != phases[len(lines) - 1].option
         asked = _steps_asked_for(plan, phase) if own and phase.kind != "weights" else None
         if asked is not None and abs(asked - (end - phase.first_step)) > 0.01 * asked:
-            each += (
-                f"; {phase.option.split('[')[0]} add up to {asked:.0f} steps, of which it has {end - phase.first_step}"
-            )
+            each += f"; the {phase.kind} that it asks for take {asked:.0f} steps, and it has {end - phase.first_step}"
         lines.append(f"steps {phase.first_step + 1} to {end}, rows of {phase.seq_len} tokens: {each}")
     return lines
 

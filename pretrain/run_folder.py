@@ -114,6 +114,10 @@ class RunFolder:
             change for change in changed_options(old, new)
             if not change[0].startswith(FREE_TO_CHANGE) and change[0] not in new.run.allow_changes
         ]  # fmt: skip
+        before, after = old.data.max_seq_len, new.data.max_seq_len
+        shape = resolve_shape(new.model, new.tokenizer.vocab_size, after)
+        if before != after and shape.positions == "learned":  # one parameter for each
+            refused.append(("data.phases", f"rows of up to {before} tokens", f"rows of up to {after} tokens"))
         if refused:
             lines = "\n".join(
                 f"  {name}: {before!r} in the run folder, {after!r} now" for name, before, after in refused

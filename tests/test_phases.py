@@ -1,6 +1,7 @@
 """Phases of a run: other shares and other rows from a step on, the same rows before it whatever is added later."""
 
 import json
+import shutil
 from typing import Any
 
 import pytest
@@ -11,11 +12,14 @@ from hypothesis import strategies as st
 from pretrain.config import Config
 from pretrain.data_plan import describe_phases, open_plan
 from pretrain.errors import DataError
+from pretrain.families import flops_per_token, resolve_shape
 from pretrain.packing import PACKING_VERSIONS
 from pretrain.phases import phases_of, sampling_weights
+from pretrain.run import flops_by_length
 from pretrain.shards import load_index
 from pretrain.stream import IGNORED_TARGET, TokenStream, ValRows
 from tests.data_helpers import PAD, TOKENIZER, batch_plan, flip_bit, make_config, make_corpus, random_documents
+from tests.rank_helpers import losses, metric_lines, prepare, run_cases
 
 GLOBAL_BATCH, NUM_STEPS = 12, 9
 FIELDS = ("tokens_BT", "targets_BT", "doc_start_BT", "row_ids_B")
@@ -106,7 +110,7 @@ PARTS = st.tuples(
 
 
 @given(st.lists(PARTS, min_size=1, max_size=4))
-@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_split_of_a_run_with_phases_gives_the_same_global_batches(folders, reference, parts):
     steps, state = [], None
     for num_steps, world_size, micro_batch_size, prefetch_steps, num_read_ahead in parts:
@@ -231,12 +235,12 @@ def test_phases_are_described_with_shares_and_epochs(folders):
     config = config_of(folders)
     plan = open_plan(config, TOKENIZER)[0]
     lines = describe_phases(plan, phases_of(config), NUM_STEPS)
-    web = plan.epoch_rows_at(0)["web"]
-    assert lines[0].startswith(f"steps 1 to 3, rows of 32 tokens: web 80.00% ({29 / web:.2f} epochs), code 20.00% (")
+    web = plan.epochs(36)["web"]
+    assert lines[0].startswith(f"steps 1 to 3, rows of 32 tokens: web 80.00% ({web:.2f} epochs), code 20.00% (0.0")
     assert lines[2].startswith("steps 6 to 7, rows of 64 tokens: code ")
     asked = (plan.epoch_rows_at(48)["code"] + 2 * plan.epoch_rows_at(48)["books"]) / 6
-    assert lines[2].endswith(f"; data.phases.1.epochs add up to {asked:.0f} steps, of which it has 2")
-    assert lines[3].startswith("steps 8 to 9, rows of 16 tokens: ") and "add up" not in lines[3]
+    assert lines[2].endswith(f"; the epochs that it asks for take {asked:.0f} steps, and it has 2")
+    assert lines[3].startswith("steps 8 to 9, rows of 16 tokens: ") and "asks for" not in lines[3]
 
 
 def test_epochs_and_tokens_of_sources_are_what_the_run_sees(folders):
@@ -252,6 +256,50 @@ def test_epochs_and_tokens_of_sources_are_what_the_run_sees(folders):
         seen = plan.epochs(round(sum(rows.values())))
         assert all(seen[name] == pytest.approx(rows[name] / sizes[name], rel=0.02) for name in sizes)
         num_steps = round(sum(rows.values()) / GLOBAL_BATCH)
-        assert "add up" not in describe_phases(plan, phases, num_steps)[0]
-        text = f"data.sources add up to {num_steps} steps, of which it has {2 * num_steps}"
+        assert "asks for" not in describe_phases(plan, phases, num_steps)[0]
+        text = f"; the {key} that it asks for take {num_steps} steps, and it has {2 * num_steps}"
         assert text in describe_phases(plan, phases, 2 * num_steps)[0]
+
+
+def test_flops_are_counted_for_the_rows_of_a_phase(folders):
+    shape = resolve_shape(config_of(folders).model, 1000, 64)
+    flops = flops_by_length(shape, [16, 64])
+    assert flops[64] == (flops_per_token(shape, causal=False), flops_per_token(shape, causal=True))
+    attention = 12 * shape.num_layers * shape.num_heads * shape.head_dim
+    assert [flops[64][i] - flops[16][i] for i in (0, 1)] == [48 * attention, 24 * attention]
+
+
+@pytest.mark.launches
+def test_runs_go_through_phases_and_may_get_more_of_them(tiny_config, tmp_path):
+    shutil.copytree(tiny_config.parent / "shards", tmp_path / "shards")
+    sources = [f"{{name: {name}, shards: {tmp_path}/shards/{name}, weight: {weight}}}"
+               for name, weight in (("code", 3), ("prose", 0))]  # fmt: skip
+    first = "{from_step: 3, weights: {prose: 1, code: 3}, seq_len: 64}"
+    second = "{from_step: 5, epochs: {code: 1}, seq_len: 16}"
+    common = [f"data.sources=[{', '.join(sources)}]", "schedule={name: constant}", "train.num_steps=8",
+              "eval={every_steps: 4, max_rows: 8}", "model.attention_dropout=0.1"]  # fmt: skip
+    both, one = f"data.phases=[{first}, {second}]", f"data.phases=[{first}]"
+    changed = one.replace("code: 3}", "code: 2}")
+    prepare(tiny_config, *common, both)
+    cases = [
+        ["run.dir={}/whole", both],
+        ["run.dir={}/begun", one, "train.num_steps=4"],
+        ["run.dir={}/begun", changed],
+        ["run.dir={}/begun", both, "train.micro_batch_size=8"],
+        ["run.dir={}/learned", both, "model={family: gpt2, dim: 32, num_layers: 2, num_heads: 4}"],
+    ]
+    listed = [{"overrides": [*common, *(option.format(tmp_path) if "run.dir" in option else option for option in case)]}
+              for case in cases]  # fmt: skip
+    outcomes = run_cases(tiny_config, listed, 1, tmp_path / "ranks")
+    assert [outcome[:4] for outcome in outcomes] == ["done", "done", "Data", "done", "done"], outcomes
+    assert "data.phases.0: share of code was 3072/4096 and is 2731/4096" in outcomes[2]
+    whole, begun = losses(tmp_path / "whole"), losses(tmp_path / "begun")
+    assert whole[:4] == begun[:4] and whole == pytest.approx(begun, rel=1e-4) and len(whole) == 8
+    lines = metric_lines(tmp_path / "whole")
+    steps = [line for line in lines if "loss" in line]
+    assert [line["tokens"] for line in steps] == [512 * step for step in range(1, 9)]
+    assert [line["tokens/code"] + line["tokens/prose"] for line in steps] == [line["tokens"] for line in steps]
+    assert [line["tokens/prose"] for line in steps] == [0, 0, 0, 128, 256, 256, 256, 256]
+    texts = [line["message"] for line in lines if line.get("event") in ("mixture", "phase")]
+    assert texts[0].startswith("phase 1 of 3: steps 1 to 3, rows of 32 tokens: code 100.00% (")
+    assert texts[3:] == [f"phase {number} of 3 has begun with this step" for number in (2, 3)]
