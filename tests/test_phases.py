@@ -9,6 +9,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from pretrain.batch_plan import BatchPlan
 from pretrain.config import Config
 from pretrain.data_plan import describe_phases, open_plan
 from pretrain.errors import DataError
@@ -16,10 +17,11 @@ from pretrain.families import flops_per_token, resolve_shape
 from pretrain.packing import PACKING_VERSIONS
 from pretrain.phases import phases_of, sampling_weights
 from pretrain.run import flops_by_length
+from pretrain.settings import load_config
 from pretrain.shards import load_index
 from pretrain.stream import IGNORED_TARGET, TokenStream, ValRows
 from tests.data_helpers import PAD, TOKENIZER, batch_plan, flip_bit, make_config, make_corpus, random_documents
-from tests.rank_helpers import losses, metric_lines, prepare, run_cases
+from tests.rank_helpers import ROOT, losses, metric_lines, prepare, run_cases
 
 GLOBAL_BATCH, NUM_STEPS = 12, 9
 FIELDS = ("tokens_BT", "targets_BT", "doc_start_BT", "row_ids_B")
@@ -259,6 +261,27 @@ def test_epochs_and_tokens_of_sources_are_what_the_run_sees(folders):
         assert "asks for" not in describe_phases(plan, phases, num_steps)[0]
         text = f"; the {key} that it asks for take {num_steps} steps, and it has {2 * num_steps}"
         assert text in describe_phases(plan, phases, 2 * num_steps)[0]
+
+
+def test_a_state_does_not_depend_on_ranks_and_hardly_on_the_row(folders):
+    state = global_steps(folders, 4)[1]
+    assert global_steps(folders, 4, world_size=3)[1] == state
+    far = make_stream(folders)
+    far.load_state({**state, "plan_hash": far.plan.hash, "cursor": 60 + 24 * 10**7})
+    far.next_step()
+    assert abs(len(json.dumps(far.state())) - len(json.dumps(state))) < 100
+
+
+def test_the_example_of_the_docs_is_a_config(tmp_path):
+    page = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
+    example = next(part for part in page.split("```") if part.startswith("yaml") and "phases:" in part)
+    rest = "model: {dim: 64, num_layers: 1, num_heads: 4}\ntokenizer: {model: t, vocab_size: 512}\noptim: {lr: 1e-3}\n"
+    (tmp_path / "run.yaml").write_text(example.removeprefix("yaml") + rest)
+    config = load_config(tmp_path / "run.yaml")
+    assert [(one.first_row, one.rows_per_step, one.seq_len) for one in phases_of(config)] == [
+        (0, 256, 2048), (8000 * 256, 256, 2048), (9500 * 256, 64, 8192),
+    ]  # fmt: skip
+    assert config.data.seq_lens == [2048, 8192] and BatchPlan.of(config, 4).for_seq_len(8192).micro_batch_size == 2
 
 
 def test_flops_are_counted_for_the_rows_of_a_phase(folders):
