@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     num_full = sum(item.finish == "context" for item in completions)
     if num_full and not arguments.json:
         which = "" if len(completions) == 1 else f"{num_full} texts "
-        note = f"note: {which}stopped at {run.config.data.seq_len} tokens, the length that the model was trained on"
+        note = f"note: {which}stopped at {run.config.data.max_seq_len} tokens, the length that the model was trained on"
         print(note, file=sys.stderr)
     return 0
 

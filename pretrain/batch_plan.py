@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pretrain.config import Config
 from pretrain.errors import ConfigError
@@ -56,6 +56,19 @@ class BatchPlan:
             num_steps=num_steps_of(config),
             world_size=world_size,
         )
+
+    def for_seq_len(self, seq_len: int) -> BatchPlan:
+        """Return the sizes of a step with rows of another length: as many tokens and micro-steps, other rows.
+
+        Args:
+            seq_len: tokens in a row; divides the tokens of a micro-batch, as checks.py sees to.
+        """
+        if seq_len == self.seq_len:
+            return self
+        sizes = {name: getattr(self, name) for name in ("global_batch_size", "micro_batch_size", "rows_per_rank")}
+        scaled = {name: rows * self.seq_len // seq_len for name, rows in sizes.items()}
+        assert all(scaled[name] * seq_len == rows * self.seq_len for name, rows in sizes.items())
+        return replace(self, seq_len=seq_len, **scaled)
 
 
 def num_steps_of(config: Config) -> int:

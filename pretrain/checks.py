@@ -11,6 +11,7 @@ from pretrain.config import Config
 from pretrain.config_docs import yaml_value
 from pretrain.errors import ConfigError
 from pretrain.families import resolve_shape
+from pretrain.phases import KINDS, amounts_of, kind_of_sources
 from pretrain.schedule import num_decay_steps
 
 _OPTIMIZERS_WITH = {
@@ -64,6 +65,8 @@ def check_options(config: Config, given: Set[str]) -> list[Problem]:
         _compile_problems,
         _evaluation_problems,
         _source_problems,
+        _mixture_problems,
+        _phase_problems,
         _model_problems,
     )
     return problems + [problem for rule in rules for problem in rule(config)]
@@ -92,7 +95,10 @@ def idle_options(config: Config) -> dict[str, str]:
     if config.eval.sample_every_steps == 0:
         for name in ("sample_prompts", "sample_tokens", "sample_temperature"):
             idle[f"eval.{name}"] = "It is for text sampled during training, and eval.sample_every_steps is 0."
+    kind = kind_of_sources(config.data)
     for number, source in enumerate(config.data.sources):
+        if kind != "weights":
+            idle[f"data.sources.{number}.weight"] = f"The sources are mixed by their {kind}."
         if not source.paths:
             reason = "It is for reading raw text, and the source has no paths."
             idle[f"data.sources.{number}.text_field"] = idle[f"data.sources.{number}.format"] = reason
@@ -217,10 +223,76 @@ def _source_problems(config: Config) -> Iterator[Problem]:
             yield Problem(f"data.sources.{number}.shards", text)
 
 
+def _mixture_problems(config: Config) -> Iterator[Problem]:
+    """Check that all sources are mixed by the same, that some are there from the start, and that each is at last."""
+    data, kind = config.data, kind_of_sources(config.data)
+    if kind != "weights":
+        first = next(number for number, source in enumerate(data.sources) if getattr(source, kind) is not None)
+        for number, source in enumerate(data.sources):
+            if getattr(source, kind) is None:
+                name = f"data.sources.{number}.{kind}"
+                text = f"{name} is missing; expected it in every source, because data.sources.{first} has it."
+                yield Problem(f"data.sources.{number}", f"{text} Add it; 0 leaves {source.name} to later phases.")
+            if kind == "epochs" and source.tokens is not None:
+                text = f"data.sources.{number}.tokens is {yaml_value(source.tokens)}; expected epochs or tokens in all"
+                yield Problem(f"data.sources.{number}.tokens", f"{text} sources, not both. Drop one.")
+    option = KINDS[kind]
+    if all(not getattr(source, option) for source in data.sources):
+        text = (
+            f"data.sources.0.{option} is 0; expected above 0 in one source, so that there is something to begin with."
+        )
+        yield Problem(f"data.sources.0.{option}", f"{text} Use 1.")
+    for number, source in enumerate(data.sources):
+        if getattr(source, option) == 0 and not any(
+            source.name in amounts for phase in data.phases for amounts in amounts_of(phase).values()
+        ):
+            text = f"data.sources.{number}.{option} is 0; expected above 0, or {source.name} in one of data.phases."
+            yield Problem(f"data.sources.{number}.{option}", f"{text} Drop the source, or use it.")
+
+
+def _phase_problems(config: Config) -> Iterator[Problem]:
+    """Check that phases follow each other within the run, and name sources that there are."""
+    data, micro = config.data, config.train.micro_batch_size
+    known, before = [source.name for source in data.sources], 0
+    has_length = (config.train.num_steps is None) != (config.train.num_tokens is None)
+    for number, phase in enumerate(data.phases):
+        name = f"data.phases.{number}"
+        if phase.from_step <= before:
+            text = f"{name}.from_step is {phase.from_step}; expected more than data.phases.{number - 1}.from_step"
+            yield Problem(f"{name}.from_step", f"{text} ({before}). Put the phases into their order.")
+        elif has_length and phase.from_step >= (num_steps := num_steps_of(config)):
+            text = (
+                f"{name}.from_step is {phase.from_step}; expected less than the run's {num_steps} steps. Lengthen the"
+            )
+            yield Problem(f"{name}.from_step", f"{text} run, or drop the phase.")
+        before = phase.from_step
+        given = amounts_of(phase)
+        if not given and phase.seq_len is None:
+            text = (
+                f"{name} gives nothing but from_step; expected weights, epochs, tokens or seq_len. Add one, or drop it."
+            )
+            yield Problem(name, text)
+        for kind in list(given)[1:]:
+            text = f"{name}.{kind} is {yaml_value(given[kind])}; expected one of weights, epochs and tokens. Drop one."
+            yield Problem(f"{name}.{kind}", text)
+        for kind, amounts in given.items():
+            for unknown in [source for source in amounts if source not in known]:
+                text = f"{name}.{kind} has {unknown}; expected names of data.sources. Use {' or '.join(known)}."
+                yield Problem(f"{name}.{kind}", text)
+        seq_len = phase.seq_len or data.seq_len
+        if micro * data.seq_len % seq_len:
+            least = seq_len // math.gcd(seq_len, data.seq_len)
+            text = (
+                f"{name}.seq_len is {seq_len}; expected a divisor of train.micro_batch_size x data.seq_len ({micro} x "
+            )
+            text += f"{data.seq_len} = {micro * data.seq_len}), so that a step has as many tokens in every phase. Use "
+            yield Problem(f"{name}.seq_len", f"{text}another length, or a micro-batch of a multiple of {least} rows.")
+
+
 def _model_problems(config: Config) -> Iterator[Problem]:
     """Check the model's options against its family: one problem for each line of the family's error."""
     try:
-        resolve_shape(config.model, config.tokenizer.vocab_size, config.data.seq_len)
+        resolve_shape(config.model, config.tokenizer.vocab_size, config.data.max_seq_len)
     except ConfigError as error:
         for line in str(error).splitlines():
             words = [word for word in line.split() if word.startswith("model.")]

@@ -7,22 +7,12 @@ is in `batch_plan.py`.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, Strict
+from pydantic import Field
 
-Bool = Annotated[bool, Strict()]  # pydantic would otherwise read 'on', 'yes' and 1 as true
-Count = Annotated[int, Field(ge=1)]  # at least one
-CountOrZero = Annotated[int, Field(ge=0)]
-Probability = Annotated[float, Field(ge=0.0, lt=1.0)]
-
-
-class Section(BaseModel):
-    """Base of every section: immutable, no unknown keys, no NaN."""
-
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True, protected_namespaces=()
-    )
+from pretrain.model_options import ModelSection
+from pretrain.section import Amount, Bool, Count, CountOrZero, Probability, Section
 
 
 class RunSection(Section):
@@ -32,82 +22,6 @@ class RunSection(Section):
     seed: CountOrZero = Field(1, lt=2**32, description="Seed of initialisation, data order, dropout and sampling.")
     allow_changes: list[str] = Field(
         [], description="Options that may differ from the run folder's config when a run goes on, such as `optim.lr`."
-    )
-
-
-class RopeScalingSection(Section):
-    """RoPE for rows longer than those that a model was trained on before."""
-
-    type: Literal["linear", "llama3", "yarn"] = Field(description="How the frequencies are lowered.")
-    factor: float = Field(gt=1, description="By how much: of all (`linear`) or of the low frequencies.")
-    original_seq_len: Count | None = Field(
-        None, description="`data.seq_len` before scaling. Required for `llama3` and `yarn`."
-    )
-    low_freq_factor: float = Field(
-        1.0, gt=0, description="`llama3` lowers by the factor what turns fewer times than this in an original row."
-    )
-    high_freq_factor: float = Field(
-        4.0, gt=0, description="`llama3` leaves what turns more often than this in an original row."
-    )
-    beta_fast: float = Field(32.0, gt=0, description="`yarn` leaves what turns so often in an original row.")
-    beta_slow: float = Field(
-        1.0, gt=0, description="`yarn` lowers by the factor what turns no more often than this in an original row."
-    )
-    attention_factor: float | None = Field(
-        None, gt=0, description="`yarn` multiplies cosines and sines by this. Null: 0.1 ln(factor) + 1."
-    )
-
-
-class ModelSection(Section):
-    """The Transformer. Options left at `null` take the family's value."""
-
-    family: Literal["llama", "qwen3", "stablelm", "starcoder2", "gpt2", "custom"] = Field(
-        "llama",
-        description="Published architecture that the model is, and is exported as. `custom` takes any combination of "
-        "options and is exported as nothing.",
-    )
-    dim: Count = Field(description="Model width D.")
-    num_layers: Count = Field(description="Number of Transformer blocks.")
-    num_heads: Count = Field(description="Query heads H.")
-    num_kv_heads: Count | None = Field(
-        None, description="Key and value heads K: H is MHA, 1 is MQA, between them GQA. Null: H."
-    )
-    head_dim: Count | None = Field(None, description="Width C of one head. Null: dim / num_heads.")
-    ffn_dim: Count | None = Field(
-        None, description="Feed-forward width F. Null: swiglu 8/3 of dim rounded up to a multiple of 64, gelu 4 dim."
-    )
-    norm: Literal["rmsnorm", "layernorm"] | None = Field(None, description="Normalisation. Null: the family's.")
-    norm_eps: float = Field(1e-5, gt=0, le=1e-2, description="Added to the variance before the root.")
-    activation: Literal["swiglu", "gelu"] | None = Field(None, description="Feed-forward kind. Null: the family's.")
-    positions: Literal["rope", "learned"] | None = Field(None, description="Position encoding. Null: the family's.")
-    rope_theta: float = Field(10000.0, gt=1, description="Base of RoPE's wavelengths; only for `positions: rope`.")
-    rope_scaling: RopeScalingSection | None = Field(
-        None, description="RoPE for rows longer than those of an earlier training; only for `positions: rope`."
-    )
-    qk_norm: Bool | None = Field(
-        None, description="RMSNorm of each head's queries and keys before RoPE. Null: the family's."
-    )
-    sliding_window: Count | None = Field(
-        None, description="A token sees this many tokens at most, itself included, in every block. Null: all before it."
-    )
-    attention_softcap: float | None = Field(
-        None, gt=0, description="Attention scores s become c tanh(s / c), with this c. Null: they stay as they are."
-    )
-    logit_softcap: float | None = Field(
-        None, gt=0, description="Logits z become c tanh(z / c), with this c. Null: they stay as they are."
-    )
-    attention_bias: Literal[True, False, "qkv"] | None = Field(
-        None, description="Biases in the query, key, value and output projections; `qkv`: not in the output's. Null: "
-        "the family's."
-    )  # fmt: skip
-    ffn_bias: Bool | None = Field(None, description="Biases in the feed-forward. Null: the family's.")
-    tie_embeddings: Bool | None = Field(
-        None, description="The output layer uses the embedding's weights. Null: the family's (gpt2, starcoder2 true)."
-    )
-    dropout: Probability = Field(0.0, description="Dropout after the embedding and on what each sublayer adds.")
-    attention_dropout: Probability = Field(0.0, description="Dropout of attention probabilities.")
-    init_std: float = Field(
-        0.02, gt=0, le=1, description="Standard deviation of initial weights; outputs of sublayers use it / sqrt(2 L)."
     )
 
 
@@ -141,11 +55,38 @@ class SourceSection(Section):
         "ids; or `python-stdlib:`. Empty: the shards exist already."
     )  # fmt: skip
     shards: str = Field(description="Folder of the prepared shards.")
-    weight: float = Field(1.0, gt=0, description="Share of training rows, relative to the other sources.")
+    weight: float = Field(
+        1.0, ge=0, description="Share of training rows, relative to the other sources. 0: only in a later phase."
+    )
+    epochs: float | None = Field(
+        None, ge=0, description="Instead of `weight`, in all sources: how often its rows are gone through, relative to "
+        "the other sources. Exactly so often in a run of the length that they add up to. 0: only in a later phase."
+    )  # fmt: skip
+    tokens: float | None = Field(
+        None, ge=0, description="Instead of `weight`, in all sources: how many tokens of it are trained on, padding "
+        "included, relative to the other sources. 0: only in a later phase."
+    )  # fmt: skip
     text_field: str = Field("text", description="Field of a `.jsonl` line, or column of a table, that holds the text.")
     format: Literal["auto", "megatron", "nanogpt"] = Field(
         "auto", description="What `.bin` files are: `nanogpt` bare token ids, `megatron` those with an `.idx` beside "
         "them, which are recognised. Both hold ids of `tokenizer.model`."
+    )  # fmt: skip
+
+
+class PhaseSection(Section):
+    """Part of a run from a step on. What it does not give is as in the part before it.
+
+    It names its sources in `weights`, `epochs` or `tokens`, of which it gives one; sources that are not named are not
+    in it. Each corpus goes on in its own order.
+    """
+
+    from_step: Count = Field(description="It begins after this many steps of the run.")
+    weights: dict[str, Amount] = Field({}, description="Share of the rows of each source, relative to the others.")
+    epochs: dict[str, Amount] = Field({}, description="How often the rows of each source are gone through, likewise.")
+    tokens: dict[str, Amount] = Field({}, description="How many tokens of each source are trained on, likewise.")
+    seq_len: int | None = Field(
+        None, ge=8, description="Tokens in a row. `train.global_batch_size` and `train.micro_batch_size`, which are "
+        "for rows of `data.seq_len`, are scaled so that a step has as many tokens as before. Null: as before."
     )  # fmt: skip
 
 
@@ -167,8 +108,26 @@ class DataSection(Section):
         134_217_728, ge=4096, description="Size at which `prepare` begins a new shard; also the unit of packing."
     )
     prepare_processes: CountOrZero = Field(0, description="Processes that tokenize in `prepare`. 0: one per core.")
+    packing: Literal["best_fit", "concat", "document"] = Field(
+        "best_fit",
+        description="How documents become rows: `best_fit` cuts none that fits a row, `concat` puts them back to back "
+        "and cuts them where rows end, `document` gives each rows of its own. Documents never attend to each other.",
+    )
+    phases: list[PhaseSection] = Field(
+        [], description="Later parts of the run, with other shares of the sources or rows of another length."
+    )
     shuffle_window_shards: Count = Field(16, description="Shards whose rows are shuffled together.")
     prefetch_steps: Count = Field(2, description="Steps of rows that are read ahead of training.")
+
+    @property
+    def seq_lens(self) -> list[int]:
+        """Every length of rows in the run, the shortest first."""
+        return sorted({self.seq_len, *(phase.seq_len for phase in self.phases if phase.seq_len is not None)})
+
+    @property
+    def max_seq_len(self) -> int:
+        """The longest row of the run, which is what the model is made for."""
+        return self.seq_lens[-1]
 
 
 class OptimGroupSection(Section):

@@ -138,6 +138,8 @@ def describe(schema: Schema) -> str:
             return "a whole number" + _range_of(schema)
         case "number":
             return "a number" + _range_of(schema)
+        case "object":
+            return "names, each with " + describe(schema["additionalProperties"])
         case "array":
             least = f"at least {schema['minItems']} " if "minItems" in schema else ""
             return f"a list of {least}" + ("sections" if "$ref" in schema["items"] else "texts")

@@ -75,7 +75,7 @@ def _check_family(run: Path) -> None:
     """Refuse a run whose family is not exported before its checkpoint, which may take minutes, is read and verified."""
     if (run / CONFIG_FILE).exists():
         config = load_config(run / CONFIG_FILE)
-        check_exported(resolve_shape(config.model, config.tokenizer.vocab_size, config.data.seq_len), str(run))
+        check_exported(resolve_shape(config.model, config.tokenizer.vocab_size, config.data.max_seq_len), str(run))
 
 
 def comparison_rows(loaded: LoadedRun) -> dict[str, list[Tensor]]:

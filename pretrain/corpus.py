@@ -22,7 +22,7 @@ from pretrain.config import Config, SourceSection
 from pretrain.console import LiveLine, format_bytes, format_duration
 from pretrain.errors import DataError
 from pretrain.journal import LOCK_NAME, SPLITS, Journal, Recipe, check_recipe, file_lock, read_recipe
-from pretrain.row_table import RowTable, build_row_tables
+from pretrain.row_table import RowTable, build_row_tables, table_folder
 from pretrain.shard_reader import check_shards
 from pretrain.shards import MANIFEST_NAME, MANIFEST_VERSION, Manifest, Shard, ShardWriter
 from pretrain.source_files import TokenFormat, files_identity, list_files, token_format
@@ -66,19 +66,20 @@ class Corpus:
 
     def prepare(self) -> None:
         """Make the corpus complete, or see that it is."""
-        seq_len = self.config.data.seq_len
+        data = self.config.data
         if not (self.folder / MANIFEST_NAME).exists():
             with file_lock(self.folder / LOCK_NAME, str(self.folder)):
                 if not (self.folder / MANIFEST_NAME).exists():
                     manifest = self._make()
-                    build_row_tables(self.folder, manifest, seq_len)
+                    for seq_len in data.seq_lens:
+                        build_row_tables(self.folder, manifest, seq_len, data.packing)
                     manifest.save(self.folder)
                     self._summarize(manifest)
                     return
         manifest = Manifest.load(self.folder)
         self._check_complete(manifest)
-        is_new = add_rows(self.folder, manifest, seq_len)
-        rest = f"added its rows of {seq_len} tokens" if is_new else "nothing to do"
+        new = [seq_len for seq_len in data.seq_lens if add_rows(self.folder, manifest, seq_len, data.packing)]
+        rest = f"added its rows of {' and '.join(map(str, new))} tokens" if new else "nothing to do"
         self.line.say(f"{self.source.name}: {self.folder} is complete; {rest}")
 
     def _recipe(self, files: list[Path]) -> Recipe:
@@ -276,16 +277,16 @@ class Corpus:
             )
 
 
-def add_rows(folder: Path, manifest: Manifest, seq_len: int) -> bool:
+def add_rows(folder: Path, manifest: Manifest, seq_len: int, packing: str) -> bool:
     """Build a complete corpus's row table if it has none that can be used; a read-only folder that has one will do."""
     try:
         for split in SPLITS:
-            RowTable.open(folder, manifest, split, seq_len)
+            RowTable.open(folder, manifest, split, seq_len, packing)
         return False
     except DataError:
         with file_lock(folder / LOCK_NAME, str(folder)):
-            shutil.rmtree(folder / f"rows-{seq_len}", ignore_errors=True)
-            build_row_tables(folder, manifest, seq_len)
+            shutil.rmtree(table_folder(folder, seq_len, packing), ignore_errors=True)
+            build_row_tables(folder, manifest, seq_len, packing)
         return True
 
 

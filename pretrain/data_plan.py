@@ -1,12 +1,8 @@
-"""The order of training rows: a pure function of the plan and the row number.
+"""The rows of a run: a pure function of the plan and the row number.
 
 `DataPlan.locate(t)` says which row of which corpus is row t of the run. It depends on the corpora's row
-counts, their names and weights and the seed; not on ranks, workers, restarts or the run's length, and row
+counts, their names and shares, the phases and the seed; not on ranks, workers, restarts or the run's length, and row
 10^8 costs what row 0 costs. A run's position in its data is therefore one integer.
-
-Each corpus is shuffled on its own: per epoch its blocks (shards) are permuted and taken in windows of
-`window_shards`, whose rows are permuted together. The permutations come from the raw output of Philox, which
-numpy never changes, and not from `Generator.permutation`, whose stream may change between versions.
 """
 
 from __future__ import annotations
@@ -14,136 +10,98 @@ from __future__ import annotations
 import hashlib
 import json
 from bisect import bisect_right
-from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
 from pretrain.config import Config
 from pretrain.errors import ConfigError, DataError
-from pretrain.packing import PACKING_VERSION
+from pretrain.packing import PACKING_VERSIONS
+from pretrain.phases import Phase, phases_of
+from pretrain.row_order import MIXTURE_PERIOD, ORDER_VERSION, CorpusOrder, mixture_slots, spread_slots
 from pretrain.row_table import RowTable
 from pretrain.shard_reader import check_shards
 from pretrain.shards import PREPARE_COMMAND, Manifest, Shard
 
-ORDER_VERSION = "windowed-philox-1"  # part of the plan's identity: change it with the algorithms below
-MIXTURE_PERIOD = 4096
-_CACHED_WINDOWS = 4
-_T = TypeVar("_T")
-
-
-def permutation(size: int, *key: Hashable) -> np.ndarray:
-    """A permutation of 0 to size - 1 that depends on its size and key alone, int64 [size].
-
-    Random bits above, the index below, sorted: one sort of unique integers, and any sort gives the same. The
-    random part has at least 24 bits up to 2^40 items, so that ties, which keep the order, do not matter.
-    """
-    digest = hashlib.sha256(json.dumps(key).encode()).digest()
-    random = np.random.Philox(key=int.from_bytes(digest[:16], "little")).random_raw(size)
-    num_index_bits = max(size - 1, 1).bit_length()
-    mask = np.uint64((1 << num_index_bits) - 1)
-    return (np.sort((random & ~mask) | np.arange(size, dtype=np.uint64)) & mask).astype(np.int64)
-
-
-def mixture_slots(weights: Sequence[float], period: int = MIXTURE_PERIOD) -> np.ndarray:
-    """Divide `period` slots by weight, largest remainders first, int64 [num_corpora]."""
-    shares = np.asarray(weights, dtype=np.float64) / np.sum(weights, dtype=np.float64) * period
-    slots = np.floor(shares).astype(np.int64)
-    remainders = np.argsort(slots - shares, kind="stable")
-    slots[remainders[: period - int(slots.sum())]] += 1
-    return slots
-
-
-def spread_slots(slots: np.ndarray) -> np.ndarray:
-    """Order one period of the mixture so that every prefix has each corpus's share to within one row.
-
-    At each place, of the corpora that are far enough behind, the one with the nearest deadline comes.
-
-    Args:
-        slots: Slots of each corpus in a period, int64 [num_corpora], each at least 1.
-
-    Returns:
-        The corpus of each slot, int64 [period].
-
-    Source: R. Tijdeman, The chairman assignment problem, Discrete Mathematics 32 (1980); its bound on the
-    difference is 1 - 1 / (2 num_corpora - 2).
-    """
-    period, scale = int(slots.sum()), max(2 * len(slots) - 2, 1)
-    pattern = np.empty(period, dtype=np.int64)
-    counts = np.zeros(len(slots), dtype=np.int64)
-    for place in range(period):
-        behind = scale * (slots * (place + 1) - period * counts)  # rows behind, times scale * period
-        deadline = np.where(behind >= period, (period * (scale - 1) - behind) / slots, np.inf)
-        pattern[place] = chosen = int(np.argmin(deadline))
-        counts[chosen] += 1
-    return pattern
-
-
-class _Cache:
-    """Keeps the few results used last."""
-
-    def __init__(self, capacity: int) -> None:
-        self._capacity = capacity
-        self._results: OrderedDict[Hashable, Any] = OrderedDict()
-
-    def get(self, key: Hashable, compute: Callable[[], _T]) -> _T:
-        if key not in self._results:
-            self._results[key] = compute()
-            if len(self._results) > self._capacity:
-                self._results.popitem(last=False)
-        self._results.move_to_end(key)
-        return self._results[key]
+_PHASES, _FROM_ROW = "data.phases", "its first row"  # names among a plan's pieces
+Pieces = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class _Epoch:
-    """One corpus's blocks in the order of one epoch.
+class Mixture:
+    """What the rows are of from one row of the run on.
 
     Attributes:
-        blocks: Block at each place, [num_blocks].
-        block_begins: Rows before each place, [num_blocks + 1].
-        window_begins: Rows before each window, [num_windows + 1].
+        first_row: That row; 0 for the first mixture.
+        seq_len: Slots in a row.
+        corpora: (name, rows per block, amount) of each corpus.
+        by_epochs: Amounts are epochs, and not shares of rows.
+        option: The option that gives the amounts, with `{}` for the corpus.
+        identity: What else fixes the rows, by name, such as the manifests' fingerprints.
     """
 
-    blocks: list[int]
-    block_begins: list[int]
-    window_begins: list[int]
+    first_row: int
+    seq_len: int
+    corpora: Sequence[tuple[str, np.ndarray, float]]
+    by_epochs: bool = False
+    option: str = "data.sources[{}].weight"
+    identity: Mapping[str, str | int | float] = field(default_factory=dict)
 
 
-class CorpusOrder:
-    """The order of one corpus's rows over all epochs; other corpora do not matter to it."""
+class _Part:
+    """A mixture with its table, and where each corpus stands when it begins."""
 
-    def __init__(self, name: str, rows_per_block: np.ndarray, seed: int, window_shards: int) -> None:
-        """Take the corpus's name, which keys its permutations, and its rows per block, [num_blocks]."""
-        self.name = name
-        self.num_rows = int(np.sum(rows_per_block))
-        self._rows_per_block = np.asarray(rows_per_block, dtype=np.int64)
-        self._seed, self._window_shards = seed, window_shards
-        self._epochs, self._windows = _Cache(2), _Cache(_CACHED_WINDOWS)
+    def __init__(self, mixture: Mixture, orders: list[CorpusOrder], numbers: list[int]) -> None:
+        self.first_row, self.seq_len, self.orders, self.numbers = mixture.first_row, mixture.seq_len, orders, numbers
+        amounts = [amount for _, _, amount in mixture.corpora]
+        weights = [amount * order.num_rows for amount, order in zip(amounts, orders, strict=True)]
+        self.slots = mixture_slots(weights if mixture.by_epochs else amounts)
+        if not self.slots.all():
+            first = int(np.argmin(self.slots))
+            raise ConfigError(
+                f"{mixture.option.format(orders[first].name)} is {amounts[first]:g}, which gives it no row in "
+                f"{MIXTURE_PERIOD}; expected a share of at least 1/{MIXTURE_PERIOD}. Raise it or drop the source."
+            )
+        self.pattern = spread_slots(self.slots)
+        taken = self.pattern[:, None] == np.arange(len(orders))
+        self.before = np.cumsum(taken, axis=0) - taken  # rows of each corpus before each slot of a period
+        # Of all corpora, where this part begins: the order that each is in, its row there; rows and tokens so far.
+        self.places: dict[int, tuple[CorpusOrder, int]] = {}
+        self.rows: np.ndarray = np.zeros(0, np.int64)
+        self.tokens: np.ndarray = np.zeros(0, np.int64)
 
-    def locate(self, k: int) -> tuple[int, int, int]:
-        """Return (epoch, block, row in the block) of the corpus's k-th row of the run."""
-        number, k = divmod(k, self.num_rows)
-        epoch = self._epochs.get(number, lambda: self._order_blocks(number))
-        window = bisect_right(epoch.window_begins, k) - 1
-        begin, end = epoch.window_begins[window : window + 2]
-        order = self._windows.get(
-            (number, window), lambda: permutation(end - begin, self._seed, self.name, number, window)
-        )
-        row = begin + int(order[k - begin])
-        place = bisect_right(epoch.block_begins, row) - 1
-        return number, epoch.blocks[place], row - epoch.block_begins[place]
+    def counts(self, t: int) -> np.ndarray:
+        """Rows of each of the part's corpora from its beginning to row t of the run, int64."""
+        period, slot = divmod(t - self.first_row, MIXTURE_PERIOD)
+        return period * self.slots + self.before[slot]
 
-    def _order_blocks(self, epoch: int) -> _Epoch:
-        blocks = permutation(len(self._rows_per_block), self._seed, self.name, epoch)
-        begins = np.zeros(len(blocks) + 1, dtype=np.int64)
-        np.cumsum(self._rows_per_block[blocks], out=begins[1:])
-        window_begins = np.append(begins[: -1 : self._window_shards], begins[-1])
-        return _Epoch(blocks.tolist(), begins.tolist(), window_begins.tolist())
+    def places_at(self, t: int) -> dict[int, tuple[CorpusOrder, int]]:
+        """Where each corpus stands before row t of the run."""
+        places = dict(self.places)
+        for number, count in zip(self.numbers, self.counts(t).tolist(), strict=True):
+            order, k = places[number]
+            places[number] = order, k + count
+        return places
+
+    def totals_at(self, t: int) -> tuple[np.ndarray, np.ndarray]:
+        """Rows and tokens of each corpus among the run's first t rows."""
+        added = np.zeros_like(self.rows)
+        added[self.numbers] = self.counts(t)
+        return self.rows + added, self.tokens + added * self.seq_len
+
+    def follow(self, before: _Part | None, num_corpora: int) -> None:
+        """Begin where the part before ends, and corpora that are new at their beginning."""
+        self.rows = self.tokens = np.zeros(num_corpora, np.int64)
+        if before is not None:
+            self.places = before.places_at(self.first_row)
+            self.rows, self.tokens = before.totals_at(self.first_row)
+        for number, order in zip(self.numbers, self.orders, strict=True):
+            old, k = self.places.get(number, (order, 0))
+            self.places[number] = order, k if old is order else order.continue_from(old, k)
 
 
 class DataPlan:
@@ -155,80 +113,117 @@ class DataPlan:
         hash: sha256 of `pieces`.
     """
 
-    def __init__(
-        self,
-        corpora: Sequence[tuple[str, np.ndarray, float]],
-        seed: int,
-        window_shards: int,
-        identity: dict[str, str | int | float],
-    ) -> None:
-        """Build the mixture table; permutations are made when they are needed.
+    def __init__(self, mixtures: Sequence[Mixture], seed: int, window_shards: int) -> None:
+        """Build the mixture tables; permutations are made when they are needed.
 
         Args:
-            corpora: (name, rows per block, weight) of each corpus.
+            mixtures: What the rows are of, the first from row 0 on, each up to the next one's first row.
             seed: Seed of the order.
             window_shards: Blocks whose rows are shuffled together.
-            identity: What else fixes the rows, by name, such as the manifests' fingerprints.
 
         Raises:
-            ConfigError: Two corpora have one name, or a weight is too small for the mixture table.
+            ConfigError: Two corpora have one name, or a share is too small for the mixture table.
             DataError: A corpus has no rows.
         """
-        self.names = [name for name, _, _ in corpora]
-        for name in self.names:
-            if self.names.count(name) > 1:
-                raise ConfigError(f"data.sources: name is {name} twice; expected distinct names. Rename one.")
-        self._orders = [CorpusOrder(name, rows, seed, window_shards) for name, rows, _ in corpora]
-        for order in self._orders:
-            if not order.num_rows:
-                raise DataError(
-                    f"data.sources[{order.name}]: training rows are 0; expected at least one. "
-                    "Give it more text, or lower data.val_fraction, and prepare it again."
-                )
-        self._slots = mixture_slots([weight for _, _, weight in corpora])
-        if not self._slots.all():
-            first = int(np.argmin(self._slots))
-            raise ConfigError(
-                f"data.sources[{self.names[first]}].weight is {corpora[first][2]:g}, which gives it no row in "
-                f"{MIXTURE_PERIOD}; expected a share of at least 1/{MIXTURE_PERIOD}. Raise it or drop the source."
-            )
-        self._pattern = spread_slots(self._slots)
-        taken = self._pattern[:, None] == np.arange(len(corpora))
-        self._before = np.cumsum(taken, axis=0) - taken  # rows of each corpus before each slot of a period
-        self.pieces: dict[str, str | int | float] = {
-            "order": ORDER_VERSION, "run.seed": seed, "data.shuffle_window_shards": window_shards,
-            "data.sources": ", ".join(self.names),
-            **{f"rows of {order.name}": order.num_rows for order in self._orders},
-            **{f"share of {name}": f"{n}/{MIXTURE_PERIOD}" for name, n in zip(self.names, self._slots, strict=True)},
-            **identity,
-        }  # fmt: skip
+        self.names = list(dict.fromkeys(name for mixture in mixtures for name, _, _ in mixture.corpora))
+        orders: dict[tuple[str, int], CorpusOrder] = {}
+        self._parts: list[_Part] = []
+        for mixture in mixtures:
+            names = [name for name, _, _ in mixture.corpora]
+            for name, rows, _ in mixture.corpora:
+                if names.count(name) > 1:
+                    raise ConfigError(f"data.sources: name is {name} twice; expected distinct names. Rename one.")
+                order = orders.setdefault((name, mixture.seq_len), CorpusOrder(name, rows, seed, window_shards))
+                if not order.num_rows:
+                    raise DataError(
+                        f"data.sources[{name}]: training rows are 0; expected at least one. "
+                        "Give it more text, or lower data.val_fraction, and prepare it again."
+                    )
+            numbers = [self.names.index(name) for name in names]
+            part = _Part(mixture, [orders[name, mixture.seq_len] for name in names], numbers)
+            part.follow(self._parts[-1] if self._parts else None, len(self.names))
+            self._parts.append(part)
+        self.first_rows = [part.first_row for part in self._parts]
+        self.pieces: Pieces = {"order": ORDER_VERSION, "run.seed": seed, "data.shuffle_window_shards": window_shards}
+        self.pieces |= self._pieces_of(0, mixtures[0])
+        if later := mixtures[1:]:
+            self.pieces[_PHASES] = [
+                {_FROM_ROW: mixture.first_row, "data.seq_len": mixture.seq_len, **self._pieces_of(number, mixture)}
+                for number, mixture in enumerate(later, 1)
+            ]
         canonical = json.dumps(self.pieces, sort_keys=True, separators=(",", ":"))
         self.hash = hashlib.sha256(canonical.encode()).hexdigest()
 
+    def _pieces_of(self, number: int, mixture: Mixture) -> Pieces:
+        part = self._parts[number]
+        return {
+            "data.sources": ", ".join(order.name for order in part.orders),
+            **{f"rows of {order.name}": order.num_rows for order in part.orders},
+            **{f"share of {order.name}": f"{slots}/{MIXTURE_PERIOD}"
+               for order, slots in zip(part.orders, part.slots, strict=True)},
+            **mixture.identity,
+        }  # fmt: skip
+
+    def _part(self, t: int) -> _Part:
+        return self._parts[bisect_right(self.first_rows, t) - 1]
+
     def locate(self, t: int) -> tuple[int, int, int, int]:
         """Return (number of the corpus, its epoch, block, row in the block) of the run's row t."""
-        period, slot = divmod(t, MIXTURE_PERIOD)
-        corpus = int(self._pattern[slot])
-        k = period * int(self._slots[corpus]) + int(self._before[slot, corpus])
-        return corpus, *self._orders[corpus].locate(k)
+        part = self._part(t)
+        period, slot = divmod(t - part.first_row, MIXTURE_PERIOD)
+        i = int(part.pattern[slot])
+        number = part.numbers[i]
+        order, k = part.places[number]
+        return number, *order.locate(k + period * int(part.slots[i]) + int(part.before[slot, i]))
+
+    def seq_len_at(self, t: int) -> int:
+        """Slots in the run's row t."""
+        return self._part(t).seq_len
+
+    def shares_at(self, t: int) -> dict[str, float]:
+        """Share of each corpus in the rows about row t, by name; only those that are there."""
+        part = self._part(t)
+        return {order.name: int(slots) / MIXTURE_PERIOD for order, slots in zip(part.orders, part.slots, strict=True)}
+
+    def epoch_rows_at(self, t: int) -> dict[str, int]:
+        """Rows in an epoch of each corpus that is in the rows about row t, by name."""
+        return {order.name: order.num_rows for order in self._part(t).orders}
 
     def rows_per_corpus(self, t: int) -> dict[str, int]:
         """Rows of each corpus among the run's first t rows, by name."""
-        period, slot = divmod(t, MIXTURE_PERIOD)
-        counts = period * self._slots + self._before[slot]
-        return dict(zip(self.names, counts.tolist(), strict=True))
+        return dict(zip(self.names, self._part(t).totals_at(t)[0].tolist(), strict=True))
+
+    def tokens_per_corpus(self, t: int) -> dict[str, int]:
+        """Slots of these rows, padding included."""
+        return dict(zip(self.names, self._part(t).totals_at(t)[1].tolist(), strict=True))
 
     def epochs(self, t: int) -> dict[str, float]:
         """How often each corpus has been gone through in the run's first t rows, by name."""
-        counts = self.rows_per_corpus(t)
-        return {order.name: round(counts[order.name] / order.num_rows, 4) for order in self._orders}
+        places = self._part(t).places_at(t)
+        reached = {number: round(k / order.num_rows, 4) for number, (order, k) in places.items()}
+        return {name: reached.get(number, 0.0) for number, name in enumerate(self.names)}
 
-    def explain_difference(self, pieces: dict[str, Any]) -> str:
-        """Say what differs between the pieces of another plan and this one's, one clause a difference."""
-        names = sorted(name for name in pieces.keys() | self.pieces.keys() if pieces.get(name) != self.pieces.get(name))
+    def explain_difference(self, pieces: Pieces, t: int | None = None) -> str:
+        """Say what differs between the pieces of another plan and this one's, one clause a difference.
+
+        Args:
+            pieces: Of the other plan.
+            t: Compare only what the run's first t rows depend on; None compares all.
+        """
+        before, after = _flatten(pieces, t), _flatten(self.pieces, t)
+        names = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
         return "; ".join(
-            f"{name} was {_shorten(pieces.get(name))} and is {_shorten(self.pieces.get(name))}" for name in names
+            f"{name} was {_shorten(before.get(name))} and is {_shorten(after.get(name))}" for name in names
         )
+
+
+def _flatten(pieces: Pieces, t: int | None) -> Pieces:
+    """Pieces by one name each, without phases that begin at row t or later."""
+    flat = {name: value for name, value in pieces.items() if name != _PHASES}
+    for number, phase in enumerate(pieces.get(_PHASES, ())):
+        if t is None or phase[_FROM_ROW] < t:
+            flat |= {f"{_PHASES}.{number}: {name}": value for name, value in phase.items()}
+    return flat
 
 
 def _shorten(value: object) -> str:
@@ -246,16 +241,14 @@ class Corpus:
         folder: Its folder.
         manifest: What the folder holds.
         split: `train` or `val`.
-        rows: Its row table for the config's `seq_len`.
-        weight: Its weight in the config.
+        rows: Its row table for each length of rows that is asked for.
     """
 
     name: str
     folder: Path
     manifest: Manifest
     split: str
-    rows: RowTable
-    weight: float
+    rows: dict[int, RowTable]
 
     @cached_property
     def shards(self) -> tuple[Shard, ...]:
@@ -263,19 +256,24 @@ class Corpus:
         return self.manifest.shards(self.split)
 
 
-def open_corpora(config: Config, tokenizer_fingerprint: str, split: str) -> list[Corpus]:
-    """Open a split of every source, in the config's order, and check that they fit each other.
+def open_corpora(
+    config: Config, tokenizer_fingerprint: str, split: str, seq_lens: Mapping[str, Sequence[int]]
+) -> list[Corpus]:
+    """Open a split of sources, in the config's order, and check that they fit each other.
 
     Args:
-        config: Uses `data.sources` and `data.seq_len`.
+        config: Uses `data.sources` and `data.packing`.
         tokenizer_fingerprint: sha256 of the model file that the run uses.
         split: `train` or `val`.
+        seq_lens: Lengths of rows that are wanted of each source, by name; sources without any are left out.
 
     Raises:
-        DataError: A corpus is not prepared, not for this `seq_len`, with another tokenizer, or damaged.
+        DataError: A corpus is not prepared, not for these lengths, with another tokenizer, or damaged.
     """
     corpora = []
     for source in config.data.sources:
+        if not seq_lens.get(source.name):
+            continue
         folder = Path(source.shards)
         if not folder.is_dir():
             raise DataError(
@@ -290,29 +288,80 @@ def open_corpora(config: Config, tokenizer_fingerprint: str, split: str) -> list
                 f"prepared with, or prepare it into a new folder: {PREPARE_COMMAND}"
             )
         check_shards(folder, manifest.shards(split))
-        rows = RowTable.open(folder, manifest, split, config.data.seq_len)
-        corpora.append(Corpus(source.name, folder, manifest, split, rows, source.weight))
+        rows = {
+            seq_len: RowTable.open(folder, manifest, split, seq_len, config.data.packing)
+            for seq_len in seq_lens[source.name]
+        }
+        corpora.append(Corpus(source.name, folder, manifest, split, rows))
     return corpora
 
 
 def open_plan(config: Config, tokenizer_fingerprint: str) -> tuple[DataPlan, list[Corpus]]:
-    """Open the training splits and the plan of their order.
+    """Open the training splits and the plan of their order; corpora are in the order of the plan's names.
 
     Raises:
         DataError: As `open_corpora`; or a corpus has no training rows.
-        ConfigError: A weight is too small.
+        ConfigError: A share is too small.
     """
-    corpora = open_corpora(config, tokenizer_fingerprint, "train")
+    phases = phases_of(config)
+    seq_lens = {
+        source.name: sorted({phase.seq_len for phase in phases if source.name in phase.amounts})
+        for source in config.data.sources
+    }
+    corpora = {corpus.name: corpus for corpus in open_corpora(config, tokenizer_fingerprint, "train", seq_lens)}
     identity: dict[str, str | int | float] = {
-        "packing": PACKING_VERSION,
+        "packing": PACKING_VERSIONS[config.data.packing],
         "data.seq_len": config.data.seq_len,
         "tokenizer": tokenizer_fingerprint,
-        **{f"manifest of {corpus.name}": corpus.manifest.fingerprint() for corpus in corpora},
     }
-    plan = DataPlan(
-        [(corpus.name, corpus.rows.rows_per_block, corpus.weight) for corpus in corpora],
-        config.run.seed,
-        config.data.shuffle_window_shards,
-        identity,
-    )
-    return plan, corpora
+    fingerprints = {name: corpus.manifest.fingerprint() for name, corpus in corpora.items()}
+    members = [[corpus for name, corpus in corpora.items() if name in phase.amounts] for phase in phases]
+    mixtures = [
+        Mixture(
+            first_row=phase.first_row,
+            seq_len=phase.seq_len,
+            corpora=[
+                (corpus.name, corpus.rows[phase.seq_len].rows_per_block, phase.amounts[corpus.name])
+                for corpus in members[number]
+            ],
+            by_epochs=phase.kind == "epochs",
+            option=phase.option,
+            identity=({} if number else identity)
+            | {f"manifest of {corpus.name}": fingerprints[corpus.name] for corpus in members[number]},
+        )
+        for number, phase in enumerate(phases)
+    ]  # fmt: skip
+    plan = DataPlan(mixtures, config.run.seed, config.data.shuffle_window_shards)
+    return plan, [corpora[name] for name in plan.names]
+
+
+def describe_phases(plan: DataPlan, phases: Sequence[Phase], num_steps: int) -> list[str]:
+    """Say of each phase of a run which steps and rows it has, and the share and epochs of each corpus in it.
+
+    Args:
+        plan: Of the rows.
+        phases: Of the config.
+        num_steps: Of the whole run.
+    """
+    lines: list[str] = []
+    ends = [*(phase.first_step for phase in phases[1:]), num_steps]
+    for phase, end in zip(phases, ends, strict=True):
+        end_row = phase.first_row + max(end - phase.first_step, 0) * phase.rows_per_step
+        begin_epochs, end_epochs = plan.epochs(phase.first_row), plan.epochs(end_row)
+        shares = plan.shares_at(phase.first_row)
+        each = ", ".join(
+            f"{name} {share:.2%} ({end_epochs[name] - begin_epochs[name]:.2f} epochs)" for name, share in shares.items()
+        )
+        own = not lines or phase.option != phases[len(lines) - 1].option
+        asked = _steps_asked_for(plan, phase) if own and phase.kind != "weights" else None
+        if asked is not None and abs(asked - (end - phase.first_step)) > 0.01 * asked:
+            each += f"; the {phase.kind} that it asks for take {asked:.0f} steps, and it has {end - phase.first_step}"
+        lines.append(f"steps {phase.first_step + 1} to {end}, rows of {phase.seq_len} tokens: {each}")
+    return lines
+
+
+def _steps_asked_for(plan: DataPlan, phase: Phase) -> float:
+    """Steps in which a phase has exactly the epochs, or tokens, that it gives."""
+    sizes = plan.epoch_rows_at(phase.first_row) if phase.kind == "epochs" else {}
+    rows = sum(amount * sizes.get(name, 1 / phase.seq_len) for name, amount in phase.amounts.items())
+    return rows / phase.rows_per_step

@@ -6,7 +6,7 @@ import math
 import random
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from pretrain.config import Config, SourceSection
 from pretrain.console import format_bytes, format_count, format_duration
 from pretrain.errors import ConfigError
 from pretrain.packing import SEGMENT_DTYPE, pack
+from pretrain.phases import phases_of
 from pretrain.prepare import check_untokenized
 from pretrain.sentencepiece_tokenizer import SentencePieceTokenizer, choose_sample, fit
 from pretrain.shards import INDEX_DTYPE, MANIFEST_NAME, Manifest
@@ -45,7 +46,7 @@ class Forecast:
         shard_bytes: on disk, with indexes and rows.
         num_rows: of the training split, for `data.seq_len`.
         epochs: times that the run reads the training split.
-        epoch_steps: steps in which it reads it once.
+        epoch_steps: steps in which it reads it once, on the average of the run.
         seconds: that `prepare` takes, without the training of a tokenizer.
     """
 
@@ -110,6 +111,7 @@ def forecast(config: Config) -> dict[str, Any]:
         config, tokenizer, [text for parts in estimates.values() for part in parts for text in part.texts]
     )
     forecasts = [_foresee(source, config, encoder, estimates.get(source.name, [])) for source in sources]
+    forecasts = [_with_epochs(one, forecasts, config) for one in forecasts]
     total = {
         key: sum(getattr(one, key) for one in forecasts)
         for key in ("num_files", "source_bytes", "num_documents", "text_bytes", "num_tokens", "shard_bytes", "num_rows",
@@ -203,7 +205,7 @@ def _foresee(source: SourceSection, config: Config, encoder: _Encoder, estimates
         num_tokens += part_tokens + 2 * part.num_documents  # bos and eos
         seconds += part.text_bytes * _seconds_per_byte(part.seconds_per_byte, per_byte, config)
         lengths += part_lengths
-    rows = _num_rows(num_tokens - num_documents, lengths, data.seq_len)
+    rows = _num_rows(num_tokens - num_documents, lengths, data.seq_len, data.packing)
     return _forecast(
         source, config, num_documents, num_bytes, num_tokens, rows,
         state="begun" if Path(source.shards).exists() else "to do",
@@ -219,7 +221,7 @@ def _recall(source: SourceSection, config: Config) -> Forecast:
     manifest = Manifest.load(source.shards)
     shards = manifest.train + manifest.val
     num_documents, num_tokens = (sum(getattr(one, key) for one in shards) for key in ("num_documents", "num_tokens"))
-    rows = _num_rows(num_tokens - num_documents, [], config.data.seq_len)
+    rows = _num_rows(num_tokens - num_documents, [], config.data.seq_len, config.data.packing)
     return _forecast(
         source, config, num_documents, sum(manifest.text_bytes.values()), num_tokens, rows,
         state="complete", is_exact=True, num_files=0, source_bytes=0, seconds=0.0,
@@ -230,7 +232,7 @@ def _forecast(
     source: SourceSection, config: Config, num_documents: float, text_bytes: float, num_tokens: float, num_rows: float,
     **rest: Any,
 ) -> Forecast:  # fmt: skip
-    data, batch = config.data, config.train.global_batch_size
+    data = config.data
     id_bytes = 2 if config.tokenizer.vocab_size <= 65536 else 4
     num_segments = num_documents + num_rows  # a document, and one more for each row that one goes on in
     shard_bytes = (
@@ -240,9 +242,7 @@ def _forecast(
         + num_rows * 8
         + math.ceil(num_tokens * id_bytes / data.shard_bytes) * _SHARD_END_BYTES
     )
-    share = source.weight / sum(other.weight for other in data.sources)
     train_rows = max(num_rows * (1 - data.val_fraction), 1.0)
-    epoch_steps = train_rows / (batch * share)
     return Forecast(
         name=source.name,
         num_documents=round(num_documents),
@@ -250,17 +250,31 @@ def _forecast(
         num_tokens=round(num_tokens),
         shard_bytes=round(shard_bytes),
         num_rows=round(train_rows),
-        epochs=num_steps_of(config) / epoch_steps,
-        epoch_steps=epoch_steps,
+        epochs=0.0,
+        epoch_steps=0.0,
         **rest,
     )
 
 
-def _num_rows(num_slots: float, lengths: list[int], seq_len: int) -> float:
+def _with_epochs(one: Forecast, forecasts: list[Forecast], config: Config) -> Forecast:
+    """Add how often the run reads a source, and how many of its steps do so once."""
+    phases, num_steps = phases_of(config), num_steps_of(config)
+    epochs = 0.0
+    for phase, end in zip(phases, [*(phase.first_step for phase in phases[1:]), num_steps], strict=True):
+        sizes = {other.name: other.num_rows if phase.kind == "epochs" else 1 for other in forecasts}
+        weights = {name: amount * sizes[name] for name, amount in phase.amounts.items()}
+        share = weights.get(one.name, 0.0) / sum(weights.values())
+        # Rows of every length have the same tokens in a step; those of data.seq_len were counted.
+        epochs += (end - phase.first_step) * config.train.global_batch_size * share / one.num_rows
+    return replace(one, epochs=epochs, epoch_steps=num_steps / epochs if epochs else 0.0)
+
+
+def _num_rows(num_slots: float, lengths: list[int], seq_len: int, packing: str) -> float:
     """Rows of `seq_len` that documents fill, by how a sample of them packs."""
     slots = np.array(lengths, dtype=np.int64) + 1
-    num_rows = len(pack(slots, seq_len)[1]) - 1 if len(slots) else 0
-    fill = int(slots.sum()) / (num_rows * seq_len) if num_rows >= 50 else 1.0  # fewer say more of the last one
+    num_rows = len(pack(slots, seq_len, packing)[1]) - 1 if len(slots) else 0
+    few = 50 if packing == "best_fit" else 1  # whose last one says more than the others
+    fill = int(slots.sum()) / (num_rows * seq_len) if num_rows >= few and packing != "concat" else 1.0
     return num_slots / seq_len / fill
 
 

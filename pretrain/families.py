@@ -9,8 +9,8 @@ from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass
 from typing import Any
 
-from pretrain.config import ModelSection, RopeScalingSection
 from pretrain.errors import ConfigError
+from pretrain.model_options import ModelSection, RopeScalingSection
 
 VOCAB_MULTIPLE = 128  # padded width of embedding and output: whole tiles for the matrix units of every GPU
 

@@ -11,6 +11,7 @@ import math
 import os
 import time
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,8 @@ class StepMetrics:
     """One optimizer step.
 
     `loss` is the cross-entropy in nats per scored token, `objective` what was minimised (None where that is the same),
-    `lr` as used, `memory_bytes` the peak of rank 0, `phase_seconds` rank 0's own.
+    `lr` as used, `memory_bytes` the peak of rank 0, `phase_seconds` rank 0's own. `corpus_tokens`, padding
+    included, and `epochs` are of the run so far; `seq_len` is of the step's rows.
     """
 
     step: int
@@ -39,6 +41,8 @@ class StepMetrics:
     step_seconds: float
     memory_bytes: int
     skipped_steps: int
+    seq_len: int
+    corpus_tokens: dict[str, int]
     epochs: dict[str, float]
     phase_seconds: dict[str, float]
 
@@ -68,7 +72,7 @@ class MetricLog:
 
     def __init__(
         self, folder: Path, section: LogSection, *, num_steps: int, tokens_per_step: int, world_size: int,
-        flops_per_token: tuple[float, float], peak_flops: float | None, first_step: int, attempt: int,
+        flops_per_token: Mapping[int, tuple[float, float]], peak_flops: float | None, first_step: int, attempt: int,
         tracker: Tracker | None = None,
     ) -> None:  # fmt: skip
         """Open the files, dropping what is past the checkpoint that the run goes on from.
@@ -79,7 +83,8 @@ class MetricLog:
             num_steps: steps of the whole run, for the time left.
             tokens_per_step: of the whole batch.
             world_size: number of ranks.
-            flops_per_token: model FLOPs by the peers' convention, and with causal attention counted once.
+            flops_per_token: by length of rows: model FLOPs by the peers' convention, and with causal attention counted
+                once.
             peak_flops: of one rank's device; None if unknown.
             first_step: steps done before this start.
             attempt: number of this start, from 1.
@@ -105,7 +110,7 @@ class MetricLog:
         rate = self.tokens_per_step / metrics.step_seconds
         utilisation = [
             rate * flops / (self._peak_flops * self.world_size) if self._peak_flops else None
-            for flops in self._flops_per_token
+            for flops in self._flops_per_token[metrics.seq_len]
         ]
         line = {
             "step": metrics.step, "tokens": metrics.tokens, "loss": metrics.loss, "grad_norm": metrics.grad_norm,
@@ -116,6 +121,7 @@ class MetricLog:
         }  # fmt: skip
         line |= {} if metrics.objective is None else {"objective": metrics.objective}
         line |= {f"epoch/{name}": epoch for name, epoch in metrics.epochs.items()}
+        line |= {f"tokens/{name}": tokens for name, tokens in metrics.corpus_tokens.items()}
         line |= {f"seconds/{phase}": seconds for phase, seconds in metrics.phase_seconds.items()}
         self._write(line)
         self._add_scalars(line, "train/", metrics.step)

@@ -14,6 +14,7 @@ from pretrain.corpus import Corpus, add_rows, no_documents
 from pretrain.errors import ConfigError, DataError
 from pretrain.hf_tokenizer import check_ids
 from pretrain.journal import file_lock
+from pretrain.phases import sampling_weights
 from pretrain.sentencepiece_tokenizer import SentencePieceTokenizer, choose_sample, fit, report
 from pretrain.shards import MANIFEST_NAME, Manifest
 from pretrain.source_files import list_files, token_format
@@ -31,7 +32,7 @@ HELD_OUT_BYTES = 4_000_000  # of documents that a new tokenizer is checked on
 def prepare(config: Config) -> None:
     """Train the tokenizer if its file does not exist, then turn every source with `paths` into indexed shards.
 
-    A source without `paths` gets its row table for `data.seq_len` only.
+    A source without `paths` gets its row tables only: one for each length of rows that the run has.
 
     Raises:
         ConfigError: the config does not fit what was prepared before, or another run is writing the same folder.
@@ -47,8 +48,10 @@ def prepare(config: Config) -> None:
             if source.paths:
                 Corpus(source, config, tokenizer, line).prepare()
             else:
-                add_rows(Path(source.shards), Manifest.load(source.shards), config.data.seq_len)
-                line.say(f"{source.name}: {source.shards} has rows of {config.data.seq_len} tokens")
+                for seq_len in config.data.seq_lens:
+                    add_rows(Path(source.shards), Manifest.load(source.shards), seq_len, config.data.packing)
+                lengths = " and ".join(map(str, config.data.seq_lens))
+                line.say(f"{source.name}: {source.shards} has rows of {lengths} tokens")
     except OSError as error:
         raise DataError(
             f"{error.filename or 'prepare'}: {error.strerror or error}. What is complete is kept: mend this (free some "
@@ -125,14 +128,15 @@ def _training_texts(config: Config, held_out: list[str]) -> Iterator[str]:
     """Training documents of all texts, by weight where there is more than is read; some others go to `held_out`."""
     files_of = {source.name: list_files(source) for source in config.data.sources if source.paths}
     sources = [source for source in config.data.sources if source.paths and token_format(files_of[source.name]) is None]
-    total_weight = sum(source.weight for source in sources)
+    weights = sampling_weights(config)
+    total_weight = sum(weights.get(source.name, 0.0) for source in sources)
     held_out_bytes = 0
 
     def by_seeded_hash(file: Path) -> bytes:
         return hashlib.sha256(f"{config.run.seed} {file.name}".encode()).digest()
 
     for source in sources:
-        limit = READ_MULTIPLE * config.tokenizer.sample_bytes * source.weight / total_weight
+        limit = READ_MULTIPLE * config.tokenizer.sample_bytes * weights.get(source.name, 0.0) / total_weight
         read_bytes = 0
         files = sorted(files_of[source.name], key=by_seeded_hash)
         log = ReadLog()

@@ -1,4 +1,4 @@
-"""The row table: which documents' pieces lie in which row, packed once per `seq_len` and memory-mapped.
+"""The row table: which documents' pieces lie in which row, packed once per `seq_len` and packing, memory-mapped.
 
 `prepare` builds it, so that no training start waits for packing. A block is a shard; its rows hold
 documents of that shard only.
@@ -14,15 +14,15 @@ from pathlib import Path
 import numpy as np
 
 from pretrain.errors import DataError
-from pretrain.packing import PACKING_VERSION, SEGMENT_DTYPE, pack
+from pretrain.packing import PACKING_VERSIONS, SEGMENT_DTYPE, count_segments, pack
 from pretrain.shards import PREPARE_COMMAND, Manifest, load_index, sync_folder, write_atomically
 
 _SPLITS = ("train", "val")
 _IDENTITY_NAME = "identity.json"
 
 
-def build_row_tables(folder: str | Path, manifest: Manifest, seq_len: int) -> None:
-    """Pack both splits into rows of `seq_len` and store the tables in `rows-<seq_len>`.
+def build_row_tables(folder: str | Path, manifest: Manifest, seq_len: int, packing: str = "best_fit") -> None:
+    """Pack both splits into rows of `seq_len` and store the tables in `table_folder`.
 
     The folder appears complete or not at all. Nothing is done if it is there for this very manifest.
 
@@ -30,12 +30,14 @@ def build_row_tables(folder: str | Path, manifest: Manifest, seq_len: int) -> No
         folder: Folder of the corpus, with its shards.
         manifest: The corpus's manifest; need not be saved yet.
         seq_len: Slots in a row.
+        packing: How documents are packed.
 
     Raises:
         DataError: An index is damaged, or the tables cannot be written.
     """
-    target = _table_folder(folder, seq_len)
-    if _read_identity(target) == _identity(manifest, seq_len):
+    target = table_folder(folder, seq_len, packing)
+    identity = _identity(manifest, seq_len, packing)
+    if _read_identity(target) == identity:
         return
     temporary = target.with_name(f".{target.name}.tmp")
     try:
@@ -44,8 +46,8 @@ def build_row_tables(folder: str | Path, manifest: Manifest, seq_len: int) -> No
                 shutil.rmtree(old)
         temporary.mkdir(parents=True)
         for split in _SPLITS:
-            _build_split(Path(folder), temporary, manifest, split, seq_len)
-        write_atomically(temporary / _IDENTITY_NAME, (json.dumps(_identity(manifest, seq_len)) + "\n").encode())
+            _build_split(Path(folder), temporary, manifest, split, seq_len, packing)
+        write_atomically(temporary / _IDENTITY_NAME, (json.dumps(identity) + "\n").encode())
         os.replace(temporary, target)
         sync_folder(target.parent)
     except OSError as error:
@@ -56,18 +58,18 @@ def build_row_tables(folder: str | Path, manifest: Manifest, seq_len: int) -> No
         ) from error
 
 
-def _build_split(folder: Path, target: Path, manifest: Manifest, split: str, seq_len: int) -> None:
+def _build_split(folder: Path, target: Path, manifest: Manifest, split: str, seq_len: int, packing: str) -> None:
     """Pack each shard and write the split's three arrays; segments go to disk shard by shard."""
     shards = manifest.shards(split)
     num_segments = 0
     for shard in shards:
-        num_segments += int((-(-_num_slots(load_index(folder, shard)) // seq_len)).sum())
+        num_segments += count_segments(_num_slots(load_index(folder, shard)), seq_len, packing)
     paths = {name: target / f"{split}.{name}.npy" for name in ("segments", "offsets", "blocks")}
     segments = np.lib.format.open_memmap(paths["segments"], "w+", SEGMENT_DTYPE, (num_segments,))
     offsets, blocks = [np.zeros(1, np.uint64)], np.zeros(len(shards) + 1, np.uint64)
     begin = 0
     for block, shard in enumerate(shards):
-        block_segments, block_offsets = pack(_num_slots(load_index(folder, shard)), seq_len)
+        block_segments, block_offsets = pack(_num_slots(load_index(folder, shard)), seq_len, packing)
         segments[begin : begin + len(block_segments)] = block_segments
         offsets.append(block_offsets[1:] + np.uint64(begin))
         begin += len(block_segments)
@@ -85,12 +87,13 @@ def _num_slots(index: np.ndarray) -> np.ndarray:
     return np.maximum(index["num_tokens"].astype(np.int64) - 1, 0)
 
 
-def _table_folder(folder: str | Path, seq_len: int) -> Path:
-    return Path(folder) / f"rows-{seq_len}"
+def table_folder(folder: str | Path, seq_len: int, packing: str = "best_fit") -> Path:
+    """Where a corpus keeps the rows of `seq_len`: `rows-<seq_len>`, the packing behind it if it is not best-fit."""
+    return Path(folder) / (f"rows-{seq_len}" if packing == "best_fit" else f"rows-{seq_len}-{packing}")
 
 
-def _identity(manifest: Manifest, seq_len: int) -> dict[str, str | int]:
-    return {"packing": PACKING_VERSION, "seq_len": seq_len, "manifest": manifest.fingerprint()}
+def _identity(manifest: Manifest, seq_len: int, packing: str) -> dict[str, str | int]:
+    return {"packing": PACKING_VERSIONS[packing], "seq_len": seq_len, "manifest": manifest.fingerprint()}
 
 
 def _read_identity(target: Path) -> dict[str, str | int] | None:
@@ -105,21 +108,23 @@ class RowTable:
 
     def __init__(self, path: Path, segments: np.ndarray, offsets: np.ndarray, blocks: np.ndarray) -> None:
         """Take the three arrays of a split; use `open`."""
-        self._path, self._segments, self._offsets, self._blocks = path, segments, offsets, blocks
+        self.path, self._segments, self._offsets, self._blocks = path, segments, offsets, blocks
 
     @classmethod
-    def open(cls, folder: str | Path, manifest: Manifest, split: str, seq_len: int) -> RowTable:
+    def open(
+        cls, folder: str | Path, manifest: Manifest, split: str, seq_len: int, packing: str = "best_fit"
+    ) -> RowTable:
         """Map the table of a split.
 
         Raises:
-            DataError: There is no table for this `seq_len`, it is of other shards, or it is damaged.
+            DataError: There is no table for this `seq_len` and packing, it is of other shards, or it is damaged.
         """
-        target = _table_folder(folder, seq_len)
-        identity, expected = _read_identity(target), _identity(manifest, seq_len)
+        target = table_folder(folder, seq_len, packing)
+        identity, expected = _read_identity(target), _identity(manifest, seq_len, packing)
         if identity is None:
             raise DataError(
-                f"{target} is missing; expected the rows of {manifest.corpus} for data.seq_len {seq_len}. "
-                f"Run: {PREPARE_COMMAND}"
+                f"{target} is missing; expected the rows of {manifest.corpus} for data.seq_len {seq_len}"
+                f"{'' if packing == 'best_fit' else f' and data.packing {packing}'}. Run: {PREPARE_COMMAND}"
             )
         if identity != expected:
             changed = ", ".join(key for key in expected if identity.get(key) != expected[key])
@@ -158,7 +163,7 @@ class RowTable:
         """Return the segments of row `i` of a block, of `SEGMENT_DTYPE`; documents count within the block."""
         begin, end = self._offsets[self._blocks[block] + i : self._blocks[block] + i + 2].tolist()
         if not begin <= end <= len(self._segments):
-            raise _damaged(self._path, f"row {i} of block {block} has segments {begin} to {end}")
+            raise _damaged(self.path, f"row {i} of block {block} has segments {begin} to {end}")
         return self._segments[begin:end]
 
 

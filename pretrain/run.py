@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -15,14 +15,16 @@ from pretrain.batch_plan import BatchPlan
 from pretrain.checkpoint import Checkpoints
 from pretrain.compiling import should_compile
 from pretrain.config import Config
+from pretrain.data_plan import describe_phases
 from pretrain.distributed import PendingSum, Ranks
 from pretrain.engine import Engine
-from pretrain.families import flops_per_token, resolve_shape
+from pretrain.families import ModelShape, flops_per_token, resolve_shape
 from pretrain.feed import Feed
 from pretrain.guard import SkipGuard, StopRequest
 from pretrain.hardware import peak_flops
 from pretrain.metrics import MetricLog, StepMetrics
 from pretrain.model import Transformer
+from pretrain.phases import phases_of
 from pretrain.profiling import PhaseClock, Profiler
 from pretrain.run_folder import RunFolder, open_log
 from pretrain.samples import Samples, drop_samples_after
@@ -120,7 +122,7 @@ def open_run(
     tokenizer = ranks.agree(lambda: open_tokenizer(config.tokenizer))
     if folder:
         keep_files(tokenizer, folder.path)
-    shape = resolve_shape(config.model, tokenizer.vocab_size, config.data.seq_len)
+    shape = resolve_shape(config.model, tokenizer.vocab_size, config.data.max_seq_len)
     stream = ranks.agree(lambda: TokenStream(config, plan, ranks.rank, tokenizer.fingerprint))
     cleanup.callback(stream.close)
     val_rows = ranks.agree(lambda: ValRows(config, tokenizer.fingerprint, config.eval.max_rows)
@@ -154,7 +156,7 @@ def open_run(
         log = MetricLog(
             folder.path, config.log, num_steps=plan.num_steps, tokens_per_step=plan.tokens_per_step,
             world_size=ranks.world_size, first_step=progress.step, attempt=folder.attempt,
-            flops_per_token=(flops_per_token(shape, causal=False), flops_per_token(shape, causal=True)),
+            flops_per_token=flops_by_length(shape, config.data.seq_lens),
             peak_flops=peak_flops(ranks.device, config.train.precision), tracker=tracker,
         )  # fmt: skip
         cleanup.push(lambda kind, *_: log.close(failed=kind is not None))
@@ -164,14 +166,32 @@ def open_run(
     )
     run = Run(config, ranks, plan, tokenizer, stream, val_rows, engine, checkpoints, samples, guard, profiler, folder,
               log, stop, clock, progress)  # fmt: skip
+    announce(run, events, is_resumed=training is not None)
+    return run
+
+
+def announce(run: Run, events: Sequence[tuple[str, str]], is_resumed: bool) -> None:
+    """Record what happened at the start, and what the run is."""
+    config, engine, plan, ranks = run.config, run.engine, run.plan, run.ranks
     for event in events:
         run.event(*event)
     if engine.frozen:
         run.event("frozen", f"optim.groups has lr_ratio 0 for, and these stay as they are: {', '.join(engine.frozen)}")
-    action = f"going on after step {progress.step}" if training else "starting"
+    action = f"going on after step {run.progress.step}" if is_resumed else "starting"
     run.event("start", f"{action}: {ranks.world_size} ranks on {ranks.device.type}, ZeRO stage {engine.stage}, "
               f"{config.train.precision}, {plan.tokens_per_step} tokens a step, {plan.num_steps} steps")  # fmt: skip
-    return run
+    phases = describe_phases(run.stream.plan, phases_of(config), plan.num_steps)
+    for number, text in enumerate(phases, 1):
+        run.event("mixture", text if len(phases) == 1 else f"phase {number} of {len(phases)}: {text}")
+
+
+def flops_by_length(shape: ModelShape, seq_lens: Sequence[int]) -> dict[int, tuple[float, float]]:
+    """FLOPs of a token in rows of each length: by the peers' convention, and with causal attention counted once."""
+    return {
+        seq_len: (flops_per_token(own, causal=False), flops_per_token(own, causal=True))
+        for seq_len in seq_lens
+        for own in [replace(shape, seq_len=seq_len)]
+    }
 
 
 def start_tracking(

@@ -30,10 +30,12 @@ from pretrain.tokenizer import Tokenizer
 from pretrain.tokenizer_files import open_tokenizer
 
 CONFIG_FILE = "config.yaml"
-# Changing these does not change what the run computes, beyond its length.
+# Changing these does not change what the run computes, beyond its length. What is already done of `data.sources` and
+# `data.phases` cannot be changed either: a checkpoint is compared with the plan of the rows up to it.
 FREE_TO_CHANGE = (
     "parallel.", "train.micro_batch_size", "train.num_steps", "train.num_tokens", "eval.", "checkpoint.", "log.",
     "guard.", "run.allow_changes", "run.dir", "data.prefetch_steps", "data.prepare_processes", "train.compile",
+    "data.sources", "data.phases",
 )  # fmt: skip
 _PACKAGES = (
     "torch",
@@ -112,6 +114,10 @@ class RunFolder:
             change for change in changed_options(old, new)
             if not change[0].startswith(FREE_TO_CHANGE) and change[0] not in new.run.allow_changes
         ]  # fmt: skip
+        before, after = old.data.max_seq_len, new.data.max_seq_len
+        shape = resolve_shape(new.model, new.tokenizer.vocab_size, after)
+        if before != after and shape.positions == "learned":  # one parameter for each
+            refused.append(("data.phases", f"rows of up to {before} tokens", f"rows of up to {after} tokens"))
         if refused:
             lines = "\n".join(
                 f"  {name}: {before!r} in the run folder, {after!r} now" for name, before, after in refused
@@ -200,7 +206,7 @@ def load_run(run: str | Path, step: int | None = None) -> LoadedRun:
     reader = _open_good(path, [step] if step is not None else list(reversed(steps)))
     config = parse_config(reader.manifest["about"]["config"])
     tokenizer = open_tokenizer(config.tokenizer, path)
-    model = Transformer(resolve_shape(config.model, tokenizer.vocab_size, config.data.seq_len), config.run.seed)
+    model = Transformer(resolve_shape(config.model, tokenizer.vocab_size, config.data.max_seq_len), config.run.seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(reader.read_whole(name))

@@ -33,7 +33,7 @@ class Samples:
         self._section, self._seed = config.eval, config.run.seed
         self._model, self._tokenizer, self._ranks = model, tokenizer, ranks
         if self._section.sample_every_steps:
-            encode_prompts(tokenizer, self._section.sample_prompts, config.data.seq_len, "eval.sample_prompts")
+            encode_prompts(tokenizer, self._section.sample_prompts, config.data.max_seq_len, "eval.sample_prompts")
 
     def is_due(self, step: int, is_last: bool) -> bool:
         """Whether text is sampled after this step."""

@@ -58,6 +58,9 @@ _SPELLINGS_OF = {
     "tokenizer.vocab_size": "vocab num_embeddings padded_vocab_size make_vocab_size_divisible_by n_vocab"
     " vocabulary_size",
     "data.sources": "data_path train_data_paths datasets dataset data_paths train_files data_impl blend data_mix mix",
+    "data.packing": "pack_impl packing_strategy sequence_packing pack_sequences",
+    "data.phases": "data_stages curriculum curriculum_learning training_stages data_phases",
+    "data.phases.*.from_step": "start_training_step start_step begin_step",
     "data.sources.*.weight": "sampling_weight mix_weight train_data_weights proportion probability",
     "data.sources.*.paths": "path files input data_files",
     "data.sources.*.shards": "shard_dir shard_path url urls",

@@ -11,6 +11,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,6 +20,7 @@ import torch
 from pretrain.config import Config
 from pretrain.data_plan import Corpus, DataPlan, open_corpora, open_plan
 from pretrain.errors import DataError
+from pretrain.row_table import RowTable
 from pretrain.shard_reader import DamagedDocumentError, ShardCache
 from pretrain.shards import PREPARE_COMMAND
 
@@ -65,9 +67,10 @@ class StepRows:
 
 @dataclass(frozen=True)
 class _RowAddress:
-    """Where a row lies: the corpus, the block, the row in the block; and its number for the batch."""
+    """Where a row lies: the corpus, its table, the block, the row in the block; and its number for the batch."""
 
     corpus: Corpus
+    rows: RowTable
     block: int
     row: int
     row_id: int
@@ -76,13 +79,12 @@ class _RowAddress:
 class _RowReader:
     """Puts rows together from their documents."""
 
-    def __init__(self, seq_len: int) -> None:
-        self._seq_len = seq_len
+    def __init__(self) -> None:
         self._shards = ShardCache()
 
-    def read(self, addresses: Sequence[_RowAddress]) -> tuple[Batch, int, list[str]]:
+    def read(self, addresses: Sequence[_RowAddress], seq_len: int) -> tuple[Batch, int, list[str]]:
         """Read rows into one batch; count its targets, and name the damaged documents, whose place stays empty."""
-        shape = (len(addresses), self._seq_len)
+        shape = (len(addresses), seq_len)
         tokens_BT = np.full(shape, _PAD_ID, dtype=np.int64)
         targets_BT = np.full(shape, IGNORED_TARGET, dtype=np.int64)
         doc_start_BT = np.empty(shape, dtype=np.int32)
@@ -109,9 +111,9 @@ class _RowReader:
         shard = corpus.shards[address.block]
         reader = self._shards.reader(corpus.folder, shard, corpus.manifest.dtype)
         begin = num_targets = 0
-        for document, start, length in corpus.rows.row(address.block, address.row).tolist():
+        for document, start, length in address.rows.row(address.block, address.row).tolist():
             end = begin + length
-            if document >= shard.num_documents or end > self._seq_len:
+            if document >= shard.num_documents or end > len(tokens_T):
                 raise self._wrong_table(address)
             doc_start_T[begin:end] = begin
             try:
@@ -130,16 +132,18 @@ class _RowReader:
 
     def _wrong_table(self, address: _RowAddress) -> DataError:
         return DataError(
-            f"{address.corpus.folder}/rows-{self._seq_len} is damaged: row {address.row} of block {address.block} does "
-            f"not fit its documents. Delete this folder and run: {PREPARE_COMMAND}"
+            f"{address.rows.path} is damaged: row {address.row} of block {address.block} does not fit its documents. "
+            f" Delete this folder and run: {PREPARE_COMMAND}"
         )
 
 
 class _ReadAhead:
     """Reads steps on a thread of its own, a bounded number ahead of who takes them."""
 
-    def __init__(self, read_step: Callable[[int], StepRows], cursor: int, rows_per_step: int, depth: int) -> None:
-        self._read_step, self._cursor, self._rows_per_step, self._depth = read_step, cursor, rows_per_step, depth
+    def __init__(
+        self, read_step: Callable[[int], StepRows], cursor: int, rows_in_step: Callable[[int], int], depth: int
+    ) -> None:
+        self._read_step, self._cursor, self._rows_in_step, self._depth = read_step, cursor, rows_in_step, depth
         self._steps: deque[StepRows] = deque()
         self._failure: BaseException | None = None
         self._stopped = False
@@ -174,7 +178,7 @@ class _ReadAhead:
                     if self._stopped:
                         return
                 step = self._read_step(self._cursor)
-                self._cursor += self._rows_per_step
+                self._cursor += self._rows_in_step(self._cursor)
                 with self._changed:
                     self._steps.append(step)
                     self._changed.notify_all()
@@ -189,28 +193,32 @@ class _StepReader:
 
     def __init__(self, plan: DataPlan, corpora: list[Corpus], batch_plan: BatchPlan, rank: int) -> None:
         self._plan, self._corpora, self._batch_plan, self._rank = plan, corpora, batch_plan, rank
-        self._rows = _RowReader(batch_plan.seq_len)
+        self._rows = _RowReader()
 
     def __call__(self, cursor: int) -> StepRows:
-        sizes = self._batch_plan
+        sizes = self._batch_plan.for_seq_len(self._plan.seq_len_at(cursor))
         begin = cursor + self._rank * sizes.rows_per_rank
         batches: list[Batch] = []
         damaged: list[str] = []
         num_targets = 0
         for first in range(begin, begin + sizes.rows_per_rank, sizes.micro_batch_size):
-            addresses = [self._locate(t) for t in range(first, first + sizes.micro_batch_size)]
-            batch, num_scored, names = self._rows.read(addresses)
+            addresses = [self._locate(t, sizes.seq_len) for t in range(first, first + sizes.micro_batch_size)]
+            batch, num_scored, names = self._rows.read(addresses, sizes.seq_len)
             batches.append(batch)
             num_targets += num_scored
             damaged += names
         return StepRows(batches, num_targets, damaged)
 
+    def rows_in_step(self, cursor: int) -> int:
+        return self._batch_plan.for_seq_len(self._plan.seq_len_at(cursor)).global_batch_size
+
     def close(self) -> None:
         self._rows.close()
 
-    def _locate(self, t: int) -> _RowAddress:
-        corpus, _, block, row = self._plan.locate(t)
-        return _RowAddress(self._corpora[corpus], block, row, t)
+    def _locate(self, t: int, seq_len: int) -> _RowAddress:
+        number, _, block, row = self._plan.locate(t)
+        corpus = self._corpora[number]
+        return _RowAddress(corpus, corpus.rows[seq_len], block, row, t)
 
 
 class TokenStream:
@@ -218,6 +226,7 @@ class TokenStream:
 
     Attributes:
         cursor: Rows of the run that all ranks together have consumed; what is read ahead does not count.
+        step_begin: The cursor before the step that was consumed last.
         plan: The order of the rows.
     """
 
@@ -228,7 +237,7 @@ class TokenStream:
 
         Args:
             config: Uses `data` and `run.seed`.
-            batch_plan: Sizes of the step, the same on every rank.
+            batch_plan: Sizes of a step with rows of `data.seq_len`, the same on every rank.
             rank: Takes the rank-th contiguous part of every step's rows.
             tokenizer_fingerprint: sha256 of the tokenizer's model file.
             cursor: Row at which to begin.
@@ -237,9 +246,10 @@ class TokenStream:
             DataError: The corpora are not prepared, damaged, or do not fit each other.
         """
         self.plan, corpora = open_plan(config, tokenizer_fingerprint)
-        self.cursor = cursor
-        self._batch_plan, self._depth = batch_plan, config.data.prefetch_steps
+        self.cursor = self.step_begin = cursor
+        self._depth = config.data.prefetch_steps
         self._read_step = _StepReader(self.plan, corpora, batch_plan, rank)
+        self._rows_in_step = self._read_step.rows_in_step
         self._ahead: _ReadAhead | None = None
         self._stop_reading: Callable[[], Any] = lambda: None
         self._closed = False
@@ -263,41 +273,53 @@ class TokenStream:
         if self._closed:
             raise RuntimeError("the token stream was closed")
         if self._ahead is None:
-            num_rows = self._batch_plan.global_batch_size
-            self._ahead = _ReadAhead(self._read_step, self.cursor, num_rows, self._depth)
+            self._ahead = _ReadAhead(self._read_step, self.cursor, self._rows_in_step, self._depth)
             # Runs at close, when the stream is collected, or at exit, before daemon threads are frozen.
             self._stop_reading = weakref.finalize(self, self._ahead.stop)
         return self._ahead.take()
 
     def advance(self) -> None:
         """Move the cursor past the oldest step that was read and not yet counted."""
-        self.cursor += self._batch_plan.global_batch_size
+        self.step_begin, self.cursor = self.cursor, self.cursor + self._rows_in_step(self.cursor)
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps, JSON: the cursor, the plan's identity, and rows and epochs per corpus."""
+        """What a checkpoint keeps, JSON: the cursor, the plan's identity, rows, tokens and epochs per corpus."""
         return {
             "cursor": self.cursor,
             "plan_hash": self.plan.hash,
             "plan": self.plan.pieces,
             "rows_per_corpus": self.plan.rows_per_corpus(self.cursor),
+            "tokens_per_corpus": self.plan.tokens_per_corpus(self.cursor),
             "epochs": self.plan.epochs(self.cursor),
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Go to where another stream of the same plan was.
+        """Go to where another stream was whose plan has the same rows up to there; later phases may differ.
 
         Raises:
-            DataError: The state belongs to another plan; names what differs.
+            DataError: The rows before are those of another plan; names what differs.
         """
+        cursor = int(state["cursor"])
         if state["plan_hash"] != self.plan.hash:
-            raise DataError(
-                f"data: the order of rows differs from the checkpoint's: "
-                f"{self.plan.explain_difference(state.get('plan', {}))}. "
-                "Put back what changed, or begin another run with run.dir=…"
-            )
+            if difference := self.plan.explain_difference(state.get("plan", {}), cursor):
+                raise DataError(
+                    f"data: the order of rows differs from the checkpoint's: {difference}. "
+                    "Put back what changed, or begin another run with run.dir=…"
+                )
+        self._check_steps(cursor)
         self._stop_reading()
         self._ahead = None
-        self.cursor = int(state["cursor"])
+        self.cursor = self.step_begin = cursor
+
+    def _check_steps(self, cursor: int) -> None:
+        """Check that no step from the cursor on has rows of two lengths."""
+        for begin, end in pairwise([cursor, *(row for row in self.plan.first_rows if row > cursor)]):
+            if self.plan.seq_len_at(begin) != self.plan.seq_len_at(end) and (end - begin) % self._rows_in_step(begin):
+                raise DataError(
+                    f"data.phases: rows of {self.plan.seq_len_at(end)} tokens begin at row {end}, inside of a step of "
+                    f"{self._rows_in_step(begin)} rows; expected the end of one. Put back the train.global_batch_size "
+                    f"that the checkpoint at row {cursor} was made with."
+                )
 
     def close(self) -> None:
         """End the thread and close the shards."""
@@ -307,7 +329,7 @@ class TokenStream:
 
 
 class ValRows:
-    """The held-out rows of all sources, one after the other.
+    """The held-out rows of all sources, one after the other, of `data.seq_len` in every phase.
 
     Attributes:
         num_rows: Rows used.
@@ -325,8 +347,10 @@ class ValRows:
         Raises:
             DataError: There are no held-out rows, or the corpora are as for `TokenStream`.
         """
-        self._corpora = open_corpora(config, tokenizer_fingerprint, "val")
-        self._ends = np.cumsum([corpus.rows.num_rows for corpus in self._corpora])
+        self._seq_len = config.data.seq_len
+        seq_lens = {source.name: [self._seq_len] for source in config.data.sources}
+        self._corpora = open_corpora(config, tokenizer_fingerprint, "val", seq_lens)
+        self._ends = np.cumsum([corpus.rows[self._seq_len].num_rows for corpus in self._corpora])
         available = int(self._ends[-1])
         if not available:
             documents = ", ".join(
@@ -341,11 +365,11 @@ class ValRows:
         self._available = available
         self.num_rows = min(max_rows or available, available)
         self.damaged: list[str] = []
-        self._rows = _RowReader(config.data.seq_len)
+        self._rows = _RowReader()
 
     def batch(self, row_numbers: Sequence[int]) -> Batch:
         """Read the rows with these numbers, each from 0 to num_rows - 1."""
-        batch, _, damaged = self._rows.read([self._locate(number) for number in row_numbers])
+        batch, _, damaged = self._rows.read([self._locate(number) for number in row_numbers], self._seq_len)
         self.damaged += [name for name in damaged if name not in self.damaged]
         return batch
 
@@ -357,6 +381,7 @@ class ValRows:
         if not 0 <= number < self.num_rows:
             raise IndexError(f"held-out row {number} of {self.num_rows}")
         row = number * self._available // self.num_rows
-        corpus = int(np.searchsorted(self._ends, row, side="right"))
-        rows = self._corpora[corpus].rows
-        return _RowAddress(self._corpora[corpus], *rows.locate(row - (int(self._ends[corpus]) - rows.num_rows)), number)
+        i = int(np.searchsorted(self._ends, row, side="right"))
+        corpus = self._corpora[i]
+        rows = corpus.rows[self._seq_len]
+        return _RowAddress(corpus, rows, *rows.locate(row - (int(self._ends[i]) - rows.num_rows)), number)

@@ -155,9 +155,13 @@ def finish_step(run: Run, rows: StepInput, applied: bool, lr: float, sums: Pendi
         run.event("skipped_step", "a gradient is not finite; the weights were left as they were")
     # fp16's loss scale adapts by overflows, which count only where the loss is not a number itself
     is_overflow = config.train.precision == "fp16" and not applied and not math.isnan(sums.result()[1])
-    end = run.stream.cursor
+    begin, end, plan = run.stream.step_begin, run.stream.cursor, run.stream.plan
+    if begin in plan.first_rows[1:]:
+        run.event(
+            "phase", f"phase {plan.first_rows.index(begin) + 1} of {len(plan.first_rows)} has begun with this step"
+        )
     try:
-        run.guard.record(applied or is_overflow, progress.step, (end - run.plan.global_batch_size, end))
+        run.guard.record(applied or is_overflow, progress.step, (begin, end))
     finally:
         progress.num_skipped = run.guard.num_skipped
         now = time.perf_counter()
@@ -165,7 +169,8 @@ def finish_step(run: Run, rows: StepInput, applied: bool, lr: float, sums: Pendi
             step=progress.step, tokens=progress.num_tokens, loss=math.nan,
             objective=math.nan if config.train.has_extra_terms else None, grad_norm=math.nan, lr=lr,
             step_seconds=now - run.step_began, memory_bytes=peak_memory_bytes(run.ranks.device),
-            skipped_steps=progress.num_skipped, epochs=run.stream.state()["epochs"], phase_seconds={},
+            skipped_steps=progress.num_skipped, seq_len=plan.seq_len_at(begin),
+            corpus_tokens=plan.tokens_per_corpus(end), epochs=plan.epochs(end), phase_seconds={},
         ), rows.num_targets, sums, phases, run.ranks.world_size)  # fmt: skip
         run.step_began = now
     if sums.is_ready():

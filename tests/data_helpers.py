@@ -60,6 +60,7 @@ def make_corpus(
     train: Sequence[np.ndarray],
     val: Sequence[np.ndarray] = (),
     seq_lens: Sequence[int] = (32,),
+    packings: Sequence[str] = ("best_fit",),
     shard_bytes: int = 8192,
     tokenizer: str = TOKENIZER,
     vocab_size: int = 1000,
@@ -78,7 +79,8 @@ def make_corpus(
         source_fingerprint="b" * 64,
     )
     for seq_len in seq_lens:
-        build_row_tables(folder, manifest, seq_len)
+        for packing in packings:
+            build_row_tables(folder, manifest, seq_len, packing)
     manifest.save(folder)
     return manifest
 

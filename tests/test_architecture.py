@@ -21,8 +21,10 @@ BENCHMARKS = sorted(path.relative_to(ROOT) for path in (ROOT / "benchmarks").glo
 
 # A module imports modules of lower tiers only. `kernels` is below all of them.
 TIERS = (
-    "errors config spellings hardware start_clock",
-    "config_docs schedule batch_plan packing families console tokenizer source_files matrix_exchange lion"
+    "errors section spellings hardware start_clock",
+    "model_options",
+    "config",
+    "config_docs schedule batch_plan packing phases row_order families console tokenizer source_files matrix_exchange lion"
     " generate_options",
     "checks explain sentencepiece_model varied_texts table_files token_files shards tensor_files distributed layers recompute"
     " published model_card muon compiling",
@@ -56,7 +58,7 @@ FILE_OF_LIBRARY = {
 }
 # Data is prepared on machines that have no use for torch, and its start-up is quick without it.
 WITHOUT_TORCH = (
-    "config settings checks families schedule batch_plan packing tokenizer sentencepiece_model sentencepiece_tokenizer"
+    "section model_options config settings checks families schedule batch_plan packing phases row_order tokenizer sentencepiece_model sentencepiece_tokenizer"
     " hf_tokenizer tokenizer_files tokenizer_trial tokenizer_export varied_texts source_files table_files token_files"
     " sources shards shard_reader row_table data_plan journal workers corpus source_sample prepare dry_run"
 )
@@ -67,7 +69,12 @@ MAX_COMMAND_LINES = 70
 MAX_OPTIONS = 150
 
 # Words by which code calls a section, beside its own name and `section`.
-SECTION_WORDS = {"data.sources.*": {"source"}, "optim.groups.*": {"rule"}, "eval": {"evaluation"}}
+SECTION_WORDS = {
+    "data.sources.*": {"source"},
+    "optim.groups.*": {"rule"},
+    "data.phases.*": {"phase"},
+    "eval": {"evaluation"},
+}
 
 
 @cache

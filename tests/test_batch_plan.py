@@ -40,6 +40,16 @@ def test_a_plan() -> None:
     )
 
 
+def test_rows_of_another_length_leave_the_tokens_of_a_step() -> None:
+    plan = BatchPlan.of(config_of(256, 8), world_size=4)
+    assert plan.for_seq_len(128) is plan
+    for seq_len, rows, micro, per_rank in ((512, 64, 2, 16), (32, 1024, 32, 256), (1024, 32, 1, 8)):
+        other = plan.for_seq_len(seq_len)
+        assert (other.global_batch_size, other.micro_batch_size, other.rows_per_rank) == (rows, micro, per_rank)
+        assert (other.seq_len, other.tokens_per_step, other.num_micro_steps) == (seq_len, 32768, 8)
+        assert other.for_seq_len(128) == plan
+
+
 def test_tokens_are_rounded_up_to_whole_steps() -> None:
     assert num_steps_of(config_of(8, 2, None, 8 * 128 * 5)) == 5
     assert num_steps_of(config_of(8, 2, None, 8 * 128 * 5 + 1)) == 6

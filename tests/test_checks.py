@@ -129,6 +129,98 @@ def test_nesterov_needs_momentum() -> None:
     assert texts_of(config_of(optim__name="muon", optim__momentum=0.0)) == [("optim.momentum", text)]
 
 
+def sources_of(**options: list[float | None]) -> list[dict[str, Any]]:
+    """Three sources with these options, each for those where it is not None."""
+    names = ("web", "code", "books")
+    return [
+        {"name": name, "shards": f"data/{name}"}
+        | {key: values[number] for key, values in options.items() if values[number] is not None}
+        for number, name in enumerate(names)
+    ]
+
+
+def test_all_sources_are_mixed_by_the_same() -> None:
+    assert texts_of(config_of(data__sources=sources_of(epochs=[1, 2, 0.5]))) == []
+    assert texts_of(config_of(data__sources=sources_of(epochs=[1, None, 0.5]))) == [(
+        "data.sources.1",
+        "data.sources.1.epochs is missing; expected it in every source, because data.sources.0 has it. Add it; 0 leaves "
+        "code to later phases.",
+    )]  # fmt: skip
+    both = config_of(data__sources=sources_of(epochs=[1, 2, 3], tokens=[None, 5, None]))
+    assert texts_of(both) == [
+        (
+            "data.sources.1.tokens",
+            "data.sources.1.tokens is 5.0; expected epochs or tokens in all sources, not both. Drop one.",
+        )
+    ]
+    weighed = config_of(data__sources=sources_of(tokens=[1, 2, 3], weight=[1, None, None]))
+    assert texts_of(weighed, "data.sources.0.weight") == [(
+        "data.sources.0.weight",
+        "data.sources.0.weight is 1.0; expected to be left out. The sources are mixed by their tokens.",
+    )]  # fmt: skip
+
+
+def test_sources_are_used_at_last_and_some_at_first() -> None:
+    later = [{"from_step": 50, "weights": {"books": 1.0}}]
+    assert texts_of(config_of(data__sources=sources_of(weight=[1, 1, 0]), data__phases=later)) == []
+    assert texts_of(config_of(data__sources=sources_of(weight=[1, 0, 0]), data__phases=later)) == [(
+        "data.sources.1.weight",
+        "data.sources.1.weight is 0; expected above 0, or code in one of data.phases. Drop the source, or use it.",
+    )]  # fmt: skip
+    text = (
+        "data.sources.0.tokens is 0; expected above 0 in one source, so that there is something to begin with. Use 1."
+    )
+    phases = [{"from_step": 50, "tokens": {"web": 1, "code": 1, "books": 1}}]
+    found = texts_of(config_of(data__sources=sources_of(tokens=[0, 0, 0]), data__phases=phases))
+    assert found == [("data.sources.0.tokens", text)]
+
+
+PHASE_SOURCES = sources_of(weight=[1, 1, 1])
+
+
+@pytest.mark.parametrize(
+    ("phases", "option", "text"),
+    [
+        (
+            [{"from_step": 50, "seq_len": 32}, {"from_step": 50, "seq_len": 64}],
+            "data.phases.1.from_step",
+            "data.phases.1.from_step is 50; expected more than data.phases.0.from_step (50). Put the phases into their "
+            "order.",
+        ),
+        (
+            [{"from_step": 100, "weights": {"web": 1.0}}],
+            "data.phases.0.from_step",
+            "data.phases.0.from_step is 100; expected less than the run's 100 steps. Lengthen the run, or drop the phase.",
+        ),
+        (
+            [{"from_step": 50}],
+            "data.phases.0",
+            "data.phases.0 gives nothing but from_step; expected weights, epochs, tokens or seq_len. Add one, or drop it.",
+        ),
+        (
+            [{"from_step": 50, "weights": {"web": 1.0}, "tokens": {"code": 2.0}}],
+            "data.phases.0.tokens",
+            "data.phases.0.tokens is {code: 2.0}; expected one of weights, epochs and tokens. Drop one.",
+        ),
+        (
+            [{"from_step": 50, "weights": {"web": 1.0, "wiki": 2.0}}],
+            "data.phases.0.weights",
+            "data.phases.0.weights has wiki; expected names of data.sources. Use web or code or books.",
+        ),
+        (
+            [{"from_step": 50, "seq_len": 512}],
+            "data.phases.0.seq_len",
+            "data.phases.0.seq_len is 512; expected a divisor of train.micro_batch_size x data.seq_len (2 x 64 = 128), so "
+            "that a step has as many tokens in every phase. Use another length, or a micro-batch of a multiple of 8 rows.",
+        ),
+    ],
+)
+def test_phases_follow_each_other_and_name_sources(phases: list[Any], option: str, text: str) -> None:
+    assert texts_of(config_of(data__sources=PHASE_SOURCES, data__phases=phases)) == [(option, text)]
+    good = [{"from_step": 50, "weights": {"web": 2.0, "code": 1.0}, "seq_len": 128}, {"from_step": 60, "seq_len": 32}]
+    assert texts_of(config_of(data__sources=PHASE_SOURCES, data__phases=good)) == []
+
+
 def test_length_is_given_once() -> None:
     assert texts_of(config_of(train__num_steps=None)) == [
         ("train", "train.num_steps is missing; expected train.num_steps or train.num_tokens. Add one.")

@@ -9,9 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pretrain import data_plan
-from pretrain.data_plan import CorpusOrder, DataPlan, mixture_slots, open_plan, permutation, spread_slots
+from pretrain import row_order
+from pretrain.data_plan import DataPlan, Mixture, open_plan
 from pretrain.errors import ConfigError, DataError
+from pretrain.row_order import MIXTURE_PERIOD, CorpusOrder, mixture_slots, permutation, spread_slots
+from pretrain.row_table import build_row_tables
+from pretrain.shards import Manifest
 from tests.data_helpers import make_config, make_corpus, random_documents
 
 SIZES = {"web": [13, 40, 7, 22, 31, 18], "code": [9, 11], "books": [25, 4, 60]}
@@ -20,7 +23,7 @@ WEIGHTS = {"web": 0.7, "code": 0.2, "books": 0.1}
 
 def make_plan(names=("web", "code", "books"), seed=7, window_shards=2, weights=WEIGHTS, identity=None):
     corpora = [(name, np.array(SIZES[name]), weights[name]) for name in names]
-    return DataPlan(corpora, seed, window_shards, identity or {"data.seq_len": 32})
+    return DataPlan([Mixture(0, 32, corpora, identity=identity or {"data.seq_len": 32})], seed, window_shards)
 
 
 def test_the_order_is_the_one_of_the_first_release():
@@ -65,7 +68,7 @@ def test_every_prefix_of_the_mixture_has_each_share_to_within_one_row(weights):
 
 def test_counts_follow_the_weights_over_the_whole_run():
     plan = make_plan()
-    total = 3 * data_plan.MIXTURE_PERIOD
+    total = 3 * MIXTURE_PERIOD
     counts = np.zeros(3)
     shares = np.array([round(w * 4096) / 4096 for w in WEIGHTS.values()])
     for t in range(total):
@@ -104,8 +107,8 @@ def test_a_fresh_plan_gives_what_iterating_gives(t):
 
 def test_seeking_far_makes_no_more_permutations_than_seeking_to_the_start(monkeypatch):
     made = []
-    real = data_plan.permutation
-    monkeypatch.setattr(data_plan, "permutation", lambda size, *key: made.append(size) or real(size, *key))
+    real = row_order.permutation
+    monkeypatch.setattr(row_order, "permutation", lambda size, *key: made.append(size) or real(size, *key))
     for t in (0, 10**8, 10**12):
         made.clear()
         make_plan().locate(t)
@@ -155,7 +158,7 @@ def test_weights_without_a_row_and_corpora_without_rows_are_refused():
     with pytest.raises(ConfigError, match=r"data\.sources\[code\]\.weight is 1e-05, .*at least 1/4096\. Raise it"):
         make_plan(weights={**WEIGHTS, "code": 1e-5})
     with pytest.raises(DataError, match=r"data\.sources\[web\]: training rows are 0; expected at least one"):
-        DataPlan([("web", np.array([0]), 1.0)], 1, 2, {})
+        DataPlan([Mixture(0, 32, [("web", np.array([0]), 1.0)])], 1, 2)
 
 
 @pytest.fixture
@@ -170,9 +173,26 @@ def test_open_plan_reads_row_counts_and_fingerprints(folders):
     assert [corpus.name for corpus in corpora] == plan.names == ["web", "code"]
     for corpus in corpora:
         assert plan.pieces[f"manifest of {corpus.name}"] == corpus.manifest.fingerprint()
-        assert plan.pieces[f"rows of {corpus.name}"] == corpus.rows.num_rows
+        assert plan.pieces[f"rows of {corpus.name}"] == corpus.rows[32].num_rows
     assert plan.pieces["share of web"] == "3072/4096" and plan.pieces["tokenizer"] == "a" * 64
     assert plan.hash != open_plan(make_config(folders, seed=2), "a" * 64)[0].hash
+
+
+def test_corpora_prepared_before_there_were_other_packings_keep_their_plan(folders):
+    # Computed by the version before: another value would refuse the checkpoints of runs that exist.
+    assert open_plan(make_config(folders), "a" * 64)[0].hash == (
+        "8249188f6804f7c04ac11192b1334a79ea25d6245e681f0b3fb5659489486129"
+    )
+
+
+def test_another_packing_is_another_plan(folders):
+    plan = open_plan(make_config(folders), "a" * 64)[0]
+    with pytest.raises(DataError, match=r"rows-32-concat is missing; .*data\.packing concat\. Run:"):
+        open_plan(make_config(folders, packing="concat"), "a" * 64)
+    for folder in folders:
+        build_row_tables(folder, Manifest.load(folder), 32, "concat")
+    other = open_plan(make_config(folders, packing="concat"), "a" * 64)[0]
+    assert "packing was concatenated-1 and is best-fit-decreasing-1" in plan.explain_difference(other.pieces)
 
 
 def test_unprepared_corpora_are_refused_with_the_command_to_run(folders):

@@ -189,6 +189,28 @@ def test_sources_are_added_up_and_complete_ones_recalled(corpus: tuple, tmp_path
     assert (content["num_steps"], content["tokens_per_step"], content["seq_len"]) == (100, 8 * 256, 256)
 
 
+def test_epochs_follow_the_mixture_of_each_phase(tmp_path: Path) -> None:
+    sources = [{"name": name, "shards": str(tmp_path / name)} for name in ("a", "b")]
+    counts = {"num_files": 0, "source_bytes": 0, "num_documents": 1, "text_bytes": 1, "num_tokens": 1, "shard_bytes": 1}
+    forecasts = [
+        dry_run.Forecast(name, "complete", True, **counts, num_rows=rows, epochs=0.0, epoch_steps=0.0, seconds=0.0)
+        for name, rows in (("a", 200), ("b", 400))
+    ]
+
+    def epochs_of(*phases: dict, **options: list[float]) -> list[float]:
+        mixed = [
+            source | {key: values[number] for key, values in options.items()} for number, source in enumerate(sources)
+        ]
+        config = config_of(tmp_path, mixed, phases=list(phases))
+        return [dry_run._with_epochs(one, forecasts, config).epochs for one in forecasts]
+
+    assert epochs_of(weight=[3, 1]) == pytest.approx([600 / 200, 200 / 400])  # 100 steps of 8 rows
+    assert epochs_of(epochs=[2, 1]) == pytest.approx([2, 1]) == epochs_of(epochs=[4, 2])
+    assert epochs_of(tokens=[6e5, 2e5]) == pytest.approx([3, 0.5])
+    shorter_rows = {"from_step": 50, "weights": {"b": 1}, "seq_len": 128}
+    assert epochs_of(shorter_rows, weight=[1, 0]) == pytest.approx([2, 1])
+
+
 def test_what_prepare_would_refuse_is_an_error(corpus: tuple, tmp_path: Path) -> None:
     folder, texts, tokenizer = corpus
     source = {"name": "a", "paths": [str(tmp_path / "a.jsonl")], "shards": str(tmp_path / "shards")}

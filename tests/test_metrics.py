@@ -19,13 +19,13 @@ REQUIRED = {
 def make_log(folder, first_step=0, attempt=1, tensorboard=True):
     return MetricLog(
         folder, LogSection(every_steps=2, tensorboard=tensorboard), num_steps=10, tokens_per_step=1000, world_size=2,
-        flops_per_token=(60.0, 50.0), peak_flops=1e6, first_step=first_step, attempt=attempt,
+        flops_per_token={32: (60.0, 50.0)}, peak_flops=1e6, first_step=first_step, attempt=attempt,
     )  # fmt: skip
 
 
 def step_metrics(step, loss=2.0):
     return StepMetrics(step=step, tokens=1000 * step, loss=loss, objective=None, grad_norm=1.5, lr=1e-3, step_seconds=0.5,
-                       memory_bytes=123, skipped_steps=0, epochs={"code": 0.25},
+                       memory_bytes=123, skipped_steps=0, seq_len=32, corpus_tokens={"code": 64}, epochs={"code": 0.25},
                        phase_seconds={"data": 0.01, "forward": 0.2, "backward": 0.3})  # fmt: skip
 
 
@@ -42,7 +42,7 @@ def test_a_training_line_has_the_promised_keys_and_figures(tmp_path, capsys):
     assert set(line) >= REQUIRED
     assert (line["tokens_per_second"], line["tokens_per_second_per_gpu"]) == (2000.0, 1000.0)
     assert (line["mfu"], line["mfu_causal"]) == (pytest.approx(0.06), pytest.approx(0.05))
-    assert line["epoch/code"] == 0.25
+    assert (line["epoch/code"], line["tokens/code"]) == (0.25, 64)
     assert (line["seconds/forward"], line["seconds/backward"]) == (0.2, 0.3)
     shown = capsys.readouterr().err
     assert shown.count("\n") == 1 and shown.startswith("step 2/10  loss 2.0000  2k tokens/s  MFU 6.0%")

@@ -45,6 +45,30 @@ def test_locate_counts_rows_over_all_blocks(tmp_path, manifest):
     assert [table.locate(i) for i in range(table.num_rows)] == places
 
 
+@pytest.mark.parametrize("packing", ["concat", "document"])
+def test_another_packing_has_tables_of_its_own(tmp_path, documents, manifest, packing):
+    with pytest.raises(
+        DataError, match=rf"rows-32-{packing} is missing; .*seq_len 32 and data\.packing {packing}\. Run:"
+    ):
+        RowTable.open(tmp_path, manifest, "train", 32, packing)
+    build_row_tables(tmp_path, manifest, 32, packing)
+    table, best = (RowTable.open(tmp_path, manifest, "train", 32, how) for how in (packing, "best_fit"))
+    assert table.path.name == f"rows-32-{packing}" and best.path.name == "rows-32"
+    slots = [
+        (block, d, s + i)
+        for block, n in enumerate(table.rows_per_block)
+        for row in range(n)
+        for d, s, length in table.row(block, row).tolist()
+        for i in range(length)
+    ]
+    assert len(set(slots)) == len(slots) == sum(len(one) - 1 for one in documents)
+    assert table.num_rows >= best.num_rows if packing == "document" else table.num_rows <= best.num_rows
+    with pytest.raises(DataError, match="its packing differs"):
+        (tmp_path / "rows-32").rename(tmp_path / "old")
+        (tmp_path / f"rows-32-{packing}").rename(tmp_path / "rows-32")
+        RowTable.open(tmp_path, manifest, "train", 32)
+
+
 def test_building_again_does_nothing(tmp_path, manifest, monkeypatch):
     monkeypatch.setattr(row_table, "pack", None)
     build_row_tables(tmp_path, manifest, 32)

@@ -6,8 +6,8 @@ import json
 
 import pytest
 
-from pretrain.config import RopeScalingSection
 from pretrain.errors import ConfigError
+from pretrain.model_options import RopeScalingSection
 from pretrain.run_folder import RunFolder, changed_options, flatten
 from pretrain.settings import load_config
 from tests.conftest import write_tiny_corpus
@@ -52,6 +52,20 @@ def test_before_the_first_checkpoint_any_config_may_begin(tmp_path):
     allowed.close()
     starts = json.loads((tmp_path / "run" / "environment.json").read_text())["starts"]
     assert len(starts) == 4 and {"command", "versions", "git_commit", "host", "world_size"} <= set(starts[0])
+
+
+def test_sources_and_phases_may_change_but_not_the_number_of_learned_positions(tmp_path):
+    path = write_tiny_corpus(tmp_path / "corpus")
+    gpt2 = "model={family: gpt2, dim: 32, num_layers: 2, num_heads: 4}"
+    RunFolder(load_config(path, [f"run.dir={tmp_path}/run", gpt2])).close()
+    save_one(tmp_path / "run")
+    changes = [f"run.dir={tmp_path}/run", gpt2, "data.sources.0.weight=1", "data.phases=[{from_step: 5, seq_len: 16}]"]
+    RunFolder(load_config(path, changes)).close()  # what of it is past is for the plan of the rows to judge
+    with pytest.raises(
+        ConfigError, match=r"data\.phases: 'rows of up to 32 tokens' in the run folder, 'rows of up to 64 t"
+    ):
+        RunFolder(load_config(path, [*changes, "data.phases=[{from_step: 5, seq_len: 64}]"]))
+    (tmp_path / "run" / "config.yaml").unlink()
 
 
 def test_a_folder_without_its_config_is_refused(config):

@@ -179,7 +179,7 @@ def test_missing_sections_name_what_they_need(tmp_path: Path) -> None:
         ("model.dim.x=1", "model.dim.x does not exist; model.dim is 1024."),
         ("data.sources.2.weight=1", "data.sources.2.weight does not exist; data.sources has 2, counted from 0."),
         ("data.sources.web.weight=1", "data.sources.web.weight does not exist; data.sources has 2, counted from 0."),
-        ("data.sources.1.weight=-1", "data.sources.1.weight is -1; expected a number above 0."),
+        ("data.sources.1.weight=-1", "data.sources.1.weight is -1; expected a number of at least 0."),
     ],
 )
 def test_wrong_overrides(tmp_path: Path, override: str, message: str) -> None:
@@ -238,6 +238,8 @@ def test_rules_between_options_have_places(tmp_path: Path) -> None:
         ["optim.name=rmsprop", "optim.momentum=0.9"],
         ["optim.name=lion", "optim.groups=[{match: 'embedding.*', lr_ratio: 2}, {match: x, weight_decay: 0.2}]"],
         ["optim.name=muon", "optim.nesterov=false"],
+        ["data.phases=[{from_step: 9, weights: {web: 1}}, {from_step: 12, tokens: {web: 2e9, code: 1}, seq_len: 64}]"],
+        ["data.sources.0.epochs=2", "data.sources.1.epochs=0.5", "data.sources.1.weight=null", "data.packing=concat"],
         [
             "schedule.name=wsd",
             "schedule.decay_steps=100",
@@ -260,6 +262,7 @@ def test_resolved_yaml_reads_back_as_the_same_config(tmp_path: Path, overrides: 
     assert parse_config(config.model_dump()) == config
     for option in options().values():
         of_no_group = option.name.startswith("optim.groups.*") and not config.optim.groups
+        of_no_group |= option.name.startswith("data.phases.*") and not config.data.phases
         in_null_section = config.model.rope_scaling is None and option.name.startswith("model.rope_scaling.")
         is_absent = option.section or of_no_group or in_null_section
         assert is_absent or option.name.rpartition(".")[2] + ": " in text
@@ -324,8 +327,12 @@ def test_spellings_lead_to_options() -> None:
     known = options()
     assert sorted({option for meant in SPELLINGS.values() for option in meant if option not in known}) == []
     own_words = {name.rpartition(".")[2] for name in known}
-    # DeepSpeed's and NeoX's `type` is an optimizer's or a schedule's name; model.rope_scaling has one of its own
-    assert sorted(own_words & set(SPELLINGS)) == ["type"]  # others would never be looked up, or hide the option itself
+    # DeepSpeed's and NeoX's `type` is an optimizer's or a schedule's name; model.rope_scaling has one of its own.
+    # Others' `epochs` are the length of the run; those of data.sources are of one corpus.
+    assert sorted(own_words & set(SPELLINGS)) == [
+        "epochs",
+        "type",
+    ]  # others would never be looked up, or hide the option itself
 
 
 @pytest.mark.parametrize(

@@ -180,7 +180,7 @@ def test_an_epoch_scores_each_token_but_bos_once_and_gives_the_documents_back(tm
     manifest = make_corpus(tmp_path / "web", documents, vocab_size=10**7)
     assert manifest.dtype == "uint32"
     stream = make_stream({tmp_path / "web": 1.0})
-    num_rows = stream.plan._orders[0].num_rows
+    num_rows = stream.plan.epoch_rows_at(0)["web"]
     tokens_BT, targets_BT, doc_start_BT, row_ids_B = (
         tensor[:num_rows].numpy()
         for tensor in concatenate(

@@ -160,7 +160,7 @@ def fake(monkeypatch):
 
 def make_log(folder, tracker):
     return MetricLog(folder, LogSection(tensorboard=False), num_steps=10, tokens_per_step=1000, world_size=1,
-                     flops_per_token=(1.0, 1.0), peak_flops=None, first_step=0, attempt=1, tracker=tracker)  # fmt: skip
+                     flops_per_token={32: (1.0, 1.0)}, peak_flops=None, first_step=0, attempt=1, tracker=tracker)  # fmt: skip
 
 
 def test_steps_that_the_site_has_are_not_sent_again(tmp_path, fake):
