@@ -63,7 +63,7 @@ class PendingStep:
         """Wait for the device, and return the whole metrics."""
         objective_sum, loss_sum, norm_sum = self.sums.result()
         num_targets = max(self.num_targets, 1)
-        seconds = self.phases.seconds()
+        seconds = {"communication": 0.0} | self.phases.seconds()  # one rank may have none
         # What the phases leave. The device runs behind the host, so that their ends differ a little.
         rest = max(0.0, self.metrics.step_seconds - sum(seconds.values()))
         return replace(
