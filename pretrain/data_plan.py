@@ -15,7 +15,7 @@ import hashlib
 import json
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -26,6 +26,7 @@ import numpy as np
 from pretrain.config import Config
 from pretrain.errors import ConfigError, DataError
 from pretrain.packing import PACKING_VERSION
+from pretrain.remote_corpus import RemoteCorpus, min_cache_bytes, open_remote
 from pretrain.row_table import RowTable
 from pretrain.shard_reader import check_shards
 from pretrain.shards import PREPARE_COMMAND, Manifest, Shard
@@ -128,7 +129,7 @@ class CorpusOrder:
     def locate(self, k: int) -> tuple[int, int, int]:
         """Return (epoch, block, row in the block) of the corpus's k-th row of the run."""
         number, k = divmod(k, self.num_rows)
-        epoch = self._epochs.get(number, lambda: self._order_blocks(number))
+        epoch = self._epoch(number)
         window = bisect_right(epoch.window_begins, k) - 1
         begin, end = epoch.window_begins[window : window + 2]
         order = self._windows.get(
@@ -137,6 +138,21 @@ class CorpusOrder:
         row = begin + int(order[k - begin])
         place = bisect_right(epoch.block_begins, row) - 1
         return number, epoch.blocks[place], row - epoch.block_begins[place]
+
+    def coming_blocks(self, k: int, num_windows: int) -> Iterator[list[int]]:
+        """Yield the blocks of the window that holds the corpus's k-th row, and those of the windows after it."""
+        number, k = divmod(k, self.num_rows)
+        epoch = self._epoch(number)
+        window = bisect_right(epoch.window_begins, k) - 1
+        for _ in range(num_windows):
+            if window == len(epoch.window_begins) - 1:
+                number, window = number + 1, 0
+                epoch = self._epoch(number)
+            yield epoch.blocks[window * self._window_shards : (window + 1) * self._window_shards]
+            window += 1
+
+    def _epoch(self, number: int) -> _Epoch:
+        return self._epochs.get(number, lambda: self._order_blocks(number))
 
     def _order_blocks(self, epoch: int) -> _Epoch:
         blocks = permutation(len(self._rows_per_block), self._seed, self.name, epoch)
@@ -212,6 +228,17 @@ class DataPlan:
         k = period * int(self._slots[corpus]) + int(self._before[slot, corpus])
         return corpus, *self._orders[corpus].locate(k)
 
+    def coming_blocks(self, t: int, num_windows: int) -> list[tuple[int, int]]:
+        """Return (number of the corpus, block) of what is needed from the run's row t on, the nearest windows first."""
+        counts = self.rows_per_corpus(t)
+        ways = [order.coming_blocks(counts[order.name], num_windows) for order in self._orders]
+        return [
+            (corpus, block)
+            for windows in zip(*ways, strict=True)
+            for corpus, blocks in enumerate(windows)
+            for block in blocks
+        ]
+
     def rows_per_corpus(self, t: int) -> dict[str, int]:
         """Rows of each corpus among the run's first t rows, by name."""
         period, slot = divmod(t, MIXTURE_PERIOD)
@@ -243,11 +270,12 @@ class Corpus:
 
     Attributes:
         name: Its name in the config.
-        folder: Its folder.
+        folder: Its folder; of a corpus from elsewhere the one in the node's cache.
         manifest: What the folder holds.
         split: `train` or `val`.
         rows: Its row table for the config's `seq_len`.
         weight: Its weight in the config.
+        remote: Where its files come from, if not from a local folder.
     """
 
     name: str
@@ -256,11 +284,27 @@ class Corpus:
     split: str
     rows: RowTable
     weight: float
+    remote: RemoteCorpus | None = None
 
     @cached_property
     def shards(self) -> tuple[Shard, ...]:
         """The split's shards, which are the blocks of its rows."""
         return self.manifest.shards(self.split)
+
+    @property
+    def place(self) -> str:
+        """Where it lies, as messages say it."""
+        return str(self.remote or self.folder)
+
+    def stop_downloads(self) -> None:
+        """End what is being downloaded; nothing more is."""
+        if self.remote:
+            self.remote.store.close()
+
+    def close(self) -> None:
+        """Let go of what it keeps in the node's cache."""
+        if self.remote:
+            self.remote.close()
 
 
 def open_corpora(config: Config, tokenizer_fingerprint: str, split: str) -> list[Corpus]:
@@ -276,7 +320,8 @@ def open_corpora(config: Config, tokenizer_fingerprint: str, split: str) -> list
     """
     corpora = []
     for source in config.data.sources:
-        folder = Path(source.shards)
+        remote = open_remote(source.shards, config.data)
+        folder = remote.folder if remote else Path(source.shards)
         if not folder.is_dir():
             raise DataError(
                 f"data.sources[{source.name}].shards is {folder}, which does not exist; expected the folder of a "
@@ -285,13 +330,17 @@ def open_corpora(config: Config, tokenizer_fingerprint: str, split: str) -> list
         manifest = Manifest.load(folder)
         if manifest.tokenizer_fingerprint != tokenizer_fingerprint:
             raise DataError(
-                f"{folder}: it was prepared with tokenizer {manifest.tokenizer_fingerprint[:12]}…; expected that of "
-                f"{config.tokenizer.model}, {tokenizer_fingerprint[:12]}…. Use the tokenizer that the corpus was "
-                f"prepared with, or prepare it into a new folder: {PREPARE_COMMAND}"
+                f"{remote or folder}: it was prepared with tokenizer {manifest.tokenizer_fingerprint[:12]}…; expected "
+                f"that of {config.tokenizer.model}, {tokenizer_fingerprint[:12]}…. Use the tokenizer that the corpus "
+                f"was prepared with, or prepare it into a new folder: {PREPARE_COMMAND}"
             )
-        check_shards(folder, manifest.shards(split))
-        rows = RowTable.open(folder, manifest, split, config.data.seq_len)
-        corpora.append(Corpus(source.name, folder, manifest, split, rows, source.weight))
+        if remote:
+            rows = RowTable.open(remote.fetch_rows(manifest, split, config.data.seq_len), manifest, split,
+                                 config.data.seq_len)  # fmt: skip
+        else:
+            check_shards(folder, manifest.shards(split))
+            rows = RowTable.open(folder, manifest, split, config.data.seq_len)
+        corpora.append(Corpus(source.name, folder, manifest, split, rows, source.weight, remote))
     return corpora
 
 
@@ -303,6 +352,7 @@ def open_plan(config: Config, tokenizer_fingerprint: str) -> tuple[DataPlan, lis
         ConfigError: A weight is too small.
     """
     corpora = open_corpora(config, tokenizer_fingerprint, "train")
+    _check_cache(config, corpora)
     identity: dict[str, str | int | float] = {
         "packing": PACKING_VERSION,
         "data.seq_len": config.data.seq_len,
@@ -316,3 +366,15 @@ def open_plan(config: Config, tokenizer_fingerprint: str) -> tuple[DataPlan, lis
         identity,
     )
     return plan, corpora
+
+
+def _check_cache(config: Config, corpora: list[Corpus]) -> None:
+    """Refuse a cache in which the shards of a window would drive each other out."""
+    data = config.data
+    least = sum(min_cache_bytes(one.shards, data.shuffle_window_shards) for one in corpora if one.remote)
+    if least > data.cache_bytes:
+        raise ConfigError(
+            f"data.cache_bytes is {data.cache_bytes}; expected at least {least}: the data.shuffle_window_shards "
+            f"({data.shuffle_window_shards}) largest shards of every source from elsewhere, whose rows are read in one "
+            "another's midst. Raise it."
+        )

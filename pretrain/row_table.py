@@ -18,7 +18,7 @@ from pretrain.packing import PACKING_VERSION, SEGMENT_DTYPE, pack
 from pretrain.shards import PREPARE_COMMAND, Manifest, load_index, sync_folder, write_atomically
 
 _SPLITS = ("train", "val")
-_IDENTITY_NAME = "identity.json"
+IDENTITY_NAME = "identity.json"
 
 
 def build_row_tables(folder: str | Path, manifest: Manifest, seq_len: int) -> None:
@@ -34,7 +34,7 @@ def build_row_tables(folder: str | Path, manifest: Manifest, seq_len: int) -> No
     Raises:
         DataError: An index is damaged, or the tables cannot be written.
     """
-    target = _table_folder(folder, seq_len)
+    target = table_folder(folder, seq_len)
     if _read_identity(target) == _identity(manifest, seq_len):
         return
     temporary = target.with_name(f".{target.name}.tmp")
@@ -45,7 +45,7 @@ def build_row_tables(folder: str | Path, manifest: Manifest, seq_len: int) -> No
         temporary.mkdir(parents=True)
         for split in _SPLITS:
             _build_split(Path(folder), temporary, manifest, split, seq_len)
-        write_atomically(temporary / _IDENTITY_NAME, (json.dumps(_identity(manifest, seq_len)) + "\n").encode())
+        write_atomically(temporary / IDENTITY_NAME, (json.dumps(_identity(manifest, seq_len)) + "\n").encode())
         os.replace(temporary, target)
         sync_folder(target.parent)
     except OSError as error:
@@ -62,7 +62,7 @@ def _build_split(folder: Path, target: Path, manifest: Manifest, split: str, seq
     num_segments = 0
     for shard in shards:
         num_segments += int((-(-_num_slots(load_index(folder, shard)) // seq_len)).sum())
-    paths = {name: target / f"{split}.{name}.npy" for name in ("segments", "offsets", "blocks")}
+    paths = array_paths(target, split)
     segments = np.lib.format.open_memmap(paths["segments"], "w+", SEGMENT_DTYPE, (num_segments,))
     offsets, blocks = [np.zeros(1, np.uint64)], np.zeros(len(shards) + 1, np.uint64)
     begin = 0
@@ -85,8 +85,14 @@ def _num_slots(index: np.ndarray) -> np.ndarray:
     return np.maximum(index["num_tokens"].astype(np.int64) - 1, 0)
 
 
-def _table_folder(folder: str | Path, seq_len: int) -> Path:
+def table_folder(folder: str | Path, seq_len: int) -> Path:
+    """Where the row tables of a corpus lie."""
     return Path(folder) / f"rows-{seq_len}"
+
+
+def array_paths(target: Path, split: str) -> dict[str, Path]:
+    """The three arrays of a split's table, by name."""
+    return {name: target / f"{split}.{name}.npy" for name in ("segments", "offsets", "blocks")}
 
 
 def _identity(manifest: Manifest, seq_len: int) -> dict[str, str | int]:
@@ -95,7 +101,7 @@ def _identity(manifest: Manifest, seq_len: int) -> dict[str, str | int]:
 
 def _read_identity(target: Path) -> dict[str, str | int] | None:
     try:
-        return json.loads((target / _IDENTITY_NAME).read_bytes())
+        return json.loads((target / IDENTITY_NAME).read_bytes())
     except (OSError, ValueError):
         return None
 
@@ -114,7 +120,8 @@ class RowTable:
         Raises:
             DataError: There is no table for this `seq_len`, it is of other shards, or it is damaged.
         """
-        target = _table_folder(folder, seq_len)
+        target = table_folder(folder, seq_len)
+        paths = array_paths(target, split)
         identity, expected = _read_identity(target), _identity(manifest, seq_len)
         if identity is None:
             raise DataError(
@@ -129,10 +136,9 @@ class RowTable:
             )
         try:
             segments, offsets = (  # plain views of the maps: quicker to index
-                np.asarray(np.load(target / f"{split}.{name}.npy", mmap_mode="r", allow_pickle=False))
-                for name in ("segments", "offsets")
+                np.asarray(np.load(paths[name], mmap_mode="r", allow_pickle=False)) for name in ("segments", "offsets")
             )
-            blocks = np.load(target / f"{split}.blocks.npy", allow_pickle=False).astype(np.int64)
+            blocks = np.load(paths["blocks"], allow_pickle=False).astype(np.int64)
         except (OSError, ValueError, EOFError) as error:
             raise _damaged(target, str(error)) from error
         if len(blocks) != len(manifest.shards(split)) + 1 or blocks[-1] + 1 != len(offsets):

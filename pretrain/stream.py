@@ -19,6 +19,7 @@ import torch
 from pretrain.config import Config
 from pretrain.data_plan import Corpus, DataPlan, open_corpora, open_plan
 from pretrain.errors import DataError
+from pretrain.prefetch import Prefetcher
 from pretrain.shard_reader import DamagedDocumentError, ShardCache
 from pretrain.shards import PREPARE_COMMAND
 
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 IGNORED_TARGET = -100
 _PAD_ID = 3  # pad of the tokenizers trained here; of others any id does: padding is not scored, nor attended to
 _STOP_SECONDS = 5.0
+_WINDOWS_AHEAD = 2  # of each corpus: that of the step that is read, and the next one
 
 
 @dataclass
@@ -94,6 +96,9 @@ class _RowReader:
         arrays = (tokens_BT, targets_BT, doc_start_BT, row_ids_B)
         return Batch(*(torch.from_numpy(array) for array in arrays)), num_targets, damaged
 
+    def release_unused(self) -> None:
+        self._shards.release_unused()
+
     def close(self) -> None:
         self._shards.close()
 
@@ -107,7 +112,7 @@ class _RowReader:
     ) -> int:
         corpus = address.corpus
         shard = corpus.shards[address.block]
-        reader = self._shards.reader(corpus.folder, shard, corpus.manifest.dtype)
+        reader = self._shards.reader(corpus.folder, shard, corpus.manifest.dtype, corpus.remote)
         begin = num_targets = 0
         for document, start, length in corpus.rows.row(address.block, address.row).tolist():
             end = begin + length
@@ -117,7 +122,7 @@ class _RowReader:
             try:
                 ids = reader.read(document)
             except DamagedDocumentError:
-                damaged.append(f"{corpus.folder}/{shard.name}.tar document {document} in row {address.row_id}")
+                damaged.append(f"{corpus.place}/{shard.name}.tar document {document} in row {address.row_id}")
             else:
                 if start + length >= len(ids):
                     raise self._wrong_table(address)
@@ -188,10 +193,12 @@ class _StepReader:
     """Reads one rank's share of the step that begins at a row."""
 
     def __init__(self, plan: DataPlan, corpora: list[Corpus], batch_plan: BatchPlan, rank: int) -> None:
-        self._plan, self._corpora, self._batch_plan, self._rank = plan, corpora, batch_plan, rank
+        self._plan, self.corpora, self._batch_plan, self._rank = plan, corpora, batch_plan, rank
         self._rows = _RowReader(batch_plan.seq_len)
+        self._prefetcher: Prefetcher | None = None
 
     def __call__(self, cursor: int) -> StepRows:
+        self._prefetch(cursor)
         sizes = self._batch_plan
         begin = cursor + self._rank * sizes.rows_per_rank
         batches: list[Batch] = []
@@ -203,14 +210,37 @@ class _StepReader:
             batches.append(batch)
             num_targets += num_scored
             damaged += names
+        self._rows.release_unused()
         return StepRows(batches, num_targets, damaged)
+
+    def stop_prefetch(self) -> None:
+        if self._prefetcher:
+            self._prefetcher.stop()
+            self._prefetcher = None
 
     def close(self) -> None:
         self._rows.close()
+        for corpus in self.corpora:
+            corpus.close()
+
+    def _prefetch(self, cursor: int) -> None:
+        """Have the shards of the windows from the cursor on downloaded, of corpora that are not in a local folder."""
+        if not any(corpus.remote for corpus in self.corpora):
+            return
+        blocks = [(self.corpora[corpus], block) for corpus, block in self._plan.coming_blocks(cursor, _WINDOWS_AHEAD)]
+        wanted = [(corpus.remote, corpus.shards[block]) for corpus, block in blocks if corpus.remote]
+        if self._prefetcher is None:
+            self._prefetcher = Prefetcher(wanted)
+        self._prefetcher.want(wanted)
 
     def _locate(self, t: int) -> _RowAddress:
         corpus, _, block, row = self._plan.locate(t)
-        return _RowAddress(self._corpora[corpus], block, row, t)
+        return _RowAddress(self.corpora[corpus], block, row, t)
+
+
+def _stop(ahead: _ReadAhead, read_step: _StepReader) -> None:
+    read_step.stop_prefetch()
+    ahead.stop()
 
 
 class TokenStream:
@@ -266,7 +296,7 @@ class TokenStream:
             num_rows = self._batch_plan.global_batch_size
             self._ahead = _ReadAhead(self._read_step, self.cursor, num_rows, self._depth)
             # Runs at close, when the stream is collected, or at exit, before daemon threads are frozen.
-            self._stop_reading = weakref.finalize(self, self._ahead.stop)
+            self._stop_reading = weakref.finalize(self, _stop, self._ahead, self._read_step)
         return self._ahead.take()
 
     def advance(self) -> None:
@@ -300,7 +330,9 @@ class TokenStream:
         self.cursor = int(state["cursor"])
 
     def close(self) -> None:
-        """End the thread and close the shards."""
+        """End the threads and close the shards."""
+        for corpus in self._read_step.corpora:
+            corpus.stop_downloads()
         self._stop_reading()
         self._closed = True
         self._read_step.close()
@@ -346,12 +378,15 @@ class ValRows:
     def batch(self, row_numbers: Sequence[int]) -> Batch:
         """Read the rows with these numbers, each from 0 to num_rows - 1."""
         batch, _, damaged = self._rows.read([self._locate(number) for number in row_numbers])
+        self._rows.release_unused()
         self.damaged += [name for name in damaged if name not in self.damaged]
         return batch
 
     def close(self) -> None:
         """Close the shards."""
         self._rows.close()
+        for corpus in self._corpora:
+            corpus.close()
 
     def _locate(self, number: int) -> _RowAddress:
         if not 0 <= number < self.num_rows:
