@@ -15,7 +15,7 @@ import errno
 import fcntl
 import os
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
@@ -63,7 +63,10 @@ class CacheFile:
         """Append bytes; makes room for them if that was not done before."""
         end = self._file.tell() + len(data)
         if end > self._num_reserved:
-            self.reserve(max(end, min(2 * end, end + _GROWTH_BYTES)))
+            try:
+                self.reserve(min(2 * end, end + _GROWTH_BYTES))
+            except CacheFullError:
+                self.reserve(end)
         self._file.write(data)
 
     def end(self) -> None:
@@ -73,7 +76,13 @@ class CacheFile:
 
 
 class NodeCache:
-    """The cache of one node; any number of processes and threads use one folder."""
+    """The cache of one node; any number of processes and threads use one folder.
+
+    Attributes:
+        folder: Where.
+        max_bytes: Size that all files in it together do not exceed.
+        needed: Files that this process needs soon, and in what order; they are evicted last, the latest ones first.
+    """
 
     def __init__(self, folder: Path, max_bytes: int, wait_seconds: float) -> None:
         """Make the folder if it is missing.
@@ -87,6 +96,7 @@ class NodeCache:
             DataError: The folder cannot be used.
         """
         self.folder, self.max_bytes = folder, max_bytes
+        self.needed: Mapping[Path, int] = {}
         self._wait_seconds = wait_seconds
         with self._named_errors():
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -98,8 +108,8 @@ class NodeCache:
         path: Path,
         num_bytes: int | None,
         write: Callable[[CacheFile], object],
-        keep: Collection[Path] = (),
-        waits: bool = True,
+        ahead: bool = False,
+        spare: Path | None = None,
     ) -> bool:
         """Put a file into the cache, if it is not there, once on the whole node.
 
@@ -107,11 +117,11 @@ class NodeCache:
             path: Its place in the cache.
             num_bytes: Its size; None if it is not known.
             write: Writes its content and checks it; an exception leaves nothing behind.
-            keep: Files that must not make room for it.
-            waits: Wait for another process or thread that is downloading it.
+            ahead: It is not needed yet: what is `needed` does not make room for it, and nobody is waited for.
+            spare: A file that does not make room for it either.
 
         Returns:
-            Whether the file is there; False only if another one is downloading it and this one does not wait.
+            Whether the file is there; False only if another one is downloading it and it is not needed yet.
 
         Raises:
             CacheFullError: There is no room.
@@ -123,14 +133,14 @@ class NodeCache:
             while not path.exists():
                 descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
                 with open(descriptor, "r+b") as file:  # closing it ends the lock
-                    if not self._lock(file, path, waits):
+                    if not self._lock(file, path, not ahead):
                         return False
                     if not is_at(descriptor, temporary):
                         continue  # the one before has renamed it, or it was evicted
                     if path.exists():
                         temporary.unlink()  # came into being after the rename
                     else:
-                        self._fill(file, temporary, path, num_bytes, write, keep)
+                        self._fill(file, temporary, path, num_bytes, write, ahead, spare)
         return True
 
     def hold(self, path: Path) -> int | None:
@@ -159,11 +169,12 @@ class NodeCache:
         path: Path,
         num_bytes: int | None,
         write: Callable[[CacheFile], object],
-        keep: Collection[Path],
+        ahead: bool,
+        spare: Path | None,
     ) -> None:
         def make_room(old_bytes: int, new_bytes: int) -> None:
             with self._alone():
-                self._make_room(new_bytes - old_bytes, keep)
+                self._make_room(new_bytes - old_bytes, ahead, spare)
                 os.ftruncate(file.fileno(), new_bytes)
 
         try:
@@ -205,16 +216,17 @@ class NodeCache:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield
 
-    def _make_room(self, num_bytes: int, keep: Collection[Path]) -> None:
+    def _make_room(self, num_bytes: int, ahead: bool, spare: Path | None) -> None:
         """Evict what was used longest ago until so many bytes more fit; the whole folder's lock must be held."""
-        files = sorted(self._files())
+        needed = self.needed
+        files = sorted(self._files(), key=lambda file: (-needed.get(file[2], len(needed)), file[0]))
         excess = sum(size for _, size, _ in files) + num_bytes - self.max_bytes
         if num_bytes > self.max_bytes:
             raise CacheFullError(self._full(num_bytes, 0))
         for _, _, path in files:
             if excess <= 0:
                 return
-            if path not in keep:
+            if path != spare and not (ahead and path in needed):
                 excess -= self._evict(path)
         if excess > 0:
             raise CacheFullError(self._full(num_bytes, self.max_bytes + excess - num_bytes))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from pretrain.errors import DataError
@@ -35,7 +35,6 @@ class Prefetcher:
             wanted: Shards in the order in which they are needed.
         """
         self._wanted: Wanted = ()
-        self._keep: Collection[Path] = ()
         self._in_work: set[Path] = set()
         self._is_failing = False
         self._stopped = threading.Event()
@@ -49,11 +48,13 @@ class Prefetcher:
             thread.start()
 
     def want(self, wanted: Wanted) -> None:
-        """Say what is needed from now on, in this order; it does not make room for itself."""
+        """Say what is needed from now on, in this order."""
         with self._changed:
             if list(wanted) != list(self._wanted):
                 self._wanted = wanted
-                self._keep = {path for corpus, shard in wanted for path in corpus.files_of(shard)}
+                files = [path for corpus, shard in wanted for path in corpus.files_of(shard)]
+                for corpus, _ in wanted:
+                    corpus.cache.needed = {path: place for place, path in enumerate(files)}
                 self._changed.notify_all()
 
     def stop(self) -> None:
@@ -92,7 +93,7 @@ class Prefetcher:
                 return False
             self._in_work.add(paths[0])
         try:
-            return corpus.add(shard, self._keep, self._stopped)
+            return corpus.add(shard, self._stopped)
         finally:
             with self._changed:
                 self._in_work.discard(paths[0])

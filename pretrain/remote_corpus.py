@@ -12,7 +12,7 @@ import json
 import os
 import tempfile
 import threading
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -118,14 +118,13 @@ class RemoteCorpus:
             "deleting files in data.cache_dir? If not, raise data.cache_bytes."
         )
 
-    def add(self, shard: Shard, keep: Collection[Path] = (), until: threading.Event | None = None) -> bool:
+    def add(self, shard: Shard, until: threading.Event | None = None) -> bool:
         """Download a shard if it is not there.
 
         Args:
             shard: The shard.
-            keep: Files that must not make room for it.
             until: For downloads ahead of need: they do not wait for others that download the same, do not try again
-                what fails, and end when this is set.
+                what fails, leave in the cache what is needed, and end when this is set.
 
         Returns:
             Whether it is there; False only if another one is downloading it and this one does not wait.
@@ -135,8 +134,8 @@ class RemoteCorpus:
             DataError: It cannot be had.
         """
         write = self._downloader(f"{shard.name}.tar", shard.num_bytes, shard.sha256, until=until)
-        there = self.cache.add(self._tar(shard), shard.num_bytes, write, keep, until is None)
-        return there and self._add_index(shard, keep, until)
+        there = self.cache.add(self._tar(shard), shard.num_bytes, write, until is not None)
+        return there and self._add_index(shard, until)
 
     def files_of(self, shard: Shard) -> tuple[Path, Path]:
         """Where a shard's tar and index are once they are in the cache."""
@@ -193,10 +192,10 @@ class RemoteCorpus:
                 path.unlink()
             self._checked.add(shard.name)
 
-    def _add_index(self, shard: Shard, keep: Collection[Path] = (), until: threading.Event | None = None) -> bool:
+    def _add_index(self, shard: Shard, until: threading.Event | None = None) -> bool:
         path = index_path(self.folder, shard.name)
         write = self._downloader(path.name, None, shard.index_sha256, until=until)
-        return self.cache.add(path, None, write, keep, until is None)
+        return self.cache.add(path, None, write, until is not None, spare=self._tar(shard))
 
     def _downloader(
         self,

@@ -121,14 +121,13 @@ def test_options_that_do_something_are_not_idle() -> None:
         eval__every_steps=5,
         eval__patience=2,
         eval__sample_every_steps=5,
-        data__sources=[
-            {"name": "web", "paths": ["x"], "shards": "data/web"},
-            {"name": "far", "paths": ["x"], "shards": "s3://far"},
-        ],
+        data__sources=[{"name": "far", "paths": ["x"], "shards": "s3://far"}],
+        data__seq_len=64,
     )
     assert sorted(idle_options(config)) == ["optim.betas", "optim.nesterov"]
+    stores = ["data.cache_bytes", "data.cache_dir", "data.retry_seconds"]
     config = config_of(optim__name="muon", eval__sample_every_steps=5)
-    assert sorted(idle_options(config)) == ["eval.min_delta", "optim.alpha", "schedule.decay_steps"]
+    assert sorted(idle_options(config)) == [*stores, "eval.min_delta", "optim.alpha", "schedule.decay_steps"]
     assert "optim.momentum" not in idle_options(config_of(optim__name="sgd"))
 
 
