@@ -36,7 +36,7 @@ NUM_STEPS = 12
 @pytest.fixture(autouse=True)
 def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stores, "FIRST_PAUSE_SECONDS", 0.02)
-    monkeypatch.setattr(stores, "STALL_SECONDS", 1.0)
+    monkeypatch.setattr(stores, "STALL_SECONDS", 0.5)
 
 
 @pytest.fixture(scope="module")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import builtins
 import logging
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import fsspec
 import pytest
 
 from pretrain import stores
@@ -122,8 +123,6 @@ def test_a_signed_url_keeps_its_signature_behind_the_name_and_out_of_messages(se
 
 
 def test_other_stores_of_fsspec(tmp_path: Path) -> None:
-    import fsspec
-
     with fsspec.open("memory://corpus/a/file", "wb") as file:
         file.write(CONTENT)
     assert Store("memory://corpus/", 5).read("a/file") == CONTENT
@@ -135,18 +134,9 @@ def test_other_stores_of_fsspec(tmp_path: Path) -> None:
     ("s3://bucket/c", "s3fs", "longhaul[s3]"), ("gs://bucket/c", "gcsfs", "longhaul[gs]"), ("http://h/c", "aiohttp", "fsspec[http]"),
 ])  # fmt: skip
 def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch, url: str, module: str, package: str) -> None:
-    real = builtins.__import__
-
-    def without(name: str, *rest: object, **named: object) -> object:
-        if name.partition(".")[0] == module:
-            raise ImportError(f"No module named {module!r}")
-        return real(name, *rest, **named)  # type: ignore[arg-type]
-
-    import fsspec
-
-    monkeypatch.setattr(builtins, "__import__", without)
-    for protocol in ("s3", "gs"):
-        fsspec.registry.target.pop(protocol, None) if hasattr(fsspec.registry, "target") else None
+    monkeypatch.setitem(sys.modules, module, None)  # what Python takes for "not installed"
+    for protocol in ("s3", "gs", "http"):
+        monkeypatch.delitem(sys.modules["fsspec.registry"]._registry, protocol, raising=False)
     with pytest.raises(DataError) as caught:
         Store(url, 5)
     assert f"pip install '{package}'" in str(caught.value)
