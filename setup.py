@@ -45,12 +45,16 @@ setup(
         "test": [
             "accelerate>=1.1,<2",
             "datasets>=4,<6",
+            "flask>=3,<4",  # with flask-cors, what moto's server needs; its own extra brings 40 packages more
+            "flask-cors>=5,<7",
             "hypothesis>=6.100,<7",
+            "moto[s3]>=5,<6",
             "mypy>=1.15,<3",
             "psutil>=5.9,<8",
             "pytest>=8.3,<10",
             "pytest-timeout>=2.3,<3",
             "ruff>=0.15,<1",
+            "s3fs>=2024.6",
             "wandb>=0.31,<1",
         ],
     },

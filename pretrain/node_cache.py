@@ -218,18 +218,20 @@ class NodeCache:
 
     def _make_room(self, num_bytes: int, ahead: bool, spare: Path | None) -> None:
         """Evict what was used longest ago until so many bytes more fit; the whole folder's lock must be held."""
-        needed = self.needed
-        files = sorted(self._files(), key=lambda file: (-needed.get(file[2], len(needed)), file[0]))
-        excess = sum(size for _, size, _ in files) + num_bytes - self.max_bytes
         if num_bytes > self.max_bytes:
             raise CacheFullError(self._full(num_bytes, 0))
-        for _, _, path in files:
-            if excess <= 0:
-                return
-            if path != spare and not (ahead and path in needed):
-                excess -= self._evict(path)
-        if excess > 0:
-            raise CacheFullError(self._full(num_bytes, self.max_bytes + excess - num_bytes))
+        files = list(self._files())
+        excess = sum(size for _, size, _ in files) + num_bytes - self.max_bytes
+        if excess <= 0:
+            return
+        needed = {str(path): place for path, place in self.needed.items()}
+        files.sort(key=lambda file: (-needed.get(file[2], len(needed)), file[0]))
+        for _, _, name in files:
+            if name != str(spare) and not (ahead and name in needed):
+                excess -= self._evict(Path(name))
+                if excess <= 0:
+                    return
+        raise CacheFullError(self._full(num_bytes, self.max_bytes + excess - num_bytes))
 
     def _full(self, num_bytes: int, num_used: int) -> str:
         used = f", and {num_used} of them are in use" if num_used else ""
@@ -238,7 +240,7 @@ class NodeCache:
             "Raise it, or set data.cache_dir to a larger disk"
         )
 
-    def _files(self) -> Iterator[tuple[int, int, Path]]:
+    def _files(self) -> Iterator[tuple[int, int, str]]:
         """Yield the time of last use, size and path of every file."""
         folders = [str(self.folder)]
         while folders:
@@ -249,7 +251,7 @@ class NodeCache:
                     elif entry.name != _LOCK_NAME:
                         with suppress(FileNotFoundError):  # renamed or removed since
                             state = entry.stat(follow_symlinks=False)
-                            yield state.st_mtime_ns, state.st_size, Path(entry.path)
+                            yield state.st_mtime_ns, state.st_size, entry.path
 
     def _evict(self, path: Path) -> int:
         """Delete a file that nobody holds, and return how many bytes that frees; a tar takes its index with it."""

@@ -163,20 +163,22 @@ class ShardCache:
         if reader is None:
             reader = self._open(key, shard, dtype, remote)
             self._verified.add(key)
+            if remote:
+                self._from_elsewhere.add(key)
             self._readers[key] = reader
             if len(self._readers) > self._capacity:
                 self._close(next(iter(self._readers)))
-        if remote:
+        if remote is not None:
             self._used.add(key)
-            self._from_elsewhere.add(key)
         self._readers.move_to_end(key)
         return reader
 
     def release_unused(self) -> None:
         """Close the shards from elsewhere that were not read since the last call, so that they can be evicted."""
-        for key in self._from_elsewhere - self._used:
-            self._close(key)
-        self._used.clear()
+        if self._from_elsewhere:
+            for key in self._from_elsewhere - self._used:
+                self._close(key)
+            self._used.clear()
 
     def close(self) -> None:
         """Close all."""

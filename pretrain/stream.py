@@ -196,9 +196,11 @@ class _StepReader:
         self._plan, self.corpora, self._batch_plan, self._rank = plan, corpora, batch_plan, rank
         self._rows = _RowReader(batch_plan.seq_len)
         self._prefetcher: Prefetcher | None = None
+        self._is_local = not any(corpus.remote for corpus in corpora)
 
     def __call__(self, cursor: int) -> StepRows:
-        self._prefetch(cursor)
+        if not self._is_local:
+            self._prefetch(cursor)
         sizes = self._batch_plan
         begin = cursor + self._rank * sizes.rows_per_rank
         batches: list[Batch] = []
@@ -225,8 +227,6 @@ class _StepReader:
 
     def _prefetch(self, cursor: int) -> None:
         """Have the shards of the windows from the cursor on downloaded, of corpora that are not in a local folder."""
-        if not any(corpus.remote for corpus in self.corpora):
-            return
         blocks = [(self.corpora[corpus], block) for corpus, block in self._plan.coming_blocks(cursor, _WINDOWS_AHEAD)]
         wanted = [(corpus.remote, corpus.shards[block]) for corpus, block in blocks if corpus.remote]
         if self._prefetcher is None:

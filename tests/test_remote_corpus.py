@@ -469,3 +469,17 @@ def test_rows_that_do_not_hold_every_token_once_are_refused(web: Path, tmp_path:
     np.save(path, array)
     with pytest.raises(stores.WrongContentError, match=rf"its rows hold \d+ tokens; expected {num_slots}"):
         remote_corpus._check_segments(num_slots)(path)
+
+
+def test_a_run_that_began_with_local_shards_goes_on_with_the_same_ones_elsewhere(
+    server: StoreServer, web: Path, tmp_path: Path
+) -> None:
+    sizes = batch_plan(12, 1, 4, 32)
+    with closing(TokenStream(make_config({web: 1.0}), sizes, 0, TOKENIZER)) as local:
+        local.next_step()
+        state = local.state()
+        expected = local.next_step()
+    with closing(TokenStream(remote_config(f"{server.url}/web", tmp_path), sizes, 0, TOKENIZER)) as remote:
+        remote.load_state(state)
+        rows = remote.next_step()
+    assert all(a.tokens_BT.equal(b.tokens_BT) for a, b in zip(rows.micro_batches, expected.micro_batches, strict=True))
