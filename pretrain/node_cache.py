@@ -133,7 +133,7 @@ class NodeCache:
             while not path.exists():
                 descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
                 with open(descriptor, "r+b") as file:  # closing it ends the lock
-                    if not self._lock(file, path, not ahead):
+                    if not self._lock(file, temporary, not ahead):
                         return False
                     if not is_at(descriptor, temporary):
                         continue  # the one before has renamed it, or it was evicted
@@ -190,14 +190,16 @@ class NodeCache:
             raise
         sync_folder(path.parent)
 
-    def _lock(self, file: BinaryIO, path: Path, waits: bool) -> bool:
-        """Lock a temporary file; whoever holds it is waited for as long as it writes."""
+    def _lock(self, file: BinaryIO, temporary: Path, waits: bool) -> bool:
+        """Lock a temporary file, or wait until it is none any more; who holds it is waited for as long as it writes."""
         written, give_up_at = 0, 0.0
         while True:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 return True
             except BlockingIOError:
+                if not is_at(file.fileno(), temporary):
+                    return True  # renamed, and held by its readers, perhaps to the end of the run
                 if not waits:
                     return False
             now = os.fstat(file.fileno()).st_mtime_ns
@@ -205,8 +207,8 @@ class NodeCache:
                 written, give_up_at = now, time.monotonic() + self._wait_seconds
             elif time.monotonic() > give_up_at:
                 raise DataError(
-                    f"{path}: another process is downloading it, and has written nothing for {self._wait_seconds:.0f} s"
-                    ". Look for a process that hangs on this node (`fuser` names it), end it, and run again."
+                    f"{temporary}: another process is downloading it, and has written nothing for "
+                    f"{self._wait_seconds:.0f} s. Look for a process that hangs on this node (`fuser` names it), end it, and run again."
                 )
             time.sleep(_POLL_SECONDS)
 

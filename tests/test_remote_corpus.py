@@ -26,7 +26,7 @@ from pretrain.shard_reader import ShardReader
 from pretrain.shards import Manifest, load_index
 from pretrain.stream import TokenStream, ValRows
 from tests.data_helpers import TOKENIZER, batch_plan, flip_bit, make_config, make_corpus, random_documents
-from tests.rank_helpers import ROOT
+from tests.rank_helpers import ROOT, metric_lines, start_ranks
 from tests.store_reader import digests, remote_config
 from tests.store_server import StoreServer
 
@@ -440,6 +440,20 @@ def test_who_does_not_wait_is_told_and_who_waits_gives_up_on_a_frozen_process(tm
     assert cache.add(tmp_path / "a", 1, put(b"a"))
 
 
+def test_who_waits_for_a_download_does_not_wait_for_those_who_read_it(tmp_path: Path) -> None:
+    cache = NodeCache(tmp_path, 100, 5)
+    found: list[bool] = []
+    with open(tmp_path / ".a.tmp", "wb") as download:
+        fcntl.flock(download, fcntl.LOCK_EX)
+        waiter = threading.Thread(target=lambda: found.append(cache.add(tmp_path / "a", 1, put(b"a"))))
+        waiter.start()
+        time.sleep(0.2)  # it has opened the temporary name, and is refused the lock
+        os.replace(tmp_path / ".a.tmp", tmp_path / "a")
+        fcntl.flock(download, fcntl.LOCK_SH)  # as a rank that keeps a row table does at once
+        waiter.join(2)
+        assert found == [True]
+
+
 def test_a_full_disk_and_a_folder_of_others_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cache = NodeCache(tmp_path, 100, 5)
 
@@ -483,3 +497,30 @@ def test_a_run_that_began_with_local_shards_goes_on_with_the_same_ones_elsewhere
         remote.load_state(state)
         rows = remote.next_step()
     assert all(a.tokens_BT.equal(b.tokens_BT) for a, b in zip(rows.micro_batches, expected.micro_batches, strict=True))
+
+
+@pytest.mark.slow
+@pytest.mark.launches
+def test_two_ranks_train_as_from_the_local_disk(tiny_config: Path, tmp_path: Path) -> None:
+    found = {}
+    with closing(StoreServer(tiny_config.parent / "shards")) as server:
+        sources = ", ".join(
+            f"{{name: {name}, shards: '{server.url}/{name}', weight: {weight}}}"
+            for name, weight in (("code", 3), ("prose", 1))
+        )
+        elsewhere = [f"data.sources=[{sources}]", f"data.cache_dir={tmp_path}/cache", "data.retry_seconds=60"]
+        for name, overrides in (("local", []), ("elsewhere", elsewhere)):
+            run = tmp_path / name
+            arguments = [str(tiny_config), f"run.dir={run}", "train.num_steps=4", "train.micro_batch_size=8",
+                         "schedule.warmup_steps=1", "eval.every_steps=2", *overrides]  # fmt: skip
+            server.faults["train-000000.tar"] = ["drop", "503"]
+            processes = start_ranks("launch/pretrain.py", arguments, 2, tmp_path / f"{name}-output")
+            statuses = [process.wait(200) for process in processes]
+            assert statuses == [0, 0], (tmp_path / f"{name}-output-0").read_text()[-2000:]
+            found[name] = [line for line in metric_lines(run) if "loss" in line or "eval/loss" in line]
+        files = {name: number for name, number in server.requests.items() if name.endswith((".tar", ".npy"))}
+    assert [line.get("loss", line.get("eval/loss")) for line in found["local"]] == [
+        line.get("loss", line.get("eval/loss")) for line in found["elsewhere"]
+    ]
+    assert len(found["local"]) == 6
+    assert {number for name, number in files.items() if not name.endswith("train-000000.tar")} == {1}
