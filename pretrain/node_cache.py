@@ -208,7 +208,8 @@ class NodeCache:
             elif time.monotonic() > give_up_at:
                 raise DataError(
                     f"{temporary}: another process is downloading it, and has written nothing for "
-                    f"{self._wait_seconds:.0f} s. Look for a process that hangs on this node (`fuser` names it), end it, and run again."
+                    f"{self._wait_seconds:.0f} s. Look for a process that hangs on this node "
+                    "(`fuser` names it), end it, and run again."
                 )
             time.sleep(_POLL_SECONDS)
 
