@@ -23,6 +23,7 @@ setup(
     install_requires=[
         *TORCH,
         "deepspeed==0.19.8",  # options vanish between its patch releases
+        "fsspec[http]>=2024.6",  # http is aiohttp; no upper bound: s3fs and gcsfs want the version of their own date
         "numpy>=1.26,<3",
         "pyarrow>=18,<30",
         "pydantic>=2.10,<3",
@@ -38,16 +39,22 @@ setup(
     extras_require={
         # what `benchmarks/` compares with, beside transformers; Liger is for GPUs
         "bench": ["accelerate>=1.1,<2", 'liger-kernel>=0.8.5,<0.9; platform_system == "Linux"'],
+        "gs": ["gcsfs>=2024.6"],
+        "s3": ["s3fs>=2024.6"],
         "wandb": ["wandb>=0.31,<1"],
         "test": [
             "accelerate>=1.1,<2",
             "datasets>=4,<6",
+            "flask>=3,<4",  # with flask-cors, what moto's server needs; its own extra brings 40 packages more
+            "flask-cors>=5,<7",
             "hypothesis>=6.100,<7",
+            "moto[s3]>=5,<6",
             "mypy>=1.15,<3",
             "psutil>=5.9,<8",
             "pytest>=8.3,<10",
             "pytest-timeout>=2.3,<3",
             "ruff>=0.15,<1",
+            "s3fs>=2024.6",
             "wandb>=0.31,<1",
         ],
     },

@@ -13,6 +13,7 @@ from pretrain.errors import ConfigError
 from pretrain.families import resolve_shape
 from pretrain.phases import KINDS, amounts_of, kind_of_sources
 from pretrain.schedule import num_decay_steps
+from pretrain.stores import PIPE, is_remote, shown
 
 _OPTIMIZERS_WITH = {
     "betas": "adamw adam muon lion",
@@ -67,6 +68,7 @@ def check_options(config: Config, given: Set[str]) -> list[Problem]:
         _source_problems,
         _mixture_problems,
         _phase_problems,
+        _store_problems,
         _model_problems,
     )
     return problems + [problem for rule in rules for problem in rule(config)]
@@ -95,6 +97,11 @@ def idle_options(config: Config) -> dict[str, str]:
     if config.eval.sample_every_steps == 0:
         for name in ("sample_prompts", "sample_tokens", "sample_temperature"):
             idle[f"eval.{name}"] = "It is for text sampled during training, and eval.sample_every_steps is 0."
+    if not any(is_remote(source.shards) for source in config.data.sources):
+        for name in ("cache_dir", "cache_bytes", "retry_seconds"):
+            idle[f"data.{name}"] = (
+                "It is for shards that are read from elsewhere, and all sources have theirs in folders."
+            )
     kind = kind_of_sources(config.data)
     for number, source in enumerate(config.data.sources):
         if kind != "weights":
@@ -221,6 +228,29 @@ def _source_problems(config: Config) -> Iterator[Problem]:
                 f"data.sources.{number}.shards is {folder}; expected a folder of its own. data.sources.{first} has it."
             )
             yield Problem(f"data.sources.{number}.shards", text)
+
+
+def _store_problems(config: Config) -> Iterator[Problem]:
+    """Check the sources whose shards are not in a folder."""
+    remote = [(number, source) for number, source in enumerate(config.data.sources) if is_remote(source.shards)]
+    for number, source in remote:
+        name = f"data.sources.{number}.shards"
+        if source.paths:
+            text = (
+                f"{name} is {shown(source.shards)}; expected a folder, because the source has paths. Prepare it into a "
+            )
+            yield Problem(name, text + "folder, upload that, and train with the URL and without paths.")
+        if source.shards.startswith(PIPE) and "{}" not in source.shards:
+            text = (
+                f"{name} is {source.shards}; expected {{}} where the command takes the path of a file in the corpus. "
+            )
+            yield Problem(name, text + "Write it as in pipe:ssh host cat corpus/{}.")
+    limit, timeout = config.data.retry_seconds, config.parallel.timeout_seconds
+    if remote and limit >= timeout:
+        text = (
+            f"data.retry_seconds is {limit}; expected less than parallel.timeout_seconds ({timeout}), after which the "
+        )
+        yield Problem("data.retry_seconds", text + f"other ranks give up. Use {timeout // 3 or 1}, or raise the other.")
 
 
 def _mixture_problems(config: Config) -> Iterator[Problem]:

@@ -54,7 +54,10 @@ class SourceSection(Section):
         "`.gz` or `.zst` too, of `.parquet`, of folders that `datasets` saved, or of Megatron's or nanoGPT's token "
         "ids; or `python-stdlib:`. Empty: the shards exist already."
     )  # fmt: skip
-    shards: str = Field(description="Folder of the prepared shards.")
+    shards: str = Field(
+        description="Folder of the prepared shards, or where they are read from: a URL (`s3://`, `gs://`, `hf://`, "
+        "`https://` and what else fsspec knows), or `pipe:` and a command that writes the file `{}`."
+    )
     weight: float = Field(
         1.0, ge=0, description="Share of training rows, relative to the other sources. 0: only in a later phase."
     )
@@ -118,6 +121,16 @@ class DataSection(Section):
     )
     shuffle_window_shards: Count = Field(16, description="Shards whose rows are shuffled together.")
     prefetch_steps: Count = Field(2, description="Steps of rows that are read ahead of training.")
+    cache_dir: str = Field(
+        "", description="Folder on a disk of each node that keeps shards from elsewhere, for all its processes. Empty: "
+        "`longhaul-cache-<user id>` in the folder for temporary files (`TMPDIR`)."
+    )  # fmt: skip
+    cache_bytes: Count = Field(
+        100_000_000_000, description="Size of that folder at most; what was used longest ago makes room."
+    )
+    retry_seconds: Count = Field(
+        600, description="How long a file from elsewhere that cannot be read is tried again before the run fails."
+    )
 
     @property
     def seq_lens(self) -> list[int]:

@@ -11,97 +11,24 @@ import hashlib
 import json
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from pretrain.config import Config
 from pretrain.errors import ConfigError, DataError
+from pretrain.mixture import Mixture, Part
 from pretrain.packing import PACKING_VERSIONS
 from pretrain.phases import Phase, phases_of
-from pretrain.row_order import MIXTURE_PERIOD, ORDER_VERSION, CorpusOrder, mixture_slots, spread_slots
+from pretrain.remote_corpus import RemoteCorpus, min_cache_bytes, open_remote
+from pretrain.row_order import MIXTURE_PERIOD, ORDER_VERSION, CorpusOrder
 from pretrain.row_table import RowTable
 from pretrain.shard_reader import check_shards
 from pretrain.shards import PREPARE_COMMAND, Manifest, Shard
 
 _PHASES, _FROM_ROW = "data.phases", "its first row"  # names among a plan's pieces
 Pieces = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Mixture:
-    """What the rows are of from one row of the run on.
-
-    Attributes:
-        first_row: That row; 0 for the first mixture.
-        seq_len: Slots in a row.
-        corpora: (name, rows per block, amount) of each corpus.
-        by_epochs: Amounts are epochs, and not shares of rows.
-        option: The option that gives the amounts, with `{}` for the corpus.
-        identity: What else fixes the rows, by name, such as the manifests' fingerprints.
-    """
-
-    first_row: int
-    seq_len: int
-    corpora: Sequence[tuple[str, np.ndarray, float]]
-    by_epochs: bool = False
-    option: str = "data.sources[{}].weight"
-    identity: Mapping[str, str | int | float] = field(default_factory=dict)
-
-
-class _Part:
-    """A mixture with its table, and where each corpus stands when it begins."""
-
-    def __init__(self, mixture: Mixture, orders: list[CorpusOrder], numbers: list[int]) -> None:
-        self.first_row, self.seq_len, self.orders, self.numbers = mixture.first_row, mixture.seq_len, orders, numbers
-        amounts = [amount for _, _, amount in mixture.corpora]
-        weights = [amount * order.num_rows for amount, order in zip(amounts, orders, strict=True)]
-        self.slots = mixture_slots(weights if mixture.by_epochs else amounts)
-        if not self.slots.all():
-            first = int(np.argmin(self.slots))
-            raise ConfigError(
-                f"{mixture.option.format(orders[first].name)} is {amounts[first]:g}, which gives it no row in "
-                f"{MIXTURE_PERIOD}; expected a share of at least 1/{MIXTURE_PERIOD}. Raise it or drop the source."
-            )
-        self.pattern = spread_slots(self.slots)
-        taken = self.pattern[:, None] == np.arange(len(orders))
-        self.before = np.cumsum(taken, axis=0) - taken  # rows of each corpus before each slot of a period
-        # Of all corpora, where this part begins: the order that each is in, its row there; rows and tokens so far.
-        self.places: dict[int, tuple[CorpusOrder, int]] = {}
-        self.rows: np.ndarray = np.zeros(0, np.int64)
-        self.tokens: np.ndarray = np.zeros(0, np.int64)
-
-    def counts(self, t: int) -> np.ndarray:
-        """Rows of each of the part's corpora from its beginning to row t of the run, int64."""
-        period, slot = divmod(t - self.first_row, MIXTURE_PERIOD)
-        return period * self.slots + self.before[slot]
-
-    def places_at(self, t: int) -> dict[int, tuple[CorpusOrder, int]]:
-        """Where each corpus stands before row t of the run."""
-        places = dict(self.places)
-        for number, count in zip(self.numbers, self.counts(t).tolist(), strict=True):
-            order, k = places[number]
-            places[number] = order, k + count
-        return places
-
-    def totals_at(self, t: int) -> tuple[np.ndarray, np.ndarray]:
-        """Rows and tokens of each corpus among the run's first t rows."""
-        added = np.zeros_like(self.rows)
-        added[self.numbers] = self.counts(t)
-        return self.rows + added, self.tokens + added * self.seq_len
-
-    def follow(self, before: _Part | None, num_corpora: int) -> None:
-        """Begin where the part before ends, and corpora that are new at their beginning."""
-        self.rows = self.tokens = np.zeros(num_corpora, np.int64)
-        if before is not None:
-            self.places = before.places_at(self.first_row)
-            self.rows, self.tokens = before.totals_at(self.first_row)
-        for number, order in zip(self.numbers, self.orders, strict=True):
-            old, k = self.places.get(number, (order, 0))
-            self.places[number] = order, k if old is order else order.continue_from(old, k)
 
 
 class DataPlan:
@@ -127,7 +54,7 @@ class DataPlan:
         """
         self.names = list(dict.fromkeys(name for mixture in mixtures for name, _, _ in mixture.corpora))
         orders: dict[tuple[str, int], CorpusOrder] = {}
-        self._parts: list[_Part] = []
+        self._parts: list[Part] = []
         for mixture in mixtures:
             names = [name for name, _, _ in mixture.corpora]
             for name, rows, _ in mixture.corpora:
@@ -140,7 +67,7 @@ class DataPlan:
                         "Give it more text, or lower data.val_fraction, and prepare it again."
                     )
             numbers = [self.names.index(name) for name in names]
-            part = _Part(mixture, [orders[name, mixture.seq_len] for name in names], numbers)
+            part = Part(mixture, [orders[name, mixture.seq_len] for name in names], numbers)
             part.follow(self._parts[-1] if self._parts else None, len(self.names))
             self._parts.append(part)
         self.first_rows = [part.first_row for part in self._parts]
@@ -164,17 +91,32 @@ class DataPlan:
             **mixture.identity,
         }  # fmt: skip
 
-    def _part(self, t: int) -> _Part:
+    def _part(self, t: int) -> Part:
         return self._parts[bisect_right(self.first_rows, t) - 1]
 
     def locate(self, t: int) -> tuple[int, int, int, int]:
         """Return (number of the corpus, its epoch, block, row in the block) of the run's row t."""
-        part = self._part(t)
-        period, slot = divmod(t - part.first_row, MIXTURE_PERIOD)
-        i = int(part.pattern[slot])
-        number = part.numbers[i]
-        order, k = part.places[number]
-        return number, *order.locate(k + period * int(part.slots[i]) + int(part.before[slot, i]))
+        return self._part(t).locate(t)
+
+    def coming_blocks(self, t: int, num_windows: int) -> list[tuple[int, int]]:
+        """Return (number of the corpus, block) of what is read from the run's row t on, the soonest first.
+
+        Args:
+            t: The row.
+            num_windows: How many windows of each corpus: that of its next row and those after it, as far as they are
+                read before the phase ends; and those of a later phase if it begins soon.
+        """
+        first = bisect_right(self.first_rows, t) - 1
+        ends = [*self.first_rows[first + 1 :], None]
+        coming: dict[tuple[int, tuple[int, int]], tuple[int, list[int]]] = {}
+        num_found = [0] * len(self.names)
+        for part, end in zip(self._parts[first:], ends, strict=True):
+            for row, corpus, window in part.coming_windows(t, end, num_windows):
+                if (corpus, window.number) not in coming and num_found[corpus] < num_windows:
+                    coming[corpus, window.number] = row, window.blocks
+                    num_found[corpus] += 1
+        soonest = sorted((row, corpus, blocks) for (corpus, _), (row, blocks) in coming.items())
+        return list(dict.fromkeys((corpus, block) for _, corpus, blocks in soonest for block in blocks))
 
     def seq_len_at(self, t: int) -> int:
         """Slots in the run's row t."""
@@ -238,10 +180,11 @@ class Corpus:
 
     Attributes:
         name: Its name in the config.
-        folder: Its folder.
+        folder: Its folder; of a corpus from elsewhere the one in the node's cache.
         manifest: What the folder holds.
         split: `train` or `val`.
         rows: Its row table for each length of rows that is asked for.
+        remote: Where its files come from, if not from a local folder.
     """
 
     name: str
@@ -249,11 +192,27 @@ class Corpus:
     manifest: Manifest
     split: str
     rows: dict[int, RowTable]
+    remote: RemoteCorpus | None = None
 
     @cached_property
     def shards(self) -> tuple[Shard, ...]:
         """The split's shards, which are the blocks of its rows."""
         return self.manifest.shards(self.split)
+
+    @property
+    def place(self) -> str:
+        """Where it lies, as messages say it."""
+        return str(self.remote or self.folder)
+
+    def stop_downloads(self) -> None:
+        """End what is being downloaded; nothing more is."""
+        if self.remote:
+            self.remote.store.close()
+
+    def close(self) -> None:
+        """Let go of what it keeps in the node's cache."""
+        if self.remote:
+            self.remote.close()
 
 
 def open_corpora(
@@ -268,13 +227,15 @@ def open_corpora(
         seq_lens: Lengths of rows that are wanted of each source, by name; sources without any are left out.
 
     Raises:
-        DataError: A corpus is not prepared, not for these lengths, with another tokenizer, or damaged.
+        DataError: A corpus is not prepared, not for these lengths, with another tokenizer, or damaged; or where it
+            lies cannot be read.
     """
     corpora = []
     for source in config.data.sources:
         if not seq_lens.get(source.name):
             continue
-        folder = Path(source.shards)
+        remote = open_remote(source.shards, config.data)
+        folder = remote.folder if remote else Path(source.shards)
         if not folder.is_dir():
             raise DataError(
                 f"data.sources[{source.name}].shards is {folder}, which does not exist; expected the folder of a "
@@ -283,16 +244,17 @@ def open_corpora(
         manifest = Manifest.load(folder)
         if manifest.tokenizer_fingerprint != tokenizer_fingerprint:
             raise DataError(
-                f"{folder}: it was prepared with tokenizer {manifest.tokenizer_fingerprint[:12]}…; expected that of "
-                f"{config.tokenizer.model}, {tokenizer_fingerprint[:12]}…. Use the tokenizer that the corpus was "
-                f"prepared with, or prepare it into a new folder: {PREPARE_COMMAND}"
+                f"{remote or folder}: it was prepared with tokenizer {manifest.tokenizer_fingerprint[:12]}…; expected "
+                f"that of {config.tokenizer.model}, {tokenizer_fingerprint[:12]}…. Use the tokenizer that the corpus "
+                f"was prepared with, or prepare it into a new folder: {PREPARE_COMMAND}"
             )
-        check_shards(folder, manifest.shards(split))
-        rows = {
-            seq_len: RowTable.open(folder, manifest, split, seq_len, config.data.packing)
-            for seq_len in seq_lens[source.name]
-        }
-        corpora.append(Corpus(source.name, folder, manifest, split, rows))
+        if not remote:
+            check_shards(folder, manifest.shards(split))
+        rows = {}
+        for seq_len in seq_lens[source.name]:
+            table = remote.fetch_rows(manifest, split, seq_len, config.data.packing) if remote else folder
+            rows[seq_len] = RowTable.open(table, manifest, split, seq_len, config.data.packing)
+        corpora.append(Corpus(source.name, folder, manifest, split, rows, remote))
     return corpora
 
 
@@ -301,7 +263,7 @@ def open_plan(config: Config, tokenizer_fingerprint: str) -> tuple[DataPlan, lis
 
     Raises:
         DataError: As `open_corpora`; or a corpus has no training rows.
-        ConfigError: A share is too small.
+        ConfigError: A share is too small, or the node's cache is.
     """
     phases = phases_of(config)
     seq_lens = {
@@ -316,6 +278,7 @@ def open_plan(config: Config, tokenizer_fingerprint: str) -> tuple[DataPlan, lis
     }
     fingerprints = {name: corpus.manifest.fingerprint() for name, corpus in corpora.items()}
     members = [[corpus for name, corpus in corpora.items() if name in phase.amounts] for phase in phases]
+    _check_cache(config, members)
     mixtures = [
         Mixture(
             first_row=phase.first_row,
@@ -333,6 +296,21 @@ def open_plan(config: Config, tokenizer_fingerprint: str) -> tuple[DataPlan, lis
     ]  # fmt: skip
     plan = DataPlan(mixtures, config.run.seed, config.data.shuffle_window_shards)
     return plan, [corpora[name] for name in plan.names]
+
+
+def _check_cache(config: Config, members: Sequence[Sequence[Corpus]]) -> None:
+    """Refuse a cache in which the shards of a window would drive each other out, in whatever phase needs most."""
+    data = config.data
+    least = max(
+        sum(min_cache_bytes(one.shards, data.shuffle_window_shards) for one in corpora if one.remote)
+        for corpora in members
+    )
+    if least > data.cache_bytes:
+        raise ConfigError(
+            f"data.cache_bytes is {data.cache_bytes}; expected at least {least}: the data.shuffle_window_shards "
+            f"({data.shuffle_window_shards}) largest shards of every source from elsewhere, whose rows are read in one "
+            "another's midst. Raise it."
+        )
 
 
 def describe_phases(plan: DataPlan, phases: Sequence[Phase], num_steps: int) -> list[str]:

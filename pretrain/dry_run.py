@@ -19,6 +19,7 @@ from pretrain.errors import ConfigError
 from pretrain.packing import SEGMENT_DTYPE, pack
 from pretrain.phases import phases_of
 from pretrain.prepare import check_untokenized
+from pretrain.remote_corpus import open_remote
 from pretrain.sentencepiece_tokenizer import SentencePieceTokenizer, choose_sample, fit
 from pretrain.shards import INDEX_DTYPE, MANIFEST_NAME, Manifest
 from pretrain.source_files import list_files, token_format
@@ -218,7 +219,10 @@ def _foresee(source: SourceSection, config: Config, encoder: _Encoder, estimates
 
 def _recall(source: SourceSection, config: Config) -> Forecast:
     """What a complete corpus holds."""
-    manifest = Manifest.load(source.shards)
+    remote = open_remote(source.shards, config.data)
+    manifest = Manifest.load(remote.folder if remote else source.shards)
+    if remote:
+        remote.close()
     shards = manifest.train + manifest.val
     num_documents, num_tokens = (sum(getattr(one, key) for one in shards) for key in ("num_documents", "num_tokens"))
     rows = _num_rows(num_tokens - num_documents, [], config.data.seq_len, config.data.packing)

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from pretrain.distributed import PendingSum, Ranks
 from pretrain.errors import LonghaulError
-from pretrain.stream import Batch, StepRows, TokenStream
+from pretrain.row_reader import Batch
+from pretrain.stream import StepRows, TokenStream
 
 logger = logging.getLogger("longhaul")
 

@@ -19,6 +19,7 @@ from pretrain.sentencepiece_tokenizer import SentencePieceTokenizer, choose_samp
 from pretrain.shards import MANIFEST_NAME, Manifest
 from pretrain.source_files import list_files, token_format
 from pretrain.sources import ReadLog, document_digest, is_validation, read_documents
+from pretrain.stores import is_remote, shown
 from pretrain.tokenizer import Tokenizer, check_round_trip, save_file
 from pretrain.tokenizer_files import main_file, open_tokenizer
 from pretrain.tokenizer_trial import try_out
@@ -47,6 +48,8 @@ def prepare(config: Config) -> None:
         for source in sources:
             if source.paths:
                 Corpus(source, config, tokenizer, line).prepare()
+            elif is_remote(source.shards):
+                line.say(f"{source.name}: {shown(source.shards)} is read as it is")
             else:
                 for seq_len in config.data.seq_lens:
                     add_rows(Path(source.shards), Manifest.load(source.shards), seq_len, config.data.packing)

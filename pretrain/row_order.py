@@ -101,6 +101,23 @@ class _Epoch:
     window_begins: list[int]
 
 
+@dataclass(frozen=True)
+class Window:
+    """Blocks of a corpus whose rows are shuffled together.
+
+    Attributes:
+        number: The epoch, and the window's number in it.
+        begin: Rows of the corpus in the run before it.
+        end: Those before the window after it.
+        blocks: Its blocks.
+    """
+
+    number: tuple[int, int]
+    begin: int
+    end: int
+    blocks: list[int]
+
+
 class CorpusOrder:
     """The order of one corpus's rows over all epochs; other corpora do not matter to it."""
 
@@ -115,7 +132,7 @@ class CorpusOrder:
     def locate(self, k: int) -> tuple[int, int, int]:
         """Return (epoch, block, row in the block) of the corpus's k-th row of the run."""
         number, k = divmod(k, self.num_rows)
-        epoch = self._epochs.get(number, lambda: self._order_blocks(number))
+        epoch = self._epoch(number)
         window = bisect_right(epoch.window_begins, k) - 1
         begin, end = epoch.window_begins[window : window + 2]
         order = self._windows.get(
@@ -124,6 +141,21 @@ class CorpusOrder:
         row = begin + int(order[k - begin])
         place = bisect_right(epoch.block_begins, row) - 1
         return number, epoch.blocks[place], row - epoch.block_begins[place]
+
+    def coming_windows(self, k: int, num_windows: int) -> list[Window]:
+        """Return the window that holds the corpus's k-th row, and those after it."""
+        number, row = divmod(k, self.num_rows)
+        window = bisect_right(self._epoch(number).window_begins, row) - 1
+        windows = []
+        for _ in range(num_windows):
+            if window == len(self._epoch(number).window_begins) - 1:
+                number, window = number + 1, 0
+            epoch = self._epoch(number)
+            begin, end = (number * self.num_rows + place for place in epoch.window_begins[window : window + 2])
+            blocks = epoch.blocks[window * self._window_shards : (window + 1) * self._window_shards]
+            windows.append(Window((number, window), begin, end, blocks))
+            window += 1
+        return windows
 
     def continue_from(self, other: CorpusOrder, k: int) -> int:
         """Return the row at which this order goes on where another one, of the same blocks in other rows, is at row k.
@@ -137,6 +169,9 @@ class CorpusOrder:
         begin, end = old.window_begins[window : window + 2]
         new_begin, new_end = new.window_begins[window : window + 2]
         return number * self.num_rows + new_begin + (k - begin) * (new_end - new_begin) // (end - begin)
+
+    def _epoch(self, number: int) -> _Epoch:
+        return self._epochs.get(number, lambda: self._order_blocks(number))
 
     def _order_blocks(self, epoch: int) -> _Epoch:
         blocks = permutation(len(self._rows_per_block), self._seed, self.name, epoch)

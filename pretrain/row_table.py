@@ -18,7 +18,7 @@ from pretrain.packing import PACKING_VERSIONS, SEGMENT_DTYPE, count_segments, pa
 from pretrain.shards import PREPARE_COMMAND, Manifest, load_index, sync_folder, write_atomically
 
 _SPLITS = ("train", "val")
-_IDENTITY_NAME = "identity.json"
+IDENTITY_NAME = "identity.json"
 
 
 def build_row_tables(folder: str | Path, manifest: Manifest, seq_len: int, packing: str = "best_fit") -> None:
@@ -47,7 +47,7 @@ def build_row_tables(folder: str | Path, manifest: Manifest, seq_len: int, packi
         temporary.mkdir(parents=True)
         for split in _SPLITS:
             _build_split(Path(folder), temporary, manifest, split, seq_len, packing)
-        write_atomically(temporary / _IDENTITY_NAME, (json.dumps(identity) + "\n").encode())
+        write_atomically(temporary / IDENTITY_NAME, (json.dumps(identity) + "\n").encode())
         os.replace(temporary, target)
         sync_folder(target.parent)
     except OSError as error:
@@ -64,7 +64,7 @@ def _build_split(folder: Path, target: Path, manifest: Manifest, split: str, seq
     num_segments = 0
     for shard in shards:
         num_segments += count_segments(_num_slots(load_index(folder, shard)), seq_len, packing)
-    paths = {name: target / f"{split}.{name}.npy" for name in ("segments", "offsets", "blocks")}
+    paths = array_paths(target, split)
     segments = np.lib.format.open_memmap(paths["segments"], "w+", SEGMENT_DTYPE, (num_segments,))
     offsets, blocks = [np.zeros(1, np.uint64)], np.zeros(len(shards) + 1, np.uint64)
     begin = 0
@@ -92,13 +92,18 @@ def table_folder(folder: str | Path, seq_len: int, packing: str = "best_fit") ->
     return Path(folder) / (f"rows-{seq_len}" if packing == "best_fit" else f"rows-{seq_len}-{packing}")
 
 
+def array_paths(target: Path, split: str) -> dict[str, Path]:
+    """The three arrays of a split's table, by name."""
+    return {name: target / f"{split}.{name}.npy" for name in ("segments", "offsets", "blocks")}
+
+
 def _identity(manifest: Manifest, seq_len: int, packing: str) -> dict[str, str | int]:
     return {"packing": PACKING_VERSIONS[packing], "seq_len": seq_len, "manifest": manifest.fingerprint()}
 
 
 def _read_identity(target: Path) -> dict[str, str | int] | None:
     try:
-        return json.loads((target / _IDENTITY_NAME).read_bytes())
+        return json.loads((target / IDENTITY_NAME).read_bytes())
     except (OSError, ValueError):
         return None
 
@@ -120,6 +125,7 @@ class RowTable:
             DataError: There is no table for this `seq_len` and packing, it is of other shards, or it is damaged.
         """
         target = table_folder(folder, seq_len, packing)
+        paths = array_paths(target, split)
         identity, expected = _read_identity(target), _identity(manifest, seq_len, packing)
         if identity is None:
             raise DataError(
@@ -134,10 +140,9 @@ class RowTable:
             )
         try:
             segments, offsets = (  # plain views of the maps: quicker to index
-                np.asarray(np.load(target / f"{split}.{name}.npy", mmap_mode="r", allow_pickle=False))
-                for name in ("segments", "offsets")
+                np.asarray(np.load(paths[name], mmap_mode="r", allow_pickle=False)) for name in ("segments", "offsets")
             )
-            blocks = np.load(target / f"{split}.blocks.npy", allow_pickle=False).astype(np.int64)
+            blocks = np.load(paths["blocks"], allow_pickle=False).astype(np.int64)
         except (OSError, ValueError, EOFError) as error:
             raise _damaged(target, str(error)) from error
         if len(blocks) != len(manifest.shards(split)) + 1 or blocks[-1] + 1 != len(offsets):

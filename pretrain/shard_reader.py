@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 import zlib
 from collections import OrderedDict
 from pathlib import Path
@@ -10,8 +11,11 @@ from pathlib import Path
 import numpy as np
 
 from pretrain.errors import DataError
+from pretrain.node_cache import CacheFullError
+from pretrain.remote_corpus import RemoteCorpus
 from pretrain.shards import Shard, file_sha256, index_path, load_index, repair_advice
 
+_ROOM_SECONDS, _ROOM_POLL_SECONDS = 60.0, 0.2  # for which a full cache is waited for
 _MIN_DAMAGED_FOR_REPLACED = 8  # fewer damaged documents than this never condemn a whole shard
 
 
@@ -46,7 +50,14 @@ def _check_size(path: Path, num_bytes: int, shard: Shard) -> None:
 class ShardReader:
     """Reads single documents of one shard, each checked against its crc32."""
 
-    def __init__(self, folder: str | Path, shard: Shard, dtype: str, verify_index: bool = True) -> None:
+    def __init__(
+        self,
+        folder: str | Path,
+        shard: Shard,
+        dtype: str,
+        verify_index: bool = True,
+        remote: RemoteCorpus | None = None,
+    ) -> None:
         """Open the tar and map the index.
 
         Args:
@@ -54,21 +65,24 @@ class ShardReader:
             shard: The shard as the manifest describes it.
             dtype: `uint16` or `uint32`.
             verify_index: Compare the index with its sha256.
+            remote: Where the shard's files come from, if not from `folder`.
 
         Raises:
+            CacheFullError: There is no room for files from elsewhere.
             DataError: A file is missing, of another size, or the index is damaged.
         """
-        self._folder, self._shard = Path(folder), shard
+        self._folder, self._shard, self._remote = Path(folder), shard, remote
         self._dtype = np.dtype(dtype).newbyteorder("<")
         self._path = self._folder / f"{shard.name}.tar"
         self._num_intact = 0  # successful reads
         self._damaged: set[int] = set()
-        self._index = np.asarray(load_index(self._folder, shard))  # a plain view of the map: quicker to index
-        path = index_path(self._folder, shard.name)
-        if verify_index and file_sha256(path) != shard.index_sha256:
-            raise DataError(f"{path}: its sha256 differs from the manifest's. {repair_advice(self._folder)}")
         self._descriptor = -1
         self._open()
+        try:
+            self._index = self._load_index(verify_index)
+        except DataError:
+            self.close()
+            raise
 
     def read(self, document: int) -> np.ndarray:
         """Return the ids of one document, bos and eos included.
@@ -80,6 +94,8 @@ class ShardReader:
         offset, num_tokens, crc32 = self._index[document].tolist()
         for attempt in range(2):
             if attempt:
+                if self._remote:
+                    self._remote.renew_if_damaged(self._descriptor, self._shard)
                 self._open()  # a network file system may serve another copy to a new descriptor
             data = self._read_bytes(num_tokens * self._dtype.itemsize, offset)
             if zlib.crc32(data) == crc32 and len(data) == num_tokens * self._dtype.itemsize:
@@ -102,8 +118,18 @@ class ShardReader:
             os.close(self._descriptor)
             self._descriptor = -1
 
+    def _load_index(self, verify: bool) -> np.ndarray:
+        index = np.asarray(load_index(self._folder, self._shard))  # a plain view of the map: quicker to index
+        path = index_path(self._folder, self._shard.name)
+        if verify and file_sha256(path) != self._shard.index_sha256:
+            raise DataError(f"{path}: its sha256 differs from the manifest's. {repair_advice(self._folder)}")
+        return index
+
     def _open(self) -> None:
         self.close()
+        if self._remote:
+            self._descriptor = self._remote.open(self._shard)
+            return
         try:
             self._descriptor = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
@@ -127,21 +153,52 @@ class ShardCache:
         self._capacity = capacity
         self._readers: OrderedDict[tuple[Path, str], ShardReader] = OrderedDict()
         self._verified: set[tuple[Path, str]] = set()
+        self._from_elsewhere: set[tuple[Path, str]] = set()  # open, and keep their place in the node's cache
+        self._used: set[tuple[Path, str]] = set()  # of these, since `release_unused`
 
-    def reader(self, folder: Path, shard: Shard, dtype: str) -> ShardReader:
+    def reader(self, folder: Path, shard: Shard, dtype: str, remote: RemoteCorpus | None = None) -> ShardReader:
         """Return an open reader; the one unused for longest makes room."""
         key = (folder, shard.name)
         reader = self._readers.get(key)
         if reader is None:
-            reader = ShardReader(folder, shard, dtype, verify_index=key not in self._verified)
+            reader = self._open(key, shard, dtype, remote)
             self._verified.add(key)
+            if remote:
+                self._from_elsewhere.add(key)
             self._readers[key] = reader
             if len(self._readers) > self._capacity:
-                self._readers.popitem(last=False)[1].close()
+                self._close(next(iter(self._readers)))
+        if remote is not None:
+            self._used.add(key)
         self._readers.move_to_end(key)
         return reader
+
+    def release_unused(self) -> None:
+        """Close the shards from elsewhere that were not read since the last call, so that they can be evicted."""
+        if self._from_elsewhere:
+            for key in self._from_elsewhere - self._used:
+                self._close(key)
+            self._used.clear()
 
     def close(self) -> None:
         """Close all."""
         while self._readers:
-            self._readers.popitem()[1].close()
+            self._close(next(iter(self._readers)))
+
+    def _open(self, key: tuple[Path, str], shard: Shard, dtype: str, remote: RemoteCorpus | None) -> ShardReader:
+        give_up_at = time.monotonic() + _ROOM_SECONDS
+        while True:
+            try:
+                return ShardReader(key[0], shard, dtype, key not in self._verified, remote)
+            except CacheFullError:
+                oldest = next((other for other in self._readers if other in self._from_elsewhere), None)
+                if oldest is not None:
+                    self._close(oldest)
+                elif time.monotonic() > give_up_at:
+                    raise
+                else:
+                    time.sleep(_ROOM_POLL_SECONDS)  # other ranks of the node get on, and let go of theirs
+
+    def _close(self, key: tuple[Path, str]) -> None:
+        self._from_elsewhere.discard(key)
+        self._readers.pop(key).close()

@@ -1,4 +1,4 @@
-"""Rows of tokens for training and evaluation, as torch tensors.
+"""Rows of tokens for training and evaluation, step by step.
 
 A thread of each rank reads whole steps ahead, so that the step's number of targets, the divisor of its loss,
 is known before its first micro-step. One thread is enough: a core reads thousands of rows a second.
@@ -15,39 +15,19 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from pretrain.config import Config
 from pretrain.data_plan import Corpus, DataPlan, open_corpora, open_plan
 from pretrain.errors import DataError
-from pretrain.row_table import RowTable
-from pretrain.shard_reader import DamagedDocumentError, ShardCache
+from pretrain.prefetch import Prefetcher
+from pretrain.row_reader import Batch, RowAddress, RowReader
 from pretrain.shards import PREPARE_COMMAND
 
 if TYPE_CHECKING:
     from pretrain.batch_plan import BatchPlan
 
-IGNORED_TARGET = -100
-_PAD_ID = 3  # pad of the tokenizers trained here; of others any id does: padding is not scored, nor attended to
 _STOP_SECONDS = 5.0
-
-
-@dataclass
-class Batch:
-    """Rows of one micro-step.
-
-    Attributes:
-        tokens_BT: Inputs, int64; padding has the pad id.
-        targets_BT: The token after each input, int64; -100 where nothing is scored.
-        doc_start_BT: Place in the row where the token's document begins, int32. The continuation of a
-            document that was cut, and padding, are documents of their own.
-        row_ids_B: Number of each row in the run (evaluation: in the held-out set), int64.
-    """
-
-    tokens_BT: torch.Tensor
-    targets_BT: torch.Tensor
-    doc_start_BT: torch.Tensor
-    row_ids_B: torch.Tensor
+_WINDOWS_AHEAD = 2  # of each corpus: that of the step that is read, and the next one
 
 
 @dataclass
@@ -63,78 +43,6 @@ class StepRows:
     micro_batches: list[Batch]
     num_targets: int
     damaged: list[str]
-
-
-@dataclass(frozen=True)
-class _RowAddress:
-    """Where a row lies: the corpus, its table, the block, the row in the block; and its number for the batch."""
-
-    corpus: Corpus
-    rows: RowTable
-    block: int
-    row: int
-    row_id: int
-
-
-class _RowReader:
-    """Puts rows together from their documents."""
-
-    def __init__(self) -> None:
-        self._shards = ShardCache()
-
-    def read(self, addresses: Sequence[_RowAddress], seq_len: int) -> tuple[Batch, int, list[str]]:
-        """Read rows into one batch; count its targets, and name the damaged documents, whose place stays empty."""
-        shape = (len(addresses), seq_len)
-        tokens_BT = np.full(shape, _PAD_ID, dtype=np.int64)
-        targets_BT = np.full(shape, IGNORED_TARGET, dtype=np.int64)
-        doc_start_BT = np.empty(shape, dtype=np.int32)
-        damaged: list[str] = []
-        num_targets = 0
-        for i, address in enumerate(addresses):
-            num_targets += self._fill(address, tokens_BT[i], targets_BT[i], doc_start_BT[i], damaged)
-        row_ids_B = np.array([address.row_id for address in addresses], dtype=np.int64)
-        arrays = (tokens_BT, targets_BT, doc_start_BT, row_ids_B)
-        return Batch(*(torch.from_numpy(array) for array in arrays)), num_targets, damaged
-
-    def close(self) -> None:
-        self._shards.close()
-
-    def _fill(
-        self,
-        address: _RowAddress,
-        tokens_T: np.ndarray,
-        targets_T: np.ndarray,
-        doc_start_T: np.ndarray,
-        damaged: list[str],
-    ) -> int:
-        corpus = address.corpus
-        shard = corpus.shards[address.block]
-        reader = self._shards.reader(corpus.folder, shard, corpus.manifest.dtype)
-        begin = num_targets = 0
-        for document, start, length in address.rows.row(address.block, address.row).tolist():
-            end = begin + length
-            if document >= shard.num_documents or end > len(tokens_T):
-                raise self._wrong_table(address)
-            doc_start_T[begin:end] = begin
-            try:
-                ids = reader.read(document)
-            except DamagedDocumentError:
-                damaged.append(f"{corpus.folder}/{shard.name}.tar document {document} in row {address.row_id}")
-            else:
-                if start + length >= len(ids):
-                    raise self._wrong_table(address)
-                tokens_T[begin:end] = ids[start : start + length]
-                targets_T[begin:end] = ids[start + 1 : start + length + 1]
-                num_targets += length
-            begin = end
-        doc_start_T[begin:] = begin
-        return num_targets
-
-    def _wrong_table(self, address: _RowAddress) -> DataError:
-        return DataError(
-            f"{address.rows.path} is damaged: row {address.row} of block {address.block} does not fit its documents. "
-            f" Delete this folder and run: {PREPARE_COMMAND}"
-        )
 
 
 class _ReadAhead:
@@ -192,10 +100,14 @@ class _StepReader:
     """Reads one rank's share of the step that begins at a row."""
 
     def __init__(self, plan: DataPlan, corpora: list[Corpus], batch_plan: BatchPlan, rank: int) -> None:
-        self._plan, self._corpora, self._batch_plan, self._rank = plan, corpora, batch_plan, rank
-        self._rows = _RowReader()
+        self._plan, self.corpora, self._batch_plan, self._rank = plan, corpora, batch_plan, rank
+        self._rows = RowReader()
+        self._prefetcher: Prefetcher | None = None
+        self._is_local = not any(corpus.remote for corpus in corpora)
 
     def __call__(self, cursor: int) -> StepRows:
+        if not self._is_local:
+            self._prefetch(cursor)
         sizes = self._batch_plan.for_seq_len(self._plan.seq_len_at(cursor))
         begin = cursor + self._rank * sizes.rows_per_rank
         batches: list[Batch] = []
@@ -207,18 +119,39 @@ class _StepReader:
             batches.append(batch)
             num_targets += num_scored
             damaged += names
+        self._rows.release_unused()
         return StepRows(batches, num_targets, damaged)
 
     def rows_in_step(self, cursor: int) -> int:
         return self._batch_plan.for_seq_len(self._plan.seq_len_at(cursor)).global_batch_size
 
+    def stop_prefetch(self) -> None:
+        if self._prefetcher:
+            self._prefetcher.stop()
+            self._prefetcher = None
+
     def close(self) -> None:
         self._rows.close()
+        for corpus in self.corpora:
+            corpus.close()
 
-    def _locate(self, t: int, seq_len: int) -> _RowAddress:
+    def _prefetch(self, cursor: int) -> None:
+        """Have the shards of the windows from the cursor on downloaded, of corpora that are not in a local folder."""
+        blocks = [(self.corpora[corpus], block) for corpus, block in self._plan.coming_blocks(cursor, _WINDOWS_AHEAD)]
+        wanted = [(corpus.remote, corpus.shards[block]) for corpus, block in blocks if corpus.remote]
+        if self._prefetcher is None:
+            self._prefetcher = Prefetcher(wanted)
+        self._prefetcher.want(wanted)
+
+    def _locate(self, t: int, seq_len: int) -> RowAddress:
         number, _, block, row = self._plan.locate(t)
-        corpus = self._corpora[number]
-        return _RowAddress(corpus, corpus.rows[seq_len], block, row, t)
+        corpus = self.corpora[number]
+        return RowAddress(corpus, corpus.rows[seq_len], block, row, t)
+
+
+def _stop(ahead: _ReadAhead, read_step: _StepReader) -> None:
+    read_step.stop_prefetch()
+    ahead.stop()
 
 
 class TokenStream:
@@ -275,7 +208,7 @@ class TokenStream:
         if self._ahead is None:
             self._ahead = _ReadAhead(self._read_step, self.cursor, self._rows_in_step, self._depth)
             # Runs at close, when the stream is collected, or at exit, before daemon threads are frozen.
-            self._stop_reading = weakref.finalize(self, self._ahead.stop)
+            self._stop_reading = weakref.finalize(self, _stop, self._ahead, self._read_step)
         return self._ahead.take()
 
     def advance(self) -> None:
@@ -322,7 +255,9 @@ class TokenStream:
                 )
 
     def close(self) -> None:
-        """End the thread and close the shards."""
+        """End the threads and close the shards."""
+        for corpus in self._read_step.corpora:
+            corpus.stop_downloads()
         self._stop_reading()
         self._closed = True
         self._read_step.close()
@@ -365,23 +300,26 @@ class ValRows:
         self._available = available
         self.num_rows = min(max_rows or available, available)
         self.damaged: list[str] = []
-        self._rows = _RowReader()
+        self._rows = RowReader()
 
     def batch(self, row_numbers: Sequence[int]) -> Batch:
         """Read the rows with these numbers, each from 0 to num_rows - 1."""
         batch, _, damaged = self._rows.read([self._locate(number) for number in row_numbers], self._seq_len)
+        self._rows.release_unused()
         self.damaged += [name for name in damaged if name not in self.damaged]
         return batch
 
     def close(self) -> None:
         """Close the shards."""
         self._rows.close()
+        for corpus in self._corpora:
+            corpus.close()
 
-    def _locate(self, number: int) -> _RowAddress:
+    def _locate(self, number: int) -> RowAddress:
         if not 0 <= number < self.num_rows:
             raise IndexError(f"held-out row {number} of {self.num_rows}")
         row = number * self._available // self.num_rows
         i = int(np.searchsorted(self._ends, row, side="right"))
         corpus = self._corpora[i]
         rows = corpus.rows[self._seq_len]
-        return _RowAddress(corpus, rows, *rows.locate(row - (int(self._ends[i]) - rows.num_rows)), number)
+        return RowAddress(corpus, rows, *rows.locate(row - (int(self._ends[i]) - rows.num_rows)), number)

@@ -9,7 +9,8 @@ from functools import cache
 import numpy as np
 from hypothesis import strategies as st
 
-from pretrain.data_plan import DataPlan, Mixture
+from pretrain.data_plan import DataPlan
+from pretrain.mixture import Mixture
 from pretrain.row_order import spread_slots
 
 NAMES = ("web", "code", "books", "maths")

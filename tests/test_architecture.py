@@ -24,14 +24,17 @@ TIERS = (
     "errors section spellings hardware start_clock",
     "model_options",
     "config",
-    "config_docs schedule batch_plan packing phases row_order families console tokenizer source_files matrix_exchange lion"
+    "stores config_docs schedule batch_plan packing phases row_order families console tokenizer source_files matrix_exchange lion"
     " generate_options",
-    "checks explain sentencepiece_model varied_texts table_files token_files shards tensor_files distributed layers recompute"
+    "checks mixture explain sentencepiece_model varied_texts table_files token_files shards tensor_files distributed layers recompute"
     " published model_card muon compiling",
-    "settings sentencepiece_tokenizer row_table model optim checkpoint_files shard_reader journal sources sampling"
+    "node_cache row_table",
+    "remote_corpus",
+    "prefetch settings sentencepiece_tokenizer model optim checkpoint_files shard_reader journal sources sampling"
     " tracking family_table profiling",
     "data_plan communication metrics guard hf_tokenizer generate",
-    "engine stream",
+    "engine row_reader",
+    "stream",
     "checkpoint feed tokenizer_files tokenizer_trial source_sample",
     "run_folder tokenizer_export workers",
     "evaluate hf_export self_test samples corpus",
@@ -43,7 +46,9 @@ TIER_OF = {module: tier for tier, modules in enumerate(TIERS) for module in modu
 
 # One third-party library, one file: what goes wrong with it is in one place, and the rest is testable without it.
 FILE_OF_LIBRARY = {
+    "aiohttp": "pretrain/stores.py",
     "deepspeed": "pretrain/engine.py",
+    "fsspec": "pretrain/stores.py",
     "pyarrow": "pretrain/table_files.py",
     "pydantic_core": "pretrain/settings.py",
     "ruamel": "pretrain/settings.py",
@@ -58,9 +63,9 @@ FILE_OF_LIBRARY = {
 }
 # Data is prepared on machines that have no use for torch, and its start-up is quick without it.
 WITHOUT_TORCH = (
-    "section model_options config settings checks families schedule batch_plan packing phases row_order tokenizer sentencepiece_model sentencepiece_tokenizer"
+    "section model_options config settings checks families schedule batch_plan packing phases row_order mixture tokenizer sentencepiece_model sentencepiece_tokenizer"
     " hf_tokenizer tokenizer_files tokenizer_trial tokenizer_export varied_texts source_files table_files token_files"
-    " sources shards shard_reader row_table data_plan journal workers corpus source_sample prepare dry_run"
+    " sources stores node_cache remote_corpus prefetch shards shard_reader row_table data_plan journal workers corpus source_sample prepare dry_run"
 )
 
 MAX_FILE_LINES = 400

@@ -34,6 +34,24 @@ def test_a_good_config_has_no_problem() -> None:
     assert texts_of(config_of(checkpoint__keep_best=True), "checkpoint.keep_best") == []
 
 
+def test_shards_from_elsewhere_are_not_prepared_and_have_options_of_their_own() -> None:
+    sources = [
+        {"name": "far", "shards": "s3://me:secret@bucket/far?key=secret", "paths": ["x"]},
+        {"name": "command", "shards": "pipe:ssh host cat corpus"},
+    ]
+    config = config_of(data__sources=sources, data__seq_len=64, data__retry_seconds=1800)
+    assert texts_of(config, "data.cache_dir", "data.cache_bytes", "data.retry_seconds") == [
+        ("data.sources.0.shards", "data.sources.0.shards is s3://bucket/far?…; expected a folder, because the source has "
+         "paths. Prepare it into a folder, upload that, and train with the URL and without paths."),
+        ("data.sources.1.shards", "data.sources.1.shards is pipe:ssh host cat corpus; expected {} where the command takes "
+         "the path of a file in the corpus. Write it as in pipe:ssh host cat corpus/{}."),
+        ("data.retry_seconds", "data.retry_seconds is 1800; expected less than parallel.timeout_seconds (1800), after "
+         "which the other ranks give up. Use 600, or raise the other."),
+    ]  # fmt: skip
+    (problem,) = texts_of(config_of(), "data.cache_dir")
+    assert "It is for shards that are read from elsewhere" in problem[1]
+
+
 def test_compiled_blocks_and_zero_3_exclude_each_other() -> None:
     assert texts_of(config_of(train__compile=True, parallel__zero_stage=2)) == []
     assert texts_of(config_of(train__compile=False, parallel__zero_stage=3)) == []
@@ -98,11 +116,18 @@ def test_options_that_would_do_nothing(changes: dict[str, Any], option: str, rea
 
 def test_options_that_do_something_are_not_idle() -> None:
     config = config_of(
-        optim__name="rmsprop", schedule__name="wsd", eval__every_steps=5, eval__patience=2, eval__sample_every_steps=5
+        optim__name="rmsprop",
+        schedule__name="wsd",
+        eval__every_steps=5,
+        eval__patience=2,
+        eval__sample_every_steps=5,
+        data__sources=[{"name": "far", "paths": ["x"], "shards": "s3://far"}],
+        data__seq_len=64,
     )
     assert sorted(idle_options(config)) == ["optim.betas", "optim.nesterov"]
+    stores = ["data.cache_bytes", "data.cache_dir", "data.retry_seconds"]
     config = config_of(optim__name="muon", eval__sample_every_steps=5)
-    assert sorted(idle_options(config)) == ["eval.min_delta", "optim.alpha", "schedule.decay_steps"]
+    assert sorted(idle_options(config)) == [*stores, "eval.min_delta", "optim.alpha", "schedule.decay_steps"]
     assert "optim.momentum" not in idle_options(config_of(optim__name="sgd"))
 
 

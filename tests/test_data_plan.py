@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pretrain import row_order
-from pretrain.data_plan import DataPlan, Mixture, open_plan
+from pretrain.data_plan import DataPlan, open_plan
 from pretrain.errors import ConfigError, DataError
+from pretrain.mixture import Mixture
 from pretrain.row_order import MIXTURE_PERIOD, CorpusOrder, mixture_slots, permutation, spread_slots
 from pretrain.row_table import build_row_tables
 from pretrain.shards import Manifest
@@ -37,6 +38,30 @@ def test_the_order_is_the_one_of_the_first_release():
         (0, 534313, 1, 30),
     ]
     assert make_plan().hash == "9e2063039e0140cc5fb2e7bbf1e065b209763854e92e6e10e4aae9170def19ff"
+
+
+def test_what_a_later_phase_needs_comes_when_it_is_near_and_what_no_phase_needs_does_not():
+    rows = {"web": np.full(8, 100), "books": np.full(6, 50)}
+    mixtures = [Mixture(0, 32, [("web", rows["web"], 1.0)]), Mixture(350, 32, [("books", rows["books"], 1.0)])]
+    plan = DataPlan(mixtures, 7, 2)
+    order = {name: permutation(len(sizes), 7, name, 0).tolist() for name, sizes in rows.items()}
+    web = [[(0, block) for block in order["web"][begin : begin + 2]] for begin in (0, 2)]
+    books = [[(1, block) for block in order["books"][begin : begin + 2]] for begin in (0, 2)]
+    assert plan.coming_blocks(0, 1) == web[0] and plan.coming_blocks(0, 2) == web[0] + web[1]
+    assert plan.coming_blocks(149, 2) == web[0] + web[1]  # books take 200 rows for two windows
+    assert plan.coming_blocks(150, 2) == web[0] + web[1] + books[0] + books[1]
+    assert plan.coming_blocks(200, 2) == web[1] + books[0] + books[1]  # the phase ends within web's second window
+    assert plan.coming_blocks(250, 1) == web[1] + books[0]
+    assert plan.coming_blocks(350, 2) == books[0] + books[1]
+
+
+def test_what_is_needed_soonest_is_said_first():
+    corpora = [("web", np.full(4, 10), 0.9), ("code", np.full(4, 10), 0.1)]
+    plan = DataPlan([Mixture(0, 32, corpora)], 7, 1)
+    order = {name: permutation(4, 7, name, 0).tolist() for name in ("web", "code")}
+    numbers = [number for number, _ in plan.coming_blocks(0, 3)]
+    assert numbers == [0, 1, 0, 0, 1, 1]
+    assert [block for number, block in plan.coming_blocks(0, 3) if number] == order["code"][:3]
 
 
 @given(st.integers(0, 300), st.integers(0, 2**32 - 1))

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from pretrain.evaluate import evaluate
-from pretrain.stream import Batch
+from pretrain.row_reader import Batch
 
 
 class Rows:

@@ -8,7 +8,8 @@ import torch
 from pretrain.distributed import Ranks
 from pretrain.errors import DataError
 from pretrain.feed import Feed
-from pretrain.stream import Batch, StepRows
+from pretrain.row_reader import Batch
+from pretrain.stream import StepRows
 
 RANKS = Ranks(0, 0, 1, torch.device("cpu"))
 

@@ -16,10 +16,11 @@ from pretrain.errors import DataError
 from pretrain.families import flops_per_token, resolve_shape
 from pretrain.packing import PACKING_VERSIONS
 from pretrain.phases import phases_of, sampling_weights
+from pretrain.row_reader import IGNORED_TARGET
 from pretrain.run import flops_by_length
 from pretrain.settings import load_config
 from pretrain.shards import load_index
-from pretrain.stream import IGNORED_TARGET, TokenStream, ValRows
+from pretrain.stream import TokenStream, ValRows
 from tests.data_helpers import PAD, TOKENIZER, batch_plan, flip_bit, make_config, make_corpus, random_documents
 from tests.rank_helpers import ROOT, losses, metric_lines, prepare, run_cases
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pretrain import data_plan, row_order
+from pretrain import mixture, row_order
 from pretrain.row_order import CorpusOrder
 from tests.plan_helpers import NAMES, Part, Recipe, recipes, spread_quickly
 
@@ -17,7 +17,7 @@ few = settings(max_examples=40, deadline=None, suppress_health_check=[HealthChec
 
 @pytest.fixture(autouse=True)
 def quick_tables(monkeypatch):
-    monkeypatch.setattr(data_plan, "spread_slots", spread_quickly)
+    monkeypatch.setattr(mixture, "spread_slots", spread_quickly)
 
 
 @given(recipes())
@@ -60,6 +60,29 @@ def test_seeking_makes_at_most_the_blocks_of_an_epoch_and_the_rows_of_a_window(r
     name, seq_len = plan.names[number], plan.seq_len_at(t)
     rows = np.sort(recipe.rows_per_block(name, seq_len))
     assert len(made) <= 2 and sum(made) <= len(rows) + rows[-recipe.window_shards :].sum()
+
+
+def window_of(recipe, name, epoch, block):
+    blocks = row_order.permutation(len(recipe.slots[NAMES.index(name)]), recipe.seed, name, epoch).tolist()
+    return epoch, blocks.index(block) // recipe.window_shards
+
+
+@given(recipes(), st.integers(1, 3), st.data())
+@few
+def test_what_is_read_next_is_said_in_every_phase(recipe, num_windows, data):
+    plan, bounds = recipe.build(), [*recipe.first_rows, recipe.num_rows]
+    part = data.draw(st.integers(0, len(recipe.parts) - 1))
+    t = data.draw(st.integers(bounds[part], bounds[part + 1] - 1))
+    coming = plan.coming_blocks(t, num_windows)
+    assert len(set(coming)) == len(coming) <= num_windows * recipe.window_shards * len(plan.names)
+    windows = defaultdict(set)
+    for row in range(t, bounds[part + 1]):
+        number, epoch, block, _ = plan.locate(row)
+        windows[number].add(window_of(recipe, plan.names[number], epoch, block))
+        assert (number, block) in coming or len(windows[number]) > num_windows
+    number, _, block, _ = plan.locate(bounds[part + 1])
+    if num_windows > 1:  # the first row of the next phase, on the last one of this
+        assert (number, block) in plan.coming_blocks(bounds[part + 1] - 1, num_windows)
 
 
 @given(recipes(min_parts=2), st.integers(1, 2))

@@ -14,10 +14,11 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pretrain import stream as stream_module
+from pretrain import row_reader
 from pretrain.errors import DataError
+from pretrain.row_reader import IGNORED_TARGET
 from pretrain.shards import load_index
-from pretrain.stream import IGNORED_TARGET, TokenStream, ValRows
+from pretrain.stream import TokenStream, ValRows
 from tests.data_helpers import (
     BOS,
     EOS,
@@ -421,4 +422,4 @@ def test_damaged_held_out_documents_are_named_once_and_not_scored(tmp_path, monk
 
 def test_pad_id_is_the_tokenizers():
     tokenizer = pytest.importorskip("pretrain.sentencepiece_tokenizer")
-    assert stream_module._PAD_ID == tokenizer.PAD_ID == PAD and tokenizer.BOS_ID == BOS and tokenizer.EOS_ID == EOS
+    assert row_reader._PAD_ID == tokenizer.PAD_ID == PAD and tokenizer.BOS_ID == BOS and tokenizer.EOS_ID == EOS

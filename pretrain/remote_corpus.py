@@ -1,0 +1,261 @@
+"""A prepared corpus that lies in a store, seen as a local folder whose files come when they are needed.
+
+The folder is in the node's cache and is named by the hash of the corpus's URL and its manifest, so that corpora do not
+mix and a corpus that was prepared again begins anew. Every shard is compared with the manifest's sha256 before it gets
+its name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from pretrain.config import DataSection
+from pretrain.errors import DataError
+from pretrain.node_cache import CacheFile, NodeCache, is_at
+from pretrain.row_table import IDENTITY_NAME, array_paths, table_folder
+from pretrain.shards import MANIFEST_NAME, Manifest, Shard, file_sha256, index_path
+from pretrain.stores import STALL_SECONDS, Store, StoreError, WrongContentError, is_remote, shown
+
+_MAX_TRIES = 5  # to hold a file that other processes evict as soon as it is there
+
+
+def open_remote(shards: str, data: DataSection) -> RemoteCorpus | None:
+    """Open what `data.sources[].shards` names, or return None if that is a local folder.
+
+    Raises:
+        DataError: The store cannot be read.
+    """
+    if not is_remote(shards):
+        return None
+    folder = Path(data.cache_dir or Path(tempfile.gettempdir(), f"longhaul-cache-{os.getuid()}"))
+    cache = NodeCache(folder.absolute(), data.cache_bytes, data.retry_seconds + 2 * STALL_SECONDS)
+    return RemoteCorpus(Store(shards, data.retry_seconds), cache)
+
+
+class RemoteCorpus:
+    """The files of one corpus, from its store through the cache.
+
+    Attributes:
+        store: Where they come from.
+        cache: Where they go.
+        folder: The corpus's folder in the cache.
+    """
+
+    def __init__(self, store: Store, cache: NodeCache) -> None:
+        """Read the manifest; it is read at every start, so that its content is what decides.
+
+        Raises:
+            DataError: There is no manifest, or the store cannot be read.
+        """
+        self.store, self.cache = store, cache
+        content = store.read(MANIFEST_NAME, check=json.loads)
+        self.folder = self._folder_of(content)
+        self._held: list[int] = []
+        self._checked: set[str] = set()  # shards whose index was compared with its sha256 by this process
+        self._lock = threading.Lock()
+        self._keep(self.folder / MANIFEST_NAME, len(content), lambda file: file.write(content))
+
+    def __str__(self) -> str:
+        return shown(self.store.url)
+
+    def fetch_rows(self, manifest: Manifest, split: str, seq_len: int, packing: str = "best_fit") -> Path:
+        """Download the row table of a split and keep it in the cache.
+
+        Returns:
+            The folder to open the table in.
+
+        Raises:
+            DataError: The corpus has no rows of this `seq_len` and packing, or the store cannot be read.
+        """
+        name = table_folder("", seq_len, packing).name
+        try:
+            identity = self.store.read(f"{name}/{IDENTITY_NAME}", check=json.loads)
+        except DataError as error:
+            kind = f"data.seq_len {seq_len}{'' if packing == 'best_fit' else f' and data.packing {packing}'}"
+            raise DataError(
+                f"{error} Rows of {kind} are made by `prepare`, in the folder {name}: upload it too."
+            ) from error
+        folder = self._folder_of(self.folder.name.encode() + identity)
+        self._keep(folder / name / IDENTITY_NAME, len(identity), lambda file: file.write(identity))
+        num_slots = sum(shard.num_tokens - shard.num_documents for shard in manifest.shards(split))
+        for array, path in array_paths(folder / name, split).items():
+            check = _check_segments(num_slots) if array == "segments" else _check_array
+            self._keep(path, None, self._downloader(f"{name}/{path.name}", check=check))
+        return folder
+
+    def open(self, shard: Shard) -> int:
+        """Open a shard's tar, downloaded if need be; it and its index stay until the descriptor is closed.
+
+        Raises:
+            CacheFullError: There is no room for it.
+            DataError: It cannot be had.
+        """
+        path = self._tar(shard)
+        for _ in range(_MAX_TRIES):
+            self.add(shard)
+            descriptor = self.cache.hold(path)
+            if descriptor is None:
+                continue
+            try:
+                if os.fstat(descriptor).st_size == shard.num_bytes:
+                    self._check_index(shard)
+                    self._add_index(shard)
+                    return descriptor
+                path.unlink(missing_ok=True)
+            except BaseException:
+                os.close(descriptor)
+                raise
+            os.close(descriptor)
+        raise DataError(
+            f"{path}: it is gone as soon as it is downloaded; expected it to stay while it is read. Is something else "
+            "deleting files in data.cache_dir? If not, raise data.cache_bytes."
+        )
+
+    def add(self, shard: Shard, until: threading.Event | None = None) -> bool:
+        """Download a shard if it is not there.
+
+        Args:
+            shard: The shard.
+            until: For downloads ahead of need: they do not wait for others that download the same, do not try again
+                what fails, leave in the cache what is needed, and end when this is set.
+
+        Returns:
+            Whether it is there; False only if another one is downloading it and this one does not wait.
+
+        Raises:
+            CacheFullError: There is no room for it.
+            DataError: It cannot be had.
+        """
+        write = self._downloader(f"{shard.name}.tar", shard.num_bytes, shard.sha256, until=until)
+        there = self.cache.add(self._tar(shard), shard.num_bytes, write, until is not None)
+        return there and self._add_index(shard, until)
+
+    def files_of(self, shard: Shard) -> tuple[Path, Path]:
+        """Where a shard's tar and index are once they are in the cache."""
+        return self._tar(shard), index_path(self.folder, shard.name)
+
+    def renew_if_damaged(self, descriptor: int, shard: Shard) -> None:
+        """Drop a shard from the cache if it is no longer what the manifest says; what the store has is downloaded next.
+
+        Args:
+            descriptor: The tar as it was read.
+            shard: The shard.
+        """
+        path = self._tar(shard)
+        if not is_at(descriptor, path):
+            return  # another process has found it before
+        try:
+            is_damaged = file_sha256(path) != shard.sha256
+        except OSError:
+            is_damaged = True
+        if is_damaged:
+            path.unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """End downloads, and let go of what was kept."""
+        self.store.close()
+        while self._held:
+            os.close(self._held.pop())
+
+    def _tar(self, shard: Shard) -> Path:
+        return self.folder / f"{shard.name}.tar"
+
+    def _folder_of(self, version: bytes) -> Path:
+        """A folder for one version of the corpus."""
+        key = hashlib.sha256(self.store.url.encode() + b"\n" + version).hexdigest()
+        return self.cache.folder / key[:40]
+
+    def _keep(self, path: Path, num_bytes: int | None, write: Callable[[CacheFile], object]) -> None:
+        """Put a file into the cache and hold it until `close`."""
+        for _ in range(_MAX_TRIES):
+            self.cache.add(path, num_bytes, write)
+            descriptor = self.cache.hold(path)
+            if descriptor is not None:
+                self._held.append(descriptor)
+                return
+        raise DataError(
+            f"{path}: it is gone as soon as it is there. Raise data.cache_bytes, or clear {self.cache.folder}."
+        )
+
+    def _check_index(self, shard: Shard) -> None:
+        """Compare an index that is there with the manifest, once a process; a damaged one is removed."""
+        with self._lock:
+            path = index_path(self.folder, shard.name)
+            if shard.name not in self._checked and path.exists() and file_sha256(path) != shard.index_sha256:
+                path.unlink()
+            self._checked.add(shard.name)
+
+    def _add_index(self, shard: Shard, until: threading.Event | None = None) -> bool:
+        path = index_path(self.folder, shard.name)
+        write = self._downloader(path.name, None, shard.index_sha256, until=until)
+        return self.cache.add(path, None, write, until is not None, spare=self._tar(shard))
+
+    def _downloader(
+        self,
+        name: str,
+        num_bytes: int | None = None,
+        sha256: str | None = None,
+        check: Callable[[Path], object] = lambda _: None,
+        until: threading.Event | None = None,
+    ) -> Callable[[CacheFile], object]:
+        """What fills a file of the cache from the store, until it is what it should be."""
+
+        def receive(file: CacheFile, chunks: Iterator[bytes]) -> None:
+            file.rewind()
+            digest, size = hashlib.sha256(), 0
+            for chunk in chunks:
+                size += len(chunk)
+                if num_bytes is not None and size > num_bytes:
+                    break
+                if until is not None and until.is_set():
+                    raise StoreError("it is not wanted any more", is_final=True)
+                file.write(chunk)
+                digest.update(chunk)
+            if num_bytes is not None and size != num_bytes:
+                raise WrongContentError(
+                    f"it has {'more' if size > num_bytes else 'only'} {size} bytes; expected {num_bytes}"
+                )
+            if sha256 is not None and digest.hexdigest() != sha256:
+                raise WrongContentError("its sha256 differs from the manifest's")
+            file.end()
+            check(file.path)
+
+        return lambda file: self.store.fetch(name, lambda chunks: receive(file, chunks), until is None)
+
+
+def _check_array(path: Path) -> np.ndarray:
+    """Check that a `.npy` file is as long as it says, and return what it holds."""
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+        num_bytes = array.offset + array.nbytes
+    except (OSError, ValueError, EOFError, AttributeError) as error:
+        raise WrongContentError(f"it is not a whole .npy file: {error}") from error
+    if num_bytes != path.stat().st_size:
+        raise WrongContentError(f"it has {path.stat().st_size} bytes; expected {num_bytes}")
+    return array
+
+
+def _check_segments(num_slots: int) -> Callable[[Path], None]:
+    """Check that the rows hold every token of the split once: nothing else tells a damaged table from a good one."""
+
+    def check(path: Path) -> None:
+        array = _check_array(path)
+        total = int(array["length"].sum(dtype=np.uint64)) if array.dtype.names else -1
+        if total != num_slots:
+            raise WrongContentError(f"its rows hold {total} tokens; expected {num_slots}, as in the manifest")
+
+    return check
+
+
+def min_cache_bytes(shards: Sequence[Shard], window_shards: int) -> int:
+    """What the cache must hold of one corpus so that the rows of a window are not downloaded over and over."""
+    sizes = sorted((shard.num_bytes for shard in shards), reverse=True)
+    return sum(sizes[:window_shards])
