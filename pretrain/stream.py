@@ -238,9 +238,9 @@ class _StepReader:
         return _RowAddress(self.corpora[corpus], block, row, t)
 
 
-def _stop(ahead: _ReadAhead, read_step: _StepReader) -> None:
-    read_step.stop_prefetch()
-    ahead.stop()
+def _stop(*ends: Callable[[], object]) -> None:
+    for end in ends:
+        end()
 
 
 class TokenStream:
@@ -270,6 +270,7 @@ class TokenStream:
         self.cursor = cursor
         self._batch_plan, self._depth = batch_plan, config.data.prefetch_steps
         self._read_step = _StepReader(self.plan, corpora, batch_plan, rank)
+        self._stop_prefetch = self._read_step.stop_prefetch
         self._ahead: _ReadAhead | None = None
         self._stop_reading: Callable[[], Any] = lambda: None
         self._closed = False
@@ -296,7 +297,7 @@ class TokenStream:
             num_rows = self._batch_plan.global_batch_size
             self._ahead = _ReadAhead(self._read_step, self.cursor, num_rows, self._depth)
             # Runs at close, when the stream is collected, or at exit, before daemon threads are frozen.
-            self._stop_reading = weakref.finalize(self, _stop, self._ahead, self._read_step)
+            self._stop_reading = weakref.finalize(self, _stop, self._stop_prefetch, self._ahead.stop)
         return self._ahead.take()
 
     def advance(self) -> None:
