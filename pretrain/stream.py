@@ -149,9 +149,9 @@ class _StepReader:
         return RowAddress(corpus, corpus.rows[seq_len], block, row, t)
 
 
-def _stop(ahead: _ReadAhead, read_step: _StepReader) -> None:
-    read_step.stop_prefetch()
-    ahead.stop()
+def _stop(*ends: Callable[[], object]) -> None:
+    for end in ends:
+        end()
 
 
 class TokenStream:
@@ -183,6 +183,7 @@ class TokenStream:
         self._depth = config.data.prefetch_steps
         self._read_step = _StepReader(self.plan, corpora, batch_plan, rank)
         self._rows_in_step = self._read_step.rows_in_step
+        self._stop_prefetch = self._read_step.stop_prefetch
         self._ahead: _ReadAhead | None = None
         self._stop_reading: Callable[[], Any] = lambda: None
         self._closed = False
@@ -208,7 +209,8 @@ class TokenStream:
         if self._ahead is None:
             self._ahead = _ReadAhead(self._read_step, self.cursor, self._rows_in_step, self._depth)
             # Runs at close, when the stream is collected, or at exit, before daemon threads are frozen.
-            self._stop_reading = weakref.finalize(self, _stop, self._ahead, self._read_step)
+            # The reader ends first: it is what starts downloads ahead.
+            self._stop_reading = weakref.finalize(self, _stop, self._ahead.stop, self._stop_prefetch)
         return self._ahead.take()
 
     def advance(self) -> None:
