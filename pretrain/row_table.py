@@ -149,6 +149,18 @@ class RowTable:
         """Rows of each block, int64 [num_blocks]; a block is a shard."""
         return np.diff(self._blocks)
 
+    def slots_per_block(self) -> np.ndarray:
+        """Filled slots of each block's rows, int64 [num_blocks].
+
+        Raises:
+            DataError: the offsets do not fit the segments.
+        """
+        bounds = self._offsets[self._blocks].astype(np.int64)
+        if bounds[0] != 0 or bounds[-1] != len(self._segments) or (np.diff(bounds) < 0).any():
+            raise _damaged(self._path, "its rows and segments do not fit each other")
+        parts = [self._segments["length"][begin:end] for begin, end in zip(bounds[:-1], bounds[1:], strict=True)]
+        return np.array([part.sum(dtype=np.int64) for part in parts], dtype=np.int64)
+
     def locate(self, row: int) -> tuple[int, int]:
         """Return the block of the split's row number `row`, and its number there."""
         block = int(self._blocks.searchsorted(row, side="right")) - 1

@@ -32,10 +32,11 @@ TIERS = (
     "engine stream",
     "checkpoint feed tokenizer_files tokenizer_trial source_sample",
     "run_folder tokenizer_export workers",
-    "evaluate hf_export self_test samples corpus",
+    "evaluate hf_export self_test samples corpus verify_shards inspect_shards",
     "run prepare convert quickstart",
     "train",
     "dry_run",
+    "prepare_options",
 )
 TIER_OF = {module: tier for tier, modules in enumerate(TIERS) for module in modules.split()}
 
@@ -59,6 +60,7 @@ WITHOUT_TORCH = (
     "config settings checks families schedule batch_plan packing tokenizer sentencepiece_model sentencepiece_tokenizer"
     " hf_tokenizer tokenizer_files tokenizer_trial tokenizer_export varied_texts source_files table_files token_files"
     " sources shards shard_reader row_table data_plan journal workers corpus source_sample prepare dry_run"
+    " verify_shards inspect_shards prepare_options"
 )
 
 MAX_FILE_LINES = 400
