@@ -18,14 +18,17 @@ from pathlib import Path
 
 import numpy as np
 
+from pretrain import filters
 from pretrain.config import Config, SourceSection
 from pretrain.console import LiveLine, format_bytes, format_duration
 from pretrain.errors import DataError
 from pretrain.journal import LOCK_NAME, SPLITS, Journal, Recipe, check_recipe, file_lock, read_recipe
+from pretrain.near_duplicates import NearDuplicates
+from pretrain.refining import open_refiner
 from pretrain.row_table import RowTable, build_row_tables
 from pretrain.shard_reader import check_shards
 from pretrain.shards import MANIFEST_NAME, MANIFEST_VERSION, Manifest, Shard, ShardWriter
-from pretrain.source_files import TokenFormat, files_identity, list_files, token_format
+from pretrain.source_files import TokenFormat, files_identity, list_files, published_formats, token_format
 from pretrain.sources import (
     Document,
     ReadLog,
@@ -92,9 +95,10 @@ class Corpus:
             "data.drop_duplicates": data.drop_duplicates,
             "data.shard_bytes": data.shard_bytes,
             "the tokenizer": self.tokenizer.fingerprint,
+            "data.filters": filters.identity(filters.filters_of(self.source, data)),
         }
         if files:
-            if held := token_format(files):
+            if held := token_format(files) or published_formats(files, self.source.format):
                 recipe["data.sources[].format"] = held
             identity = files_identity(files)
             recipe |= {
@@ -174,7 +178,8 @@ class Corpus:
         """The source's documents, each with what its digest is of, and the bytes of its text."""
         data, held = self.config.data, token_format(files)
         if held is None:
-            policy = data.on_bad_document, data.on_bad_file, self.log, self.tokenizer.loses_u2581
+            refine = open_refiner(files, self.source, data)
+            policy = data.on_bad_document, data.on_bad_file, self.log, self.tokenizer.loses_u2581, refine
             for document in read_documents(files, self.source, *policy):
                 content = document.text.encode()
                 yield document, content, len(content)
@@ -201,6 +206,7 @@ class Corpus:
         num_done = {split: sum(shard.num_documents for shard in journal.shards[split]) for split in SPLITS}
         total_bytes = sum(file.stat().st_size for file in files)
         digests: set[bytes] = set()
+        near_duplicates = NearDuplicates()
         batch = Batch()
         for document, content, num_bytes in self._documents(files):
             digest = document_digest(content)
@@ -209,6 +215,9 @@ class Corpus:
                     self.log.skip("duplicates", f"{document.origin}: it is equal to an earlier document")
                     continue
                 digests.add(digest)
+            if isinstance(document, Document) and document.bands and not near_duplicates.is_new(document.bands):
+                self.log.skip("near_duplicates", f"{document.origin}: it is nearly equal to an earlier document")
+                continue
             split = "val" if is_validation(digest, data.val_fraction) else "train"
             self.num_documents[split] += 1
             self.text_bytes[split] += num_bytes
@@ -301,4 +310,5 @@ def no_documents(source: SourceSection, log: ReadLog, num_val: int = 0) -> DataE
 
 
 def _hash(recipe: Recipe) -> str:
+    recipe = {key: value for key, value in recipe.items() if value is not None}
     return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()

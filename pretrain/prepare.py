@@ -14,6 +14,7 @@ from pretrain.corpus import Corpus, add_rows, no_documents
 from pretrain.errors import ConfigError, DataError
 from pretrain.hf_tokenizer import check_ids
 from pretrain.journal import file_lock
+from pretrain.refining import open_refiner
 from pretrain.sentencepiece_tokenizer import SentencePieceTokenizer, choose_sample, fit, report
 from pretrain.shards import MANIFEST_NAME, Manifest
 from pretrain.source_files import list_files, token_format
@@ -135,8 +136,9 @@ def _training_texts(config: Config, held_out: list[str]) -> Iterator[str]:
         limit = READ_MULTIPLE * config.tokenizer.sample_bytes * source.weight / total_weight
         read_bytes = 0
         files = sorted(files_of[source.name], key=by_seeded_hash)
-        log = ReadLog()
-        for document in read_documents(files, source, config.data.on_bad_document, config.data.on_bad_file, log):
+        log, refine = ReadLog(), open_refiner(files, source, config.data)
+        policy = config.data.on_bad_document, config.data.on_bad_file, log, True, refine
+        for document in read_documents(files, source, *policy):
             data = document.text.encode()
             read_bytes += len(data)
             if not is_validation(document_digest(data), config.data.val_fraction):

@@ -23,16 +23,17 @@ BENCHMARKS = sorted(path.relative_to(ROOT) for path in (ROOT / "benchmarks").glo
 TIERS = (
     "errors config spellings hardware start_clock",
     "config_docs schedule batch_plan packing families console tokenizer source_files matrix_exchange lion"
-    " generate_options",
+    " generate_options repetition personal_data near_duplicates languages wikipedia",
     "checks explain sentencepiece_model varied_texts table_files token_files shards tensor_files distributed layers recompute"
-    " published model_card muon compiling",
+    " published model_card muon compiling filters dataset_files",
     "settings sentencepiece_tokenizer row_table model optim checkpoint_files shard_reader journal sources sampling"
     " tracking family_table profiling",
     "data_plan communication metrics guard hf_tokenizer generate",
     "engine stream",
     "checkpoint feed tokenizer_files tokenizer_trial source_sample",
     "run_folder tokenizer_export workers",
-    "evaluate hf_export self_test samples corpus verify_shards inspect_shards",
+    "evaluate hf_export self_test samples refining verify_shards inspect_shards",
+    "corpus",
     "run prepare convert quickstart",
     "train",
     "dry_run",
@@ -42,7 +43,10 @@ TIER_OF = {module: tier for tier, modules in enumerate(TIERS) for module in modu
 
 # One third-party library, one file: what goes wrong with it is in one place, and the rest is testable without it.
 FILE_OF_LIBRARY = {
+    "datasketch": "pretrain/near_duplicates.py",
     "deepspeed": "pretrain/engine.py",
+    "mwparserfromhell": "pretrain/wikipedia.py",
+    "py3langid": "pretrain/languages.py",
     "pyarrow": "pretrain/table_files.py",
     "pydantic_core": "pretrain/settings.py",
     "ruamel": "pretrain/settings.py",
@@ -60,7 +64,8 @@ WITHOUT_TORCH = (
     "config settings checks families schedule batch_plan packing tokenizer sentencepiece_model sentencepiece_tokenizer"
     " hf_tokenizer tokenizer_files tokenizer_trial tokenizer_export varied_texts source_files table_files token_files"
     " sources shards shard_reader row_table data_plan journal workers corpus source_sample prepare dry_run"
-    " verify_shards inspect_shards prepare_options"
+    " verify_shards inspect_shards prepare_options repetition personal_data near_duplicates languages wikipedia filters"
+    " dataset_files refining"
 )
 
 MAX_FILE_LINES = 400
