@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -20,8 +19,6 @@ from pretrain.source_files import Bad, kind_of
 from pretrain.wikipedia import Markup
 
 RULES_VERSION = 1  # of everything here that decides what becomes of a text
-_NOT_ALPHANUMERIC, _WHITE_SPACE = re.compile(r"[\W_]+"), re.compile(r"\s+")
-
 RawText = str | Bad | Markup
 
 
@@ -136,8 +133,7 @@ def _judge(text: str, filters: FiltersSection) -> Bad | None:
     if filters.max_characters and len(text) > filters.max_characters:
         return Bad("long", f"it has {len(text):,} characters, more than {filters.max_characters:,}", False)
     if filters.min_alphanumeric:
-        num_seen = len(_WHITE_SPACE.sub("", text))
-        share = len(_NOT_ALPHANUMERIC.sub("", text)) / max(num_seen, 1)
+        share = sum(map(str.isalnum, text)) / max(len("".join(text.split())), 1)
         if share < filters.min_alphanumeric:
             return Bad("few_alphanumerics", f"{share:.0%} of its characters are letters or digits", False)
     if filters.repetition and (rule := find_repetition(text)):

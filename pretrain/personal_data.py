@@ -22,14 +22,17 @@ class _Kind:
     Attributes:
         name: what it is counted as; also in what stands in its place, `[email]`.
         triggers: a text without any of these holds none; empty: always looked for.
-        pattern: its shape.
+        pattern: its shape. Patterns begin with what they look for and look behind it then: Python's `re` finds a first
+            character quickly, and tries a look-behind at each place.
         accepts: says of a match whether it is one.
+        hint: a part of it that is found more quickly; a text without it holds none.
     """
 
     name: str
     triggers: tuple[str, ...]
     pattern: re.Pattern[str]
     accepts: Callable[[str], bool] = bool
+    hint: re.Pattern[str] | None = None
 
 
 def _is_card(text: str) -> bool:
@@ -92,18 +95,19 @@ PERSONAL_DATA = (
             r"[A-Za-z]{2,24}(?![\w@])",
             re.ASCII,
         ),
+        hint=re.compile(r"@[A-Za-z0-9][A-Za-z0-9-]*\.[A-Za-z0-9]"),
     ),
-    _Kind("card", (), re.compile(r"(?<![\w.-])\d(?:[ -]?\d){12,18}(?![\w-])", re.ASCII), _is_card),
+    _Kind("card", (), re.compile(r"\d(?<![\w.-].)(?:[ -]?\d){12,18}(?![\w-])", re.ASCII), _is_card),
     _Kind(
         "ip_address",
         (".",),
-        re.compile(r"(?<![\w.-])(?:\d{1,3}\.){3}\d{1,3}(?![\w-]|\.\d)", re.ASCII),
+        re.compile(r"\d(?<![\w.-].)\d{0,2}\.(?:\d{1,3}\.){2}\d{1,3}(?![\w-]|\.\d)", re.ASCII),
         _is_public_address,
     ),
     _Kind(
         "phone",
         ("+",),
-        re.compile(r"(?<![\w+.-])\+[1-9]\d{0,2}(?:[ .-]?\(\d{1,4}\))?(?:[ .-]?\d{2,4}){2,5}(?![\w-])", re.ASCII),
+        re.compile(r"\+(?<![\w+.-].)[1-9]\d{0,2}(?:[ .-]?\(\d{1,4}\))?(?:[ .-]?\d{2,4}){2,5}(?![\w-])", re.ASCII),
         lambda text: 8 <= sum(map(str.isdigit, text)) <= 15,  # ITU-T E.164
     ),
 )
@@ -118,6 +122,8 @@ def mask(text: str, kinds: tuple[_Kind, ...]) -> tuple[str, Counter[str]]:
     found: Counter[str] = Counter()
     for kind in kinds:
         if kind.triggers and not any(trigger in text for trigger in kind.triggers):
+            continue
+        if kind.hint is not None and kind.hint.search(text) is None:
             continue
 
         def replace(match: re.Match[str], kind: _Kind = kind) -> str:
