@@ -58,7 +58,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command."""
     parser = argparse.ArgumentParser(prog="filters", description=__doc__.splitlines()[0])
     parser.add_argument("--megabytes", type=float, default=30, help="text to prepare")
-    parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--processes", type=int, default=1, help="of prepare")
+    parser.add_argument("--filters", nargs="+", choices=FILTERS, default=list(FILTERS), help="beside none")
     parser.add_argument("--vocab-size", type=int, default=16384, help="of the tokenizer, trained on 10 MB first")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     arguments = parser.parse_args(argv)
@@ -71,7 +72,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         train_tokenizer(texts, TokenizerSection(model=model, vocab_size=arguments.vocab_size, sample_bytes=10**7), 1)
         (folder / "config.yaml").write_text(CONFIG.format(folder=folder, vocab_size=arguments.vocab_size))
         plain_seconds = 0.0
-        for what, options in FILTERS.items():
+        for what in dict.fromkeys(["none", *arguments.filters]):
+            options = FILTERS[what]
             row = run_prepare(folder, arguments.processes, [f"data.filters.{option}" for option in options])
             manifest = Manifest.load(row["shards"])
             plain_seconds = plain_seconds or row["cpu_seconds"]

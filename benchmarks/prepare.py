@@ -162,7 +162,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         part_bytes = sum(len(text.encode()) for text in part)
         for number in arguments.processes:
             row = run_prepare(folder, number)
-            del row["shards"]
+            row.pop("shards", None)
             alone = {f"{key}_bytes_per_cpu_second": part_bytes / max(value, 1e-9)
                      for key, value in time_encoding(part, model).items()}  # fmt: skip
             row |= {"num_bytes": num_bytes, "bytes_per_cpu_second": num_bytes / row["cpu_seconds"], **alone}
