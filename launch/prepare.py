@@ -14,7 +14,7 @@ if sys.path[0] == str(Path(__file__).resolve().parent):  # run as a file: launch
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit status."""
     from pretrain.errors import EXIT_DONE, EXIT_STOPPED, LonghaulError
-    from pretrain.prepare_options import parse, report
+    from pretrain.prepare_options import parse, report, run
 
     arguments = parse(argv, __doc__)
     previous = signal.signal(signal.SIGTERM, signal.default_int_handler)  # a batch system's stop is Ctrl-C too
@@ -23,10 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if reported is not None:
             print(reported[0])
             return reported[1]
-        from pretrain.prepare import prepare
-        from pretrain.settings import load_config
-
-        prepare(load_config(arguments.config, arguments.overrides))
+        run(arguments)
     except LonghaulError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_status

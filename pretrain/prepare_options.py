@@ -10,6 +10,7 @@ EXAMPLES = """examples:
   python launch/prepare.py configs/quickstart.yaml
   python launch/prepare.py configs/llama-350m.yaml data.prepare_processes=32 data.on_bad_file=skip
   python launch/prepare.py configs/llama-350m.yaml --dry-run
+  python launch/prepare.py configs/llama-350m.yaml --share 3/16    # and 15 others; then --merge 16
   python launch/prepare.py --inspect data/web
   python launch/prepare.py --verify data/web --processes 8
 
@@ -28,6 +29,11 @@ def parse(argv: Sequence[str] | None, description: str | None) -> argparse.Names
     mode.add_argument(
         "--verify", metavar="DIR", help="read prepared shards and compare every checksum; needs no CONFIG"
     )
+    mode.add_argument(
+        "--train-tokenizer", action="store_true", help="train the tokenizer if it does not exist, no more"
+    )
+    mode.add_argument("--share", metavar="K/N", help="make the K-th of N shares of every source, for --merge")
+    mode.add_argument("--merge", metavar="N", type=_count, help="make the shards of N shares, the same as without them")
     parser.add_argument("--json", action="store_true", help="with one of these: print one JSON object")
     parser.add_argument("--tokenizer", metavar="PATH", help="with --inspect: the tokenizer, if it is not found")
     parser.add_argument("--samples", metavar="N", type=_count, help="with --inspect: documents to show; default: 3")
@@ -52,6 +58,24 @@ def _count(text: str) -> int:
     if value < 0:
         raise ValueError
     return value
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Do what a mode that writes is for.
+
+    Raises:
+        LonghaulError: as the mode itself.
+    """
+    from pretrain.prepare import prepare, prepare_tokenizer
+    from pretrain.settings import load_config
+    from pretrain.shares import parse_share
+
+    share = parse_share(arguments.share) if arguments.share else None
+    config = load_config(arguments.config, arguments.overrides)
+    if arguments.train_tokenizer:
+        prepare_tokenizer(config)
+    else:
+        prepare(config, share, arguments.merge or 0)
 
 
 def report(arguments: argparse.Namespace) -> tuple[str, int] | None:

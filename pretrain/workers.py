@@ -49,6 +49,15 @@ class Batch:
     ids: list[np.ndarray] = field(default_factory=list)
     size: int = 0
 
+    def add(self, text: str | None, ids: np.ndarray | None) -> None:
+        """Take in a document's text, or its ids."""
+        if text is not None:
+            self.texts.append(text)
+            self.size += len(text)
+        if ids is not None:
+            self.ids.append(ids)
+            self.size += len(ids)
+
 
 def num_processes(data: DataSection) -> int:
     """Processes that tokenize: what the config says, or one per core."""

@@ -34,6 +34,7 @@ TIERS = (
     "run_folder tokenizer_export workers",
     "evaluate hf_export self_test samples refining verify_shards inspect_shards",
     "corpus",
+    "shares",
     "run prepare convert quickstart",
     "train",
     "dry_run",
@@ -65,7 +66,7 @@ WITHOUT_TORCH = (
     " hf_tokenizer tokenizer_files tokenizer_trial tokenizer_export varied_texts source_files table_files token_files"
     " sources shards shard_reader row_table data_plan journal workers corpus source_sample prepare dry_run"
     " verify_shards inspect_shards prepare_options repetition personal_data near_duplicates languages wikipedia filters"
-    " dataset_files refining"
+    " dataset_files refining shares"
 )
 
 MAX_FILE_LINES = 400
