@@ -9,7 +9,9 @@ import pytest
 
 from pretrain import corpus as corpus_module
 from pretrain import languages, refining
+from pretrain.checks import idle_options
 from pretrain.config import DataSection, FiltersSection, SourceSection
+from pretrain.dry_run import forecast
 from pretrain.errors import ConfigError
 from pretrain.filters import filter_text, needs_work
 from pretrain.prepare import prepare
@@ -151,3 +153,26 @@ def test_a_source_can_be_left_alone(tmp_path: Path) -> None:
     filters = {"min_characters": 10**6}
     prepare(config_of(tmp_path, filters=filters, source={"filter": False}, seq_len=16))
     assert Manifest.load(tmp_path / "shards").counts == {"documents_read": 40, "files_read": 13}
+
+
+def test_a_dry_run_foresees_what_filters_leave(done: Path, tmp_path: Path) -> None:
+    content = forecast(config_of(copy_of(done, tmp_path / "fresh"), filters=FILTERS))
+    assert content["sources"][0]["num_documents"] == 180  # near-duplicates count: they are known only when all is read
+
+
+@pytest.mark.parametrize(
+    ("source", "option", "reason"),
+    [
+        ({"shards": "b"}, "filter", "the source has no paths"),
+        ({"shards": "b", "paths": ["a"], "format": "nanogpt"}, "filter", "holds token ids"),
+        (
+            {"shards": "b", "paths": ["a"], "format": "squad"},
+            "text_field",
+            "Where the text is in squad's files is known",
+        ),
+    ],
+)
+def test_options_that_do_nothing_are_refused(tmp_path: Path, source: dict, option: str, reason: str) -> None:
+    config = config_of(tmp_path)
+    data = config.data.model_copy(update={"sources": [SourceSection(name="a", **source)]})
+    assert reason in idle_options(config.model_copy(update={"data": data}))[f"data.sources.0.{option}"]
