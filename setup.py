@@ -39,18 +39,23 @@ setup(
     extras_require={
         # what `benchmarks/` compares with, beside transformers; Liger is for GPUs
         "bench": ["accelerate>=1.1,<2", 'liger-kernel>=0.8.5,<0.9; platform_system == "Linux"'],
+        # near-duplicates, Wikipedia's markup, languages: what `prepare` does by choice
+        "data": ["datasketch>=2,<3", "mwparserfromhell>=0.6.6,<0.8", "py3langid>=0.3,<0.5"],
         "gs": ["gcsfs>=2024.6"],
         "s3": ["s3fs>=2024.6"],
         "wandb": ["wandb>=0.31,<1"],
         "test": [
             "accelerate>=1.1,<2",
             "datasets>=4,<6",
+            "datasketch>=2,<3",
             "flask>=3,<4",  # with flask-cors, what moto's server needs; its own extra brings 40 packages more
             "flask-cors>=5,<7",
             "hypothesis>=6.100,<7",
             "moto[s3]>=5,<6",
+            "mwparserfromhell>=0.6.6,<0.8",
             "mypy>=1.15,<3",
             "psutil>=5.9,<8",
+            "py3langid>=0.3,<0.5",
             "pytest>=8.3,<10",
             "pytest-timeout>=2.3,<3",
             "ruff>=0.15,<1",

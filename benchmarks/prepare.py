@@ -76,11 +76,11 @@ def write_corpus(folder: Path, megabytes: float) -> list[str]:
     return texts
 
 
-def run_prepare(folder: Path, num_processes: int) -> dict[str, Any]:
-    """Run the command; returns its seconds, CPU seconds and peak memory."""
-    shards = folder / f"shards-{num_processes}"
+def run_prepare(folder: Path, num_processes: int, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Run the command into a folder of its own; returns its seconds, CPU seconds and peak memory."""
+    shards = folder / f"shards-{num_processes}-{hashlib.sha256(' '.join(overrides).encode()).hexdigest()[:8]}"
     command = [sys.executable, str(ROOT / "launch/prepare.py"), str(folder / "config.yaml"),
-               f"data.prepare_processes={num_processes}", f"data.sources.0.shards={shards}"]  # fmt: skip
+               f"data.prepare_processes={num_processes}", f"data.sources.0.shards={shards}", *overrides]  # fmt: skip
     begin = time.monotonic()
     process = psutil.Popen(command, stderr=subprocess.DEVNULL)
     peak, peak_main = 0, 0
@@ -105,6 +105,7 @@ def run_prepare(folder: Path, num_processes: int) -> dict[str, Any]:
         "peak_bytes": peak,
         "peak_main_bytes": peak_main,
         "sha256": folder_sha256(shards),
+        "shards": str(shards),
     }
 
 
@@ -161,6 +162,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         part_bytes = sum(len(text.encode()) for text in part)
         for number in arguments.processes:
             row = run_prepare(folder, number)
+            row.pop("shards", None)
             alone = {f"{key}_bytes_per_cpu_second": part_bytes / max(value, 1e-9)
                      for key, value in time_encoding(part, model).items()}  # fmt: skip
             row |= {"num_bytes": num_bytes, "bytes_per_cpu_second": num_bytes / row["cpu_seconds"], **alone}

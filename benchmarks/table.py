@@ -202,6 +202,16 @@ def _prepare(record: dict[str, Any]) -> str:
     return f"prepare: {size}; sentencepiece and our tokenizer alone, in MB a CPU second\n" + _aligned(lines)
 
 
+def _filters(record: dict[str, Any]) -> str:
+    lines = [["filter", "CPU s", "over none", "text kept"]]
+    for row in record["rows"]:
+        kept = f"{row['kept_bytes']:.1%}" if "kept_bytes" in row else "-"
+        lines.append([row["filter"], f"{row['cpu_seconds']:.2f}", f"{row['ratio']:.2f}", kept])
+    settings = record["settings"]
+    head = f"prepare of {settings['megabytes']:g} MB by {settings['processes']} processes; --verify over sha256 alone\n"
+    return head + _aligned(lines)
+
+
 def _reading(record: dict[str, Any]) -> str:
     lines = [["rows", "million tokens/s", "fill"]]
     for row in record["rows"]:
@@ -264,6 +274,7 @@ _TABLES = {
     "overhead": _overhead,
     "startup": _startup,
     "prepare": _prepare,
+    "filters": _filters,
 }
 
 

@@ -108,9 +108,13 @@ def idle_options(config: Config) -> dict[str, str]:
             idle[f"data.sources.{number}.weight"] = f"The sources are mixed by their {kind}."
         if not source.paths:
             reason = "It is for reading raw text, and the source has no paths."
-            idle[f"data.sources.{number}.text_field"] = idle[f"data.sources.{number}.format"] = reason
+            for name in ("text_field", "format", "filter"):
+                idle[f"data.sources.{number}.{name}"] = reason
+        elif source.format in ("megatron", "nanogpt"):
+            for name in ("text_field", "filter"):
+                idle[f"data.sources.{number}.{name}"] = "The source holds token ids, which have no text."
         elif source.format != "auto":
-            idle[f"data.sources.{number}.text_field"] = "The source holds token ids, which have no text."
+            idle[f"data.sources.{number}.text_field"] = f"Where the text is in {source.format}'s files is known."
     return idle
 
 

@@ -51,8 +51,8 @@ class SourceSection(Section):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", description="Name of the corpus; fixes its shuffling.")
     paths: list[str] = Field(
         [], description="What `prepare` reads: files, folders or globs of text, `.jsonl`, `.csv` and `.tsv`, each "
-        "`.gz` or `.zst` too, of `.parquet`, of folders that `datasets` saved, or of Megatron's or nanoGPT's token "
-        "ids; or `python-stdlib:`. Empty: the shards exist already."
+        "`.gz`, `.zst` or `.bz2` too, of `.parquet`, of folders that `datasets` saved, of Wikipedia's dumps, SQuAD or "
+        "IMDB, or of Megatron's or nanoGPT's token ids; or `python-stdlib:`. Empty: the shards exist already."
     )  # fmt: skip
     shards: str = Field(
         description="Folder of the prepared shards, or where they are read from: a URL (`s3://`, `gs://`, `hf://`, "
@@ -70,9 +70,38 @@ class SourceSection(Section):
         "included, relative to the other sources. 0: only in a later phase."
     )  # fmt: skip
     text_field: str = Field("text", description="Field of a `.jsonl` line, or column of a table, that holds the text.")
-    format: Literal["auto", "megatron", "nanogpt"] = Field(
-        "auto", description="What `.bin` files are: `nanogpt` bare token ids, `megatron` those with an `.idx` beside "
-        "them, which are recognised. Both hold ids of `tokenizer.model`."
+    format: Literal["auto", "megatron", "nanogpt", "wikipedia", "squad", "imdb"] = Field(
+        "auto", description="What the files are, where their names do not say it. `nanogpt`: bare token ids; "
+        "`megatron`: those with an `.idx` beside them, which are recognised; both are ids of `tokenizer.model`. "
+        "`wikipedia`, `squad`, `imdb`: these data sets as they are published, recognised by the names that they have "
+        "then."
+    )  # fmt: skip
+    filter: Bool = Field(True, description="Put `data.filters` to this source's documents.")
+
+
+class FiltersSection(Section):
+    """What `prepare` leaves out or masks in text, all of it counted. Off by default; docs/data.md has the rules."""
+
+    secrets: Literal["keep", "mask", "drop"] = Field(
+        "keep", description="Private keys, and access keys and tokens of known services: mask them, or drop the "
+        "documents that hold some."
+    )  # fmt: skip
+    personal_data: Literal["keep", "mask", "drop"] = Field(
+        "keep", description="E-mail addresses, card numbers, public IPv4 addresses and phone numbers with a country "
+        "code, likewise."
+    )  # fmt: skip
+    min_characters: CountOrZero = Field(0, description="Shortest document that is kept, in characters. 0: any.")
+    max_characters: CountOrZero = Field(0, description="Longest document that is kept, in characters. 0: any.")
+    min_alphanumeric: float = Field(
+        0.0, ge=0, le=1, description="Least share of letters and digits among characters that are not white space."
+    )
+    repetition: Bool = Field(False, description="Drop documents of repeated lines, paragraphs or n-grams (Gopher's).")
+    languages: list[str] = Field(
+        [], description="Languages that are kept, by their codes of two letters; needs `longhaul[data]`. Empty: all."
+    )
+    near_duplicates: float = Field(
+        0.0, ge=0, lt=1, description="Drop documents whose shingles of 5 words are as similar as this (Jaccard) to "
+        "those of an earlier one, by MinHash; 0.8 is usual; needs `longhaul[data]`. 0: none."
     )  # fmt: skip
 
 
@@ -100,6 +129,7 @@ class DataSection(Section):
     seq_len: int = Field(ge=8, description="Tokens in a row (T).")
     val_fraction: float = Field(0.001, ge=0, le=0.5, description="Share of documents held out, chosen by their hash.")
     drop_duplicates: Bool = Field(True, description="Drop documents that are byte for byte equal to an earlier one.")
+    filters: FiltersSection = Field(FiltersSection(), description="What else is left out or masked in text.")
     on_bad_document: Literal["skip", "error"] = Field(
         "skip", description="What to do with a document that is not UTF-8, not JSON, lacks the text field or holds "
         "U+2581 where the tokenizer cannot restore it. Skipped ones are counted and reported."

@@ -14,22 +14,24 @@ import shutil
 import time
 from collections.abc import Generator, Iterator
 from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from pretrain import filters
 from pretrain.config import Config, SourceSection
 from pretrain.console import LiveLine, format_bytes, format_duration
 from pretrain.errors import DataError
 from pretrain.journal import LOCK_NAME, SPLITS, Journal, Recipe, check_recipe, file_lock, read_recipe
+from pretrain.near_duplicates import NearDuplicates
+from pretrain.refining import open_refiner
 from pretrain.row_table import RowTable, build_row_tables, table_folder
 from pretrain.shard_reader import check_shards
 from pretrain.shards import MANIFEST_NAME, MANIFEST_VERSION, Manifest, Shard, ShardWriter
-from pretrain.source_files import TokenFormat, files_identity, list_files, token_format
+from pretrain.source_files import files_identity, list_files, published_formats, token_format
 from pretrain.sources import (
-    Document,
     ReadLog,
-    TokenDocument,
     document_digest,
     is_validation,
     read_documents,
@@ -41,6 +43,27 @@ from pretrain.workers import Batch, encode_batches, num_processes
 RECIPE_VERSION = 1  # of the rules that turn text into shards: hash, split, order
 BATCH_CHARACTERS = 1 << 18  # tokenized at once by one process: about 50 ms of work
 LIVE_SECONDS, PLAIN_SECONDS = 0.2, 10.0  # between updates on a terminal, and between lines elsewhere
+
+
+@dataclass(frozen=True)
+class Item:
+    """A document on its way.
+
+    Attributes:
+        origin: where it is from.
+        digest: identifies it.
+        bands: what near-duplicates have in common, if they are looked for.
+        num_bytes: of its text.
+        text: it, if it is to be tokenized.
+        ids: it, if it is not; with bos and eos.
+    """
+
+    origin: str
+    digest: bytes
+    bands: bytes
+    num_bytes: int
+    text: str | None
+    ids: np.ndarray | None
 
 
 class Corpus:
@@ -66,21 +89,31 @@ class Corpus:
 
     def prepare(self) -> None:
         """Make the corpus complete, or see that it is."""
-        data = self.config.data
         if not (self.folder / MANIFEST_NAME).exists():
             with file_lock(self.folder / LOCK_NAME, str(self.folder)):
                 if not (self.folder / MANIFEST_NAME).exists():
                     manifest = self._make()
-                    for seq_len in data.seq_lens:
-                        build_row_tables(self.folder, manifest, seq_len, data.packing)
+                    self._pack(manifest)
                     manifest.save(self.folder)
                     self._summarize(manifest)
                     return
         manifest = Manifest.load(self.folder)
         self._check_complete(manifest)
-        new = [seq_len for seq_len in data.seq_lens if add_rows(self.folder, manifest, seq_len, data.packing)]
+        new = self._add_rows(manifest)
         rest = f"added its rows of {' and '.join(map(str, new))} tokens" if new else "nothing to do"
         self.line.say(f"{self.source.name}: {self.folder} is complete; {rest}")
+
+    def files(self) -> list[Path]:
+        """What is read."""
+        return list_files(self.source)
+
+    def _add_rows(self, manifest: Manifest) -> list[int]:
+        data = self.config.data
+        return [seq_len for seq_len in data.seq_lens if add_rows(self.folder, manifest, seq_len, data.packing)]
+
+    def _pack(self, manifest: Manifest) -> None:
+        for seq_len in self.config.data.seq_lens:
+            build_row_tables(self.folder, manifest, seq_len, self.config.data.packing)
 
     def _recipe(self, files: list[Path]) -> Recipe:
         """Everything that the shards' bytes depend on, under the names that an error shows."""
@@ -93,9 +126,10 @@ class Corpus:
             "data.drop_duplicates": data.drop_duplicates,
             "data.shard_bytes": data.shard_bytes,
             "the tokenizer": self.tokenizer.fingerprint,
+            "data.filters": filters.identity(filters.filters_of(self.source, data)),
         }
         if files:
-            if held := token_format(files):
+            if held := token_format(files) or published_formats(files, self.source.format):
                 recipe["data.sources[].format"] = held
             identity = files_identity(files)
             recipe |= {
@@ -109,7 +143,7 @@ class Corpus:
         """Check that a finished corpus is still there, and is what the config describes."""
         check_shards(self.folder, manifest.train + manifest.val)
         try:
-            recipe = self._recipe(list_files(self.source))
+            recipe = self._recipe(self.files())
         except DataError as error:  # the raw text may be gone once its shards exist
             recipe = self._recipe([])
             self.line.say(f"{self.source.name}: cannot compare {self.folder} with its sources: {error}")
@@ -122,7 +156,7 @@ class Corpus:
 
     def _make(self) -> Manifest:
         """Write all shards that are not there yet."""
-        files = list_files(self.source)
+        files = self.files()
         recipe = self._recipe(files)
         journal = Journal(self.folder, recipe)
         data = self.config.data
@@ -137,13 +171,12 @@ class Corpus:
                 journal.add(split, shard, self.chains[split].hexdigest())
 
         try:
-            with closing(self._encoded(self._batches(files, journal), token_format(files))) as encoded:
+            with closing(self._encoded(self._batches(files, journal), files)) as encoded:
                 for batch, documents in encoded:
                     for split, digest, ids in zip(batch.splits, batch.digests, documents, strict=True):
                         self.chains[split].update(digest)
                         note(split, writers[split].add(ids))
-            if not self.num_documents["train"]:
-                raise no_documents(self.source, self.log, self.num_documents["val"])
+            self._check_not_empty()
             for split in SPLITS:
                 note(split, writers[split].close())
         finally:
@@ -162,39 +195,50 @@ class Corpus:
             source_fingerprint=_hash(recipe),
         )
 
+    def _check_not_empty(self) -> None:
+        if not self.num_documents["train"]:
+            raise no_documents(self.source, self.log, self.num_documents["val"])
+
     def _encoded(
-        self, batches: Iterator[Batch], held: TokenFormat | None
+        self, batches: Iterator[Batch], files: list[Path]
     ) -> Generator[tuple[Batch, list[np.ndarray]], None, None]:
         """Batches with their documents' ids, bos and eos included."""
-        if held is None:
+        if token_format(files) is None:
             yield from encode_batches(batches, self.config.tokenizer, self.tokenizer, num_processes(self.config.data))
         else:
             yield from ((batch, batch.ids) for batch in batches)
 
-    def _documents(self, files: list[Path]) -> Iterator[tuple[Document | TokenDocument, bytes, int]]:
-        """The source's documents, each with what its digest is of, and the bytes of its text."""
+    def _documents(self, files: list[Path]) -> Iterator[Item]:
+        """The source's documents."""
         data, held = self.config.data, token_format(files)
         if held is None:
-            policy = data.on_bad_document, data.on_bad_file, self.log, self.tokenizer.loses_u2581
+            refine = open_refiner(files, self.source, data)
+            policy = data.on_bad_document, data.on_bad_file, self.log, self.tokenizer.loses_u2581, refine
             for document in read_documents(files, self.source, *policy):
                 content = document.text.encode()
-                yield document, content, len(content)
+                digest = document_digest(content)
+                yield Item(document.origin, digest, document.bands, len(content), document.text, None)
             return
         token_bytes = self.tokenizer.token_bytes()
+        ends = np.array([self.tokenizer.bos_id]), np.array([self.tokenizer.eos_id])
         for tokens in read_token_documents(
             files, held, self.tokenizer, data.on_bad_document, data.on_bad_file, self.log
         ):
-            yield tokens, tokens.ids.astype("<u4").tobytes(), int(token_bytes[tokens.ids].sum())
+            digest = document_digest(tokens.ids.astype("<u4").tobytes())
+            ids = np.concatenate([ends[0], tokens.ids, ends[1]]).astype(self.tokenizer.id_dtype)
+            yield Item(tokens.origin, digest, b"", int(token_bytes[tokens.ids].sum()), None, ids)
 
-    def _put(self, document: Document | TokenDocument, batch: Batch) -> None:
-        """Put a document into a batch."""
-        if isinstance(document, Document):
-            batch.texts.append(document.text)
-            batch.size += len(document.text)
-        else:
-            ends = self.tokenizer.bos_id, self.tokenizer.eos_id
-            batch.ids.append(np.concatenate([ends[:1], document.ids, ends[1:]]).astype(self.tokenizer.id_dtype))
-            batch.size += len(document.ids)
+    def _is_new(self, item: Item, digests: set[bytes], near_duplicates: NearDuplicates) -> bool:
+        """Whether no document before is equal, or nearly equal, to this one; counts it if one is."""
+        if self.config.data.drop_duplicates:
+            if item.digest in digests:
+                self.log.skip("duplicates", f"{item.origin}: it is equal to an earlier document")
+                return False
+            digests.add(item.digest)
+        if item.bands and not near_duplicates.is_new(item.bands):
+            self.log.skip("near_duplicates", f"{item.origin}: it is nearly equal to an earlier document")
+            return False
+        return True
 
     def _batches(self, files: list[Path], journal: Journal) -> Iterator[Batch]:
         """The documents that complete shards do not hold; those that they hold are compared by their hashes."""
@@ -202,14 +246,12 @@ class Corpus:
         num_done = {split: sum(shard.num_documents for shard in journal.shards[split]) for split in SPLITS}
         total_bytes = sum(file.stat().st_size for file in files)
         digests: set[bytes] = set()
+        near_duplicates = NearDuplicates()
         batch = Batch()
-        for document, content, num_bytes in self._documents(files):
-            digest = document_digest(content)
-            if data.drop_duplicates:
-                if digest in digests:
-                    self.log.skip("duplicates", f"{document.origin}: it is equal to an earlier document")
-                    continue
-                digests.add(digest)
+        for item in self._documents(files):
+            if not self._is_new(item, digests, near_duplicates):
+                continue
+            digest, num_bytes = item.digest, item.num_bytes
             split = "val" if is_validation(digest, data.val_fraction) else "train"
             self.num_documents[split] += 1
             self.text_bytes[split] += num_bytes
@@ -224,7 +266,7 @@ class Corpus:
             self.new_bytes += num_bytes
             batch.splits.append(split)
             batch.digests.append(digest)
-            self._put(document, batch)
+            batch.add(item.text, item.ids)
             if batch.size >= BATCH_CHARACTERS:
                 yield batch
                 batch = Batch()
@@ -302,4 +344,5 @@ def no_documents(source: SourceSection, log: ReadLog, num_val: int = 0) -> DataE
 
 
 def _hash(recipe: Recipe) -> str:
+    recipe = {key: value for key, value in recipe.items() if value is not None}
     return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()

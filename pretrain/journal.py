@@ -24,10 +24,10 @@ from pretrain.shards import Shard, index_path, write_atomically
 JOURNAL_NAME = "prepare.jsonl"
 LOCK_NAME = ".prepare.lock"
 SPLITS = ("train", "val")
-Recipe = dict[str, str | int | float]
+Recipe = dict[str, str | int | float | None]
 
 _SHARD_FILE = re.compile(r"\.?((?:train|val)-\d{6,})\.(?:tar|index\.npy)(\.tmp)?")
-_LEFT_OVER = re.compile(r"\.(?:manifest\.json|prepare\.jsonl|rows-\d+)\.tmp")
+_LEFT_OVER = re.compile(r"\.(?:manifest\.json|prepare\.jsonl|rows-\d+(?:-[a-z_]+)?)\.tmp")
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
 
 

@@ -15,8 +15,10 @@ from pretrain.errors import ConfigError, DataError
 from pretrain.hf_tokenizer import check_ids
 from pretrain.journal import file_lock
 from pretrain.phases import sampling_weights
+from pretrain.refining import open_refiner
 from pretrain.sentencepiece_tokenizer import SentencePieceTokenizer, choose_sample, fit, report
 from pretrain.shards import MANIFEST_NAME, Manifest
+from pretrain.shares import MergedCorpus, ShareCorpus
 from pretrain.source_files import list_files, token_format
 from pretrain.sources import ReadLog, document_digest, is_validation, read_documents
 from pretrain.stores import is_remote, shown
@@ -30,10 +32,15 @@ READ_MULTIPLE = 10  # the tokenizer's sample is chosen from at most this many ti
 HELD_OUT_BYTES = 4_000_000  # of documents that a new tokenizer is checked on
 
 
-def prepare(config: Config) -> None:
+def prepare(config: Config, share: tuple[int, int] | None = None, num_shares: int = 0) -> None:
     """Train the tokenizer if its file does not exist, then turn every source with `paths` into indexed shards.
 
     A source without `paths` gets its row tables only: one for each length of rows that the run has.
+
+    Args:
+        config: the config.
+        share: make only the K-th of N shares of every source; the tokenizer must exist.
+        num_shares: merge so many shares of every source instead of tokenizing.
 
     Raises:
         ConfigError: the config does not fit what was prepared before, or another run is writing the same folder.
@@ -43,14 +50,23 @@ def prepare(config: Config) -> None:
     line = LiveLine()
     sources = config.data.sources
     try:
+        if share is not None and not main_file(config.tokenizer.model).exists():
+            raise ConfigError(
+                f"tokenizer.model is {config.tokenizer.model}, which does not exist; expected it, since every share "
+                "needs the same one. Train it first: python launch/prepare.py CONFIG --train-tokenizer"
+            )
         if any(source.paths for source in sources):
             tokenizer = _open_tokenizer(config, line)
         for source in sources:
-            if source.paths:
+            if source.paths and share is not None:
+                ShareCorpus(source, config, tokenizer, line, *share).prepare()
+            elif source.paths and num_shares:
+                MergedCorpus(source, config, tokenizer, line, num_shares).prepare()
+            elif source.paths:
                 Corpus(source, config, tokenizer, line).prepare()
             elif is_remote(source.shards):
                 line.say(f"{source.name}: {shown(source.shards)} is read as it is")
-            else:
+            elif share is None:
                 for seq_len in config.data.seq_lens:
                     add_rows(Path(source.shards), Manifest.load(source.shards), seq_len, config.data.packing)
                 lengths = " and ".join(map(str, config.data.seq_lens))
@@ -60,6 +76,20 @@ def prepare(config: Config) -> None:
             f"{error.filename or 'prepare'}: {error.strerror or error}. What is complete is kept: mend this (free some "
             "space, or set the permissions) and run again."
         ) from error
+    finally:
+        line.end()
+
+
+def prepare_tokenizer(config: Config) -> None:
+    """Train the tokenizer if its file does not exist, and do nothing else.
+
+    Raises:
+        ConfigError, DataError: as `prepare`.
+    """
+    line = LiveLine()
+    try:
+        tokenizer = _open_tokenizer(config, line)
+        line.say(f"tokenizer: {config.tokenizer.model} is there, {tokenizer.vocab_size:,} ids")
     finally:
         line.end()
 
@@ -142,8 +172,9 @@ def _training_texts(config: Config, held_out: list[str]) -> Iterator[str]:
         limit = READ_MULTIPLE * config.tokenizer.sample_bytes * weights.get(source.name, 0.0) / total_weight
         read_bytes = 0
         files = sorted(files_of[source.name], key=by_seeded_hash)
-        log = ReadLog()
-        for document in read_documents(files, source, config.data.on_bad_document, config.data.on_bad_file, log):
+        log, refine = ReadLog(), open_refiner(files, source, config.data)
+        policy = config.data.on_bad_document, config.data.on_bad_file, log, True, refine
+        for document in read_documents(files, source, *policy):
             data = document.text.encode()
             read_bytes += len(data)
             if not is_validation(document_digest(data), config.data.val_fraction):

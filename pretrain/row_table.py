@@ -92,6 +92,17 @@ def table_folder(folder: str | Path, seq_len: int, packing: str = "best_fit") ->
     return Path(folder) / (f"rows-{seq_len}" if packing == "best_fit" else f"rows-{seq_len}-{packing}")
 
 
+def stored_tables(folder: str | Path) -> list[tuple[int, str]]:
+    """The length of rows and the packing of each table that a corpus has, the shortest rows first."""
+    found = []
+    for path in Path(folder).glob("rows-*"):
+        seq_len, _, packing = path.name.removeprefix("rows-").partition("-")
+        packing = packing or "best_fit"
+        if seq_len.isdigit() and packing in PACKING_VERSIONS and path == table_folder(folder, int(seq_len), packing):
+            found.append((int(seq_len), packing))
+    return sorted(found)
+
+
 def array_paths(target: Path, split: str) -> dict[str, Path]:
     """The three arrays of a split's table, by name."""
     return {name: target / f"{split}.{name}.npy" for name in ("segments", "offsets", "blocks")}
@@ -158,6 +169,18 @@ class RowTable:
     def rows_per_block(self) -> np.ndarray:
         """Rows of each block, int64 [num_blocks]; a block is a shard."""
         return np.diff(self._blocks)
+
+    def slots_per_block(self) -> np.ndarray:
+        """Filled slots of each block's rows, int64 [num_blocks].
+
+        Raises:
+            DataError: the offsets do not fit the segments.
+        """
+        bounds = self._offsets[self._blocks].astype(np.int64)
+        if bounds[0] != 0 or bounds[-1] != len(self._segments) or (np.diff(bounds) < 0).any():
+            raise _damaged(self.path, "its rows and segments do not fit each other")
+        parts = [self._segments["length"][begin:end] for begin, end in zip(bounds[:-1], bounds[1:], strict=True)]
+        return np.array([part.sum(dtype=np.int64) for part in parts], dtype=np.int64)
 
     def locate(self, row: int) -> tuple[int, int]:
         """Return the block of the split's row number `row`, and its number there."""

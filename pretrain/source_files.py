@@ -1,28 +1,33 @@
 """The files that a source names, by their kinds, and their bytes, decompressed.
 
-What a file is follows from its name, and a folder that `Dataset.save_to_disk` wrote from what is in it.
+What a file is follows from its name, unless the source says it, and a folder that `Dataset.save_to_disk` wrote from
+what is in it.
 """
 
 from __future__ import annotations
 
+import bz2
 import glob
 import gzip
 import hashlib
 import io
 import json
 import os
+import re
 import sysconfig
 import zlib
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Literal, cast
+from xml.etree.ElementTree import ParseError
 
 import zstandard
 
 from pretrain.config import SourceSection
 from pretrain.errors import DataError
 
-Kind = Literal["text", "jsonl", "csv", "parquet", "arrow"]
+Kind = Literal["text", "jsonl", "csv", "parquet", "arrow", "wikipedia", "squad", "imdb"]
 TokenFormat = Literal["megatron", "nanogpt"]
 
 STDLIB = "python-stdlib:"
@@ -35,21 +40,77 @@ _KINDS: dict[str, Kind] = {
     ".parquet": "parquet",
     ".arrow": "arrow",
 }
-_NOT_TEXT = (".tar", ".tgz", ".zip", ".7z", ".bz2", ".xz", ".rar", ".pdf", ".npy", ".bin", ".idx")
-_TOKENS = (".bin", ".idx")
-_COMPRESSED = (".gz", ".zst")
+_NOT_TEXT = (".tar", ".tgz", ".zip", ".7z", ".xz", ".rar", ".pdf", ".npy", ".bin", ".idx", "-multistream-index.txt")
+_TOKENS, _TOKEN_FORMATS = (".bin", ".idx"), ("megatron", "nanogpt")
+_COMPRESSED = (".gz", ".zst", ".bz2")
+# Data sets in the files in which they are published: those of a folder that belong to one, and what is one without
+# being told so. Wikipedia's large dumps are in parts, `…-pages-articles1.xml-p1p41242.bz2`.
+_PUBLISHED = {
+    "wikipedia": re.compile(r"\.xml(-p\d+p\d+)?$"),
+    "squad": re.compile(r"\.json$"),
+    "imdb": re.compile(r"(^|/)(pos|neg|unsup)/\d+_\d+\.txt$"),
+}
+_KNOWN = {
+    "wikipedia": re.compile(r"(^|/)[^/]*-pages-(articles|meta-current)[^/]*\.xml(-p\d+p\d+)?$"),
+    "squad": re.compile(r"(^|/)(train|dev)-v\d+\.\d+\.json$"),
+    "imdb": re.compile(r"(^|/)aclimdb/(train|test)/(pos|neg|unsup)/\d+_\d+\.txt$"),
+}
+_IMDB_FOLDER = "aclImdb"
 
 
 class BrokenFile(Exception):
     """A file that cannot be read to its end; the text says why."""
 
 
-BROKEN = (BrokenFile, OSError, EOFError, zlib.error, zstandard.ZstdError)
+BROKEN = (BrokenFile, OSError, EOFError, zlib.error, zstandard.ZstdError, ParseError)
 
 
-def kind_of(path: str | Path) -> Kind:
-    """What a file's name says that it holds; text if nothing else."""
-    return _KINDS.get(os.path.splitext(bare_name(path))[1], "text")
+@dataclass(frozen=True)
+class Bad:
+    """Why there is no document.
+
+    Attributes:
+        reason: what it is counted as.
+        message: what is said of it.
+        is_fault: whether it is malformed; else it was not wanted, which is no error whatever the config says.
+    """
+
+    reason: str
+    message: str
+    is_fault: bool = True
+
+
+def kind_of(path: str | Path, source_format: str = "auto") -> Kind:
+    """What the source's format or a file's name says that it holds; text if nothing else."""
+    if source_format in _PUBLISHED:
+        return cast(Kind, source_format)
+    name = _bare_path(path)
+    for kind, pattern in _KNOWN.items():
+        if pattern.search(name):
+            return cast(Kind, kind)
+    return _KINDS.get(os.path.splitext(name)[1], "text")
+
+
+def published_formats(files: Sequence[Path], source_format: str) -> str | None:
+    """The published data sets that some of these files are of, joined by +; None if none are."""
+    kinds = {kind_of(file, source_format) for file in files}
+    return "+".join(sorted(kinds & set(_PUBLISHED))) or None
+
+
+def _bare_path(path: str | Path) -> str:
+    """The path in lower case, with slashes, without the suffix of its compression."""
+    text = str(path).replace(os.sep, "/").lower()
+    return text[: text.rindex(".")] if text.endswith(_COMPRESSED) else text
+
+
+def _belongs(path: str, source_format: str) -> bool:
+    """Whether a file of a folder is one that the source means."""
+    if source_format in _TOKEN_FORMATS:
+        return path.endswith(_TOKENS)
+    if source_format in _PUBLISHED:
+        return _PUBLISHED[source_format].search(_bare_path(path)) is not None
+    # Beside its reviews, IMDB's folder holds lists of words, of addresses and of features.
+    return _IMDB_FOLDER not in path.split(os.sep) or kind_of(path) == "imdb"
 
 
 def bare_name(path: str | Path) -> str:
@@ -83,7 +144,7 @@ def list_files(source: SourceSection) -> list[Path]:
                 "globs of what docs/data.md lists, or `python-stdlib:`. Correct the path."
             )
         places |= found
-    if source.format != "auto" or all(name.endswith(_TOKENS) for name in places):
+    if source.format in _TOKEN_FORMATS or (source.format == "auto" and all(name.endswith(_TOKENS) for name in places)):
         places = _token_files(source, places)
     else:
         _refuse_unfit(source, places)
@@ -121,8 +182,8 @@ def _refuse_unfit(source: SourceSection, names: dict[str, tuple[str, int]]) -> N
     if unfit:
         raise DataError(
             f"data.sources[{source.name}].paths: {unfit[0]} is one of {len(unfit)} files that are not text; expected "
-            "text, .jsonl, .csv or .tsv, each .gz or .zst too, or .parquet. Unpack or convert them, name the text "
-            "files with a glob such as 'corpus/**/*.txt', or give files of token ids a source of their own."
+            "text, .jsonl, .csv or .tsv, each .gz, .zst or .bz2 too, or .parquet. Unpack or convert them, name the "
+            "text files with a glob such as 'corpus/**/*.txt', or give files of token ids a source of their own."
         )
 
 
@@ -171,7 +232,7 @@ def _expand(pattern: str, source: SourceSection) -> Iterator[tuple[str, tuple[st
 def _walk(folder: str, source: SourceSection) -> Iterator[tuple[str, tuple[str, int]]]:
     """All files below a folder but hidden ones, installed packages and compiled Python; links are followed once.
 
-    Where the source has a format of token ids, its files alone.
+    Where the source has a format, its files alone.
     """
     visited: set[str] = set()
     for parent, folders, names in os.walk(folder, followlinks=True):
@@ -195,7 +256,7 @@ def _walk(folder: str, source: SourceSection) -> Iterator[tuple[str, tuple[str, 
             path = os.path.normpath(os.path.join(parent, name))
             if name.startswith(".") or not os.path.isfile(path):
                 continue
-            if source.format != "auto" and not name.endswith(_TOKENS):
+            if not _belongs(path, source.format):
                 continue
             if name.endswith(".arrow"):
                 raise DataError(
@@ -250,6 +311,8 @@ def decompressed(raw: BinaryIO, path: Path, size: int) -> BinaryIO:
         return raw
     if size == 0:
         raise EOFError("it is empty, which no compressed file is")
+    if name.endswith(".bz2"):
+        return cast(BinaryIO, io.BufferedReader(bz2.BZ2File(raw), READ_BYTES))
     if name.endswith(".gz"):
         return cast(BinaryIO, io.BufferedReader(gzip.GzipFile(fileobj=raw), READ_BYTES))
     return cast(BinaryIO, io.BufferedReader(_ZstdStream(raw), READ_BYTES))

@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from pretrain.config import DataSection, SourceSection
+from pretrain.filters import needs_work, refiner
 from pretrain.source_files import TokenFormat, is_compressed, kind_of
 from pretrain.sources import (
     MAX_DOCUMENT_BYTES,
@@ -38,6 +39,7 @@ from pretrain.table_files import Values, skim_column
 from pretrain.token_files import MegatronIndex, map_flat_ids
 from pretrain.tokenizer import Tokenizer
 
+_WHOLE_FILES = ("text", "imdb")  # kinds of one document a file
 _LIKELY_RATIO = 5  # text bytes in a byte of a compressed file, to guess whether it can be read as a whole
 _MIN_PREFIX_BYTES = 1 << 20
 _WINDOW_BYTES = 1 << 16
@@ -121,9 +123,10 @@ def estimate_texts(
     Raises:
         DataError: as `read_documents`, for what the sample meets.
     """
+    needs_work(files, source, data)
     kinds: dict[tuple[str, bool], list[Path]] = {}
     for file in files:
-        kinds.setdefault((kind_of(file), is_compressed(file)), []).append(file)
+        kinds.setdefault((kind_of(file, source.format), is_compressed(file)), []).append(file)
     total = sum(os.path.getsize(file) for file in files)
     estimates = []
     for (kind, compressed), part in sorted(kinds.items()):
@@ -160,7 +163,7 @@ class _Reader:
         self, files: Sequence[Path], source: SourceSection, data: DataSection, limit: _Limit, rng: random.Random,
         loses_u2581: bool,
     ) -> None:  # fmt: skip
-        self._loses_u2581 = loses_u2581
+        self._loses_u2581, self._refine = loses_u2581, refiner(source, data)
         self._sizes = {file: os.path.getsize(file) for file in files}
         self._source, self._data, self._limit, self._rng = source, data, limit, rng
         self._sample = Sample()
@@ -182,7 +185,7 @@ class _Reader:
         else:
             num_files = self._read_beginnings(compressed, fits)
         scale = self._total / max(sample.stored_bytes, 1)
-        if kind != "text" or sample.is_whole:
+        if kind not in _WHOLE_FILES or sample.is_whole:
             return sample, len(sample.texts) * scale, sample.text_bytes * scale
         num_with_text = sum(size > 0 for size in self._sizes.values())  # one document a file, whatever its size
         return sample, len(sample.texts) * num_with_text / max(num_files, 1), sample.text_bytes * scale
@@ -192,7 +195,7 @@ class _Reader:
         sample, limit = self._sample, self._limit
         prefix_bytes = float("inf") if fits else max(_MIN_PREFIX_BYTES, limit.text_bytes / len(self._sizes))
         files = [file for file, size in self._sizes.items() if size]
-        is_text = kind_of(files[0]) == "text" if files else False
+        is_text = bool(files) and kind_of(files[0], self._source.format) in _WHOLE_FILES
         files.sort(key=lambda file: self._rng.expovariate(1.0 if is_text else self._sizes[file]))
         num_files = 0
         for file in files:
@@ -213,7 +216,7 @@ class _Reader:
         begin = sample.text_bytes
         position: int | None = None
         used: tuple[int, int, int, int] | None = None  # stored bytes; then documents read, kept, and their bytes
-        policy = self._data.on_bad_document, self._data.on_bad_file, log, self._loses_u2581
+        policy = self._data.on_bad_document, self._data.on_bad_file, log, self._loses_u2581, self._refine
         before = 0, len(sample.texts), sample.text_bytes
         for document in read_documents([file], self._source, *policy):
             if position is not None and log.position_bytes() != position:
@@ -250,7 +253,7 @@ class _Reader:
                     lines = content.readlines(_WINDOW_BYTES)
             window, log = b"".join(lines), ReadLog()
             contents = json_lines(io.BytesIO(window), file, self._source.text_field)
-            for document in judge_documents(contents, self._data.on_bad_document, log, self._loses_u2581):
+            for document in judge_documents(self._refine(contents), self._data.on_bad_document, log, self._loses_u2581):
                 self._sample.add(document)
             self._sample.stored_bytes += len(window)
             self._sample.num_read += log.counts["documents_read"]
@@ -289,7 +292,7 @@ class _Reader:
         log, sample = ReadLog(), self._sample
         end = sample.text_bytes + limit_bytes
         contents = ((str(file), decode_value(value, self._source.text_field)) for value in values)
-        for document in judge_documents(contents, self._data.on_bad_document, log, self._loses_u2581):
+        for document in judge_documents(self._refine(contents), self._data.on_bad_document, log, self._loses_u2581):
             sample.add(document)
             if sample.text_bytes >= end:
                 break

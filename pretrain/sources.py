@@ -12,7 +12,7 @@ import io
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -21,11 +21,14 @@ from typing import BinaryIO, Literal, TypeVar
 import numpy as np
 
 from pretrain.config import SourceSection
+from pretrain.dataset_files import imdb_text, squad_documents
 from pretrain.errors import DataError
-from pretrain.source_files import BROKEN, READ_BYTES, BrokenFile, TokenFormat, bare_name, decompressed, kind_of
+from pretrain.filters import Filtered, RawText, Refine, filter_all
+from pretrain.source_files import BROKEN, READ_BYTES, Bad, BrokenFile, TokenFormat, bare_name, decompressed, kind_of
 from pretrain.table_files import read_column
 from pretrain.token_files import read_ids
 from pretrain.tokenizer import Tokenizer
+from pretrain.wikipedia import read_pages
 
 MAX_DOCUMENT_BYTES = 2**28  # a document is held in memory in one piece, several at a time
 MAX_DOCUMENT_TOKENS = 2**26
@@ -37,10 +40,14 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True)
 class Document:
-    """A text and where it is from: its file, and its line or row if it has one (`path:line`)."""
+    """A text and where it is from: its file, and its line, row or title if it has one (`path:line`).
+
+    `bands` are what near-duplicates have in common (`near_duplicates.bands_of`), if they are looked for.
+    """
 
     text: str
     origin: str
+    bands: bytes = b""
 
 
 @dataclass(frozen=True)
@@ -70,6 +77,12 @@ class ReadLog:
         self.counts[reason] += 1
         self.examples.setdefault(reason, message)
 
+    def add(self, counts: Mapping[str, int], origin: str) -> None:
+        """Add to counts of what was done to a document that is kept."""
+        for reason, count in counts.items():
+            self.counts[reason] += count
+            self.examples.setdefault(reason, f"{origin}: {count}")
+
     def position_bytes(self) -> int:
         """Bytes of the source files, as stored, that were read so far."""
         return self._finished_bytes + (self._position() if self._position else 0)
@@ -91,7 +104,7 @@ def is_validation(digest: bytes, val_fraction: float) -> bool:
 
 def read_documents(
     files: Iterable[Path], source: SourceSection, on_bad_document: OnBad, on_bad_file: OnBad, log: ReadLog,
-    loses_u2581: bool = True,
+    loses_u2581: bool = True, refine: Refine = filter_all,
 ) -> Iterator[Document]:  # fmt: skip
     """Read the documents of files in order.
 
@@ -107,23 +120,25 @@ def read_documents(
         on_bad_file: `error` raises for a file that cannot be read to its end.
         log: counts what was read and skipped.
         loses_u2581: whether the tokenizer does; documents with it are bad ones then.
+        refine: renders markup and filters what was read.
 
     Raises:
         DataError: a table has no such column; a bad document or file, where the config says `error`.
     """
-    contents = read_files(files, on_bad_file, log, lambda path: _contents(path, source.text_field, log))
-    yield from judge_documents(contents, on_bad_document, log, loses_u2581)
+    contents = read_files(files, on_bad_file, log, lambda path: _contents(path, source, log))
+    yield from judge_documents(refine(contents), on_bad_document, log, loses_u2581)
 
 
 def judge_documents(
-    contents: Iterable[tuple[str, str | Bad]], on_bad_document: OnBad, log: ReadLog, loses_u2581: bool = True
+    contents: Iterable[tuple[str, Filtered]], on_bad_document: OnBad, log: ReadLog, loses_u2581: bool = True
 ) -> Iterator[Document]:
     """Yield the documents that are to be used, of (origin, content); count them all."""
-    for origin, content in contents:
+    for origin, filtered in contents:
         log.counts["documents_read"] += 1
-        text = _judge(content, origin, on_bad_document, log, loses_u2581)
+        text = _judge(filtered.content, origin, on_bad_document, log, loses_u2581)
         if text is not None:
-            yield Document(text, origin)
+            log.add(filtered.masked, origin)
+            yield Document(text, origin, filtered.bands)
 
 
 def read_token_documents(
@@ -205,9 +220,9 @@ def read_files(
             log._finished_bytes += size
 
 
-def _contents(path: Path, text_field: str, log: ReadLog) -> Iterator[tuple[str, str | Bad]]:
+def _contents(path: Path, source: SourceSection, log: ReadLog) -> Iterator[tuple[str, RawText]]:
     """A file's documents, each with its origin."""
-    kind = kind_of(path)
+    kind, text_field = kind_of(path, source.format), source.text_field
     if kind in ("parquet", "arrow"):
         row = 0
         for values, position_bytes in read_column(path, text_field):
@@ -225,19 +240,12 @@ def _reason(error: Exception) -> str:
     return (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
 
 
-@dataclass(frozen=True)
-class Bad:
-    """Why there is no document.
-
-    Attributes:
-        reason: what it is counted as.
-        message: what is said of it.
-    """
-
-    reason: str
-    message: str
-
-
+_NO_ARTICLE = {
+    "redirect": "it is a redirect",
+    "not_an_article": "it is in a namespace beside the articles'",
+    "not_wikitext": "it is written in something else than wiki markup",
+}
+_SURROGATE = "it holds half of a surrogate pair, which UTF-8 cannot express"
 _TOO_LONG = Bad("too_long", f"it is longer than {MAX_DOCUMENT_BYTES:,} bytes")
 _TOO_MANY_IDS = Bad("too_long", f"it has {MAX_DOCUMENT_TOKENS:,} ids or more; is the tokenizer's eos in the file?")
 
@@ -246,6 +254,24 @@ def _whole_file(file: BinaryIO, path: Path, text_field: str) -> Iterator[tuple[s
     """A text file's one document."""
     data = file.read(MAX_DOCUMENT_BYTES + 1)
     yield str(path), _TOO_LONG if len(data) > MAX_DOCUMENT_BYTES else _decode(data)
+
+
+def _review(file: BinaryIO, path: Path, text_field: str) -> Iterator[tuple[str, str | Bad]]:
+    """A review of IMDB."""
+    for origin, content in _whole_file(file, path, text_field):
+        yield origin, content if isinstance(content, Bad) else imdb_text(content)
+
+
+def _paragraphs(file: BinaryIO, path: Path, text_field: str) -> Iterator[tuple[str, str | Bad]]:
+    """The paragraphs of SQuAD, with their questions; the file of 42 MB is held in memory."""
+    for number, content in enumerate(squad_documents(file.read()), 1):
+        yield f"{path}:{number}", content if isinstance(content, Bad) else _checked(content, _SURROGATE)
+
+
+def _articles(file: BinaryIO, path: Path, text_field: str) -> Iterator[tuple[str, RawText]]:
+    """The articles of a dump of Wikipedia, as markup."""
+    for title, page in read_pages(file):
+        yield f"{path}:{title}", Bad(page, _NO_ARTICLE[page], False) if isinstance(page, str) else page
 
 
 def json_lines(file: BinaryIO, path: Path, text_field: str) -> Iterator[tuple[str, str | Bad]]:
@@ -323,7 +349,7 @@ def _parse(line: bytes, text_field: str) -> str | Bad:
     if not isinstance(text, str):
         has = f"is {type(text).__name__}, not a string" if text_field in record else "is missing"
         return Bad("no_text", f"its field {text_field!r} {has} (it has: {', '.join(sorted(record)[:8])})")
-    return _checked(text, "it holds half of a surrogate pair, which UTF-8 cannot express")
+    return _checked(text, _SURROGATE)
 
 
 def _checked(text: str, otherwise: str) -> str | Bad:
@@ -346,7 +372,7 @@ def _judge(
         content = Bad("u2581", "it holds the character U+2581, which the tokenizer would give back as a space")
     if not isinstance(content, Bad):
         return content
-    if on_bad_document == "error":
+    if on_bad_document == "error" and content.is_fault:
         raise DataError(
             f"{origin}: the document cannot be used: {content.message}. Mend it, or set data.on_bad_document=skip to "
             "count and skip such documents."
@@ -355,4 +381,11 @@ def _judge(
     return None
 
 
-_READERS = {"text": _whole_file, "jsonl": json_lines, "csv": _csv_rows}
+_READERS: dict[str, Callable[[BinaryIO, Path, str], Iterator[tuple[str, RawText]]]] = {
+    "text": _whole_file,
+    "jsonl": json_lines,
+    "csv": _csv_rows,
+    "wikipedia": _articles,
+    "squad": _paragraphs,
+    "imdb": _review,
+}

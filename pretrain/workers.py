@@ -11,12 +11,14 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from multiprocessing.connection import Connection
+from typing import TypeVar
 
 import numpy as np
 
@@ -25,6 +27,10 @@ from pretrain.errors import DataError, LonghaulError
 from pretrain.sentencepiece_tokenizer import fit
 from pretrain.tokenizer import Tokenizer
 from pretrain.tokenizer_files import open_tokenizer
+
+Item = TypeVar("Item")
+Task = TypeVar("Task")
+Result = TypeVar("Result")
 
 _MEMORY_PER_SAMPLE_BYTE = 15  # of sentencepiece's trainer, measured
 
@@ -42,6 +48,15 @@ class Batch:
     texts: list[str] = field(default_factory=list)
     ids: list[np.ndarray] = field(default_factory=list)
     size: int = 0
+
+    def add(self, text: str | None, ids: np.ndarray | None) -> None:
+        """Take in a document's text, or its ids."""
+        if text is not None:
+            self.texts.append(text)
+            self.size += len(text)
+        if ids is not None:
+            self.ids.append(ids)
+            self.size += len(ids)
 
 
 def num_processes(data: DataSection) -> int:
@@ -75,13 +90,38 @@ def encode_batches(
         for batch in batches:
             yield batch, tokenizer.encode_documents(batch.texts)
         return
-    spawn = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(num_processes, spawn, _begin_encoder, (section,))
-    waiting: deque[tuple[Batch, Future[list[np.ndarray]]]] = deque()
+    with closing(
+        ordered_map(partial(_encode, section, tokenizer.fingerprint), batches, _texts_of, num_processes)
+    ) as results:
+        yield from results
+
+
+def _texts_of(batch: Batch) -> list[str]:
+    return batch.texts
+
+
+def ordered_map(
+    function: Callable[[Task], Result], items: Iterable[Item], task_of: Callable[[Item], Task], num_processes: int,
+    option: str = "data.prepare_processes",
+) -> Generator[tuple[Item, Result], None, None]:  # fmt: skip
+    """Yield items with what `function` gives for each, in their order, computed by other processes.
+
+    Args:
+        function: can be pickled, by its name.
+        items: read in this process, at most `2 * num_processes + 1` ahead of what is taken.
+        task_of: what of an item is sent to a process.
+        num_processes: how many.
+        option: what says how many, for the error.
+
+    Raises:
+        DataError: a process was killed.
+    """
+    pool = ProcessPoolExecutor(num_processes, multiprocessing.get_context("spawn"), begin_worker)
+    waiting: deque[tuple[Item, Future[Result]]] = deque()
     try:
-        for batch in batches:
-            with _interrupts_held():  # the first call starts the processes
-                waiting.append((batch, pool.submit(_encode, tokenizer.fingerprint, batch.texts)))
+        for item in items:
+            with interrupts_held():  # the first calls start the processes
+                waiting.append((item, pool.submit(function, task_of(item))))
             if len(waiting) > 2 * num_processes:
                 done, future = waiting.popleft()
                 yield done, future.result()
@@ -90,8 +130,8 @@ def encode_batches(
             yield done, future.result()
     except BrokenProcessPool:
         raise DataError(
-            f"data.prepare_processes is {num_processes}; expected all of them to live, but one was killed, most likely "
-            "for want of memory. Lower it and run again: prepare goes on where it stopped."
+            f"{option} is {num_processes}; expected all of them to live, but one was killed, most likely for want of "
+            "memory. Lower it and run again: prepare goes on where it stopped."
         ) from None
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
@@ -106,7 +146,7 @@ def fit_in_process(sample: Sequence[bytes], section: TokenizerSection) -> bytes:
     spawn = multiprocessing.get_context("spawn")
     receiver, sender = spawn.Pipe(duplex=False)
     process = spawn.Process(target=_fit_and_send, args=(sender, list(sample), section), daemon=True)
-    with _interrupts_held():
+    with interrupts_held():
         process.start()
     sender.close()
     try:
@@ -128,7 +168,7 @@ def fit_in_process(sample: Sequence[bytes], section: TokenizerSection) -> bytes:
 
 
 def _fit_and_send(sender: Connection, sample: list[bytes], section: TokenizerSection) -> None:
-    _begin_worker()
+    begin_worker()
     try:
         sender.send(fit(sample, section))
     except LonghaulError as error:
@@ -136,7 +176,7 @@ def _fit_and_send(sender: Connection, sample: list[bytes], section: TokenizerSec
 
 
 @contextmanager
-def _interrupts_held() -> Iterator[None]:
+def interrupts_held() -> Iterator[None]:
     """Hold Ctrl-C, which a terminal sends to the processes too, from those that start: they inherit what is held."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
@@ -145,7 +185,8 @@ def _interrupts_held() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _begin_worker() -> None:
+def begin_worker() -> None:
+    """Leave Ctrl-C to the parent, and end with it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -160,21 +201,13 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-_section: TokenizerSection | None = None
 _tokenizer: Tokenizer | None = None
 
 
-def _begin_encoder(section: TokenizerSection) -> None:
-    global _section
-    _begin_worker()
-    _section = section
-
-
-def _encode(fingerprint: str, texts: list[str]) -> list[np.ndarray]:
+def _encode(section: TokenizerSection, fingerprint: str, texts: list[str]) -> list[np.ndarray]:
     global _tokenizer
-    assert _section is not None
     if _tokenizer is None:  # not before: an error of the initializer would say nothing but that the process ended
-        _tokenizer = open_tokenizer(_section)
+        _tokenizer = open_tokenizer(section)
     if _tokenizer.fingerprint != fingerprint:
         raise DataError("tokenizer.model was replaced while documents were tokenized; expected one model. Run again.")
     return _tokenizer.encode_documents(texts)

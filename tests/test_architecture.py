@@ -25,9 +25,9 @@ TIERS = (
     "model_options",
     "config",
     "stores config_docs schedule batch_plan packing phases row_order families console tokenizer source_files matrix_exchange lion"
-    " generate_options",
+    " generate_options repetition personal_data near_duplicates languages wikipedia",
     "checks mixture explain sentencepiece_model varied_texts table_files token_files shards tensor_files distributed layers recompute"
-    " published model_card muon compiling",
+    " published model_card muon compiling filters dataset_files",
     "node_cache row_table",
     "remote_corpus",
     "prefetch settings sentencepiece_tokenizer model optim checkpoint_files shard_reader journal sources sampling"
@@ -37,18 +37,24 @@ TIERS = (
     "stream",
     "checkpoint feed tokenizer_files tokenizer_trial source_sample",
     "run_folder tokenizer_export workers",
-    "evaluate hf_export self_test samples corpus",
+    "evaluate hf_export self_test samples refining verify_shards inspect_shards",
+    "corpus",
+    "shares",
     "run prepare convert quickstart",
     "train",
     "dry_run",
+    "prepare_options",
 )
 TIER_OF = {module: tier for tier, modules in enumerate(TIERS) for module in modules.split()}
 
 # One third-party library, one file: what goes wrong with it is in one place, and the rest is testable without it.
 FILE_OF_LIBRARY = {
     "aiohttp": "pretrain/stores.py",
+    "datasketch": "pretrain/near_duplicates.py",
     "deepspeed": "pretrain/engine.py",
     "fsspec": "pretrain/stores.py",
+    "mwparserfromhell": "pretrain/wikipedia.py",
+    "py3langid": "pretrain/languages.py",
     "pyarrow": "pretrain/table_files.py",
     "pydantic_core": "pretrain/settings.py",
     "ruamel": "pretrain/settings.py",
@@ -65,7 +71,9 @@ FILE_OF_LIBRARY = {
 WITHOUT_TORCH = (
     "section model_options config settings checks families schedule batch_plan packing phases row_order mixture tokenizer sentencepiece_model sentencepiece_tokenizer"
     " hf_tokenizer tokenizer_files tokenizer_trial tokenizer_export varied_texts source_files table_files token_files"
-    " sources stores node_cache remote_corpus prefetch shards shard_reader row_table data_plan journal workers corpus source_sample prepare dry_run"
+    " sources stores node_cache remote_corpus prefetch shards shard_reader row_table data_plan journal workers corpus source_sample"
+    " prepare dry_run verify_shards inspect_shards prepare_options repetition personal_data near_duplicates languages wikipedia"
+    " filters dataset_files refining shares"
 )
 
 MAX_FILE_LINES = 400

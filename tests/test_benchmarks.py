@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import attention_cpu, norms, optimizers, prepare, reading, startup, step, table, updates
+from benchmarks import attention_cpu, filters, norms, optimizers, prepare, reading, startup, step, table, updates
 from benchmarks.baseline import Baseline
 from benchmarks.record import Record
 from kernels.attention import attention
@@ -288,6 +288,19 @@ def test_prepare_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         assert min(value for key, value in row.items() if key.endswith("_second") or key.endswith("seconds")) > 0
     shown = capsys.readouterr().out
     assert "all bytes are equal" in shown and "prepare: 1 MB of text; sentencepiece and our tokenizer alone" in shown
+
+
+@pytest.mark.launches
+def test_filters_are_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "filters.json"
+    arguments = ["--megabytes", "0.5", "--vocab-size", "600", "--filters", "secrets", "--out", str(out)]
+    assert filters.main(arguments) == 0
+    content = json.loads(out.read_text(encoding="utf-8"))
+    assert set(content) == RECORD_KEYS
+    assert [row["filter"] for row in content["rows"]] == ["none", "secrets", "--verify"]
+    assert content["rows"][0]["ratio"] == 1.0 and content["rows"][1]["kept_bytes"] > 0.99
+    shown = capsys.readouterr().out
+    assert "--verify reads" in shown and "prepare of 0.5 MB by 1 processes" in shown
 
 
 def test_bytes_that_differ_fail_the_benchmark(

@@ -75,12 +75,13 @@ def test_leftovers_are_deleted_and_other_files_are_not(tmp_path: Path) -> None:
                  ".manifest.json.tmp", ".prepare.jsonl.tmp"]  # fmt: skip
     for name in leftovers:
         (tmp_path / name).write_text("x")
-    (tmp_path / ".rows-64.tmp").mkdir()
+    for name in (".rows-64.tmp", ".rows-64-concat.tmp"):
+        (tmp_path / name).mkdir()
     (tmp_path / "notes.txt").write_text("x")
     (tmp_path / "rows-64").mkdir()
     Journal(tmp_path, RECIPE)
     names = {path.name for path in tmp_path.iterdir()}
-    assert not names & {*leftovers, ".rows-64.tmp"}
+    assert not names & {*leftovers, ".rows-64.tmp", ".rows-64-concat.tmp"}
     assert {"notes.txt", "rows-64", "train-000001.tar"} <= names
 
 

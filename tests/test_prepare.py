@@ -631,7 +631,7 @@ def test_the_command_reports_errors_without_a_traceback(
         main([])
     assert usage.value.code == 2
 
-    def interrupt(config: Config) -> None:
+    def interrupt(config: Config, *shares: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(prepare_module, "prepare", interrupt)

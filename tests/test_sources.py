@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import json
 import os
@@ -35,10 +36,11 @@ def lines_of(*texts: str) -> bytes:
 
 
 def compress(data: bytes, suffix: str) -> bytes:
-    return {"": lambda: data, ".gz": lambda: gzip.compress(data), ".zst": lambda: zstandard.compress(data)}[suffix]()
+    how = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.compress, ".bz2": bz2.compress}
+    return how[suffix](data)
 
 
-@pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
+@pytest.mark.parametrize("suffix", ["", ".gz", ".zst", ".bz2"])
 @pytest.mark.parametrize("kind", [".txt", ".py", ""])
 def test_a_text_file_is_one_document_with_its_exact_bytes(tmp_path: Path, kind: str, suffix: str) -> None:
     path = tmp_path / f"file{kind}{suffix}"
@@ -106,7 +108,7 @@ def test_a_path_that_names_nothing_is_an_error(tmp_path: Path) -> None:
         list_files(source_of(tmp_path / "empty"))
 
 
-@pytest.mark.parametrize("name", ["a.parquet.gz", "a.tar.gz", "a.zip", "a.tar.zst", "a.txt.bz2"])
+@pytest.mark.parametrize("name", ["a.parquet.gz", "a.tar.gz", "a.zip", "a.tar.zst", "a.txt.xz", "a.tar.bz2"])
 def test_a_file_that_is_not_text_is_an_error(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(b"x")
     with pytest.raises(DataError, match=rf"{name} is one of 1 files that are not text; .* Unpack or convert them"):

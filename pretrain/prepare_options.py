@@ -1,0 +1,108 @@
+"""The command line of `launch/prepare.py`: what it takes, and which of its modes is meant."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+
+EXAMPLES = """examples:
+  python launch/prepare.py configs/quickstart.yaml
+  python launch/prepare.py configs/llama-350m.yaml data.prepare_processes=32 data.on_bad_file=skip
+  python launch/prepare.py configs/llama-350m.yaml --dry-run
+  python launch/prepare.py configs/llama-350m.yaml --share 3/16    # and 15 others; then --merge 16
+  python launch/prepare.py --inspect data/web
+  python launch/prepare.py --verify data/web --processes 8
+
+exit status: 0 done, 1 failed (--verify: problems were found), 2 wrong config or use, 75 stopped by a signal; the same
+command then goes on."""
+
+
+def parse(argv: Sequence[str] | None, description: str | None) -> argparse.Namespace:
+    """Read the arguments; ends the process with status 2 and a message where they do not fit each other."""
+    parser = argparse.ArgumentParser(
+        prog="prepare", description=description, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument("--dry-run", action="store_true", help="write nothing; foresee from samples what there will be")
+    mode.add_argument("--inspect", metavar="DIR", help="say what is in prepared shards; CONFIG may name the tokenizer")
+    mode.add_argument(
+        "--verify", metavar="DIR", help="read prepared shards and compare every checksum; needs no CONFIG"
+    )
+    mode.add_argument(
+        "--train-tokenizer", action="store_true", help="train the tokenizer if it does not exist, no more"
+    )
+    mode.add_argument("--share", metavar="K/N", help="make the K-th of N shares of every source, for --merge")
+    mode.add_argument("--merge", metavar="N", type=_count, help="make the shards of N shares, the same as without them")
+    parser.add_argument("--json", action="store_true", help="with one of these: print one JSON object")
+    parser.add_argument("--tokenizer", metavar="PATH", help="with --inspect: the tokenizer, if it is not found")
+    parser.add_argument("--samples", metavar="N", type=_count, help="with --inspect: documents to show; default: 3")
+    parser.add_argument("--processes", metavar="N", type=_count, help="with --verify; default: one per core")
+    parser.add_argument("config", metavar="CONFIG", nargs="?", help="YAML file")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="options that replace the file's")
+    arguments = parser.parse_intermixed_args(argv)
+    if arguments.json and not (arguments.dry_run or arguments.inspect or arguments.verify):
+        parser.error("--json is for --dry-run, --inspect and --verify")
+    for option, owner in (("tokenizer", "inspect"), ("samples", "inspect"), ("processes", "verify")):
+        if getattr(arguments, option) is not None and not getattr(arguments, owner):
+            parser.error(f"--{option} is for --{owner}")
+    if arguments.verify and arguments.config:
+        parser.error(f"--verify takes a folder alone, not {arguments.config}")
+    if not arguments.config and not (arguments.inspect or arguments.verify):
+        parser.error("CONFIG is missing")
+    return arguments
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise ValueError
+    return value
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Do what a mode that writes is for.
+
+    Raises:
+        LonghaulError: as the mode itself.
+    """
+    from pretrain.prepare import prepare, prepare_tokenizer
+    from pretrain.settings import load_config
+    from pretrain.shares import parse_share
+
+    share = parse_share(arguments.share) if arguments.share else None
+    config = load_config(arguments.config, arguments.overrides)
+    if arguments.train_tokenizer:
+        prepare_tokenizer(config)
+    else:
+        prepare(config, share, arguments.merge or 0)
+
+
+def report(arguments: argparse.Namespace) -> tuple[str, int] | None:
+    """What a mode that writes nothing prints, and its exit status; None for the others.
+
+    Raises:
+        LonghaulError: as the mode itself.
+    """
+    if not (arguments.dry_run or arguments.inspect or arguments.verify):
+        return None
+    from pretrain.settings import load_config
+
+    config = load_config(arguments.config, arguments.overrides) if arguments.config else None
+    if arguments.dry_run:
+        assert config is not None
+        from pretrain import dry_run
+
+        content, render = dry_run.forecast(config), dry_run.render
+    elif arguments.inspect:
+        from pretrain import inspect_shards
+
+        num_samples = 3 if arguments.samples is None else arguments.samples
+        content = inspect_shards.inspect(arguments.inspect, config, arguments.tokenizer, num_samples)
+        render = inspect_shards.render
+    else:
+        from pretrain import verify_shards
+
+        content, render = verify_shards.verify(arguments.verify, arguments.processes or 0), verify_shards.render
+    text = json.dumps(content, indent=1, ensure_ascii=False) if arguments.json else render(content)
+    return text, int(bool(content.get("problems")))
