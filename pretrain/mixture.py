@@ -102,7 +102,7 @@ class Part:
     def coming_windows(self, t: int, end: int | None, num_windows: int) -> Iterator[tuple[int, int, Window]]:
         """Yield the windows that are read from row t of the run on, up to `num_windows` of each corpus.
 
-        A part that has not begun at row t gives those of a corpus only as long before as it takes to read them.
+        A part that has not begun at row t gives those of a corpus only as long before as it can take to read them.
 
         Args:
             t: The row.
@@ -116,10 +116,9 @@ class Part:
         places, ends = self.places_at(begin), {} if end is None else self.places_at(end)
         for number, slots in zip(self.numbers, self.slots.tolist(), strict=True):
             order, k = places[number]
-            windows = order.coming_windows(k, num_windows)
-            if begin - t > (windows[-1].end - k) * MIXTURE_PERIOD // slots:
+            if begin - t > num_windows * order.max_window_rows * MIXTURE_PERIOD // slots:
                 continue
-            for window in windows:
+            for window in order.coming_windows(k, num_windows):
                 if end is None or max(window.begin, k) < ends[number][1]:
                     yield begin + max(window.begin - k, 0) * MIXTURE_PERIOD // slots, number, window
 

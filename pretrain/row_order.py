@@ -108,18 +108,22 @@ class Window:
     Attributes:
         number: The epoch, and the window's number in it.
         begin: Rows of the corpus in the run before it.
-        end: Those before the window after it.
         blocks: Its blocks.
     """
 
     number: tuple[int, int]
     begin: int
-    end: int
     blocks: list[int]
 
 
 class CorpusOrder:
-    """The order of one corpus's rows over all epochs; other corpora do not matter to it."""
+    """The order of one corpus's rows over all epochs; other corpora do not matter to it.
+
+    Attributes:
+        name: The corpus's name.
+        num_rows: Rows in an epoch.
+        max_window_rows: Rows in a window at most.
+    """
 
     def __init__(self, name: str, rows_per_block: np.ndarray, seed: int, window_shards: int) -> None:
         """Take the corpus's name, which keys its permutations, and its rows per block, [num_blocks]."""
@@ -127,6 +131,7 @@ class CorpusOrder:
         self.num_rows = int(np.sum(rows_per_block))
         self._rows_per_block = np.asarray(rows_per_block, dtype=np.int64)
         self._seed, self._window_shards = seed, window_shards
+        self.max_window_rows = int(np.sort(self._rows_per_block)[-window_shards:].sum())
         self._epochs, self._windows = _Cache(2), _Cache(_CACHED_WINDOWS)
 
     def locate(self, k: int) -> tuple[int, int, int]:
@@ -151,9 +156,9 @@ class CorpusOrder:
             if window == len(self._epoch(number).window_begins) - 1:
                 number, window = number + 1, 0
             epoch = self._epoch(number)
-            begin, end = (number * self.num_rows + place for place in epoch.window_begins[window : window + 2])
+            begin = number * self.num_rows + epoch.window_begins[window]
             blocks = epoch.blocks[window * self._window_shards : (window + 1) * self._window_shards]
-            windows.append(Window((number, window), begin, end, blocks))
+            windows.append(Window((number, window), begin, blocks))
             window += 1
         return windows
 
