@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -31,7 +32,7 @@ from pretrain.shard_reader import ShardReader
 from pretrain.shards import Manifest, load_index
 from pretrain.stream import TokenStream, ValRows
 from tests.data_helpers import TOKENIZER, batch_plan, flip_bit, make_config, make_corpus, random_documents
-from tests.rank_helpers import ROOT, metric_lines, start_ranks
+from tests.rank_helpers import ROOT, metric_lines, prepare, start_ranks
 from tests.store_reader import digests, remote_config
 from tests.store_server import StoreServer
 
@@ -550,15 +551,21 @@ def test_a_run_that_began_with_local_shards_goes_on_with_the_same_ones_elsewhere
 
 @pytest.mark.slow
 @pytest.mark.launches
-def test_two_ranks_train_as_from_the_local_disk(tiny_config: Path, tmp_path: Path) -> None:
+def test_two_ranks_train_through_phases_as_from_the_local_disk(tiny_config: Path, tmp_path: Path) -> None:
     found = {}
-    with closing(StoreServer(tiny_config.parent / "shards")) as server:
-        sources = ", ".join(
-            f"{{name: {name}, shards: '{server.url}/{name}', weight: {weight}}}"
-            for name, weight in (("code", 3), ("prose", 1))
-        )
-        elsewhere = [f"data.sources=[{sources}]", f"data.cache_dir={tmp_path}/cache", "data.retry_seconds=60"]
-        for name, overrides in (("local", []), ("elsewhere", elsewhere)):
+    shutil.copytree(tiny_config.parent / "shards", tmp_path / "shards")
+
+    def sources_at(root: str) -> str:
+        weights = (("code", 3), ("prose", 1))
+        return ", ".join(f"{{name: {name}, shards: '{root}/{name}', weight: {weight}}}" for name, weight in weights)
+
+    phases = "data.phases=[{from_step: 2, weights: {prose: 1, code: 1}, seq_len: 64}]"
+    here = [f"data.sources=[{sources_at(str(tmp_path / 'shards'))}]", phases, "data.packing=concat"]
+    prepare(tiny_config, *here)
+    with closing(StoreServer(tmp_path / "shards")) as server:
+        elsewhere = [f"data.sources=[{sources_at(server.url)}]", *here[1:], f"data.cache_dir={tmp_path}/cache",
+                     "data.retry_seconds=60"]  # fmt: skip
+        for name, overrides in (("local", here), ("elsewhere", elsewhere)):
             run = tmp_path / name
             arguments = [str(tiny_config), f"run.dir={run}", "train.num_steps=4", "train.micro_batch_size=8",
                          "schedule.warmup_steps=1", "eval.every_steps=2", *overrides]  # fmt: skip
