@@ -183,6 +183,8 @@ class Store:
             source = _read_pipe(self.location(name)[len(PIPE) :], reading)
         else:
             source = _read_file(self._filesystem, _join(self._root, name), self._open_options)
+        if self._closing.is_set():
+            raise StoreError("the stream was closed", is_final=True)
         with closing(reading):
             threading.Thread(target=reading.run, args=(source,), name="longhaul-download", daemon=True).start()
             while (chunk := reading.take()) is not None:
