@@ -112,7 +112,7 @@ def train_step(run: Run) -> bool:
     """Do one optimizer update; return whether any rank was asked to stop.
 
     The host runs ahead of a GPU and waits for it once, in the optimizer, to see whether the gradients are finite. What
-    the step computed is read back and recorded while the next one runs, or as soon as nothing is recorded otherwise.
+    the step computed is read back and recorded while the next one runs, or at once where that takes no waiting.
     """
     phases = PhaseClock(run.ranks.device)
     run.engine.time_communication(phases)

@@ -22,10 +22,11 @@ from kernels.attention_torch import attention_truth
 from kernels.dropout import SITE_ATTENTION, DropoutKey, attention_seeds
 from kernels.tile_table import Tile
 from kernels.visibility import visibility
-from tests import interpreter_bf16
+from tests import interpreter_bf16, interpreter_speed
 from tests.attention_cases import DTYPES, Case, check, results
 
 interpreter_bf16.install()
+interpreter_speed.install()
 torch.set_num_threads(1)
 pytestmark = [
     pytest.mark.filterwarnings("ignore:divide by zero encountered in log2:RuntimeWarning"),

@@ -17,10 +17,11 @@ from torch.utils.checkpoint import checkpoint
 from kernels import cross_entropy as program
 from kernels import linear_cross_entropy_op as operator
 from kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_truth, token_losses
-from tests import interpreter_bf16
+from tests import interpreter_bf16, interpreter_speed
 from tests.loss_cases import DTYPES, OPTIONS, draw, loss_of_logits, measure, results
 
 interpreter_bf16.install()
+interpreter_speed.install()
 torch.set_num_threads(1)
 
 

@@ -12,7 +12,7 @@ os.environ["TRITON_INTERPRET"] = "1"
 import pytest
 import torch
 
-from tests import interpreter_bf16
+from tests import interpreter_bf16, interpreter_speed
 from tests.norm_cases import (
     DTYPES,
     KINDS,
@@ -26,6 +26,7 @@ from tests.norm_cases import (
 )
 
 interpreter_bf16.install()
+interpreter_speed.install()
 torch.set_num_threads(1)
 
 

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from kernels.activation import gelu, swiglu
 from kernels.dropout import DropoutKey, dropout, dropout_truth
 from kernels.rope import rope
-from tests import interpreter_bf16
+from tests import interpreter_bf16, interpreter_speed
 from tests.norm_cases import DTYPES, results
 from tests.operator_cases import (
     DROPPED,
@@ -31,6 +31,7 @@ from tests.operator_cases import (
 )
 
 interpreter_bf16.install()
+interpreter_speed.install()
 torch.set_num_threads(1)
 ROPE, ACTIVATIONS = KINDS[:1], KINDS[1:]
 SMALL = {"rope": (2, 5, 3, 6), "swiglu": (5, 14), "gelu": (5, 7)}

@@ -99,5 +99,5 @@ def test_a_gpu_without_programs_is_told_what_runs(monkeypatch, capability, head_
     pretend(monkeypatch, "a GPU", capability, hip)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        assert attention._has_programs(queries(C=head_dim, dtype=dtype)) is (expected is None)
+        assert attention._has_programs(queries(C=head_dim), dtype, head_dim) is (expected is None)
     assert [str(warning.message).startswith(expected or "") for warning in caught] == ([True] if expected else [])
