@@ -63,6 +63,11 @@ class Part:
         self._pattern = spread_slots(self.slots)
         taken = self._pattern[:, None] == np.arange(len(orders))
         self._before = np.cumsum(taken, axis=0) - taken  # rows of each corpus before each slot of a period
+        # Of each slot its corpus, the rows of that in a period, and those before the slot, as Python's integers.
+        own = self._before[np.arange(MIXTURE_PERIOD), self._pattern]
+        self._slot_places = list(
+            zip(self._pattern.tolist(), self.slots[self._pattern].tolist(), own.tolist(), strict=True)
+        )
         self.places: dict[int, tuple[CorpusOrder, int]] = {}
         self._rows: np.ndarray = np.zeros(0, np.int64)  # of all corpora, where this part begins: rows and tokens so far
         self._tokens: np.ndarray = np.zeros(0, np.int64)
@@ -80,10 +85,10 @@ class Part:
     def locate(self, t: int) -> tuple[int, int, int, int]:
         """Return (number of the corpus, its epoch, block, row in the block) of the run's row t."""
         period, slot = divmod(t - self.first_row, MIXTURE_PERIOD)
-        i = int(self._pattern[slot])
+        i, slots, before = self._slot_places[slot]
         number = self.numbers[i]
         order, k = self.places[number]
-        return number, *order.locate(k + period * int(self.slots[i]) + int(self._before[slot, i]))
+        return number, *order.locate(k + period * slots + before)
 
     def places_at(self, t: int) -> dict[int, tuple[CorpusOrder, int]]:
         """Where each corpus stands before row t of the run."""

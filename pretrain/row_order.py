@@ -102,6 +102,26 @@ class _Epoch:
 
 
 @dataclass(frozen=True)
+class _Place:
+    """A window of an epoch.
+
+    Attributes:
+        begin, end: The corpus's rows of the run that are in it.
+        number: Its epoch.
+        epoch: The order of the epoch's blocks.
+        first_row: Rows of the epoch before it.
+        order: The permutation of its rows.
+    """
+
+    begin: int
+    end: int
+    number: int
+    epoch: _Epoch
+    first_row: int
+    order: np.ndarray
+
+
+@dataclass(frozen=True)
 class Window:
     """Blocks of a corpus whose rows are shuffled together.
 
@@ -133,19 +153,28 @@ class CorpusOrder:
         self._seed, self._window_shards = seed, window_shards
         self.max_window_rows = int(np.sort(self._rows_per_block)[-window_shards:].sum())
         self._epochs, self._windows = _Cache(2), _Cache(_CACHED_WINDOWS)
+        self._last: _Place | None = None  # most rows are in the window of the one before
 
     def locate(self, k: int) -> tuple[int, int, int]:
         """Return (epoch, block, row in the block) of the corpus's k-th row of the run."""
-        number, k = divmod(k, self.num_rows)
+        last = self._last
+        if last is None or not last.begin <= k < last.end:
+            last = self._last = self._place_of(k)
+        row = last.first_row + int(last.order[k - last.begin])
+        place = bisect_right(last.epoch.block_begins, row) - 1
+        return last.number, last.epoch.blocks[place], row - last.epoch.block_begins[place]
+
+    def _place_of(self, k: int) -> _Place:
+        """The window that holds the corpus's k-th row of the run."""
+        number, row = divmod(k, self.num_rows)
         epoch = self._epoch(number)
-        window = bisect_right(epoch.window_begins, k) - 1
-        begin, end = epoch.window_begins[window : window + 2]
+        window = bisect_right(epoch.window_begins, row) - 1
+        first_row, end = epoch.window_begins[window : window + 2]
         order = self._windows.get(
-            (number, window), lambda: permutation(end - begin, self._seed, self.name, number, window)
+            (number, window), lambda: permutation(end - first_row, self._seed, self.name, number, window)
         )
-        row = begin + int(order[k - begin])
-        place = bisect_right(epoch.block_begins, row) - 1
-        return number, epoch.blocks[place], row - epoch.block_begins[place]
+        begin_of_epoch = k - row
+        return _Place(begin_of_epoch + first_row, begin_of_epoch + end, number, epoch, first_row, order)
 
     def coming_windows(self, k: int, num_windows: int) -> list[Window]:
         """Return the window that holds the corpus's k-th row, and those after it."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -36,8 +37,7 @@ class Batch:
     row_ids_B: torch.Tensor
 
 
-@dataclass(frozen=True)
-class RowAddress:
+class RowAddress(NamedTuple):
     """Where a row lies: the corpus, its table, the block, the row in the block; and its number for the batch."""
 
     corpus: Corpus
@@ -61,8 +61,8 @@ class RowReader:
             DataError: A shard cannot be read, or a table does not fit it.
         """
         shape = (len(addresses), seq_len)
-        tokens_BT = np.full(shape, _PAD_ID, dtype=np.int64)
-        targets_BT = np.full(shape, IGNORED_TARGET, dtype=np.int64)
+        tokens_BT = np.empty(shape, dtype=np.int64)
+        targets_BT = np.empty(shape, dtype=np.int64)
         doc_start_BT = np.empty(shape, dtype=np.int32)
         damaged: list[str] = []
         num_targets = 0
@@ -88,11 +88,11 @@ class RowReader:
         doc_start_T: np.ndarray,
         damaged: list[str],
     ) -> int:
-        corpus = address.corpus
-        shard = corpus.shards[address.block]
+        corpus, rows, block, row, _ = address
+        shard = corpus.shards[block]
         reader = self._shards.reader(corpus.folder, shard, corpus.manifest.dtype, corpus.remote)
         begin = num_targets = 0
-        for document, start, length in address.rows.row(address.block, address.row).tolist():
+        for document, start, length in rows.row(block, row):
             end = begin + length
             if document >= shard.num_documents or end > len(tokens_T):
                 raise self._wrong_table(address)
@@ -101,6 +101,7 @@ class RowReader:
                 ids = reader.read(document)
             except DamagedDocumentError:
                 damaged.append(f"{corpus.place}/{shard.name}.tar document {document} in row {address.row_id}")
+                tokens_T[begin:end], targets_T[begin:end] = _PAD_ID, IGNORED_TARGET
             else:
                 if start + length >= len(ids):
                     raise self._wrong_table(address)
@@ -108,7 +109,8 @@ class RowReader:
                 targets_T[begin:end] = ids[start + 1 : start + length + 1]
                 num_targets += length
             begin = end
-        doc_start_T[begin:] = begin
+        if begin < len(tokens_T):
+            tokens_T[begin:], targets_T[begin:], doc_start_T[begin:] = _PAD_ID, IGNORED_TARGET, begin
         return num_targets
 
     def _wrong_table(self, address: RowAddress) -> DataError:

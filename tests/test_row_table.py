@@ -31,7 +31,7 @@ def test_rows_of_each_block_hold_each_slot_of_its_shard_once(tmp_path, documents
         slots = [
             (d, s + i)
             for row in range(table.rows_per_block[block])
-            for d, s, length in table.row(block, row).tolist()
+            for d, s, length in table.row(block, row)
             for i in range(length)
         ]
         lengths = [len(one) for one in documents[first : first + shard.num_documents]]
@@ -58,7 +58,7 @@ def test_another_packing_has_tables_of_its_own(tmp_path, documents, manifest, pa
         (block, d, s + i)
         for block, n in enumerate(table.rows_per_block)
         for row in range(n)
-        for d, s, length in table.row(block, row).tolist()
+        for d, s, length in table.row(block, row)
         for i in range(length)
     ]
     assert len(set(slots)) == len(slots) == sum(len(one) - 1 for one in documents)
