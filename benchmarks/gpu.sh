@@ -69,7 +69,7 @@ test_gpu() { # EXTRA ARGUMENTS...: pytest-benchmark, where installed, warns besi
 }
 
 : >"$out/log.txt"
-rm -f "$out"/{attention,norms,operators,tiles,reading,overhead,startup}.json "$out"/step-*.json
+rm -f "$out"/{attention,norms,operators,tiles,data,overhead,startup}.json "$out"/step-*.json
 needed=(deepspeed pydantic ruamel ruamel.yaml)
 for name in accelerate liger_kernel; do # of the peers: only where they are provided
   ! compgen -G "$wheels/$name-*.whl" >/dev/null || needed+=("$name")
@@ -146,13 +146,13 @@ for name in ${configs[@]+"${configs[@]}"}; do
 done
 
 if [[ $parts == *" loop "* ]]; then
-  part reading 40 "$python" benchmarks/reading.py --out "$out/reading.json"
+  part data 60 "$python" benchmarks/data.py --rounds 1 --seconds 2 --out "$out/data.json"
   if part "prepare of the quickstart" 40 "$python" launch/prepare.py configs/quickstart.yaml; then
     part overhead 120 "$python" benchmarks/overhead.py configs/quickstart.yaml --out "$out/overhead.json" --steps 15 \
       --warmup 3 --stages 1 --seconds 80
     part startup 60 "$python" benchmarks/startup.py configs/quickstart.yaml --out "$out/startup.json" --runs 3
   fi
-  results+=("$out/reading.json" "$out/overhead.json" "$out/startup.json")
+  results+=("$out/data.json" "$out/overhead.json" "$out/startup.json")
 fi
 
 echo

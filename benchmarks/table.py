@@ -212,12 +212,26 @@ def _filters(record: dict[str, Any]) -> str:
     return head + _aligned(lines)
 
 
-def _reading(record: dict[str, Any]) -> str:
-    lines = [["rows", "million tokens/s", "fill"]]
-    for row in record["rows"]:
-        fill = f"{100 * row['fill']:.3f}%" if row["fill"] is not None else "-"
+def _data(record: dict[str, Any]) -> str:
+    rows, text = record["rows"], []
+    lines = [["rows of documents, one core", "million tokens/s", "fill"]]
+    for row in (row for row in rows if row["part"] in ("packing", "reading")):
+        fill = f"{100 * row['fill']:.3f}%" if "fill" in row else "-"
         lines.append([f"{row['part']} T={row['seq_len']}", f"{row['tokens_per_second'] / 1e6:.1f}", fill])
-    return f"rows on one core, {record['settings']['tokens'] / 1e6:.3g} million tokens of documents\n" + _aligned(lines)
+    text.append(_aligned(lines))
+    lines = [["rows that are a document each, one core", "million tokens/s", "ours is times this"]]
+    for row in (row for row in rows if row["part"] == "whole rows"):
+        name = f"{row['reader']} T={row['seq_len']}"
+        lines.append([name, f"{row['tokens_per_second'] / 1e6:.1f}", f"{row['ratio']:.2f}"])
+    text.append(_aligned(lines))
+    lines = [["start", "at row", "milliseconds", "MB"]]
+    for row in (row for row in rows if row["part"] in ("first step", "plan")):
+        name = f"{row['reader']}, plan of {row['num_rows']:,} rows" if row["part"] == "plan" else "first step from disk"
+        size = f"{row['bytes'] / 1e6:,.0f}" if "bytes" in row else "-"
+        lines.append([name, f"{row['first_row']:,}", f"{1e3 * row['seconds']:,.0f}", size])
+    text.append(_aligned(lines))
+    text += [f"reading takes {row['bytes'] / 1e6:.0f} MB of a process" for row in rows if row["part"] == "memory"]
+    return f"data, {record['settings']['tokens'] / 1e6:.3g} million tokens\n" + "\n".join(text)
 
 
 def _overhead(record: dict[str, Any]) -> str:
@@ -270,7 +284,7 @@ _TABLES = {
     "norms": _norms,
     "operators": _operators,
     "step": _steps,
-    "reading": _reading,
+    "data": _data,
     "overhead": _overhead,
     "startup": _startup,
     "prepare": _prepare,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import os
 import subprocess
@@ -11,10 +12,23 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
-from benchmarks import attention_cpu, filters, norms, optimizers, prepare, reading, startup, step, table, updates
+from benchmarks import (
+    attention_cpu,
+    data,
+    data_peers,
+    filters,
+    norms,
+    optimizers,
+    prepare,
+    startup,
+    step,
+    table,
+    updates,
+)
 from benchmarks.baseline import Baseline
 from benchmarks.record import Record
 from kernels.attention import attention
@@ -181,22 +195,53 @@ def test_norms_go_on_when_one_fails(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     assert "no number: layernorm eager D=64: left out: no time left" in capsys.readouterr().out
 
 
-def test_packing_and_reading_are_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out = tmp_path / "reading.json"
+def test_the_data_side_is_measured_beside_other_readers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "data.json"
     num_threads = torch.get_num_threads()
     try:
-        sizes = ["--tokens", "300000", "--seq-lens", "64,512", "--seconds", "0.1"]
-        assert reading.main([*sizes, "--out", str(out)]) == 0
+        sizes = [
+            "--tokens",
+            "300000",
+            "--seq-lens",
+            "64,512",
+            "--seconds",
+            "0.1",
+            "--row-tokens",
+            "512",
+            "--rounds",
+            "1",
+        ]
+        assert data.main([*sizes, "--plan-shards", "100", "--out", str(out)]) == 0
     finally:
         torch.set_num_threads(num_threads)
-    rows = json.loads(out.read_text(encoding="utf-8"))["rows"]
-    assert [(row["part"], row["seq_len"]) for row in rows] == [
+    record = json.loads(out.read_text(encoding="utf-8"))
+    rows = record["rows"]
+    assert [(row["part"], row["seq_len"]) for row in rows if row["part"] in ("packing", "reading")] == [
         ("packing", 64), ("reading", 64), ("packing", 512), ("reading", 512),
     ]  # fmt: skip
-    # Far below what a quiet core does (47 million at T=2048), and far above what a slip in the loop would leave.
-    assert all(row["tokens_per_second"] > 200_000 for row in rows)
+    # Far below what a quiet core does (70 million at T=2048), and far above what a slip in the loop would leave.
+    assert all(row["tokens_per_second"] > 200_000 for row in rows if "tokens_per_second" in row)
     assert all(0.99 < row["fill"] <= 1.0 for row in rows if row["part"] == "packing")
+    readers = [row["reader"] for row in rows if row["part"] == "whole rows"]
+    assert readers == ["ours", "nanoGPT's get_batch", "one open memmap", "wds.WebDataset"]
+    assert [failure["part"] for failure in record["failures"]] == ["whole rows, MosaicML streaming"]
+    assert [row["first_row"] for row in rows if row["part"] == "plan"] == [0, 100 * data.PLAN_ROWS_PER_SHARD // 2]
+    assert [row["part"] for row in rows].count("memory") == 1
     assert "reading T=512" in capsys.readouterr().out
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # webdataset leaves its file open
+@pytest.mark.parametrize("name", ["nanoGPT's get_batch", "one open memmap", "wds.WebDataset"])
+def test_other_readers_give_the_rows_that_were_written(name: str, tmp_path: Path) -> None:
+    documents = np.random.default_rng(0).integers(0, 60_000, (30, 17)).astype(np.uint16)
+    data_peers.WRITERS[name](tmp_path, documents)
+    batches = data_peers.READERS[name](tmp_path, 16, 4)
+    for tokens, targets in itertools.islice(batches, 5):
+        assert tokens.shape == targets.shape == (4, 16) and tokens.dtype == targets.dtype == torch.int64
+        assert torch.equal(tokens[:, 1:], targets[:, :-1])
+        if name == "wds.WebDataset":
+            rows = {document.tobytes() for document in documents[:, :-1].astype(np.int64)}
+            assert {row.numpy().tobytes() for row in tokens} <= rows
 
 
 @pytest.mark.launches
