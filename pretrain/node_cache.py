@@ -184,7 +184,8 @@ class NodeCache:
             write(target)
             target.end()
             os.fsync(file.fileno())
-            os.replace(temporary, path)
+            with self._alone():  # who counts the files at this moment would see it under neither name
+                os.replace(temporary, path)
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise

@@ -181,7 +181,7 @@ def test_options_that_mean_nothing(options, message):
 
 @pytest.fixture
 def run(monkeypatch):
-    config = SimpleNamespace(data=SimpleNamespace(seq_len=SEQ_LEN))
+    config = SimpleNamespace(data=SimpleNamespace(max_seq_len=SEQ_LEN))
     loaded = SimpleNamespace(model=spell("abcdefgh"), tokenizer=Characters(), step=7, config=config)
     asked = []
     monkeypatch.setattr("pretrain.run_folder.load_run", lambda run, step: asked.append((run, step)) or loaded)
