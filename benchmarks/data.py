@@ -49,7 +49,7 @@ EXAMPLES = """examples:
 VOCAB_SIZE = 32_000
 FINGERPRINT = "0" * 64
 MEAN_TOKENS = 813  # of a web document, as measured by FineWeb's authors
-BATCH_SIZE = 8
+BATCH_SIZE, STEP_ROWS = 8, 32  # rows of a micro-batch, and of a step of ours
 PLAN_SEQ_LEN, PLAN_CORPORA, PLAN_ROWS, FAR_ROW = 8192, 8, 1024, 10**8
 PLAN_ROWS_PER_SHARD = 12_207  # of 8,192 tokens: 20,000 shards are two trillion
 OURS = "ours"
@@ -97,14 +97,14 @@ def time_packing(lengths: np.ndarray, seq_len: int, seconds: float) -> dict[str,
 
 
 def open_stream(folder: Path, seq_len: int, cursor: int = 0) -> TokenStream:
-    """A stream of steps of eight rows."""
+    """A stream of steps of four micro-batches."""
     config = Config.model_validate(
         {
             "data": {"sources": [{"name": "random", "shards": str(folder)}], "seq_len": seq_len},
             "model": {"dim": 8, "num_layers": 1, "num_heads": 1},
             "tokenizer": {"model": "none", "vocab_size": VOCAB_SIZE},
             "optim": {"lr": 1e-3},
-            "train": {"num_steps": 1, "global_batch_size": BATCH_SIZE, "micro_batch_size": BATCH_SIZE},
+            "train": {"num_steps": 1, "global_batch_size": STEP_ROWS, "micro_batch_size": BATCH_SIZE},
         }
     )
     return TokenStream(config, BatchPlan.of(config, 1), 0, FINGERPRINT, cursor)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -16,6 +18,7 @@ from pretrain.shard_reader import DamagedDocumentError, ShardCache
 from pretrain.shards import PREPARE_COMMAND
 
 IGNORED_TARGET = -100
+_MAX_BUFFERS = 256  # that are remembered; more may be in use
 _PAD_ID = 3  # pad of the tokenizers trained here; of others any id does: padding is not scored, nor attended to
 
 
@@ -47,12 +50,46 @@ class RowAddress(NamedTuple):
     row_id: int
 
 
+class _Buffers:
+    """Memory of batches, used again once nothing refers to it.
+
+    Memory that is fresh from the system costs a page fault every 4 KiB, and these take longer than reading the rows.
+    """
+
+    def __init__(self) -> None:
+        self._blocks: deque[np.ndarray] = deque([np.empty(0, np.uint8)], _MAX_BUFFERS)  # handed out longest ago first
+        self._num_references_when_idle = sys.getrefcount(self._blocks[-1])
+
+    def take(self, num_rows: int, seq_len: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return tokens and targets, int64, and starts of documents, int32, each [num_rows, seq_len], not filled."""
+        size = num_rows * seq_len
+        block = self._idle_block(20 * size)
+        parts = (
+            block[: 8 * size].view(np.int64),
+            block[8 * size : 16 * size].view(np.int64),
+            block[16 * size :].view(np.int32),
+        )
+        tokens, targets, doc_start = (part.reshape(num_rows, seq_len) for part in parts)
+        return tokens, targets, doc_start
+
+    def _idle_block(self, num_bytes: int) -> np.ndarray:
+        """A block that no array or tensor is a view of."""
+        if len(self._blocks[0]) != num_bytes:
+            self._blocks.clear()  # rows of another length from now on
+        for _ in range(len(self._blocks)):
+            self._blocks.rotate(-1)
+            if sys.getrefcount(self._blocks[-1]) == self._num_references_when_idle:
+                return self._blocks[-1]
+        self._blocks.append(np.empty(num_bytes, np.uint8))
+        return self._blocks[-1]
+
+
 class RowReader:
     """Puts rows together from their documents."""
 
     def __init__(self) -> None:
         """Begin with no shard open."""
-        self._shards = ShardCache()
+        self._shards, self._buffers = ShardCache(), _Buffers()
 
     def read(self, addresses: Sequence[RowAddress], seq_len: int) -> tuple[Batch, int, list[str]]:
         """Read rows into one batch; count its targets, and name the damaged documents, whose place stays empty.
@@ -60,10 +97,7 @@ class RowReader:
         Raises:
             DataError: A shard cannot be read, or a table does not fit it.
         """
-        shape = (len(addresses), seq_len)
-        tokens_BT = np.empty(shape, dtype=np.int64)
-        targets_BT = np.empty(shape, dtype=np.int64)
-        doc_start_BT = np.empty(shape, dtype=np.int32)
+        tokens_BT, targets_BT, doc_start_BT = self._buffers.take(len(addresses), seq_len)
         damaged: list[str] = []
         num_targets = 0
         for i, address in enumerate(addresses):

@@ -219,6 +219,22 @@ def test_rows_have_the_shapes_and_types_of_the_model(folders):
         assert batch.row_ids_B.tolist() == [6 + 3 * i, 7 + 3 * i, 8 + 3 * i]
 
 
+def test_memory_is_used_again_only_when_nothing_refers_to_it(folders):
+    kept = {}
+    stream = make_stream(folders, micro_batch_size=GLOBAL_BATCH)
+    reader = stream._read_step._rows
+    for number in range(40):  # every third batch is kept, by one of its tensors or a part of one
+        batch = stream.next_step().micro_batches[0]
+        if number % 3 == 0:
+            tensor = (batch.tokens_BT, batch.targets_BT[1:], batch.doc_start_BT.view(-1))[number // 3 % 3]
+            kept[number] = tensor, tensor.clone()
+        del batch
+    stream.close()
+    assert all(torch.equal(tensor, copy) for tensor, copy in kept.values())
+    num_held = len(reader._buffers._blocks)
+    assert len(kept) <= num_held < len(kept) + 12  # what was let go of was used again
+
+
 def test_a_flipped_bit_masks_its_document_and_shifts_nothing(tmp_path):
     folder = tmp_path / "web"
     manifest = make_corpus(folder, random_documents(120, 1))
