@@ -1,17 +1,20 @@
 """Saving and resuming by all ranks together: complete or absent, never half.
 
 Every rank writes the fragments that it owns into a temporary folder and syncs it; when all have, rank 0 writes the
-manifest and renames the folder. Whatever is killed at whatever moment, a folder named `step-NNNNNNNN` is whole.
+manifest and renames the folder. Whatever is killed at whatever moment, a folder named `step-NNNNNNNN` is whole. All of
+it goes on beside training, one save at a time; only between steps do ranks talk about it.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import shutil
+import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,15 +28,31 @@ from pretrain.checkpoint_files import (
     folder_name,
     list_steps,
     manifest_digest,
-    tensor_key,
 )
 from pretrain.config import CheckpointSection
 from pretrain.distributed import Ranks
 from pretrain.engine import Engine
 from pretrain.errors import CheckpointError
-from pretrain.tensor_files import sync_folder, write_tensors, write_text
+from pretrain.share_writer import ShareWriter, Task, collect_shares
+from pretrain.tensor_files import sync_folder, write_text
 
 logger = logging.getLogger("longhaul")
+_WRITE_SECONDS = 60.0  # for which a run that has failed waits for its disk
+_OTHERS_SECONDS = 5.0  # and then for other ranks' shares
+
+
+@dataclass
+class _Pending:
+    """A save that is under way."""
+
+    final: Path
+    temporary: Path
+    content: dict[str, Any]  # of the manifest, but for parameters and files
+    shapes: dict[str, tuple[int, ...]]
+    states: dict[str, tuple[str, ...]]
+    share: Task  # this rank's
+    whole: Task | None = None  # on rank 0: what completes the checkpoint
+    give_up_at: float = math.inf  # when rank 0 no longer waits for shares, by the monotonic clock
 
 
 class Checkpoints:
@@ -54,108 +73,113 @@ class Checkpoints:
         self.section = section
         self.ranks = ranks
         self.report = report
+        self._writer = ShareWriter(ranks.device, ranks.rank)
+        self._pending: _Pending | None = None
+        self._closed_at: float | None = None
         if ranks.is_first:
             folder.mkdir(parents=True, exist_ok=True)
             for leftover in folder.glob(".tmp-*"):
                 shutil.rmtree(leftover, ignore_errors=True)
         ranks.barrier()
 
-    def save(self, engine: Engine, step: int, training: dict[str, Any], about: dict[str, Any]) -> Path:
-        """Write the checkpoint of update number `step`, or do nothing if it exists.
+    def start_save(
+        self, engine: Engine, step: int, training: dict[str, Any], about: dict[str, Any], best_step: int | None
+    ) -> None:
+        """Begin the checkpoint of update number `step`, or do nothing if it exists; no other save may be under way.
+
+        Before the next update `wait_for_copy` must have returned; `finish_save` ends it.
 
         Args:
             engine: whose masters and moments are written.
             step: updates done.
             training: what resuming needs besides tensors; JSON.
             about: config and versions, for people and for other programs; JSON.
-        Returns:
-            The checkpoint's folder.
+            best_step: the checkpoint that is kept beside the newest ones.
         Raises:
             CheckpointError: on all ranks, if any rank failed; nothing is left behind.
         """
+        assert self._pending is None
         final = self.folder / folder_name(step)
         if self.ranks.from_first(final.exists()):
-            return final
+            return
         temporary = self.folder / f".tmp-{final.name}"
-        self._agree(self._try(lambda: temporary.mkdir(parents=True)) if self.ranks.is_first else None, temporary)
-        own: dict[str, Any] = {}
-        problem = self._try(lambda: own.update(self._write_own(engine, temporary)))
-        outcomes = self.ranks.gather(own)
-        self._agree(problem, temporary)
+        problem = self._try(lambda: temporary.mkdir(parents=True)) if self.ranks.is_first else None
+        if problem := self.ranks.from_first(problem):
+            raise self._failure(problem)
+        training = training | {"optimizer_step": engine.optimizer_step(), "loss_scale": engine.loss_scale_state()}
+        about = about | {"world_size": self.ranks.world_size, "zero_stage": engine.stage}
+        content = {"format_version": FORMAT_VERSION, "step": step, "training": training, "about": about}
+        share = self._writer.start(list(engine.fragments()), temporary)
+        self._pending = pending = _Pending(final, temporary, content, engine.parameter_shapes(), engine.states, share)
         if self.ranks.is_first:
-            make_manifest = partial(self._manifest, engine, outcomes, step, training, about)
-            problem = self._try(lambda: self._commit(temporary, final, make_manifest()))
-        self._agree(problem, temporary)
-        return final
+            pending.whole = Task(lambda: self._complete(pending, best_step))
 
-    def _write_own(self, engine: Engine, temporary: Path) -> dict[str, Any]:
-        name = f"rank-{self.ranks.rank:05d}.safetensors"
-        tensors, fragments = {}, []
-        for fragment in engine.fragments():
-            fragments.append((fragment.name, fragment.start, fragment.length, tuple(fragment.tensors)))
-            for state, view in fragment.tensors.items():
-                tensors[tensor_key(fragment.name, state, fragment.start)] = view.detach().cpu().clone()
-        num_bytes, sha256 = write_tensors(
-            temporary / name, tensors, {"format": "longhaul", "rank": str(self.ranks.rank)}
+    def wait_for_copy(self) -> None:
+        """Wait until a save that was started no longer needs the engine's tensors."""
+        self._writer.wait_for_copy()
+
+    def must_be_finished(self) -> bool:
+        """Whether this rank knows the save that is under way to have ended, well or not: `finish_save` is due."""
+        pending = self._pending
+        return pending is not None and (pending.share.has_failed() or bool(pending.whole and pending.whole.is_done()))
+
+    def finish_save(self) -> bool:
+        """Wait for the save that is under way, if there is one.
+
+        Returns:
+            Whether there was one.
+        Raises:
+            CheckpointError: on all ranks, if any rank failed; nothing is left behind.
+        """
+        if self._pending is None:
+            return False
+        pending, self._pending = self._pending, None
+        problems = [text for text in self.ranks.gather(self._try(pending.share.result)) if text]
+        if problems:
+            pending.give_up_at = 0.0  # a rank whose disk is full may not even be able to say so there
+        whole = self._try(pending.whole.result) if pending.whole else None
+        if problems and self.ranks.is_first:
+            shutil.rmtree(pending.temporary, ignore_errors=True)
+        if problem := self.ranks.from_first(problems[0] if problems else whole):
+            raise self._failure(problem)
+        return True
+
+    def close(self) -> None:
+        """Wait for a save that is under way when training has failed: it is whole if every rank can still write."""
+        if pending := self._pending:
+            pending.share.wait(_WRITE_SECONDS)
+            pending.give_up_at = time.monotonic() + _OTHERS_SECONDS
+            if pending.whole:
+                pending.whole.wait(_WRITE_SECONDS)
+
+    def _complete(self, pending: _Pending, best_step: int | None) -> None:
+        """Rank 0's part, beside training too: the manifest, the name, and the removal of what is not kept."""
+        try:
+            pending.share.result()
+            shares = collect_shares(pending.temporary, self.ranks.world_size, lambda: pending.give_up_at)
+            manifest = _manifest(pending, shares)
+            sealed = manifest | {"sha256": manifest_digest(manifest)}
+            write_text(pending.temporary / MANIFEST, json.dumps(sealed, indent=1, allow_nan=False))
+            os.rename(pending.temporary, pending.final)
+            sync_folder(self.folder)
+        except BaseException:
+            shutil.rmtree(pending.temporary, ignore_errors=True)
+            raise
+        self._prune(best_step)
+
+    def _failure(self, problem: str) -> CheckpointError:
+        return CheckpointError(
+            f"{self.folder}: a checkpoint could not be written ({problem}); expected a writable folder with enough "
+            "space. Earlier checkpoints are untouched."
         )
-        return {"file": name, "bytes": num_bytes, "sha256": sha256, "fragments": fragments}
-
-    def _manifest(self, engine: Engine, outcomes: list[dict], step: int, training: dict, about: dict) -> dict[str, Any]:
-        shapes = engine.parameter_shapes()
-        pieces: dict[str, list[Piece]] = {name: [] for name in shapes}
-        problems = []
-        for outcome in outcomes:
-            for name, start, length, states in outcome["fragments"]:
-                pieces[name].append(Piece(outcome["file"], start, length))
-                problems += [f"'{name}' has no '{state}'" for state in engine.states[name] if state not in states]
-        if problems := problems + find_uncovered(shapes, pieces):
-            more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-            raise CheckpointError(f"state is missing: {'; '.join(problems[:3])}{more}")
-        return {
-            "format_version": FORMAT_VERSION,
-            "step": step,
-            "training": training | {"optimizer_step": engine.optimizer_step(), "loss_scale": engine.loss_scale_state()},
-            "about": about | {"world_size": self.ranks.world_size, "zero_stage": engine.stage},
-            "parameters": {
-                name: {
-                    "shape": list(shape),
-                    "states": list(engine.states[name]),
-                    "fragments": [list(asdict(piece).values()) for piece in pieces[name]],
-                }
-                for name, shape in shapes.items()
-            },
-            "files": {
-                outcome["file"]: {"bytes": outcome["bytes"], "sha256": outcome["sha256"]} for outcome in outcomes
-            },
-        }
 
     @staticmethod
-    def _commit(temporary: Path, final: Path, manifest: dict[str, Any]) -> None:
-        sealed = manifest | {"sha256": manifest_digest(manifest)}
-        write_text(temporary / MANIFEST, json.dumps(sealed, indent=1, allow_nan=False))
-        os.rename(temporary, final)
-        sync_folder(final.parent)
-
-    @staticmethod
-    def _try(action: Callable[[], None]) -> str | None:
+    def _try(action: Callable[[], object]) -> str | None:
         try:
             action()
         except (OSError, CheckpointError) as error:
             return str(error)
         return None
-
-    def _agree(self, problem: str | None, temporary: Path) -> None:
-        """Raise on all ranks if any has a problem, after removing what was written."""
-        problems = {rank: text for rank, text in enumerate(self.ranks.gather(problem)) if text}
-        if not problems:
-            return
-        if self.ranks.is_first:
-            shutil.rmtree(temporary, ignore_errors=True)
-        rank, text = next(iter(problems.items()))
-        raise CheckpointError(
-            f"{self.folder}: a checkpoint could not be written on {len(problems)} of {self.ranks.world_size} ranks "
-            f"(rank {rank}: {text}); expected a writable folder with enough space. Earlier checkpoints are untouched."
-        )
 
     def load_newest(self, engine: Engine) -> dict[str, Any] | None:
         """Fill the engine from the newest checkpoint that verifies, and return its `training` state.
@@ -217,20 +241,46 @@ class Checkpoints:
         engine.load_loss_scale_state(reader.training["loss_scale"])
         return reader.training
 
-    def prune(self, best_step: int | None) -> None:
+    def _prune(self, best_step: int | None) -> None:
         """Remove all but the newest `keep_last` checkpoints and the best one."""
-        if self.ranks.is_first:
-            steps = list_steps(self.folder)
-            keep = set(steps[-self.section.keep_last :]) | ({best_step} if best_step is not None else set())
-            for step in steps:
-                if step not in keep:
-                    try:
-                        self._remove(self.folder / folder_name(step))
-                    except OSError as error:  # too many checkpoints are no reason to end a run
-                        logger.warning("checkpoint %d could not be removed: %s", step, error)
+        steps = list_steps(self.folder)
+        keep = set(steps[-self.section.keep_last :]) | ({best_step} if best_step is not None else set())
+        for step in steps:
+            if step not in keep:
+                try:
+                    self._remove(self.folder / folder_name(step))
+                except OSError as error:  # too many checkpoints are no reason to end a run
+                    logger.warning("checkpoint %d could not be removed: %s", step, error)
 
     @staticmethod
     def _remove(folder: Path) -> None:
         doomed = folder.with_name(f".tmp-removed-{folder.name}")  # renamed first: half a folder is never seen
         folder.rename(doomed)
         shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _manifest(pending: _Pending, outcomes: list[dict]) -> dict[str, Any]:
+    """What the ranks' shares are together.
+
+    Raises:
+        CheckpointError: a part of some state is in none of them.
+    """
+    pieces: dict[str, list[Piece]] = {name: [] for name in pending.shapes}
+    problems = []
+    for outcome in outcomes:
+        for name, start, length, states in outcome["fragments"]:
+            pieces[name].append(Piece(outcome["file"], start, length))
+            problems += [f"'{name}' has no '{state}'" for state in pending.states[name] if state not in states]
+    if problems := problems + find_uncovered(pending.shapes, pieces):
+        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise CheckpointError(f"state is missing: {'; '.join(problems[:3])}{more}")
+    parameters = {
+        name: {
+            "shape": list(shape),
+            "states": list(pending.states[name]),
+            "fragments": [list(asdict(piece).values()) for piece in pieces[name]],
+        }
+        for name, shape in pending.shapes.items()
+    }
+    files = {outcome["file"]: {"bytes": outcome["bytes"], "sha256": outcome["sha256"]} for outcome in outcomes}
+    return pending.content | {"parameters": parameters, "files": files}

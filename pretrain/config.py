@@ -323,6 +323,10 @@ class CheckpointSection(Section):
     every_steps: CountOrZero = Field(
         0, description="Steps between checkpoints; one more at the end. 0: at the end only."
     )
+    asynchronous: Bool = Field(
+        True,
+        description="Write checkpoints beside training, from a copy in memory.",
+    )
     keep_last: Count = Field(3, description="Newest checkpoints that are kept.")
     keep_best: Bool = Field(
         True, description="Save whenever the held-out loss is the lowest so far, and keep that checkpoint."

@@ -42,7 +42,7 @@ class _Prepared:
     rows: StepRows
     micro_batches: list[tuple[Tensor, ...]]
     copied: torch.cuda.Event | None
-    sums: PendingSum  # targets, damaged documents, ranks that could not read, ranks that were asked to stop
+    sums: PendingSum  # targets, damaged documents, ranks that could not read, must stop, and know a save to have ended
     failure: LonghaulError | None
 
 
@@ -55,11 +55,12 @@ class Feed:
         self._copies = torch.cuda.Stream(ranks.device) if ranks.device.type == "cuda" else None
         self._next: _Prepared | None = None
 
-    def prepare(self, stop: bool) -> None:
+    def prepare(self, stop: bool, save_ended: bool = False) -> None:
         """Read the next step's rows and start to copy and to count them; an error waits for `take`.
 
         Args:
             stop: whether this rank was asked to stop, which `stop_requested` tells all ranks.
+            save_ended: whether this rank knows a save to have ended, which `save_ended` tells all ranks.
         """
         rows, failure = StepRows([], 0, []), None
         try:
@@ -76,12 +77,16 @@ class Feed:
                 ]
                 copied = torch.cuda.Event()
                 copied.record(self._copies)
-        sums = self._ranks.start_sum([rows.num_targets, len(rows.damaged), failure is not None, stop])
+        sums = self._ranks.start_sum([rows.num_targets, len(rows.damaged), failure is not None, stop, save_ended])
         self._next = _Prepared(rows, micro_batches, copied, sums, failure)
 
     def stop_requested(self) -> bool:
         """Whether any rank was asked to stop when it prepared the next step; False if none is prepared."""
         return self._next is not None and self._next.sums.result()[3] > 0
+
+    def save_ended(self) -> bool:
+        """Whether a save had ended, or failed on any rank, when the next step was prepared."""
+        return self._next is not None and self._next.sums.result()[4] > 0
 
     def take(self) -> StepInput:
         """Return the next step's rows, which count as consumed from now on; prepare them now if nobody has.
@@ -93,7 +98,7 @@ class Feed:
             self.prepare(stop=False)
         assert self._next is not None
         prepared, self._next = self._next, None
-        num_targets, num_damaged, num_failed, _ = prepared.sums.result()
+        num_targets, num_damaged, num_failed, *_ = prepared.sums.result()
         if num_failed:
             self._ranks.agree(lambda: _raise(prepared.failure))
         self._stream.advance()

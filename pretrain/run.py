@@ -95,6 +95,8 @@ class Run:
     progress: Progress = field(default_factory=Progress)
     feed: Feed = field(init=False)
     unreported: PendingStep | None = None  # the step whose sums have not been read back
+    saving_step: int = 0  # that the save under way, or the last one, is of
+    best_before: tuple[float | None, int | None] = (None, None)  # loss and step of the best before that save
     step_began: float = field(default_factory=time.perf_counter)  # the time of the step that runs counts from here
 
     def __post_init__(self) -> None:
@@ -143,6 +145,7 @@ def open_run(
     events: list[tuple[str, str]] = []
     run_path = ranks.from_first(folder.path if folder else None)
     checkpoints = Checkpoints(run_path / "checkpoints", config.checkpoint, ranks, lambda *event: events.append(event))
+    cleanup.callback(checkpoints.close)
     progress = Progress()
     training = checkpoints.load_newest(engine)
     if training is not None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import math
 import time
-from contextlib import ExitStack, suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
 
 import torch
@@ -80,6 +81,8 @@ def run_steps(run: Run) -> tuple[str, int, str]:
     while progress.step < run.plan.num_steps:
         with run.profiler.watch(progress.step + 1):
             asked_to_stop = train_step(run)
+        if run.feed.save_ended():
+            finish_save(run)
         if progress.step == first_step:
             run.clock.mark("first step")
             run.event("first_step", str(run.clock), seconds=run.clock.seconds)
@@ -133,9 +136,10 @@ def train_step(run: Run) -> bool:
             report(run)  # the step before: its sums have arrived, or do while this micro-step runs
             phases.mark("others")
     if run.progress.step + 1 < run.plan.num_steps:
-        run.feed.prepare(stop=run.stop.received is not None)
+        run.feed.prepare(run.stop.received is not None, run.checkpoints.must_be_finished())
         phases.mark("data")
     lr = lr_at(run.progress.step, run.plan.num_steps, run.config.optim.lr, run.config.schedule)
+    run.checkpoints.wait_for_copy()
     result = run.engine.step(lr)
     phases.mark("optimizer")
     run.engine.time_communication(None)
@@ -214,12 +218,13 @@ def judge(run: Run) -> Evaluation:
     else:
         progress.evals_without_improvement += 1
     if progress.best_loss is None or result.loss < progress.best_loss:
-        before = progress.best_loss, progress.best_step
-        progress.best_loss = result.loss
         if run.config.checkpoint.keep_best:
-            progress.best_step = progress.step
-            if not save(run):  # the best that exists is still the one before, and must not be pruned
-                progress.best_loss, progress.best_step = before
+            finish_save(run)  # which may have been of the best before
+            run.best_before = progress.best_loss, progress.best_step
+            progress.best_loss, progress.best_step = result.loss, progress.step
+            save(run)
+        else:
+            progress.best_loss = result.loss
     run.step_began = time.perf_counter()
     return result
 
@@ -239,25 +244,41 @@ def sample(run: Run) -> None:
     run.step_began = time.perf_counter()
 
 
-def save(run: Run, last: bool = False) -> bool:
-    """Save a checkpoint and remove those that retention does not keep.
+def save(run: Run, last: bool = False) -> None:
+    """Save a checkpoint, which goes on beside the next steps, and remove those that retention does not keep.
 
-    A failed save is reported and the run goes on, unless it is the last one. Returns whether it was saved.
+    A failed save is reported and the run goes on, unless it is the last one, which is waited for.
     """
     report(run)
+    finish_save(run)
+    run.saving_step = run.progress.step
     training = {"progress": asdict(run.progress), "num_tokens": run.progress.num_tokens, "data": run.stream.state()}
     about = {"config": run.config.model_dump(mode="json"), "longhaul": __version__, "torch": torch.__version__}
+    with save_failures(run, last):
+        run.checkpoints.start_save(run.engine, run.saving_step, training, about, run.progress.best_step)
+    if last or not run.config.checkpoint.asynchronous:
+        finish_save(run, last)
+    run.step_began = time.perf_counter()
+
+
+def finish_save(run: Run, last: bool = False) -> None:
+    """Wait for the save that is under way, if there is one."""
+    with save_failures(run, last):
+        if run.checkpoints.finish_save() and run.folder:
+            run.folder.write_status("running", None, run.saving_step)
+    run.step_began = time.perf_counter()
+
+
+@contextmanager
+def save_failures(run: Run, last: bool) -> Iterator[None]:
+    """Report a failed save, or raise its error if it was the last one."""
     try:
-        run.checkpoints.save(run.engine, run.progress.step, training, about)
+        yield
     except CheckpointError as error:
+        progress = run.progress
+        if progress.best_step == run.saving_step:  # the best that exists is still the one before: not to be pruned
+            progress.best_loss, progress.best_step = run.best_before
         if last:
             error.agreed = True
             raise
-        run.event("save_failed", str(error))
-        return False
-    finally:
-        run.step_began = time.perf_counter()
-    run.checkpoints.prune(run.progress.best_step)
-    if run.folder:
-        run.folder.write_status("running", None, run.progress.step)
-    return True
+        run.event("save_failed", str(error), saved_step=run.saving_step)

@@ -7,6 +7,7 @@ Started by the tests on every rank: `cases.py CONFIG CASES.json`. CASES.json hol
 
 from __future__ import annotations
 
+import errno
 import gc
 import json
 import os
@@ -19,10 +20,11 @@ sys.path[0] = str(Path(__file__).resolve().parents[2])
 import torch
 
 from pretrain import engine as engine_module
+from pretrain import share_writer
 from pretrain import train as train_module
 from pretrain.checkpoint import Checkpoints
 from pretrain.engine import init_distributed, leave_distributed
-from pretrain.errors import CheckpointError, LonghaulError
+from pretrain.errors import LonghaulError
 from pretrain.model import KVCache
 from pretrain.optim import make_optimizer
 from pretrain.settings import load_config
@@ -40,15 +42,15 @@ def run_case(case: dict, config_path: str, ranks) -> str:
             content[len(content) // 2] ^= 1
             path.write_bytes(content)
         ranks.barrier()
-    save = Checkpoints.save
-    if "fail_save" in case:  # saving these steps fails as it does on a full disk
+    save, write = Checkpoints.start_save, share_writer.write_tensors
+    if "fail_save" in case:  # the last rank's disk is full when it writes these steps
 
-        def failing_save(self, engine, step, *rest):
-            if step in case["fail_save"]:
-                raise CheckpointError(f"step {step}: no space")
-            return save(self, engine, step, *rest)
+        def failing_write(path, *rest):
+            if ranks.rank == ranks.world_size - 1 and int(path.parent.name.rpartition("-")[2]) in case["fail_save"]:
+                raise OSError(errno.ENOSPC, "no space")
+            return write(path, *rest)
 
-        Checkpoints.save = failing_save
+        share_writer.write_tensors = failing_write
     if "lose_state" in case:  # the last rank's optimizer lacks a state when it saves
 
         def incomplete_save(self, engine, *rest):
@@ -57,7 +59,7 @@ def run_case(case: dict, config_path: str, ranks) -> str:
                     state.pop(case["lose_state"], None)
             return save(self, engine, *rest)
 
-        Checkpoints.save = incomplete_save
+        Checkpoints.start_save = incomplete_save
     if "sabotage" in case:  # DeepSpeed is handed another optimizer than the one that was asked for
         engine_module.make_optimizer = lambda groups, section: torch.optim.SGD(groups, lr=section.lr)
     sample = train_module.sample
@@ -131,7 +133,7 @@ def run_case(case: dict, config_path: str, ranks) -> str:
         return f"{type(error).__name__}: {error}"
     finally:
         train_module.train_step = original
-        Checkpoints.save = save
+        Checkpoints.start_save, share_writer.write_tensors = save, write
         train_module.sample = sample
         engine_module.deepspeed_settings = settings
         engine_module.make_optimizer = make_optimizer

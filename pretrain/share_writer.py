@@ -1,0 +1,143 @@
+"""One rank's share of a checkpoint, written beside training.
+
+The optimizer's tensors are copied first, on a thread of its own, while forward and backward run, which only read
+them; the update waits for the copy. Writing, syncing and hashing then go on beside the steps that follow. What a rank
+wrote it notes in a small file beside it, so that rank 0 completes the checkpoint without a collective: training may go
+on meanwhile, or have failed.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pretrain.checkpoint_files import tensor_key
+from pretrain.engine import Fragment
+from pretrain.errors import CheckpointError
+from pretrain.tensor_files import write_tensors, write_text
+
+_SHARE_SUFFIX = ".share.json"
+_POLL_SECONDS = 0.05
+
+
+class Task:
+    """Something done by a thread of its own; what it raises is kept for `result`."""
+
+    def __init__(self, action: Callable[[], None]) -> None:
+        """Begin."""
+        self._action = action
+        self._problem: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="longhaul-checkpoint", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            self._action()
+        except BaseException as error:  # nobody sees a thread's exception
+            self._problem = error
+
+    def is_done(self) -> bool:
+        """Whether `result` would not wait."""
+        return not self._thread.is_alive()
+
+    def has_failed(self) -> bool:
+        """Whether it has ended, and `result` would raise."""
+        return self.is_done() and self._problem is not None
+
+    def wait(self, timeout_seconds: float | None = None) -> None:
+        """Wait for the end, at most so long."""
+        self._thread.join(timeout_seconds)
+
+    def result(self) -> None:
+        """Wait for the end.
+
+        Raises:
+            BaseException: what the action raised.
+        """
+        self._thread.join()
+        if self._problem is not None:
+            raise self._problem
+
+
+class ShareWriter:
+    """Copies and writes what this rank owns."""
+
+    def __init__(self, device: torch.device, rank: int) -> None:
+        """Take this rank's device and number."""
+        self._device, self._rank = device, rank
+        self._copied = threading.Event()
+        self._copied.set()
+
+    def start(self, fragments: Sequence[Fragment], folder: Path) -> Task:
+        """Begin to write fragments to `folder`; they must not change before `wait_for_copy` returns.
+
+        Returns:
+            The task; it raises OSError if the disk is full or fails.
+        """
+        self._copied.clear()
+        ready = None
+        if self._device.type == "cuda":
+            ready = torch.cuda.Event()
+            ready.record()  # behind the update that the tensors are to be copied after
+        return Task(lambda: self._write(fragments, folder, ready))
+
+    def wait_for_copy(self) -> None:
+        """Wait until the tensors may change again."""
+        self._copied.wait()
+
+    def _write(self, fragments: Sequence[Fragment], folder: Path, ready: torch.cuda.Event | None) -> None:
+        try:
+            tensors = self._copy(fragments, ready)
+        finally:
+            self._copied.set()
+        name, held = (
+            f"rank-{self._rank:05d}",
+            [(one.name, one.start, one.length, tuple(one.tensors)) for one in fragments],
+        )
+        metadata = {"format": "longhaul", "rank": str(self._rank)}
+        num_bytes, sha256 = write_tensors(folder / f"{name}.safetensors", tensors, metadata)
+        share = {"file": f"{name}.safetensors", "bytes": num_bytes, "sha256": sha256, "fragments": held}
+        write_text(folder / f"{name}{_SHARE_SUFFIX}", json.dumps(share))
+
+    def _copy(self, fragments: Sequence[Fragment], ready: torch.cuda.Event | None) -> dict[str, torch.Tensor]:
+        """Copy the tensors to memory that is given back when they are written; it is as large as the share."""
+        views = {
+            tensor_key(fragment.name, state, fragment.start): view.detach()
+            for fragment in fragments
+            for state, view in fragment.tensors.items()
+        }
+        if ready is None:
+            return {key: view.clone() for key, view in views.items()}
+        torch.cuda.set_device(self._device)  # of this thread
+        stream = torch.cuda.Stream(self._device)
+        stream.wait_event(ready)
+        with torch.cuda.stream(stream):  # whose copies the host waits for, and not for the step that runs
+            return {key: view.to("cpu", copy=True) for key, view in views.items()}
+
+
+def collect_shares(folder: Path, world_size: int, give_up_at: Callable[[], float]) -> list[dict[str, Any]]:
+    """Wait until every rank has left in `folder` what it wrote, and take these notes out of it.
+
+    Args:
+        folder: of the checkpoint.
+        world_size: number of ranks.
+        give_up_at: until when to wait, by the monotonic clock; asked again and again.
+    Returns:
+        For each rank its file, that one's bytes and sha256, and its fragments: name, start, length and states.
+    Raises:
+        CheckpointError: it waited for too long.
+    """
+    while len(paths := sorted(folder.glob(f"rank-*{_SHARE_SUFFIX}"))) < world_size:
+        if time.monotonic() > give_up_at():
+            raise CheckpointError(f"only {len(paths)} of {world_size} ranks have written their share")
+        time.sleep(_POLL_SECONDS)
+    shares = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    for path in paths:
+        path.unlink()
+    return shares
