@@ -7,8 +7,9 @@ import json
 import shutil
 
 import pytest
+import torch
 
-from pretrain.checkpoint_files import CheckpointReader, list_steps
+from pretrain.checkpoint_files import CheckpointReader, folder_name, list_steps
 from tests.rank_helpers import losses, metric_lines, run_cases
 
 pytestmark = pytest.mark.launches
@@ -46,10 +47,12 @@ def runs(tiny_config, tmp_path_factory):
         "reads": ["train.precision=bf16"],
         "reads-recomputed": ["train.precision=bf16", "model.attention_dropout=0.1", "model.dropout=0.1",
                              "train.activation_checkpointing=full", "train.z_loss=0.01"],
+        "saved-beside": ["checkpoint={every_steps: 5, keep_last: 9}"],
+        "saved-at-once": ["checkpoint={every_steps: 5, keep_last: 9, asynchronous: false}"],
         "tensors": ["log.tensorboard=true", "eval={every_steps: 10, max_rows: 4}"],
     }  # fmt: skip
     extra = {"out-of-memory": {"out_of_memory": 4}, "best-fails": {"signal_at": 9, "fail_save": [8]},
-             "reads": {"count_reads": 5}, "reads-recomputed": {"count_reads": 5}}  # fmt: skip
+             "saved-beside": {"slow_save": 0.3}, "reads": {"count_reads": 5}, "reads-recomputed": {"count_reads": 5}}  # fmt: skip
     listed = [
         {"overrides": [f"run.dir={folder}/{name}", *overrides]} | extra.get(name, {})
         for name, overrides in cases.items()
@@ -170,6 +173,23 @@ def test_the_host_waits_for_the_device_in_deepspeeds_step_only(runs, name):
     assert callers, "the check of the gradients was not seen: nothing was measured"
     assert [caller for caller in callers if not caller.startswith(("deepspeed/runtime/", "runtime/zero/"))] == []
     assert len(callers) <= 2
+
+
+def test_checkpoints_written_beside_training_are_those_of_a_run_that_waits(runs):
+    """The slow copy would hold later weights, and the slow file later moments, if the update did not wait for it."""
+    beside, at_once = (runs[1] / name / "checkpoints" for name in ("saved-beside", "saved-at-once"))
+    assert list_steps(beside) == list_steps(at_once) == [5, 10, 15, 20]
+    for step in list_steps(beside):
+        one, other = (CheckpointReader(folder / folder_name(step)) for folder in (beside, at_once))
+        assert one.training == other.training and one.states == other.states
+        for name, states in one.states.items():
+            assert all(torch.equal(one.read_whole(name, state), other.read_whole(name, state)) for state in states)
+        assert sorted(path.name for path in one.folder.iterdir()) == ["manifest.json", "rank-00000.safetensors"]
+    assert losses(runs[1] / "saved-beside") == losses(runs[1] / "saved-at-once") == losses(runs[1] / "plain")
+    times = {line["step"]: line["timestamp"] for line in metric_lines(runs[1] / "saved-beside") if "loss" in line}
+    assert times[7] < (beside / folder_name(5) / "manifest.json").stat().st_mtime < times[11]  # one after the other
+    steps = {line["step"]: line["step_seconds"] for line in metric_lines(runs[1] / "saved-beside") if "loss" in line}
+    assert steps[6] > 0.25 > max(steps[7], steps[8])  # the update waits for the copy, and for nothing else
 
 
 def test_a_run_that_is_out_of_memory_says_what_to_change(runs):

@@ -2,7 +2,7 @@
 
 Started by the tests on every rank: `cases.py CONFIG CASES.json`. CASES.json holds a list of
 {"overrides": [...], and by choice "signal_at", "signal_rank", "poison", "out_of_memory", "damage", "fail_save",
-"lose_state"}. What a case leaves behind is in its run folder.
+"slow_save", "lose_state"}. What a case leaves behind is in its run folder.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import json
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[2])
@@ -51,6 +52,18 @@ def run_case(case: dict, config_path: str, ranks) -> str:
             return write(path, *rest)
 
         share_writer.write_tensors = failing_write
+    copy = share_writer.ShareWriter._copy
+    if "slow_save" in case:  # both the copy in memory and the writing take so many seconds
+
+        def slow_copy(*args):
+            time.sleep(case["slow_save"])
+            return copy(*args)
+
+        def slow_write(*args):
+            time.sleep(case["slow_save"])
+            return write(*args)
+
+        share_writer.ShareWriter._copy, share_writer.write_tensors = slow_copy, slow_write
     if "lose_state" in case:  # the last rank's optimizer lacks a state when it saves
 
         def incomplete_save(self, engine, *rest):
@@ -134,6 +147,7 @@ def run_case(case: dict, config_path: str, ranks) -> str:
     finally:
         train_module.train_step = original
         Checkpoints.start_save, share_writer.write_tensors = save, write
+        share_writer.ShareWriter._copy = copy
         train_module.sample = sample
         engine_module.deepspeed_settings = settings
         engine_module.make_optimizer = make_optimizer
