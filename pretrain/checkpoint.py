@@ -103,7 +103,7 @@ class Checkpoints:
         if self.ranks.from_first(final.exists()):
             return
         temporary = self.folder / f".tmp-{final.name}"
-        problem = self._try(lambda: temporary.mkdir(parents=True)) if self.ranks.is_first else None
+        problem = self._try(lambda: self._make_folder(temporary, engine)) if self.ranks.is_first else None
         if problem := self.ranks.from_first(problem):
             raise self._failure(problem)
         training = training | {"optimizer_step": engine.optimizer_step(), "loss_scale": engine.loss_scale_state()}
@@ -113,6 +113,16 @@ class Checkpoints:
         self._pending = pending = _Pending(final, temporary, content, engine.parameter_shapes(), engine.states, share)
         if self.ranks.is_first:
             pending.whole = Task(lambda: self._complete(pending, best_step))
+
+    def _make_folder(self, temporary: Path, engine: Engine) -> None:
+        """Make the folder of a save, if there is space for it: a disk that is filled takes other programs down too."""
+        needed = sum(
+            4 * math.prod(shape) * len(engine.states[name]) for name, shape in engine.parameter_shapes().items()
+        )
+        free = shutil.disk_usage(self.folder).free
+        if free < needed:
+            raise CheckpointError(f"it takes {needed:,} bytes, and {free:,} are free")
+        temporary.mkdir(parents=True)
 
     def wait_for_copy(self) -> None:
         """Wait until a save that was started no longer needs the engine's tensors."""
@@ -242,9 +252,11 @@ class Checkpoints:
         return reader.training
 
     def _prune(self, best_step: int | None) -> None:
-        """Remove all but the newest `keep_last` checkpoints and the best one."""
+        """Remove all but the newest `keep_last` checkpoints, the multiples of `keep_every` and the best one."""
         steps = list_steps(self.folder)
-        keep = set(steps[-self.section.keep_last :]) | ({best_step} if best_step is not None else set())
+        keep = {*steps[-self.section.keep_last :], best_step}
+        if self.section.keep_every:
+            keep |= {step for step in steps if step % self.section.keep_every == 0}
         for step in steps:
             if step not in keep:
                 try:

@@ -327,7 +327,11 @@ class CheckpointSection(Section):
         True,
         description="Write checkpoints beside training, from a copy in memory.",
     )
-    keep_last: Count = Field(3, description="Newest checkpoints that are kept.")
+    keep_last: int = Field(3, ge=2, description="Newest checkpoints that are kept. The one before the newest is needed "
+                           "where that is found damaged.")  # fmt: skip
+    keep_every: CountOrZero = Field(
+        0, description="Checkpoints of steps that are multiples of this are kept for ever. 0: none."
+    )
     keep_best: Bool = Field(
         True, description="Save whenever the held-out loss is the lowest so far, and keep that checkpoint."
     )

@@ -34,8 +34,8 @@ def runs(tiny_config, tmp_path_factory):
         "early": ["optim.lr=0.3", "optim.clip_norm=0", "schedule={name: constant}", "train.num_steps=60",
                   "eval={every_steps: 3, patience: 2, max_rows: 8}"],
         "best": ["eval={every_steps: 4, max_rows: 8}", "checkpoint={every_steps: 5, keep_last: 2}"],
-        "best-fails": ["eval={every_steps: 4, max_rows: 8}", "checkpoint={keep_last: 1}"],
-        "not-best": ["eval={every_steps: 4, max_rows: 8}", "checkpoint={every_steps: 5, keep_last: 1, keep_best: false}"],
+        "best-fails": ["eval={every_steps: 4, max_rows: 8}", "checkpoint={every_steps: 3, keep_last: 2}"],
+        "not-best": ["eval={every_steps: 4, max_rows: 8}", "checkpoint={every_steps: 5, keep_last: 2, keep_best: false, keep_every: 10}"],
         "damaged": [damaged, "data.prefetch_steps=1"],
         "undamaged": [damaged.replace(str(code), f"{tiny_config.parent}/shards/code")],
         "wsd": ["schedule={name: wsd, warmup_steps: 2, decay_steps: 5, final_lr_ratio: 0}"],
@@ -51,7 +51,7 @@ def runs(tiny_config, tmp_path_factory):
         "saved-at-once": ["checkpoint={every_steps: 5, keep_last: 9, asynchronous: false}"],
         "tensors": ["log.tensorboard=true", "eval={every_steps: 10, max_rows: 4}"],
     }  # fmt: skip
-    extra = {"out-of-memory": {"out_of_memory": 4}, "best-fails": {"signal_at": 9, "fail_save": [8]},
+    extra = {"out-of-memory": {"out_of_memory": 4}, "best-fails": {"signal_at": 10, "fail_save": [8]},
              "saved-beside": {"slow_save": 0.3}, "reads": {"count_reads": 5}, "reads-recomputed": {"count_reads": 5}}  # fmt: skip
     listed = [
         {"overrides": [f"run.dir={folder}/{name}", *overrides]} | extra.get(name, {})
@@ -94,14 +94,14 @@ def test_retention_keeps_the_newest_and_the_best(runs):
     best = min(judged, key=judged.get)
     saved = {5, 10, 15, 20} | {step for step in judged if judged[step] == min(judged[s] for s in judged if s <= step)}
     assert list_steps(folder / "best" / "checkpoints") == sorted({best, *sorted(saved)[-2:]})
-    assert list_steps(folder / "not-best" / "checkpoints") == [20]
+    assert list_steps(folder / "not-best" / "checkpoints") == [10, 15, 20]  # the last two, and multiples of keep_every
 
 
 def test_a_best_checkpoint_that_cannot_be_saved_does_not_cost_the_one_before(runs):
     outcomes, folder = runs
     judged = evaluations(folder / "best-fails")
     assert outcomes["best-fails"] == "stopped" and judged[8] < judged[4]
-    assert list_steps(folder / "best-fails" / "checkpoints") == [4, 9]
+    assert list_steps(folder / "best-fails" / "checkpoints") == [4, 9, 10]
 
 
 def test_a_damaged_document_is_masked_counted_and_shifts_nothing(runs):
