@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from pretrain.damage import Damage
 from pretrain.data_plan import Corpus
 from pretrain.errors import DataError
 from pretrain.row_table import RowTable
@@ -54,17 +55,17 @@ class RowReader:
         """Begin with no shard open."""
         self._shards = ShardCache()
 
-    def read(self, addresses: Sequence[RowAddress], seq_len: int) -> tuple[Batch, int, list[str]]:
+    def read(self, addresses: Sequence[RowAddress], seq_len: int) -> tuple[Batch, int, list[Damage]]:
         """Read rows into one batch; count its targets, and name the damaged documents, whose place stays empty.
 
         Raises:
-            DataError: A shard cannot be read, or a table does not fit it.
+            DataError: A corpus is gone, or where it lies cannot be read; or a table does not fit its shard.
         """
         shape = (len(addresses), seq_len)
         tokens_BT = np.full(shape, _PAD_ID, dtype=np.int64)
         targets_BT = np.full(shape, IGNORED_TARGET, dtype=np.int64)
         doc_start_BT = np.empty(shape, dtype=np.int32)
-        damaged: list[str] = []
+        damaged: list[Damage] = []
         num_targets = 0
         for i, address in enumerate(addresses):
             num_targets += self._fill(address, tokens_BT[i], targets_BT[i], doc_start_BT[i], damaged)
@@ -86,7 +87,7 @@ class RowReader:
         tokens_T: np.ndarray,
         targets_T: np.ndarray,
         doc_start_T: np.ndarray,
-        damaged: list[str],
+        damaged: list[Damage],
     ) -> int:
         corpus = address.corpus
         shard = corpus.shards[address.block]
@@ -99,8 +100,8 @@ class RowReader:
             doc_start_T[begin:end] = begin
             try:
                 ids = reader.read(document)
-            except DamagedDocumentError:
-                damaged.append(f"{corpus.place}/{shard.name}.tar document {document} in row {address.row_id}")
+            except DamagedDocumentError as error:
+                damaged.append(_damage(address, document, error))
             else:
                 if start + length >= len(ids):
                     raise self._wrong_table(address)
@@ -116,3 +117,10 @@ class RowReader:
             f"{address.rows.path} is damaged: row {address.row} of block {address.block} does not fit its documents. "
             f"Delete this folder and run: {PREPARE_COMMAND}"
         )
+
+
+def _damage(address: RowAddress, document: int, error: DamagedDocumentError) -> Damage:
+    corpus, shard = address.corpus, address.corpus.shards[address.block]
+    place = f"{corpus.place}/{shard.name}.tar"
+    amounts = error.num_tokens, address.row_id, error.reason, error.is_shard_lost
+    return Damage(corpus.name, shard.name, place, document, *amounts)

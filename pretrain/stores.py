@@ -46,6 +46,7 @@ _NO_HOPE = (
     ValueError,
 )
 _MAY_PASS = (408, 425, 429)  # of the statuses 400 to 499
+_MISSING = (404, 410)
 _T = TypeVar("_T")
 
 
@@ -60,6 +61,14 @@ class StoreError(Exception):
 
 class WrongContentError(StoreError):
     """A download ended without an error and is not the file that it should be."""
+
+
+class MissingFileError(StoreError):
+    """The store answers, and has no such file."""
+
+
+class LostFileError(DataError):
+    """A store that works has a file no more, or another one in its place: waiting does not bring it back."""
 
 
 def is_remote(shards: str) -> bool:
@@ -175,7 +184,9 @@ class Store:
             advice = "Upload the corpus again, whole, as `prepare` made it"
         else:
             advice = f"Mend the store or the network, or raise data.retry_seconds ({self._limit:.0f})"
-        return DataError(f"{self.location(name)} cannot be read: {error}; {tried}. {advice}, and run again.")
+        is_lost = isinstance(error, WrongContentError | MissingFileError)
+        kind = LostFileError if is_lost else DataError
+        return kind(f"{self.location(name)} cannot be read: {error}; {tried}. {advice}, and run again.")
 
     def _chunks(self, name: str, reading: _Reading) -> Iterator[bytes]:
         """Yield a file's chunks, which another thread reads: libraries' own time limits do not cover every stall."""
@@ -247,10 +258,12 @@ def _as_store_error(error: Exception) -> StoreError:
         return error
     status = _status_of(error)
     if status is not None:
+        if status in _MISSING:
+            return MissingFileError("there is no such file", is_final=True)
         is_final = 400 <= status < 500 and status not in _MAY_PASS
         return StoreError(f"the server answered {status}", is_final)
     if isinstance(error, FileNotFoundError):
-        return StoreError("there is no such file", is_final=True)
+        return MissingFileError("there is no such file", is_final=True)
     text = " ".join(str(error).split())[:300]
     is_final = isinstance(error, _NO_HOPE) or "Credentials" in type(error).__name__
     return StoreError(f"{type(error).__name__}{': ' if text else ''}{text}", is_final)

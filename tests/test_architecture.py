@@ -33,6 +33,7 @@ TIERS = (
     "prefetch settings sentencepiece_tokenizer model optim checkpoint_files shard_reader journal sources sampling"
     " tracking family_table profiling",
     "data_plan communication metrics guard hf_tokenizer generate",
+    "damage",
     "engine row_reader",
     "stream",
     "checkpoint feed tokenizer_files tokenizer_trial source_sample",
