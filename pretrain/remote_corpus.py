@@ -22,7 +22,7 @@ import numpy as np
 from pretrain.config import DataSection
 from pretrain.errors import DataError
 from pretrain.node_cache import CacheFile, NodeCache, is_at
-from pretrain.row_table import IDENTITY_NAME, array_paths, table_folder
+from pretrain.row_table import IDENTITY_NAME, array_paths, listed_file, table_folder
 from pretrain.shards import MANIFEST_NAME, Manifest, Shard, file_sha256, index_path
 from pretrain.stores import STALL_SECONDS, LostFileError, Store, StoreError, WrongContentError, is_remote, shown
 
@@ -90,9 +90,12 @@ class RemoteCorpus:
         folder = self._folder_of(self.folder.name.encode() + identity)
         self._keep(folder / name / IDENTITY_NAME, len(identity), lambda file: file.write(identity))
         num_slots = sum(shard.num_tokens - shard.num_documents for shard in manifest.shards(split))
+        listed = json.loads(identity)
         for array, path in array_paths(folder / name, split).items():
+            num_bytes, sha256 = listed_file(listed, path.name) if isinstance(listed, dict) else (None, None)
             check = _check_segments(num_slots) if array == "segments" else _check_array
-            self._keep(path, None, self._downloader(f"{name}/{path.name}", check=check))
+            write = self._downloader(f"{name}/{path.name}", num_bytes, sha256, check, IDENTITY_NAME)
+            self._keep(path, num_bytes, write)
         return folder
 
     def cached(self, shard: Shard) -> tuple[Path, Shard]:
@@ -248,6 +251,7 @@ class RemoteCorpus:
         num_bytes: int | None = None,
         sha256: str | None = None,
         check: Callable[[Path], object] = lambda _: None,
+        listed_in: str = MANIFEST_NAME,
         until: threading.Event | None = None,
     ) -> Callable[[CacheFile], object]:
         """What fills a file of the cache from the store, until it is what it should be."""
@@ -268,7 +272,7 @@ class RemoteCorpus:
                     f"it has {'more' if size > num_bytes else 'only'} {size} bytes; expected {num_bytes}"
                 )
             if sha256 is not None and digest.hexdigest() != sha256:
-                raise WrongContentError("its sha256 differs from the manifest's")
+                raise WrongContentError(f"its sha256 differs from that in {listed_in}")
             file.end()
             check(file.path)
 
@@ -288,7 +292,7 @@ def _check_array(path: Path) -> np.ndarray:
 
 
 def _check_segments(num_slots: int) -> Callable[[Path], None]:
-    """Check that the rows hold every token of the split once: nothing else tells a damaged table from a good one."""
+    """Check that the rows hold every token of the split once: of tables without a sha256 no more is known."""
 
     def check(path: Path) -> None:
         array = _check_array(path)

@@ -20,7 +20,7 @@ import numpy as np
 
 from pretrain.console import LiveLine, format_bytes, format_duration
 from pretrain.errors import DataError
-from pretrain.row_table import RowTable, stored_tables, table_folder
+from pretrain.row_table import RowTable, array_paths, listed_file, read_identity, stored_tables, table_folder
 from pretrain.shards import Manifest, Shard, file_sha256, index_path, load_index
 from pretrain.workers import num_usable_cores, ordered_map
 
@@ -312,19 +312,31 @@ class _TarCheck:
 
 
 def _row_problems(folder: Path, manifest: Manifest) -> list[Problem]:
-    """What is wrong with the row tables: each must hold every slot of its shards once."""
+    """What is wrong with the row tables: each must be as it was written, and hold every slot of its shards once."""
     found = []
     for seq_len, packing in stored_tables(folder):
-        name = table_folder(folder, seq_len, packing).name
-        for split in ("train", "val"):
-            try:
-                table = RowTable.open(folder, manifest, split, seq_len, packing)
-                num_slots = table.slots_per_block()
-            except DataError as error:
-                found.append(Problem(name, str(error)))
-                break
-            for shard, slots in zip(manifest.shards(split), num_slots.tolist(), strict=True):
-                if slots != shard.num_tokens - shard.num_documents:
-                    text = f"its rows of {shard.name} hold {slots:,} tokens to ask for, and the shard "
-                    found.append(Problem(name, f"{text}{shard.num_tokens - shard.num_documents:,}"))
+        target = table_folder(folder, seq_len, packing)
+        try:
+            tables = {split: RowTable.open(folder, manifest, split, seq_len, packing) for split in ("train", "val")}
+            if damaged := list(_hash_problems(target)):
+                found += damaged
+                continue
+            slots = {split: table.slots_per_block() for split, table in tables.items()}
+        except DataError as error:
+            found.append(Problem(target.name, str(error)))
+            continue
+        for split, num_slots in slots.items():
+            for shard, one in zip(manifest.shards(split), num_slots.tolist(), strict=True):
+                if one != shard.num_tokens - shard.num_documents:
+                    text = f"its rows of {shard.name} hold {one:,} tokens to ask for, and the shard "
+                    found.append(Problem(target.name, f"{text}{shard.num_tokens - shard.num_documents:,}"))
     return found
+
+
+def _hash_problems(target: Path) -> Iterator[Problem]:
+    """Compare the arrays of a row table with the sha256 that were written with them, if they were."""
+    identity = read_identity(target) or {}
+    for path in (path for split in ("train", "val") for path in array_paths(target, split).values()):
+        sha256 = listed_file(identity, path.name)[1]
+        if sha256 is not None and file_sha256(path) != sha256:
+            yield Problem(f"{target.name}/{path.name}", "its sha256 is not that in identity.json")
