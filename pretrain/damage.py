@@ -52,7 +52,7 @@ class Damage:
 
     def __str__(self) -> str:
         if self.is_shard_lost:
-            return f"{self.place}, first asked for in row {self.row}: the whole shard is lost: {self.reason}"
+            return f"{self.place}, first asked for in row {self.row}: the shard counts as lost: {self.reason}"
         return f"{self.place} document {self.document} in row {self.row}: {self.reason}"
 
 

@@ -29,7 +29,8 @@ class StepInput:
         micro_batches: on the device, each in the order of `Transformer.forward`.
         num_targets: scored targets of all ranks.
         num_damaged: places of all ranks' rows that are masked, because their documents cannot be read.
-        damage: what is said of documents among them that were not met before; the same on every rank.
+        damage: names of the documents among them that were not met before, and a sum of all there are, if there are any
+            new ones; the same on every rank.
     """
 
     micro_batches: list[tuple[Tensor, ...]]

@@ -155,8 +155,7 @@ def finish_step(run: Run, rows: StepInput, applied: bool, lr: float, sums: Pendi
     progress, config = run.progress, run.config
     progress.step, progress.num_tokens = progress.step + 1, progress.num_tokens + run.plan.tokens_per_step
     if rows.damage:
-        run.event("damaged_documents", f"{rows.num_damaged} places of this step's rows are masked: " +
-                  "; ".join(rows.damage))  # fmt: skip
+        run.event("damaged_documents", rows.damage[-1], documents=rows.damage[:-1])
     if not applied:
         run.event("skipped_step", "a gradient is not finite; the weights were left as they were")
     # fp16's loss scale adapts by overflows, which count only where the loss is not a number itself
@@ -235,7 +234,8 @@ def count_held_out_damage(run: Run) -> None:
     found, ledger = run.val_rows.take_damaged(), run.val_rows.damage
     if run.ranks.sum([len(found)])[0]:
         new = ledger.add(one for part in run.ranks.gather(found) for one in part)
-        run.event("damaged_held_out_documents", "; ".join(describe(new, ledger)))
+        *documents, sum_of_all = describe(new, ledger)
+        run.event("damaged_held_out_documents", sum_of_all, documents=documents)
         try:
             ledger.check()
         except TooMuchDamageError:

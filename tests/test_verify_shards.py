@@ -233,7 +233,7 @@ def test_several_processes_find_the_same_and_the_exit_status_is_1(
 
 def test_wrong_use(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, message in (
-        (["--verify", str(folder), "config.yaml"], "--verify takes a folder alone, not config.yaml"),
+        (["--verify", str(folder), "config.yaml"], "--verify takes a folder or URL alone, not config.yaml"),
         (["--processes", "2", "config.yaml"], "--processes is for --verify"),
         (["--verify", str(folder), "--dry-run"], "not allowed with"),
         ([], "CONFIG is missing"),
