@@ -13,6 +13,7 @@ from typing import Any
 from pretrain.data_plan import Corpus
 from pretrain.distributed import Ranks
 from pretrain.errors import DataError
+from pretrain.node_cache import CacheFullError
 from pretrain.shard_reader import DamagedDocumentError, ShardReader
 from pretrain.shards import Shard
 
@@ -162,8 +163,7 @@ class DamageLedger:
     def forget_mended(self, ranks: Ranks) -> int:
         """Read again what was damaged at an earlier start, and stop counting what is in order by now.
 
-        All ranks call this together and divide the shards. Those from elsewhere are not downloaded for it: they
-        count again when they are met.
+        All ranks call this together and divide the shards; those from elsewhere are downloaded again.
 
         Returns:
             How many documents are in order.
@@ -183,13 +183,14 @@ class DamageLedger:
 
     def _read_again(self, key: _Key) -> tuple[dict[int, int] | None, str]:
         """Tokens of each document of a shard that is damaged now, None if the shard is lost as before; and why."""
-        corpus, shard = self._corpora[key[0]], self._shard(key)
+        corpus, shard, known = self._corpora[key[0]], self._shard(key), self._documents.get(key)
         damaged: dict[int, int] = {}
         reason = ""
-        if corpus.remote:
-            return damaged, reason
-        known = self._documents.get(key)
-        with closing(ShardReader(corpus.folder, shard, corpus.manifest.dtype)) as reader:
+        try:
+            opened = ShardReader(corpus.folder, shard, corpus.manifest.dtype, remote=corpus.remote)
+        except CacheFullError:
+            return known, reason  # as before: it is looked at when it is needed
+        with closing(opened) as reader:
             for document in range(shard.num_documents) if known is None else known:
                 try:
                     reader.read(document)

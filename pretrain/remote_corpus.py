@@ -267,12 +267,12 @@ class RemoteCorpus:
                     raise StoreError("it is not wanted any more", is_final=True)
                 file.write(chunk)
                 digest.update(chunk)
-            if num_bytes is not None and size != num_bytes:
-                raise WrongContentError(
-                    f"it has {'more' if size > num_bytes else 'only'} {size} bytes; expected {num_bytes}"
-                )
+            if num_bytes is not None and size > num_bytes:
+                raise WrongContentError(f"it has more than {num_bytes} bytes; expected no more")
+            if num_bytes is not None and size < num_bytes:
+                raise WrongContentError(f"it has only {size} bytes; expected {num_bytes}", digest.hexdigest())
             if sha256 is not None and digest.hexdigest() != sha256:
-                raise WrongContentError(f"its sha256 differs from that in {listed_in}")
+                raise WrongContentError(f"its sha256 differs from that in {listed_in}", digest.hexdigest())
             file.end()
             check(file.path)
 

@@ -445,6 +445,39 @@ def test_a_shard_that_a_store_has_lost_is_masked_and_not_asked_for_again(
     assert max(server.requests[f"web/{NAME}{end}"] for end in (".tar", ".index.npy")) <= 8  # 3 tries, and those ahead
 
 
+def test_a_shard_that_breaks_differently_on_each_way_is_not_lost(
+    server: StoreServer, web: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content, sizes = (web / f"{NAME}.tar").read_bytes(), iter(range(1000, 9000, 10))
+    answer = server._answer
+
+    def cut_somewhere(request: Any, path: Path, fault: str | None) -> None:
+        if path.name == f"{NAME}.tar":
+            path = path.with_name("cut")
+            path.write_bytes(content[: next(sizes)])
+        answer(request, path, fault)
+
+    with closing(open_remote_stream(server, tmp_path / "cache", max_damaged_fraction=1)) as stream:
+        monkeypatch.setattr(server, "_answer", cut_somewhere)
+        with pytest.raises(DataError, match=rf"{NAME}\.tar cannot be read: it has only \d+ bytes; .*; tried 3 times"):
+            take(Feed(stream, ONE_RANK), 8)
+        assert stream.damage.num_documents == 0
+
+
+def test_what_is_uploaded_again_counts_no_more(server: StoreServer, web: Path, tmp_path: Path) -> None:
+    content = (web / f"{NAME}.tar").read_bytes()
+    with closing(open_remote_stream(server, tmp_path / "cache", max_damaged_fraction=1)) as stream:
+        remove(web)
+        take(Feed(stream, ONE_RANK), 4)
+        state = json.loads(json.dumps(stream.state()))
+        assert state["damaged"] == {"web": {NAME: None}}
+    for upload, num_mended in ((lambda: 0, 0), (lambda: (web / f"{NAME}.tar").write_bytes(content), 1)):
+        upload()
+        with closing(open_remote_stream(server, tmp_path / "cache", max_damaged_fraction=1)) as stream:
+            stream.load_state(state)
+            assert stream.damage.forget_mended(ONE_RANK) == num_mended * shard_of(web).num_documents
+
+
 def test_a_store_that_fails_is_no_damage_and_neither_is_another_corpus_in_its_place(
     server: StoreServer, web: Path, tmp_path: Path
 ) -> None:
