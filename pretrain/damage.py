@@ -132,7 +132,7 @@ class DamageLedger:
             corpus = max(keys, key=lambda key: self._amounts(key)[1])[0]
             raise self._too_much(
                 corpus,
-                f"no document of this step's rows can be read, and {_percent(self.fraction(corpus))} of its "
+                f"no document of this step's rows can be read, nor {_percent(self.fraction(corpus))} of its "
                 f"{self._split(corpus)} tokens in all; expected something to learn from",
                 "data.max_damaged_fraction=1",
             )
@@ -222,7 +222,7 @@ class DamageLedger:
 
     def _too_much(self, name: str, found: str, way_on: str) -> TooMuchDamageError:
         corpus = self._corpora[name]
-        own = sorted((key for key in self._keys() if key[0] == name), key=lambda key: -self._amounts(key)[1])
+        own = sorted((key for key in self._keys() if key[0] == name), key=lambda key: (-self._amounts(key)[1], key))
         worst = "; ".join(self._describe(key) for key in own[:_NUM_WORST])
         rest = f"; and {len(own) - _NUM_WORST} more shards" if len(own) > _NUM_WORST else ""
         mend = (
