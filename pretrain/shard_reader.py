@@ -143,7 +143,7 @@ class ShardReader:
         return DamagedDocumentError(text, reason, num_tokens, is_shard_lost)
 
     def _map_index(self, verify: bool) -> None:
-        folder, shard = (self._remote.cached(self._shard)) if self._remote else (self._folder, self._shard)
+        folder, shard = self._remote.cached(self._shard) if self._remote else (self._folder, self._shard)
         path = index_path(folder, shard.name)
         for attempt in range(2):
             if self._remote and self._descriptor < 0:

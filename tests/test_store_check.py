@@ -42,12 +42,16 @@ def server(web: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[StoreServer]:
     server.close()
 
 
-def test_a_store_is_inspected_as_its_folder_without_its_shards(server: StoreServer, web: Path) -> None:
+def test_a_store_is_inspected_as_its_folder_without_its_shards(
+    server: StoreServer, web: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     server.faults["train-000001.index.npy"] = ["drop", "503"]
     there, here = inspect_store(f"{server.url}/web"), inspect(web)
     assert there.pop("folder") == f"{server.url}/web"
     assert there.pop("rows") == [] and there.pop("samples") == []
     assert there.items() <= here.items() and there["lengths"]["max"] > 0
+    assert main(["--inspect", f"{server.url}/web"]) == 0
+    assert capsys.readouterr().out.startswith(f"{server.url}/web: corpus web, data fingerprint ")
     assert not any(name.endswith(".tar") or "/rows-" in name for name in server.requests)
 
 
