@@ -151,6 +151,10 @@ class DataSection(Section):
     )
     shuffle_window_shards: Count = Field(16, description="Shards whose rows are shuffled together.")
     prefetch_steps: Count = Field(2, description="Steps of rows that are read ahead of training.")
+    max_damaged_fraction: float = Field(
+        0.01, ge=0, le=1, description="Share of a source's tokens that may turn out to be damaged or missing during a "
+        "run: up to it they are masked in place, named and counted, beyond it the run ends."
+    )  # fmt: skip
     cache_dir: str = Field(
         "", description="Folder on a disk of each node that keeps shards from elsewhere, for all its processes. Empty: "
         "`longhaul-cache-<user id>` in the folder for temporary files (`TMPDIR`)."

@@ -216,7 +216,7 @@ class Corpus:
 
 
 def open_corpora(
-    config: Config, tokenizer_fingerprint: str, split: str, seq_lens: Mapping[str, Sequence[int]]
+    config: Config, tokenizer_fingerprint: str, split: str, seq_lens: Mapping[str, Sequence[int]], is_new: bool = True
 ) -> list[Corpus]:
     """Open a split of sources, in the config's order, and check that they fit each other.
 
@@ -225,6 +225,8 @@ def open_corpora(
         tokenizer_fingerprint: sha256 of the model file that the run uses.
         split: `train` or `val`.
         seq_lens: Lengths of rows that are wanted of each source, by name; sources without any are left out.
+        is_new: Check that every local shard is there and of its size; a run that goes on has
+            `data.max_damaged_fraction` for that.
 
     Raises:
         DataError: A corpus is not prepared, not for these lengths, with another tokenizer, or damaged; or where it
@@ -248,7 +250,7 @@ def open_corpora(
                 f"that of {config.tokenizer.model}, {tokenizer_fingerprint[:12]}…. Use the tokenizer that the corpus "
                 f"was prepared with, or prepare it into a new folder: {PREPARE_COMMAND}"
             )
-        if not remote:
+        if is_new and not remote:
             check_shards(folder, manifest.shards(split))
         rows = {}
         for seq_len in seq_lens[source.name]:
@@ -258,8 +260,13 @@ def open_corpora(
     return corpora
 
 
-def open_plan(config: Config, tokenizer_fingerprint: str) -> tuple[DataPlan, list[Corpus]]:
+def open_plan(config: Config, tokenizer_fingerprint: str, is_new: bool = True) -> tuple[DataPlan, list[Corpus]]:
     """Open the training splits and the plan of their order; corpora are in the order of the plan's names.
+
+    Args:
+        config: Uses `data` and `run.seed`.
+        tokenizer_fingerprint: sha256 of the model file that the run uses.
+        is_new: As for `open_corpora`.
 
     Raises:
         DataError: As `open_corpora`; or a corpus has no training rows.
@@ -270,7 +277,8 @@ def open_plan(config: Config, tokenizer_fingerprint: str) -> tuple[DataPlan, lis
         source.name: sorted({phase.seq_len for phase in phases if source.name in phase.amounts})
         for source in config.data.sources
     }
-    corpora = {corpus.name: corpus for corpus in open_corpora(config, tokenizer_fingerprint, "train", seq_lens)}
+    opened = open_corpora(config, tokenizer_fingerprint, "train", seq_lens, is_new)
+    corpora = {corpus.name: corpus for corpus in opened}
     identity: dict[str, str | int | float] = {
         "packing": PACKING_VERSIONS[config.data.packing],
         "data.seq_len": config.data.seq_len,

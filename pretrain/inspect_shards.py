@@ -12,7 +12,7 @@ from pretrain.config import Config, TokenizerSection
 from pretrain.console import format_bytes, format_count
 from pretrain.errors import ConfigError, DataError, LonghaulError
 from pretrain.row_table import RowTable, stored_tables
-from pretrain.shard_reader import ShardReader
+from pretrain.shard_reader import ShardReader, check_shards
 from pretrain.shards import Manifest, index_path, load_index
 from pretrain.tokenizer import Tokenizer
 from pretrain.tokenizer_files import MAIN_FILES, open_tokenizer
@@ -178,6 +178,7 @@ def _samples(
         shard, inside = shards[place], document - int(ends[place]) + shards[place].num_documents
         one: dict[str, Any] = {"shard": shard.name, "document": inside}
         try:
+            check_shards(folder, (shard,))
             reader = ShardReader(folder, shard, manifest.dtype, verify_index=False)
             try:
                 ids = reader.read(inside)

@@ -20,8 +20,9 @@ import numpy as np
 
 from pretrain.console import LiveLine, format_bytes, format_duration
 from pretrain.errors import DataError
-from pretrain.row_table import RowTable, stored_tables, table_folder
+from pretrain.row_table import RowTable, array_paths, listed_file, read_identity, stored_tables, table_folder
 from pretrain.shards import Manifest, Shard, file_sha256, index_path, load_index
+from pretrain.stores import is_remote
 from pretrain.workers import num_usable_cores, ordered_map
 
 _READ_BYTES = 1 << 20  # of 256 kB to 4 MB the quickest, as it stays in the cache
@@ -96,7 +97,7 @@ def verify(folder: str | Path, num_processes: int = 0) -> dict[str, Any]:
     manifest = Manifest.load(folder)
     shards = manifest.train + manifest.val
     num_processes = min(num_processes or num_usable_cores(), max(len(shards), 1))
-    begin, num_bytes, problems = time.monotonic(), 0, _manifest_problems(manifest)
+    begin, num_bytes, problems = time.monotonic(), 0, manifest_problems(manifest)
     try:
         for number, (shard, (read, found)) in enumerate(_checked(folder, manifest, num_processes), 1):
             num_bytes += read
@@ -131,7 +132,12 @@ def render(content: dict[str, Any]) -> str:
     )
     if not problems:
         return f"{read}: every checksum is right, and every id below the vocabulary size"
-    advice = f"Restore these files from a copy, or delete {content['folder']} and prepare it again."
+    where = content["folder"]
+    advice = f"Restore these files from a copy, or delete {where} and prepare it again."
+    if is_remote(where):
+        advice = (
+            f"Upload these files to {where} again; --verify of the folder that they come from says if they are sound."
+        )
     return "\n".join(
         [*(f"problem: {problem}" for problem in problems), f"{read}: {len(problems):,} problems. {advice}"]
     )
@@ -153,7 +159,7 @@ def _itself(shard: Shard) -> Shard:
     return shard
 
 
-def _manifest_problems(manifest: Manifest) -> list[Problem]:
+def manifest_problems(manifest: Manifest) -> list[Problem]:
     """What the manifest says twice must agree."""
     names = [shard.name for shard in manifest.train + manifest.val]
     found = [Problem("manifest.json", f"it lists {name} twice") for name in sorted(set(names)) if names.count(name) > 1]
@@ -182,7 +188,7 @@ def check_shard(folder: Path, dtype: str, vocab_size: int, shard: Shard) -> tupl
     try:
         size = path.stat().st_size
         if size != shard.num_bytes:
-            findings.add(_size_text(size, shard), size if size < shard.num_bytes else shard.num_bytes,
+            findings.add(size_text(size, shard), size if size < shard.num_bytes else shard.num_bytes,
                          max(size, shard.num_bytes))  # fmt: skip
         with open(path, "rb") as file:
             reading = _TarCheck(file, index, np.dtype(dtype).newbyteorder("<"), vocab_size, findings)
@@ -201,7 +207,8 @@ def check_shard(folder: Path, dtype: str, vocab_size: int, shard: Shard) -> tupl
     return num_bytes, problems + findings.problems
 
 
-def _size_text(size: int, shard: Shard) -> str:
+def size_text(size: int, shard: Shard) -> str:
+    """Say what is wrong with a tar of another size than the manifest has."""
     state = "empty" if not size else "cut short" if size < shard.num_bytes else "longer than it should be"
     return f"it is {state}: it has {size:,} bytes, not {shard.num_bytes:,}"
 
@@ -312,19 +319,31 @@ class _TarCheck:
 
 
 def _row_problems(folder: Path, manifest: Manifest) -> list[Problem]:
-    """What is wrong with the row tables: each must hold every slot of its shards once."""
+    """What is wrong with the row tables: each must be as it was written, and hold every slot of its shards once."""
     found = []
     for seq_len, packing in stored_tables(folder):
-        name = table_folder(folder, seq_len, packing).name
-        for split in ("train", "val"):
-            try:
-                table = RowTable.open(folder, manifest, split, seq_len, packing)
-                num_slots = table.slots_per_block()
-            except DataError as error:
-                found.append(Problem(name, str(error)))
-                break
-            for shard, slots in zip(manifest.shards(split), num_slots.tolist(), strict=True):
-                if slots != shard.num_tokens - shard.num_documents:
-                    text = f"its rows of {shard.name} hold {slots:,} tokens to ask for, and the shard "
-                    found.append(Problem(name, f"{text}{shard.num_tokens - shard.num_documents:,}"))
+        target = table_folder(folder, seq_len, packing)
+        try:
+            tables = {split: RowTable.open(folder, manifest, split, seq_len, packing) for split in ("train", "val")}
+            if damaged := list(_hash_problems(target)):
+                found += damaged
+                continue
+            slots = {split: table.slots_per_block() for split, table in tables.items()}
+        except DataError as error:
+            found.append(Problem(target.name, str(error)))
+            continue
+        for split, num_slots in slots.items():
+            for shard, one in zip(manifest.shards(split), num_slots.tolist(), strict=True):
+                if one != shard.num_tokens - shard.num_documents:
+                    text = f"its rows of {shard.name} hold {one:,} tokens to ask for, and the shard "
+                    found.append(Problem(target.name, f"{text}{shard.num_tokens - shard.num_documents:,}"))
     return found
+
+
+def _hash_problems(target: Path) -> Iterator[Problem]:
+    """Compare the arrays of a row table with the sha256 that were written with them, if they were."""
+    identity = read_identity(target) or {}
+    for path in (path for split in ("train", "val") for path in array_paths(target, split).values()):
+        sha256 = listed_file(identity, path.name)[1]
+        if sha256 is not None and file_sha256(path) != sha256:
+            yield Problem(f"{target.name}/{path.name}", "its sha256 is not that in identity.json")

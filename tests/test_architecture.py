@@ -33,12 +33,13 @@ TIERS = (
     "prefetch settings sentencepiece_tokenizer model optim checkpoint_files shard_reader journal sources sampling"
     " tracking family_table profiling",
     "data_plan communication metrics guard hf_tokenizer generate",
+    "damage",
     "engine row_reader",
     "stream",
     "checkpoint feed tokenizer_files tokenizer_trial source_sample",
     "run_folder tokenizer_export workers",
     "evaluate hf_export self_test samples refining verify_shards inspect_shards",
-    "corpus",
+    "corpus store_check",
     "shares",
     "run prepare convert quickstart",
     "train",
@@ -72,7 +73,7 @@ WITHOUT_TORCH = (
     "section model_options config settings checks families schedule batch_plan packing phases row_order mixture tokenizer sentencepiece_model sentencepiece_tokenizer"
     " hf_tokenizer tokenizer_files tokenizer_trial tokenizer_export varied_texts source_files table_files token_files"
     " sources stores node_cache remote_corpus prefetch shards shard_reader row_table data_plan journal workers corpus source_sample"
-    " prepare dry_run verify_shards inspect_shards prepare_options repetition personal_data near_duplicates languages wikipedia"
+    " prepare dry_run verify_shards inspect_shards store_check prepare_options repetition personal_data near_duplicates languages wikipedia"
     " filters dataset_files refining shares"
 )
 
