@@ -69,20 +69,23 @@ class Corpus:
 
     def prepare(self) -> None:
         """Make the corpus complete, or see that it is."""
+        data, manifest = self.config.data, None
         if not (self.folder / MANIFEST_NAME).exists():
             with file_lock(self.folder / LOCK_NAME, str(self.folder)):
                 if not (self.folder / MANIFEST_NAME).exists():
                     manifest = self._make()
-                    for seq_len in self.config.data.seq_lens:
-                        build_row_tables(self.folder, manifest, seq_len, self.config.data.packing)
+                    for seq_len in data.seq_lens:
+                        build_row_tables(self.folder, manifest, seq_len, data.packing)
                     manifest.save(self.folder)
                     self._remove_shares()
-                    self._summarize(manifest)
-                    return
+        if manifest is not None:
+            self._summarize(manifest)
+            return
         manifest = Manifest.load(self.folder)
         self._check_complete(manifest)
-        self._remove_shares()
-        data = self.config.data
+        if any(share.folder.exists() for share in self.shares):  # it was stopped while it deleted them
+            with file_lock(self.folder / LOCK_NAME, str(self.folder)):
+                self._remove_shares()
         new = [seq_len for seq_len in data.seq_lens if add_rows(self.folder, manifest, seq_len, data.packing)]
         rest = f"added its rows of {' and '.join(map(str, new))} tokens" if new else "nothing to do"
         self.line.say(f"{self.source.name}: {self.folder} is complete; {rest}")

@@ -233,7 +233,7 @@ print("killed", statuses.count(-9))
 
 @pytest.mark.launches
 def test_killed_at_any_write_it_goes_on_to_the_same_bytes(done: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-c", KILLER.format(root=str(ROOT)), str(done), str(tmp_path), "12"]
+    command = [sys.executable, "-c", KILLER.format(root=str(ROOT)), str(done), str(tmp_path), "16"]
     killed = subprocess.run(command, capture_output=True, text=True, timeout=200, cwd=ROOT)
     assert killed.returncode == 0, killed.stdout[-2000:] + killed.stderr[-2000:]
     assert int(killed.stdout.split()[-1]) > 10  # it really was killed, at many places
