@@ -45,6 +45,7 @@ from pretrain.workers import Batch, QueuedDocument, encode_batches, num_processe
 RECIPE_VERSION = 1  # of the rules that turn text into shards: hash, split
 BATCH_CHARACTERS = 1 << 18  # tokenized at once by one process: about 50 ms of work
 NUM_RECENT = 1 << 17  # documents before, of which equal ones are dropped untokenized: about 15 MB
+SPILL_SECONDS = 300.0  # after which a spill is written, however small: what a killed run loses at most
 LIVE_SECONDS, PLAIN_SECONDS = 0.2, 10.0  # between updates on a terminal, and between lines elsewhere
 
 _LEFT_OVER = re.compile(r"spill-\d{6,}|\.spill-\d{6,}\.tmp|\.prepare\.jsonl\.tmp")
@@ -267,12 +268,16 @@ class Share:
         chosen, parts = files_of_share(files, self.source.format, self.number, self.count)
         num_done = sum(spill.num_documents for spill in journal.spills)
         batches = self._batches(self._read(chosen, parts), chosen, parts, num_done, journal.chain)
+        written_seconds = time.monotonic()
         with closing(self._encoded(batches, chosen)) as encoded:
             for batch, documents in encoded:
+                is_time = time.monotonic() - written_seconds >= SPILL_SECONDS
                 for document, ids in zip(batch, documents, strict=True):
                     self._chain.update(document.digest)
-                    if writer.add(document.digest, document.text_bytes, document.bands, document.origin, ids):
+                    is_full = writer.add(document.digest, document.text_bytes, document.bands, document.origin, ids)
+                    if is_full or is_time:
                         journal.add(writer.write(), self._chain.hexdigest())
+                        written_seconds, is_time = time.monotonic(), False
         if writer.num_documents:
             journal.add(writer.write(), self._chain.hexdigest())
         journal.complete(self.log, self._documents)

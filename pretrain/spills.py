@@ -136,11 +136,12 @@ class SpillWriter:
             os.replace(temporary, path)
             sync_folder(self._folder)
         except OSError as error:
-            temporary.unlink(missing_ok=True)
             raise DataError(
                 f"{path} cannot be written: {error.strerror or error}. Spills before it are kept. Mend this (free some "
                 f"space) and run again: {PREPARE_COMMAND}"
             ) from error
+        finally:
+            temporary.unlink(missing_ok=True)
         self._table, self._payload = bytearray(), bytearray()
         self._next_spill += 1
         return spill

@@ -155,6 +155,19 @@ def test_every_document_comes_back_exactly_in_the_order_of_the_hashes(done: Path
     assert not [path.name for path in (done / "shards").iterdir() if path.name.startswith(".")]
 
 
+def test_spills_are_written_after_a_while_too_and_change_nothing(
+    done: Path, fresh: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, sizes = SpillWriter.write, []
+    monkeypatch.setattr(SpillWriter, "write", lambda writer: sizes.append(writer.num_documents) or real(writer))
+    monkeypatch.setattr(shares_module, "SPILL_SECONDS", 0.0)
+    monkeypatch.setattr(shares_module, "BATCH_CHARACTERS", 2000)
+    monkeypatch.setattr(shares_module, "spill_size", lambda *sizes: 10**9)  # or they would be full before
+    prepare(config_of(fresh))
+    assert len(sizes) > 30 and sum(sizes) == 400
+    assert hashes(fresh) == hashes(done)
+
+
 @pytest.mark.parametrize("num_processes", [2, 3])
 def test_bytes_do_not_depend_on_the_number_of_processes(
     done: Path, tmp_path: Path, num_processes: int, monkeypatch: pytest.MonkeyPatch
