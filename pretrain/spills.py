@@ -32,11 +32,11 @@ MAX_ORIGIN_BYTES = 1000
 _PACK_RECORD = struct.Struct("<QQQQIIHH").pack
 _HEADER = struct.Struct("<8sQQI4x")  # magic, documents, bytes after the table, crc32 of the table
 _MAGIC = b"spill-1\n"
-_SPILL_BYTES, _MAX_SPILL_BYTES, _MAX_SPILLS = 1 << 26, 1 << 30, 1 << 10
+_SPILL_BYTES, _MAX_SPILL_BYTES, _MAX_SPILLS = 1 << 25, 1 << 30, 1 << 10
 
 
 def spill_size(shard_bytes: int, source_bytes: int) -> int:
-    """Bytes at which a spill is written, and of a bucket at most: 64 MiB, and more beyond 64 GiB of source.
+    """Bytes at which a spill is written, and of a bucket at most: 32 MiB, and more beyond 32 GiB of source.
 
     The second pass reads from each spill once a bucket. With a fixed size these reads would become more and smaller as
     the square of the source.

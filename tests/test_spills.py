@@ -149,5 +149,5 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path: Path) -> None:
 
 def test_sizes_grow_with_the_source_only_beyond_what_fits() -> None:
     assert spill_size(16_384, 10**6) == 16_384
-    assert spill_size(2**27, 10**8) == spill_size(2**27, 6 * 10**10) == spill_size(2**34, 10**9) == 2**26
-    assert 2**26 < spill_size(2**27, 10**12) < 2**30 == spill_size(2**27, 10**13)
+    assert spill_size(2**27, 10**8) == spill_size(2**27, 3 * 10**10) == spill_size(2**34, 10**9) == 2**25
+    assert 2**25 < spill_size(2**27, 10**12) < 2**30 == spill_size(2**27, 10**13)
