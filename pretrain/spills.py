@@ -32,6 +32,7 @@ MAX_ORIGIN_BYTES = 1000
 _PACK_RECORD = struct.Struct("<QQQQIIHH").pack
 _HEADER = struct.Struct("<8sQQI4x")  # magic, documents, bytes after the table, crc32 of the table
 _MAGIC = b"spill-1\n"
+# Copies that stay have their places in buckets of this size: another one is another version of the recipe (shares.py).
 _SPILL_BYTES, _MAX_SPILL_BYTES, _MAX_SPILLS = 1 << 25, 1 << 30, 1 << 10
 
 

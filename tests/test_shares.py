@@ -73,6 +73,30 @@ def test_interrupted_shares_and_merges_go_on(done: Path, tmp_path: Path, monkeyp
     assert hashes(folder) == hashes(done)
 
 
+def test_a_merge_goes_on_with_other_shares_of_the_same_documents_only(
+    done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = copy_of(done, tmp_path / "fresh")
+    (folder / "raw").unlink()
+    shutil.copytree(done / "raw", folder / "raw")
+    config = config_of(folder, filters=FILTERS | {"repetition": False})
+    prepare(config, (1, 2))
+    prepare(config, (2, 2))
+    with monkeypatch.context() as patch:
+        patch.setattr(ShardWriter, "add", stop_after(150, ShardWriter.add))
+        with pytest.raises(KeyboardInterrupt):
+            prepare(config, num_shares=2)
+    for number in (1, 2):
+        shutil.rmtree(folder / f"shards/share-{number}-of-2")
+    prepare(config)
+    assert hashes(folder) == hashes(done)
+    (folder / "shards/manifest.json").unlink()
+    content = (folder / "raw/d00003.txt").read_bytes()
+    (folder / "raw/d00003.txt").write_bytes(content.upper())
+    with pytest.raises(DataError, match="shards: the source's documents are not those that its complete shards hold"):
+        prepare(config)
+
+
 def test_ids_of_others_are_shared_too(done: Path, tmp_path: Path) -> None:
     rng = np.random.default_rng(1)
     (tmp_path / "raw").mkdir()
@@ -117,9 +141,9 @@ def test_shares_of_json_lines_are_of_equal_size(tmp_path: Path) -> None:
     assert sum(whole) == 6100 and max(whole) - min(whole) <= 90  # the two that are not divided
 
 
-@pytest.mark.parametrize("count", [2, 7, 60])
+@pytest.mark.parametrize("count, drops", [(2, True), (7, True), (60, True), (7, False)])
 def test_one_file_over_many_shares_gives_the_same_bytes(
-    done: Path, tmp_path: Path, count: int, monkeypatch: pytest.MonkeyPatch
+    done: Path, tmp_path: Path, count: int, drops: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(json_lines, "READ_BYTES", 16)
     folder = copy_of(done, tmp_path / "fresh")
@@ -128,15 +152,16 @@ def test_one_file_over_many_shares_gives_the_same_bytes(
     lines = [json.dumps({"text": text_of(number, number % 60 + 1)}, ensure_ascii=False) for number in range(60)]
     lines[10:10] = ["", "{", json.dumps({"text": "x" * 20_000}), "", json.dumps({"text": "\ud800"})]
     (folder / "raw/a.jsonl").write_text("\ufeff" + "\r\n".join([*lines, *lines[:30]]))
-    prepare(config_of(folder))
+    config = config_of(folder, drop_duplicates=drops)
+    prepare(config)
     expected = hashes(folder)
     shutil.rmtree(folder / "shards")
     for number in range(1, count + 1):
-        prepare(config_of(folder), (number, count))
-    prepare(config_of(folder), num_shares=count)
+        prepare(config, (number, count))
+    prepare(config, num_shares=count)
     assert hashes(folder) == expected
     counts = Manifest.load(folder / "shards").counts
-    assert (counts["files_read"], counts["documents_read"], counts["duplicates"]) == (1, 95, 26)
+    assert (counts["files_read"], counts["documents_read"], counts.get("duplicates", 0)) == (1, 95, 26 * drops)
 
 
 def test_wrong_use_is_refused(done: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
