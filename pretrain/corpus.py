@@ -163,7 +163,7 @@ class Corpus:
                 places, is_val = self._choose(bucket, num_done)
                 for place, goes_to_val in zip(places.tolist(), is_val.tolist(), strict=True):
                     split = SPLITS[goes_to_val]
-                    note(split, writers[split].add(bucket.document(place)[0]))
+                    note(split, writers[split].add(bucket.ids(place)))
                 self._num_seen += len(bucket.table)
                 self._show(num_spilled)
             if not self.num_documents["train"]:
@@ -187,7 +187,7 @@ class Corpus:
         """
         places, copies = bucket.in_order(self.config.data.drop_duplicates)
         if len(copies):
-            origin = "" if "duplicates" in self.log.examples else bucket.document(int(copies[0]))[2]
+            origin = "" if "duplicates" in self.log.examples else bucket.origin(int(copies[0]))
             self.log.skip("duplicates", f"{origin}: it is equal to another document", len(copies))
         if bucket.table["bands_bytes"].any():
             places = places[[self._is_new(bucket, place) for place in places.tolist()]]
@@ -203,9 +203,9 @@ class Corpus:
 
     def _is_new(self, bucket: Bucket, place: int) -> bool:
         """Whether no document before is nearly equal to this one; counts it if one is."""
-        _, bands, origin = bucket.document(place)
+        bands = bucket.bands(place)
         if bands and not self._near_duplicates.is_new(bands):
-            self.log.skip("near_duplicates", f"{origin}: it is nearly equal to another document")
+            self.log.skip("near_duplicates", f"{bucket.origin(place)}: it is nearly equal to another document")
             return False
         return True
 

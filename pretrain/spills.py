@@ -217,12 +217,27 @@ class Bucket:
         keys = np.where(is_copy, moved, order[places])
         return places[np.lexsort((copies, head[places], keys))], np.empty(0, np.int64)
 
-    def document(self, place: int) -> tuple[np.ndarray, bytes, str]:
-        """Ids, bands and origin of a document; all documents are read at the first call.
+    def ids(self, place: int) -> np.ndarray:
+        """The ids of a document, bos and eos included.
 
         Raises:
             DataError: it is damaged.
         """
+        content, bands_begin, _ = self._document(place)
+        return np.frombuffer(content[:bands_begin], self._dtype)
+
+    def bands(self, place: int) -> bytes:
+        """What near-duplicates of a document have in common; raises as `ids`."""
+        content, bands_begin, origin_begin = self._document(place)
+        return bytes(content[bands_begin:origin_begin])
+
+    def origin(self, place: int) -> str:
+        """Where a document is from; raises as `ids`."""
+        content, _, origin_begin = self._document(place)
+        return bytes(content[origin_begin:]).decode("utf-8", "surrogateescape")
+
+    def _document(self, place: int) -> tuple[memoryview, int, int]:
+        """A document, and where in it its bands and its origin begin; the first call reads the bucket."""
         if self._content is None:
             self._content = memoryview(bytearray(sum(piece.num_bytes for piece in self._pieces)))
             position = 0
@@ -230,18 +245,13 @@ class Bucket:
                 _read_into(piece.path, self._content[position : position + piece.num_bytes], piece.begin)
                 position += piece.num_bytes
         _, _, begin, _, num_tokens, crc32, bands_bytes, origin_bytes = self.table[place].item()
-        bands = begin + num_tokens * self._dtype.itemsize
-        origin = bands + bands_bytes
-        end = origin + origin_bytes
-        if zlib.crc32(self._content[begin:end]) != crc32:
+        bands_begin = num_tokens * self._dtype.itemsize
+        origin_begin = bands_begin + bands_bytes
+        content = self._content[begin : begin + origin_begin + origin_bytes]
+        if zlib.crc32(content) != crc32:
             path = next(piece.path for piece in reversed(self._pieces) if piece.first <= place)
             raise _damaged(path, "a document has another crc32 than its table says")
-        ids = np.frombuffer(self._content[begin:bands], self._dtype)
-        return (
-            ids,
-            bytes(self._content[bands:origin]),
-            bytes(self._content[origin:end]).decode("utf-8", "surrogateescape"),
-        )
+        return content, bands_begin, origin_begin
 
 
 def read_buckets(spills: Sequence[tuple[Path, Spill]], dtype: np.dtype, max_bytes: int) -> Iterator[Bucket]:

@@ -45,10 +45,11 @@ def read(spills: list[tuple[Path, Spill]], max_bytes: int, drop_duplicates: bool
     found = []
     for bucket in read_buckets(spills, DTYPE, max_bytes):
         for place in bucket.in_order(drop_duplicates)[0].tolist():
-            ids, bands, origin = bucket.document(place)
-            record = bucket.table[place]
+            ids, record = bucket.ids(place), bucket.table[place]
             digest = int(record["head"]).to_bytes(8, "big") + int(record["order"]).to_bytes(8, "big")
-            found.append((digest, int(record["text_bytes"]), bands, origin, tuple(ids.tolist())))
+            found.append(
+                (digest, int(record["text_bytes"]), bucket.bands(place), bucket.origin(place), tuple(ids.tolist()))
+            )
     return found
 
 
@@ -141,7 +142,7 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path: Path) -> None:
                 spills.append((folder, writer.write()))
         for bucket in read_buckets(spills, DTYPE, 200_000):
             for place in bucket.in_order(True)[0].tolist():
-                bucket.document(place)
+                bucket.ids(place)
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     assert peaks[1] < 1.2 * peaks[0] and peaks[0] < 2_000_000  # 5 MB are written
