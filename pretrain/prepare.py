@@ -18,7 +18,7 @@ from pretrain.phases import sampling_weights
 from pretrain.refining import open_refiner
 from pretrain.sentencepiece_tokenizer import SentencePieceTokenizer, choose_sample, fit, report
 from pretrain.shards import MANIFEST_NAME, Manifest
-from pretrain.shares import MergedCorpus, ShareCorpus
+from pretrain.shares import Share
 from pretrain.source_files import list_files, token_format
 from pretrain.sources import ReadLog, document_digest, is_validation, read_documents
 from pretrain.stores import is_remote, shown
@@ -59,11 +59,9 @@ def prepare(config: Config, share: tuple[int, int] | None = None, num_shares: in
             tokenizer = _open_tokenizer(config, line)
         for source in sources:
             if source.paths and share is not None:
-                ShareCorpus(source, config, tokenizer, line, *share).prepare()
-            elif source.paths and num_shares:
-                MergedCorpus(source, config, tokenizer, line, num_shares).prepare()
+                Share(source, config, tokenizer, line, *share).prepare()
             elif source.paths:
-                Corpus(source, config, tokenizer, line).prepare()
+                Corpus(source, config, tokenizer, line, num_shares).prepare()
             elif is_remote(source.shards):
                 line.say(f"{source.name}: {shown(source.shards)} is read as it is")
             elif share is None:

@@ -27,10 +27,10 @@ TIERS = (
     "stores config_docs schedule batch_plan packing phases row_order families console tokenizer source_files matrix_exchange lion"
     " generate_options repetition personal_data near_duplicates languages wikipedia",
     "checks mixture explain sentencepiece_model varied_texts table_files token_files shards tensor_files distributed layers recompute"
-    " published model_card muon compiling filters dataset_files",
+    " published model_card muon compiling filters dataset_files json_lines",
     "node_cache row_table",
     "remote_corpus",
-    "prefetch settings sentencepiece_tokenizer model optim checkpoint_files shard_reader journal sources sampling"
+    "prefetch settings sentencepiece_tokenizer model optim checkpoint_files shard_reader journal sources spills sampling"
     " tracking family_table profiling",
     "data_plan communication metrics guard hf_tokenizer generate",
     "damage",
@@ -39,8 +39,8 @@ TIERS = (
     "checkpoint feed tokenizer_files tokenizer_trial source_sample",
     "run_folder tokenizer_export workers",
     "evaluate hf_export self_test samples refining verify_shards inspect_shards",
-    "corpus store_check",
-    "shares",
+    "shares store_check",
+    "corpus",
     "run prepare convert quickstart",
     "train",
     "dry_run",
@@ -74,7 +74,7 @@ WITHOUT_TORCH = (
     " hf_tokenizer tokenizer_files tokenizer_trial tokenizer_export varied_texts source_files table_files token_files"
     " sources stores node_cache remote_corpus prefetch shards shard_reader row_table data_plan journal workers corpus source_sample"
     " prepare dry_run verify_shards inspect_shards store_check prepare_options repetition personal_data near_duplicates languages wikipedia"
-    " filters dataset_files refining shares"
+    " filters dataset_files refining shares spills json_lines"
 )
 
 MAX_FILE_LINES = 400

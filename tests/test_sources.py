@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import zstandard
 
-from pretrain import sources
+from pretrain import json_lines, sources
 from pretrain.config import SourceSection
 from pretrain.errors import DataError
 from pretrain.source_files import files_identity, list_files
@@ -169,7 +169,8 @@ def test_empty_documents_are_always_counted_skips(tmp_path: Path) -> None:
 
 def test_documents_that_are_too_long_are_bad(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sources, "MAX_DOCUMENT_BYTES", 100)
-    monkeypatch.setattr(sources, "READ_BYTES", 64)
+    monkeypatch.setattr(json_lines, "MAX_DOCUMENT_BYTES", 100)
+    monkeypatch.setattr(json_lines, "READ_BYTES", 64)
     (tmp_path / "a.jsonl").write_bytes(lines_of("x" * 1000, "short", "x" * 300))
     (tmp_path / "b.txt").write_text("y" * 101)
     (tmp_path / "c.txt").write_text("y" * 100)
