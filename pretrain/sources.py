@@ -1,7 +1,7 @@
 """Documents of sources: of text, or of token ids that were made before.
 
-A text file is one document, and so is each line of a `.jsonl` file and each row of a table. What cannot be read is an
-error or a counted skip, as the config says; nothing is lost without being counted.
+A text file is one document, and so is each line of a `.jsonl` file, each row of a table and each text in a tar. What
+cannot be read is an error or a counted skip, as the config says; nothing is lost without being counted.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
-import json
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -22,10 +21,12 @@ import numpy as np
 
 from pretrain.config import SourceSection
 from pretrain.dataset_files import imdb_text, squad_documents
+from pretrain.decoding import SURROGATE, decode_text, encodable, parse_json
 from pretrain.errors import DataError
 from pretrain.filters import Filtered, RawText, Refine, filter_all
 from pretrain.source_files import BROKEN, READ_BYTES, Bad, BrokenFile, TokenFormat, bare_name, decompressed, kind_of
 from pretrain.table_files import read_column
+from pretrain.tar_files import Member, read_texts
 from pretrain.token_files import read_ids
 from pretrain.tokenizer import Tokenizer
 from pretrain.wikipedia import read_pages
@@ -40,7 +41,7 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True)
 class Document:
-    """A text and where it is from: its file, and its line, row or title if it has one (`path:line`).
+    """A text and where it is from: its file, and its line, row, member or title if it has one (`path:line`).
 
     `bands` are what near-duplicates have in common (`near_duplicates.bands_of`), if they are looked for.
     """
@@ -113,7 +114,7 @@ def read_documents(
 
     Args:
         files: of documents, as `source_files.list_files` gives them.
-        source: names the field of a JSON line, or the column of a table, that holds the text.
+        source: names the field of JSON, or the column of a table, that holds the text.
         on_bad_document: `error` raises for a document that is not UTF-8, not JSON, lacks the text, is longer than
             `MAX_DOCUMENT_BYTES` or holds U+2581 that the tokenizer loses, and for a row of another length than the
             first.
@@ -233,7 +234,39 @@ def _contents(path: Path, source: SourceSection, log: ReadLog) -> Iterator[tuple
         return
     with open(path, "rb") as raw, decompressed(raw, path, os.path.getsize(path)) as file:
         log._position = raw.tell
-        yield from _READERS[kind](file, path, text_field)
+        if kind == "tar":
+            texts = read_tar(file, path, text_field, log)
+            yield from ((f"{path}:{member.name}", content) for member, content, _ in texts)
+        else:
+            yield from _READERS[kind](file, path, text_field)
+
+
+def read_tar(
+    file: BinaryIO, path: Path, text_field: str, log: ReadLog
+) -> Iterator[tuple[Member, str | Bad, bytes | None]]:
+    """Read the documents of a tar: its `.txt` members, and its `.json` ones where the sample has no `.txt`.
+
+    Args:
+        file: the tar, decompressed.
+        path: its name, for messages.
+        text_field: the field of JSON that holds the text.
+        log: counts the other members, by their extensions.
+
+    Returns:
+        Each with its member, its text, and the bytes that hold it.
+
+    Raises:
+        BrokenFile: the tar cannot be read to its end.
+    """
+
+    def ignore(reason: str, member: Member) -> None:
+        log.skip(f"ignored_{reason}", f"{path}:{member.name}")
+
+    for member, data in read_texts(file, MAX_DOCUMENT_BYTES, ignore):
+        if data is None:
+            yield member, _TOO_LONG, None
+        else:
+            yield member, parse_json(data, text_field) if member.is_json else decode_text(data), data
 
 
 def _reason(error: Exception) -> str:
@@ -245,7 +278,6 @@ _NO_ARTICLE = {
     "not_an_article": "it is in a namespace beside the articles'",
     "not_wikitext": "it is written in something else than wiki markup",
 }
-_SURROGATE = "it holds half of a surrogate pair, which UTF-8 cannot express"
 _TOO_LONG = Bad("too_long", f"it is longer than {MAX_DOCUMENT_BYTES:,} bytes")
 _TOO_MANY_IDS = Bad("too_long", f"it has {MAX_DOCUMENT_TOKENS:,} ids or more; is the tokenizer's eos in the file?")
 
@@ -253,7 +285,7 @@ _TOO_MANY_IDS = Bad("too_long", f"it has {MAX_DOCUMENT_TOKENS:,} ids or more; is
 def _whole_file(file: BinaryIO, path: Path, text_field: str) -> Iterator[tuple[str, str | Bad]]:
     """A text file's one document."""
     data = file.read(MAX_DOCUMENT_BYTES + 1)
-    yield str(path), _TOO_LONG if len(data) > MAX_DOCUMENT_BYTES else _decode(data)
+    yield str(path), _TOO_LONG if len(data) > MAX_DOCUMENT_BYTES else decode_text(data)
 
 
 def _review(file: BinaryIO, path: Path, text_field: str) -> Iterator[tuple[str, str | Bad]]:
@@ -265,7 +297,7 @@ def _review(file: BinaryIO, path: Path, text_field: str) -> Iterator[tuple[str, 
 def _paragraphs(file: BinaryIO, path: Path, text_field: str) -> Iterator[tuple[str, str | Bad]]:
     """The paragraphs of SQuAD, with their questions; the file of 42 MB is held in memory."""
     for number, content in enumerate(squad_documents(file.read()), 1):
-        yield f"{path}:{number}", content if isinstance(content, Bad) else _checked(content, _SURROGATE)
+        yield f"{path}:{number}", content if isinstance(content, Bad) else encodable(content, SURROGATE)
 
 
 def _articles(file: BinaryIO, path: Path, text_field: str) -> Iterator[tuple[str, RawText]]:
@@ -284,7 +316,7 @@ def json_lines(file: BinaryIO, path: Path, text_field: str) -> Iterator[tuple[st
                 line = file.readline(READ_BYTES)
             yield f"{path}:{number}", _TOO_LONG
         elif line.strip():
-            yield f"{path}:{number}", _parse(line, text_field)
+            yield f"{path}:{number}", parse_json(line, text_field)
         else:
             yield f"{path}:{number}", ""
 
@@ -317,48 +349,14 @@ def _csv_value(row: list[str], column: int, num_columns: int) -> str | Bad:
         return ""
     if len(row) != num_columns:
         return Bad("bad_row", f"it has {len(row)} fields, and the first row {num_columns}")
-    return _checked(row[column], "it is not UTF-8")
+    return encodable(row[column], "it is not UTF-8")
 
 
 def decode_value(value: bytes | None, text_field: str) -> str | Bad:
     """The text of one row of a table."""
     if value is None:
         return Bad("no_text", f"its column {text_field!r} is null")
-    return _TOO_LONG if len(value) > MAX_DOCUMENT_BYTES else _decode(value, "utf-8")
-
-
-def _decode(data: bytes, encoding: str = "utf-8-sig") -> str | Bad:
-    try:
-        return data.decode(encoding)
-    except UnicodeDecodeError as error:
-        return Bad("not_utf8", f"it is not UTF-8 ({error.reason} at byte {error.start:,})")
-
-
-def _parse(line: bytes, text_field: str) -> str | Bad:
-    """The text of one JSON line."""
-    decoded = _decode(line)
-    if isinstance(decoded, Bad):
-        return decoded
-    try:
-        record = json.loads(decoded)
-    except (ValueError, RecursionError) as error:
-        return Bad("bad_json", f"it is not JSON ({error})")
-    if not isinstance(record, dict):
-        return Bad("no_text", f"it is a JSON {type(record).__name__}, not an object")
-    text = record.get(text_field)
-    if not isinstance(text, str):
-        has = f"is {type(text).__name__}, not a string" if text_field in record else "is missing"
-        return Bad("no_text", f"its field {text_field!r} {has} (it has: {', '.join(sorted(record)[:8])})")
-    return _checked(text, _SURROGATE)
-
-
-def _checked(text: str, otherwise: str) -> str | Bad:
-    """The text, if UTF-8 can express it."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return Bad("not_utf8", otherwise)
-    return text
+    return _TOO_LONG if len(value) > MAX_DOCUMENT_BYTES else decode_text(value, "utf-8")
 
 
 def _judge(

@@ -27,15 +27,18 @@ TIERS = (
     "stores config_docs schedule batch_plan packing phases row_order families console tokenizer source_files matrix_exchange lion"
     " generate_options repetition personal_data near_duplicates languages wikipedia",
     "checks mixture explain sentencepiece_model varied_texts table_files token_files shards tensor_files distributed layers recompute"
-    " published model_card muon compiling filters dataset_files",
+    " published model_card muon compiling filters dataset_files decoding tar_files",
     "node_cache row_table",
     "remote_corpus",
     "prefetch settings sentencepiece_tokenizer model optim checkpoint_files shard_reader journal sources sampling"
     " tracking family_table profiling",
-    "data_plan communication metrics guard hf_tokenizer generate",
-    "engine row_reader",
+    "communication metrics guard hf_tokenizer generate",
+    "engine tokenizer_files tokenizer_trial",
+    "text_shards",
+    "data_plan",
+    "row_reader",
     "stream",
-    "checkpoint feed tokenizer_files tokenizer_trial source_sample",
+    "checkpoint feed source_sample",
     "run_folder tokenizer_export workers",
     "evaluate hf_export self_test samples refining verify_shards inspect_shards",
     "corpus",
@@ -73,7 +76,7 @@ WITHOUT_TORCH = (
     " hf_tokenizer tokenizer_files tokenizer_trial tokenizer_export varied_texts source_files table_files token_files"
     " sources stores node_cache remote_corpus prefetch shards shard_reader row_table data_plan journal workers corpus source_sample"
     " prepare dry_run verify_shards inspect_shards prepare_options repetition personal_data near_duplicates languages wikipedia"
-    " filters dataset_files refining shares"
+    " filters dataset_files refining shares decoding tar_files text_shards tar_index"
 )
 
 MAX_FILE_LINES = 400
