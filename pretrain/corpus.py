@@ -127,6 +127,7 @@ class Corpus:
             "data.shard_bytes": data.shard_bytes,
             "the tokenizer": self.tokenizer.fingerprint,
             "data.filters": filters.identity(filters.filters_of(self.source, data)),
+            "what --index made": None,
         }
         if files:
             if held := token_format(files) or published_formats(files, self.source.format):

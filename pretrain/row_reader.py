@@ -90,7 +90,7 @@ class RowReader:
     ) -> int:
         corpus = address.corpus
         shard = corpus.shards[address.block]
-        reader = self._shards.reader(corpus.folder, shard, corpus.manifest.dtype, corpus.remote)
+        reader = self._shards.reader(corpus.folder, shard, corpus.manifest.dtype, corpus.remote, corpus.open_shard)
         begin = num_targets = 0
         for document, start, length in address.rows.row(address.block, address.row).tolist():
             end = begin + length
@@ -98,14 +98,14 @@ class RowReader:
                 raise self._wrong_table(address)
             doc_start_T[begin:end] = begin
             try:
-                ids = reader.read(document)
+                ids = reader.read(document, start, start + length + 1)
             except DamagedDocumentError:
                 damaged.append(f"{corpus.place}/{shard.name}.tar document {document} in row {address.row_id}")
             else:
-                if start + length >= len(ids):
+                if len(ids) <= length:
                     raise self._wrong_table(address)
-                tokens_T[begin:end] = ids[start : start + length]
-                targets_T[begin:end] = ids[start + 1 : start + length + 1]
+                tokens_T[begin:end] = ids[:-1]
+                targets_T[begin:end] = ids[1:]
                 num_targets += length
             begin = end
         doc_start_T[begin:] = begin

@@ -21,7 +21,7 @@ BENCHMARKS = sorted(path.relative_to(ROOT) for path in (ROOT / "benchmarks").glo
 
 # A module imports modules of lower tiers only. `kernels` is below all of them.
 TIERS = (
-    "errors section spellings hardware start_clock",
+    "errors section spellings hardware start_clock text_index",
     "model_options",
     "config",
     "stores config_docs schedule batch_plan packing phases row_order families console tokenizer source_files matrix_exchange lion"
@@ -41,8 +41,8 @@ TIERS = (
     "checkpoint feed source_sample",
     "run_folder tokenizer_export workers",
     "evaluate hf_export self_test samples refining verify_shards inspect_shards",
-    "corpus",
-    "shares",
+    "corpus tar_documents tar_folder",
+    "shares tar_index",
     "run prepare convert quickstart",
     "train",
     "dry_run",
@@ -76,7 +76,7 @@ WITHOUT_TORCH = (
     " hf_tokenizer tokenizer_files tokenizer_trial tokenizer_export varied_texts source_files table_files token_files"
     " sources stores node_cache remote_corpus prefetch shards shard_reader row_table data_plan journal workers corpus source_sample"
     " prepare dry_run verify_shards inspect_shards prepare_options repetition personal_data near_duplicates languages wikipedia"
-    " filters dataset_files refining shares decoding tar_files text_shards tar_index"
+    " filters dataset_files refining shares decoding tar_files text_index text_shards tar_documents tar_folder tar_index"
 )
 
 MAX_FILE_LINES = 400
