@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import zlib
+from array import array
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable
 from functools import partial
 from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +23,7 @@ from pretrain.source_files import Bad
 from pretrain.text_index import PIECE_DTYPE, TEXT_INDEX_DTYPE, TextContent, by_bytes, map_pieces
 from pretrain.tokenizer import Tokenizer
 
-PIECE_CHARACTERS = 1024  # a row of 2,048 tokens begins and ends inside of a piece: about 256 tokens in vain
+PIECE_CHARACTERS = 512  # a row of 2,048 tokens begins and ends inside of a piece: about 256 tokens in vain
 _MIN_CHANGED_FOR_ALL = 8  # fewer documents with other ids than this are not taken for another tokenizer
 
 
@@ -32,27 +34,21 @@ def tokenize_pieces(tokenizer: Tokenizer, text: str) -> tuple[np.ndarray, np.nda
         Its ids as `encode_document` gives them, and its pieces, of `PIECE_DTYPE`.
     """
     places = tokenizer.places_to_cut(text, PIECE_CHARACTERS) if len(text) > PIECE_CHARACTERS else [0]
-    ids = [_piece_ids(tokenizer, text, places, number) for number in range(len(places))]
-    begins = np.cumsum([0, *map(len, ids[:-1])])
-    pieces = np.array(
-        [
-            (place, begin, zlib.crc32(part.data))
-            for place, begin, part in zip(places, begins.tolist(), ids, strict=True)
-        ],
-        PIECE_DTYPE,
-    )
-    return np.concatenate(ids) if len(ids) > 1 else ids[0], pieces
+    bounds = [*places, len(text)]
+    parts = [_ids(tokenizer, text, begin, end) for begin, end in pairwise(bounds)]
+    begins = np.cumsum([0, *map(len, parts[:-1])]).tolist()
+    pieces = [(place, begin, zlib.crc32(part.data)) for place, begin, part in zip(places, begins, parts, strict=True)]
+    return np.concatenate(parts), np.array(pieces, PIECE_DTYPE)
 
 
-def _piece_ids(tokenizer: Tokenizer, text: str, places: list[int], number: int) -> np.ndarray:
-    """The ids of a piece; bos is in the first one, eos in the last."""
-    is_last = number == len(places) - 1
-    ids = tokenizer.encode(text[places[number] : None if is_last else places[number + 1]])
-    if number == 0:
+def _ids(tokenizer: Tokenizer, text: str, begin: int, end: int) -> np.ndarray:
+    """The ids of a part of a text; bos is in the first one, eos in the last."""
+    ids = tokenizer.encode(text[begin:end])
+    if begin == 0:
         ids.insert(0, tokenizer.bos_id)
-    if is_last:
+    if end == len(text):
         ids.append(tokenizer.eos_id)
-    return np.array(ids, tokenizer.id_dtype)
+    return np.frombuffer(array("I", ids), np.uint32).astype(tokenizer.id_dtype)  # four times as quick as np.array
 
 
 def content_of(text_field: str, tokenizer: Tokenizer) -> TextContent:
@@ -96,17 +92,22 @@ class TextShardReader(ShardReader):
         text = parse_json(data, self._content.text_field) if record["is_json"] else decode_text(data)
         if isinstance(text, Bad):
             raise self._other(document, text.message)
-        begins = [*pieces["token"].tolist(), int(record["num_tokens"])]
-        end = begins[-1] if end is None else min(end, begins[-1])
-        places, crcs = pieces["character"].tolist(), pieces["crc32"].tolist()
-        parts = []
-        for number in range(bisect_right(begins, begin) - 1, min(bisect_left(begins, end), len(places))):
-            ids = _piece_ids(self._tokenizer, text, places, number)
-            if len(ids) != begins[number + 1] - begins[number] or zlib.crc32(ids.data) != crcs[number]:
-                raise self._other(document, "its ids are not those of the index")
-            parts.append(ids[max(begin - begins[number], 0) : end - begins[number]])
+        bounds = [*pieces["token"].tolist(), int(record["num_tokens"])]
+        end = bounds[-1] if end is None else min(end, bounds[-1])
+        first, last = bisect_right(bounds, begin) - 1, bisect_left(bounds, end)  # pieces that are needed
+        if first >= last:
+            return np.zeros(0, self._tokenizer.id_dtype)
+        places = [*pieces["character"].tolist(), len(text)]
+        ids = _ids(self._tokenizer, text, places[first], places[last])
+        offset = bounds[first]
+        is_same = len(ids) == bounds[last] - offset and all(
+            zlib.crc32(ids[bounds[number] - offset : bounds[number + 1] - offset].data) == crc32
+            for number, crc32 in enumerate(pieces["crc32"][first:last].tolist(), first)
+        )
+        if not is_same:
+            raise self._other(document, "its ids are not those of the index")
         self._num_equal += 1
-        return np.concatenate(parts) if parts else np.zeros(0, self._tokenizer.id_dtype)
+        return ids[begin - offset : end - offset]
 
     def _adopt(self, index: np.ndarray, path: Path) -> np.ndarray:
         """Keep the index, and return one by which the bytes of documents are read."""
