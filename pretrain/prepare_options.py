@@ -11,7 +11,7 @@ EXAMPLES = """examples:
   python launch/prepare.py configs/llama-350m.yaml data.prepare_processes=32 data.on_bad_file=skip
   python launch/prepare.py configs/llama-350m.yaml --dry-run
   python launch/prepare.py configs/llama-350m.yaml --share 3/16    # and 15 others; then --merge 16
-  python launch/prepare.py configs/others-tars.yaml --index        # paths: [web/*.tar], which stay as they are
+  python launch/prepare.py mine.yaml --index               # paths: [web/*.tar], which stay as they are
   python launch/prepare.py --inspect data/web
   python launch/prepare.py --verify data/web --processes 8
 

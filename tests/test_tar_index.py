@@ -33,6 +33,7 @@ from pretrain.text_shards import TextShardReader, tokenize_pieces
 from pretrain.tokenizer_files import open_tokenizer
 from pretrain.verify_shards import Problem, verify
 from tests.data_helpers import batch_plan, flip_bit
+from tests.rank_helpers import metric_lines, run_command
 from tests.store_server import StoreServer
 from tests.tar_helpers import text_samples, write_tar
 from tests.test_prepare import VOCAB_SIZE, config_of, hashes, text_of
@@ -643,3 +644,19 @@ def test_the_command_and_what_inspect_says(fresh: Path, capsys: pytest.CaptureFi
     flip_bit(fresh / "raw/web-000000.tar", shard_place(fresh / "index", 0, 3)[1])
     assert main(["--verify", str(fresh / "index")]) == 1
     assert "Restore these files from a copy, or index the tars into another folder." in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.launches
+def test_a_run_trains_on_tars_and_evaluates(done: Path, fresh: Path) -> None:
+    path = fresh / "web.yaml"
+    text = CONFIG.format(folder=fresh, vocab_size=VOCAB_SIZE)
+    path.write_text(f"run: {{dir: {fresh}/run}}\neval: {{every_steps: 2}}\n{text}", encoding="utf-8")
+    (fresh / "index").symlink_to(done / "index")  # and neither the paths nor `prepare` matter any more
+    shutil.rmtree(fresh / "raw")
+    ran = run_command("launch/pretrain.py", path)
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    training, evaluation = (
+        [line for line in metric_lines(fresh / "run") if key in line] for key in ("loss", "eval/loss")
+    )
+    assert [line["step"] for line in training] == [1, 2] and evaluation[0]["eval/loss"] > 0
