@@ -32,10 +32,10 @@ def parse_json(data: bytes, text_field: str) -> str | Bad:
     if not isinstance(text, str):
         has = f"is {type(text).__name__}, not a string" if text_field in record else "is missing"
         return Bad("no_text", f"its field {text_field!r} {has} (it has: {', '.join(sorted(record)[:8])})")
-    return encodable(text, SURROGATE)
+    return checked_text(text, SURROGATE)
 
 
-def encodable(text: str, otherwise: str) -> str | Bad:
+def checked_text(text: str, otherwise: str) -> str | Bad:
     """The text, if UTF-8 can express it; else a bad document of which `otherwise` is said."""
     try:
         text.encode()

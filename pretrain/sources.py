@@ -21,7 +21,7 @@ import numpy as np
 
 from pretrain.config import SourceSection
 from pretrain.dataset_files import imdb_text, squad_documents
-from pretrain.decoding import SURROGATE, decode_text, encodable, parse_json
+from pretrain.decoding import SURROGATE, checked_text, decode_text, parse_json
 from pretrain.errors import DataError
 from pretrain.filters import Filtered, RawText, Refine, filter_all
 from pretrain.source_files import BROKEN, READ_BYTES, Bad, BrokenFile, TokenFormat, bare_name, decompressed, kind_of
@@ -297,7 +297,7 @@ def _review(file: BinaryIO, path: Path, text_field: str) -> Iterator[tuple[str, 
 def _paragraphs(file: BinaryIO, path: Path, text_field: str) -> Iterator[tuple[str, str | Bad]]:
     """The paragraphs of SQuAD, with their questions; the file of 42 MB is held in memory."""
     for number, content in enumerate(squad_documents(file.read()), 1):
-        yield f"{path}:{number}", content if isinstance(content, Bad) else encodable(content, SURROGATE)
+        yield f"{path}:{number}", content if isinstance(content, Bad) else checked_text(content, SURROGATE)
 
 
 def _articles(file: BinaryIO, path: Path, text_field: str) -> Iterator[tuple[str, RawText]]:
@@ -349,7 +349,7 @@ def _csv_value(row: list[str], column: int, num_columns: int) -> str | Bad:
         return ""
     if len(row) != num_columns:
         return Bad("bad_row", f"it has {len(row)} fields, and the first row {num_columns}")
-    return encodable(row[column], "it is not UTF-8")
+    return checked_text(row[column], "it is not UTF-8")
 
 
 def decode_value(value: bytes | None, text_field: str) -> str | Bad:
