@@ -6,6 +6,7 @@ import gzip
 import io
 import json
 import re
+import subprocess
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -55,6 +56,31 @@ def test_every_format_gives_the_members_that_tarfile_finds(tar_format: str, fiel
         expected = [(entry.name, entry.offset_data, entry.size) for entry in tar]
     assert [(member.name, member.offset, member.num_bytes) for member, _ in found] == expected
     assert [data for _, data in found] == [content[begin : begin + size] for _, begin, size in expected]
+
+
+@pytest.mark.parametrize("tar_format", ["gnu", "oldgnu", "posix", "ustar", "v7"])
+def test_what_the_tar_command_writes_is_read(tmp_path: Path, tar_format: str) -> None:
+    names = ["a.txt", "folder/b.txt"] if tar_format == "v7" else ["a.txt", "folder/b.txt", "p" * 80 + "/" + "n" * 60]
+    if tar_format in ("gnu", "oldgnu", "posix"):
+        names.append("q" * 200 + ".txt")
+    for number, name in enumerate(names):
+        (tmp_path / "files" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "files" / name).write_bytes(bytes([65 + number]) * 700 * number)
+    (tmp_path / "files/link.txt").hardlink_to(tmp_path / "files/a.txt")
+    command = [
+        "tar",
+        f"--format={tar_format}",
+        "--sort=name",
+        "-C",
+        tmp_path / "files",
+        "-cf",
+        tmp_path / "web.tar",
+        ".",
+    ]
+    subprocess.run(command, check=True)
+    found = {member.name: (member.is_link, data) for member, data in members_of((tmp_path / "web.tar").read_bytes())}
+    expected = {f"./{name}": (False, bytes([65 + number]) * 700 * number) for number, name in enumerate(names)}
+    assert found == expected | {"./link.txt": (True, None)}
 
 
 def test_folders_and_links_hold_no_bytes_and_what_is_not_wanted_is_passed_over() -> None:
