@@ -96,10 +96,10 @@ def _indexed(config: Config, makes_index: bool) -> set[str]:
     indexed = {source.name for source in sources if is_complete[source.name] and is_index(source.shards)}
     if makes_index:
         indexed |= {source.name for source in sources if not is_complete[source.name] and tars_of(source)}
-        if not indexed and not all(is_complete.values()):
+        if not indexed and not any(is_complete.values()):
             raise ConfigError(
-                f"--index: data.sources ({', '.join(is_complete)}) have no tars; expected a source whose paths are "
-                ".tar files. Run without --index for other files."
+                "--index: no source names tars; expected one of data.sources[].paths to be .tar files. Run without "
+                "--index for other files."
             )
     return indexed
 
