@@ -220,6 +220,17 @@ def _filters(record: dict[str, Any]) -> str:
     return head + _aligned(lines)
 
 
+def _tars(record: dict[str, Any]) -> str:
+    lines = [["tars read in rows", "bare sentencepiece", "rows", "rows/bare", "indexing", "index/text"]]
+    for row in record["rows"]:
+        rates = [f"{row[f'{key}_tokens_per_second'] / 1e6:.3f}" for key in ("bare", "rows", "index")]
+        share = row["index_bytes"] / row["text_bytes"]
+        lines.append(
+            [f"{row['documents']} .{row['kind']}", *rates[:2], f"{row['ratio']:.2f}", rates[2], f"{share:.2%}"]
+        )
+    return f"million tokens a CPU second, T={record['settings']['seq_len']}\n" + _aligned(lines)
+
+
 def _data(record: dict[str, Any]) -> str:
     rows, text = record["rows"], []
     lines = [["rows of documents, one core", "million tokens/s", "fill"]]
@@ -297,6 +308,7 @@ _TABLES = {
     "startup": _startup,
     "prepare": _prepare,
     "filters": _filters,
+    "tars": _tars,
 }
 
 

@@ -14,7 +14,7 @@ from pretrain.data_plan import Corpus
 from pretrain.distributed import Ranks
 from pretrain.errors import DataError
 from pretrain.node_cache import CacheFullError
-from pretrain.shard_reader import DamagedDocumentError, ShardReader
+from pretrain.shard_reader import DamagedDocumentError
 from pretrain.shards import Shard
 
 _NUM_WORST = 3  # shards that a message names
@@ -187,7 +187,7 @@ class DamageLedger:
         damaged: dict[int, int] = {}
         reason = ""
         try:
-            opened = ShardReader(corpus.folder, shard, corpus.manifest.dtype, remote=corpus.remote)
+            opened = corpus.open_shard(corpus.folder, shard, corpus.manifest.dtype, remote=corpus.remote)
         except CacheFullError:
             return known, reason  # as before: it is looked at when it is needed
         with closing(opened) as reader:

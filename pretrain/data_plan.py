@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,8 +24,11 @@ from pretrain.phases import Phase, phases_of
 from pretrain.remote_corpus import RemoteCorpus, min_cache_bytes, open_remote
 from pretrain.row_order import MIXTURE_PERIOD, ORDER_VERSION, CorpusOrder
 from pretrain.row_table import RowTable
-from pretrain.shard_reader import check_shards
+from pretrain.shard_reader import ShardReader, check_shards
 from pretrain.shards import PREPARE_COMMAND, Manifest, Shard
+from pretrain.text_shards import text_opener
+from pretrain.tokenizer import Tokenizer
+from pretrain.tokenizer_files import open_tokenizer
 
 _PHASES, _FROM_ROW = "data.phases", "its first row"  # names among a plan's pieces
 Pieces = dict[str, Any]
@@ -185,6 +188,7 @@ class Corpus:
         split: `train` or `val`.
         rows: Its row table for each length of rows that is asked for.
         remote: Where its files come from, if not from a local folder.
+        open_shard: Opens a shard as `ShardReader` does.
     """
 
     name: str
@@ -193,6 +197,7 @@ class Corpus:
     split: str
     rows: dict[int, RowTable]
     remote: RemoteCorpus | None = None
+    open_shard: Callable[..., ShardReader] = ShardReader
 
     @cached_property
     def shards(self) -> tuple[Shard, ...]:
@@ -221,7 +226,7 @@ def open_corpora(
     """Open a split of sources, in the config's order, and check that they fit each other.
 
     Args:
-        config: Uses `data.sources` and `data.packing`.
+        config: Uses `data.sources` and `data.packing`; `tokenizer` if a corpus holds text.
         tokenizer_fingerprint: sha256 of the model file that the run uses.
         split: `train` or `val`.
         seq_lens: Lengths of rows that are wanted of each source, by name; sources without any are left out.
@@ -233,6 +238,7 @@ def open_corpora(
             lies cannot be read.
     """
     corpora = []
+    tokenizer: Tokenizer | None = None  # opened if a corpus holds text
     for source in config.data.sources:
         if not seq_lens.get(source.name):
             continue
@@ -256,7 +262,11 @@ def open_corpora(
         for seq_len in seq_lens[source.name]:
             table = remote.fetch_rows(manifest, split, seq_len, config.data.packing) if remote else folder
             rows[seq_len] = RowTable.open(table, manifest, split, seq_len, config.data.packing)
-        corpora.append(Corpus(source.name, folder, manifest, split, rows, remote))
+        open_shard: Callable[..., ShardReader] = ShardReader
+        if split == "train" and manifest.text is not None:
+            tokenizer = tokenizer or open_tokenizer(config.tokenizer)
+            open_shard = text_opener(manifest, tokenizer)
+        corpora.append(Corpus(source.name, folder, manifest, split, rows, remote, open_shard))
     return corpora
 
 

@@ -86,8 +86,14 @@ def read_recipe(folder: Path) -> Recipe | None:
     return entries[0]["recipe"] if entries else None
 
 
-def check_recipe(folder: Path, recipe: Recipe, old: Recipe) -> None:
+def check_recipe(folder: Path, recipe: Recipe, old: Recipe, holds_tars: bool = False) -> None:
     """Check that a folder's shards are made of the same things.
+
+    Args:
+        folder: of the corpus.
+        recipe: what they would be made of now.
+        old: what they are made of.
+        holds_tars: there may be tars of others in it, so that it is not to be deleted.
 
     Raises:
         ConfigError: something differs; names it and the ways on.
@@ -95,9 +101,10 @@ def check_recipe(folder: Path, recipe: Recipe, old: Recipe) -> None:
     old = Recipe({ORDER_KEY: FORMER_ORDER}) | old
     changes = [f"{key} from {old.get(key)} to {recipe.get(key)}" for key in recipe if old.get(key) != recipe[key]]
     if changes:
+        otherwise = "" if holds_tars else ", or delete this folder to prepare it again"
         raise ConfigError(
             f"{folder} holds shards that were prepared otherwise; changed since then: {'; '.join(changes)}. Set "
-            "another `shards` folder for this source, or delete this folder to prepare it again."
+            f"another `shards` folder for this source{otherwise}."
         )
 
 

@@ -1,17 +1,13 @@
-"""Documents in JSON lines, of a whole file or of a part of it; and the checks that any text has to pass."""
+"""Documents in JSON lines, of a whole file or of a part of it."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+from pretrain.decoding import MAX_DOCUMENT_BYTES, TOO_LONG, parse_json
 from pretrain.source_files import READ_BYTES, Bad, is_compressed, kind_of
-
-MAX_DOCUMENT_BYTES = 2**28  # a document is held in memory in one piece, several at a time
-SURROGATE = "it holds half of a surrogate pair, which UTF-8 cannot express"
-TOO_LONG = Bad("too_long", f"it is longer than {MAX_DOCUMENT_BYTES:,} bytes")
 
 
 def is_divisible(path: Path, source_format: str) -> bool:
@@ -43,45 +39,10 @@ def _content_of_line(line: bytes, file: BinaryIO, text_field: str) -> str | Bad:
     if len(line) > MAX_DOCUMENT_BYTES:
         _skip_line(file, line)
         return TOO_LONG
-    return _parse(line, text_field) if line.strip() else ""
+    return parse_json(line, text_field) if line.strip() else ""
 
 
 def _skip_line(file: BinaryIO, line: bytes) -> None:
     """Read on to the end of a line, of which the beginning was read."""
     while line and not line.endswith(b"\n"):
         line = file.readline(READ_BYTES)
-
-
-def _parse(line: bytes, text_field: str) -> str | Bad:
-    """The text of one JSON line."""
-    decoded = decode_text(line)
-    if isinstance(decoded, Bad):
-        return decoded
-    try:
-        record = json.loads(decoded)
-    except (ValueError, RecursionError) as error:
-        return Bad("bad_json", f"it is not JSON ({error})")
-    if not isinstance(record, dict):
-        return Bad("no_text", f"it is a JSON {type(record).__name__}, not an object")
-    text = record.get(text_field)
-    if not isinstance(text, str):
-        has = f"is {type(text).__name__}, not a string" if text_field in record else "is missing"
-        return Bad("no_text", f"its field {text_field!r} {has} (it has: {', '.join(sorted(record)[:8])})")
-    return checked_text(text, SURROGATE)
-
-
-def decode_text(data: bytes, encoding: str = "utf-8-sig") -> str | Bad:
-    """The text that some bytes are; a byte order mark at its start is dropped."""
-    try:
-        return data.decode(encoding)
-    except UnicodeDecodeError as error:
-        return Bad("not_utf8", f"it is not UTF-8 ({error.reason} at byte {error.start:,})")
-
-
-def checked_text(text: str, otherwise: str) -> str | Bad:
-    """The text, if UTF-8 can express it."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return Bad("not_utf8", otherwise)
-    return text

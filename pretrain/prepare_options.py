@@ -13,6 +13,7 @@ EXAMPLES = """examples:
   python launch/prepare.py configs/llama-350m.yaml data.prepare_processes=32 data.on_bad_file=skip
   python launch/prepare.py configs/llama-350m.yaml --dry-run
   python launch/prepare.py configs/llama-350m.yaml --share 3/16    # and 15 others; then --merge 16
+  python launch/prepare.py mine.yaml --index               # paths: [web/*.tar], which stay as they are
   python launch/prepare.py --inspect data/web
   python launch/prepare.py --verify data/web --processes 8
   python launch/prepare.py --verify s3://bucket/corpora/web
@@ -28,6 +29,9 @@ def parse(argv: Sequence[str] | None, description: str | None) -> argparse.Names
     )
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--dry-run", action="store_true", help="write nothing; foresee from samples what there will be")
+    mode.add_argument(
+        "--index", action="store_true", help="of .tar files with text: index them as they are; training tokenizes"
+    )
     mode.add_argument(
         "--inspect",
         metavar="PLACE",
@@ -84,7 +88,7 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.train_tokenizer:
         prepare_tokenizer(config)
     else:
-        prepare(config, share, arguments.merge or 0)
+        prepare(config, share, arguments.merge or 0, arguments.index)
 
 
 def report(arguments: argparse.Namespace) -> tuple[str, int] | None:

@@ -125,7 +125,7 @@ class RowReader:
     ) -> int:
         corpus, rows, block, row, _ = address
         shard = corpus.shards[block]
-        reader = self._shards.reader(corpus.folder, shard, corpus.manifest.dtype, corpus.remote)
+        reader = self._shards.reader(corpus.folder, shard, corpus.manifest.dtype, corpus.remote, corpus.open_shard)
         begin = num_targets = 0
         for document, start, length in rows.row(block, row):
             end = begin + length
@@ -133,15 +133,15 @@ class RowReader:
                 raise self._wrong_table(address)
             doc_start_T[begin:end] = begin
             try:
-                ids = reader.read(document)
+                ids = reader.read(document, start, start + length + 1)
             except DamagedDocumentError as error:
                 damaged.append(_damage(address, document, error))
                 tokens_T[begin:end], targets_T[begin:end] = _PAD_ID, IGNORED_TARGET
             else:
-                if start + length >= len(ids):
+                if len(ids) <= length:
                     raise self._wrong_table(address)
-                tokens_T[begin:end] = ids[start : start + length]
-                targets_T[begin:end] = ids[start + 1 : start + length + 1]
+                tokens_T[begin:end] = ids[:-1]
+                targets_T[begin:end] = ids[1:]
                 num_targets += length
             begin = end
         if begin < len(tokens_T):

@@ -6,6 +6,7 @@ import os
 import time
 import zlib
 from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -104,8 +105,8 @@ class ShardReader:
             self.close()
             raise
 
-    def read(self, document: int) -> np.ndarray:
-        """Return the ids of one document, bos and eos included.
+    def read(self, document: int, begin: int = 0, end: int | None = None) -> np.ndarray:
+        """Return the ids of one document, bos and eos included, from the `begin`-th to the `end`-th.
 
         Raises:
             DamagedDocumentError: The document is damaged where it lies, or its shard is missing.
@@ -127,7 +128,7 @@ class ShardReader:
                 continue
             if zlib.crc32(data) == crc32 and len(data) == num_bytes:
                 self._num_intact += 1
-                return np.frombuffer(data, self._dtype)
+                return np.frombuffer(data, self._dtype)[begin:end]
         self._damaged.add(document)
         is_lost = self._descriptor < 0 or (
             len(self._damaged) >= _MIN_DAMAGED_FOR_LOST and len(self._damaged) > self._num_intact
@@ -165,8 +166,12 @@ class ShardReader:
                     self._check_there()
                     self._problem = str(error).removesuffix(f". {repair_advice(folder)}")
             else:
-                self._records = index.view("<u8").reshape(-1, 2)
+                self._records = self._adopt(index, path).view("<u8").reshape(-1, 2)
                 return
+
+    def _adopt(self, index: np.ndarray, path: Path) -> np.ndarray:
+        """What `read` goes by, of `INDEX_DTYPE`: the index that lies at a path, in a shard of ids."""
+        return index
 
     def _open(self) -> None:
         self.close()
@@ -204,12 +209,15 @@ class ShardCache:
         self._from_elsewhere: set[tuple[Path, str]] = set()  # open, and keep their place in the node's cache
         self._used: set[tuple[Path, str]] = set()  # of these, since `release_unused`
 
-    def reader(self, folder: Path, shard: Shard, dtype: str, remote: RemoteCorpus | None = None) -> ShardReader:
-        """Return an open reader; the one unused for longest makes room."""
+    def reader(
+        self, folder: Path, shard: Shard, dtype: str, remote: RemoteCorpus | None = None,
+        open_shard: Callable[..., ShardReader] = ShardReader,
+    ) -> ShardReader:  # fmt: skip
+        """Return an open reader, made by `open_shard` as by `ShardReader`; the one unused for longest makes room."""
         key = (folder, shard.name)
         reader = self._readers.get(key)
         if reader is None:
-            reader = self._open(key, shard, dtype, remote)
+            reader = self._open(key, shard, dtype, remote, open_shard)
             self._verified.add(key)
             if remote:
                 self._from_elsewhere.add(key)
@@ -233,11 +241,14 @@ class ShardCache:
         while self._readers:
             self._close(next(iter(self._readers)))
 
-    def _open(self, key: tuple[Path, str], shard: Shard, dtype: str, remote: RemoteCorpus | None) -> ShardReader:
+    def _open(
+        self, key: tuple[Path, str], shard: Shard, dtype: str, remote: RemoteCorpus | None,
+        open_shard: Callable[..., ShardReader],
+    ) -> ShardReader:  # fmt: skip
         give_up_at = time.monotonic() + _ROOM_SECONDS
         while True:
             try:
-                return ShardReader(key[0], shard, dtype, key not in self._verified, remote)
+                return open_shard(key[0], shard, dtype, key not in self._verified, remote)
             except CacheFullError:
                 oldest = next((other for other in self._readers if other in self._from_elsewhere), None)
                 if oldest is not None:

@@ -113,6 +113,7 @@ def recipe_of(files: Sequence[Path], source: SourceSection, data: DataSection, t
         "data.shard_bytes": data.shard_bytes,
         "the tokenizer": tokenizer.fingerprint,
         "data.filters": filters.identity(filters.filters_of(source, data)),
+        "what --index made": None,
     }
     if files:
         if held := token_format(files) or published_formats(files, source.format):

@@ -20,8 +20,9 @@ from pathlib import Path
 import numpy as np
 
 from pretrain.config import DataSection, SourceSection
+from pretrain.decoding import MAX_DOCUMENT_BYTES
 from pretrain.filters import needs_work, refiner
-from pretrain.json_lines import MAX_DOCUMENT_BYTES, json_lines
+from pretrain.json_lines import json_lines
 from pretrain.source_files import TokenFormat, is_compressed, kind_of
 from pretrain.sources import (
     Document,

@@ -1,7 +1,7 @@
 """Documents of sources: of text, or of token ids that were made before.
 
-A text file is one document, and so is each line of a `.jsonl` file and each row of a table. What cannot be read is an
-error or a counted skip, as the config says; nothing is lost without being counted.
+A text file is one document, and so is each line of a `.jsonl` file, each row of a table and each text in a tar. What
+cannot be read is an error or a counted skip, as the config says; nothing is lost without being counted.
 """
 
 from __future__ import annotations
@@ -22,19 +22,13 @@ import numpy as np
 
 from pretrain.config import SourceSection
 from pretrain.dataset_files import imdb_text, squad_documents
+from pretrain.decoding import MAX_DOCUMENT_BYTES, SURROGATE, TOO_LONG, checked_text, decode_text, parse_json
 from pretrain.errors import DataError
 from pretrain.filters import Filtered, RawText, Refine, filter_all
-from pretrain.json_lines import (
-    MAX_DOCUMENT_BYTES,
-    SURROGATE,
-    TOO_LONG,
-    checked_text,
-    decode_text,
-    json_lines,
-    lines_of_part,
-)
+from pretrain.json_lines import json_lines, lines_of_part
 from pretrain.source_files import BROKEN, Bad, BrokenFile, TokenFormat, bare_name, decompressed, kind_of
 from pretrain.table_files import read_column
+from pretrain.tar_files import Member, read_texts
 from pretrain.token_files import read_ids
 from pretrain.tokenizer import Tokenizer
 from pretrain.wikipedia import read_pages
@@ -48,7 +42,7 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True)
 class Document:
-    """A text and where it is from: its file, and its line, row or title if it has one (`path:line`).
+    """A text and where it is from: its file, and its line, row, member or title if it has one (`path:line`).
 
     `bands` are what near-duplicates have in common (`near_duplicates.bands_of`), if they are looked for.
     """
@@ -131,7 +125,7 @@ def read_documents(
 
     Args:
         files: of documents, as `source_files.list_files` gives them.
-        source: names the field of a JSON line, or the column of a table, that holds the text.
+        source: names the field of JSON, or the column of a table, that holds the text.
         on_bad_document: `error` raises for a document that is not UTF-8, not JSON, lacks the text, is longer than
             `MAX_DOCUMENT_BYTES` or holds U+2581 that the tokenizer loses, and for a row of another length than the
             first.
@@ -264,7 +258,39 @@ def _contents(
         return
     with open(path, "rb") as raw, decompressed(raw, path, os.path.getsize(path)) as file:
         log._position = raw.tell
-        yield from _READERS[kind](file, path, text_field)
+        if kind == "tar":
+            texts = read_tar(file, path, text_field, log)
+            yield from ((f"{path}:{member.name}", content) for member, content, _ in texts)
+        else:
+            yield from _READERS[kind](file, path, text_field)
+
+
+def read_tar(
+    file: BinaryIO, path: Path, text_field: str, log: ReadLog
+) -> Iterator[tuple[Member, str | Bad, bytes | None]]:
+    """Read the documents of a tar: its `.txt` members, and its `.json` ones where the sample has no `.txt`.
+
+    Args:
+        file: the tar, decompressed.
+        path: its name, for messages.
+        text_field: the field of JSON that holds the text.
+        log: counts the other members, by their extensions.
+
+    Returns:
+        Each with its member, its text, and the bytes that hold it.
+
+    Raises:
+        BrokenFile: the tar cannot be read to its end.
+    """
+
+    def ignore(reason: str, member: Member) -> None:
+        log.skip(f"ignored_{reason}", f"{path}:{member.name}")
+
+    for member, data in read_texts(file, MAX_DOCUMENT_BYTES, ignore):
+        if data is None:
+            yield member, TOO_LONG, None
+        else:
+            yield member, parse_json(data, text_field) if member.is_json else decode_text(data), data
 
 
 def _reason(error: Exception) -> str:

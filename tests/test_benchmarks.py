@@ -27,6 +27,7 @@ from benchmarks import (
     startup,
     step,
     table,
+    tars,
     updates,
 )
 from benchmarks.baseline import Baseline
@@ -350,6 +351,21 @@ def test_filters_are_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert content["rows"][0]["ratio"] == 1.0 and content["rows"][1]["kept_bytes"] > 0.99
     shown = capsys.readouterr().out
     assert "--verify reads" in shown and "prepare of 0.5 MB by 1 processes" in shown
+
+
+def test_tars_are_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "tars.json"
+    arguments = ["--megabytes", "0.3", "--vocab-size", "500", "--seq-len", "256", "--repeats", "1", "--out", str(out)]
+    assert tars.main(arguments) == 0
+    content = json.loads(out.read_text(encoding="utf-8"))
+    assert set(content) == RECORD_KEYS
+    assert [(row["documents"], row["kind"]) for row in content["rows"]] == [
+        ("files", "txt"), ("files", "json"), ("long", "txt"),
+    ]  # fmt: skip
+    for row in content["rows"]:
+        assert row["ratio"] == row["rows_tokens_per_second"] / row["bare_tokens_per_second"] > 0
+        assert row["num_documents"] > 0 and 0 < row["index_bytes"] < row["text_bytes"]
+    assert "million tokens a CPU second, T=256" in capsys.readouterr().out
 
 
 def test_bytes_that_differ_fail_the_benchmark(

@@ -27,12 +27,24 @@ from pretrain.prepare import prepare
 from pretrain.row_table import RowTable
 from pretrain.sentencepiece_tokenizer import SentencePieceTokenizer, train_tokenizer
 from pretrain.shards import Manifest
+from tests.tar_helpers import text_samples, write_tar
 from tests.test_table_files import save_dataset, write_csv
 from tests.token_writers import write_megatron, write_nanogpt
 
 ROOT = Path(__file__).resolve().parents[1]
 VOCAB_SIZE = 1000
-SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".csv", ".csv.zst", ".parquet", "dataset", "megatron", "nanogpt")
+SUFFIXES = (
+    ".jsonl",
+    ".jsonl.gz",
+    ".jsonl.zst",
+    ".csv",
+    ".csv.zst",
+    ".parquet",
+    ".tar",
+    "dataset",
+    "megatron",
+    "nanogpt",
+)
 
 
 def stdlib_texts() -> list[str]:
@@ -70,6 +82,8 @@ def write_kind(folder: Path, kind: str, texts: list[str], tokenizer: SentencePie
         pq.write_table(pa.table({"text": texts}), path, row_group_size=300)
     elif kind == "dataset":
         save_dataset(path, texts)
+    elif kind == ".tar":
+        write_tar(path, text_samples(texts, "mixed"))
     elif kind == "megatron":
         write_megatron(folder / "a", [[*tokenizer.encode(text), tokenizer.eos_id] for text in texts])
         path = folder / "a.bin"

@@ -108,7 +108,7 @@ def test_a_path_that_names_nothing_is_an_error(tmp_path: Path) -> None:
         list_files(source_of(tmp_path / "empty"))
 
 
-@pytest.mark.parametrize("name", ["a.parquet.gz", "a.tar.gz", "a.zip", "a.tar.zst", "a.txt.xz", "a.tar.bz2"])
+@pytest.mark.parametrize("name", ["a.parquet.gz", "a.tgz", "a.zip", "a.arrow.zst", "a.txt.xz", "a.tar.xz"])
 def test_a_file_that_is_not_text_is_an_error(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(b"x")
     with pytest.raises(DataError, match=rf"{name} is one of 1 files that are not text; .* Unpack or convert them"):
