@@ -554,7 +554,7 @@ def test_a_complete_corpus_with_a_missing_shard_is_an_error(done: Path, tmp_path
 
 
 def test_duplicates_are_dropped_and_counted_across_files(
-    done: Path, fresh: Path, capsys: pytest.CaptureFixture[str]
+    done: Path, fresh: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (fresh / "raw").unlink()
     (fresh / "raw").mkdir()
@@ -569,6 +569,11 @@ def test_duplicates_are_dropped_and_counted_across_files(
     assert sorted(read_back(fresh, "train") + read_back(fresh, "val")) == sorted([*texts, texts[7] + " "])
     said = capsys.readouterr().err
     assert f"web: 3 duplicates; the first: {fresh}/raw/a.jsonl:41: it is equal to an earlier document\n" in said
+    with monkeypatch.context() as patch:  # all are found by the second pass then
+        patch.setattr(shares_module, "NUM_RECENT", 2)
+        prepare(config_of(fresh, source={"shards": str(fresh / "late")}))
+    assert hashes(fresh / "late") == hashes(fresh / "shards")
+    assert re.search(r"web: 3 duplicates; the first: .*: it is equal to another document\n", capsys.readouterr().err)
     prepare(config_of(fresh, source={"shards": str(fresh / "all")}, drop_duplicates=False))
     assert Manifest.load(fresh / "all").counts == {"documents_read": 44, "files_read": 3}
     assert sum(shard.num_documents for shard in Manifest.load(fresh / "all").train) > len(read_back(fresh, "train"))

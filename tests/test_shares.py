@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -143,8 +144,9 @@ def test_shares_of_json_lines_are_of_equal_size(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("count, drops", [(2, True), (7, True), (60, True), (7, False)])
 def test_one_file_over_many_shares_gives_the_same_bytes(
-    done: Path, tmp_path: Path, count: int, drops: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    done: Path, tmp_path: Path, count: int, drops: bool, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
     monkeypatch.setattr(json_lines, "READ_BYTES", 16)
     folder = copy_of(done, tmp_path / "fresh")
     (folder / "raw").unlink()
@@ -158,8 +160,13 @@ def test_one_file_over_many_shares_gives_the_same_bytes(
     shutil.rmtree(folder / "shards")
     for number in range(1, count + 1):
         prepare(config, (number, count))
+    capsys.readouterr()
     prepare(config, num_shares=count)
     assert hashes(folder) == expected
+    place = re.search(r"a\.jsonl:byte ([\d,]+): it is not JSON", capsys.readouterr().err)
+    assert place is not None
+    begin = int(place[1].replace(",", ""))
+    assert (folder / "raw/a.jsonl").read_bytes()[begin - 1 : begin + 3] == b"\n{\r\n"
     counts = Manifest.load(folder / "shards").counts
     assert (counts["files_read"], counts["documents_read"], counts.get("duplicates", 0)) == (1, 95, 26 * drops)
 
