@@ -172,7 +172,9 @@ def test_filters_that_drop_are_heard(fresh: Path) -> None:
         "skipped_short": 1, "skipped_secrets": 1, "near_duplicates": 2,
     }  # fmt: skip
     # Of two that are nearly equal, the one that stays is the first of the tars here, and of the hashes there.
-    ours, theirs = (documents_of(fresh / name, "train") for name in ("index", "shards"))
+    ours, theirs = (
+        documents_of(fresh / name, "train") + documents_of(fresh / name, "val") for name in ("index", "shards")
+    )
     assert len(ours) == len(theirs) and len(set(ours) - set(theirs)) <= 2
 
 
