@@ -1,10 +1,11 @@
 """`prepare` with several numbers of processes, beside bare sentencepiece on the same documents.
 
-    python benchmarks/prepare.py --megabytes 200 --processes 1 2 --out bench-results/prepare.json
+    python benchmarks/prepare.py --megabytes 200 --processes 1 2 --scale 100 2000 --out bench-results/prepare.json
 
 The text is Python's: the standard library's sources and those of installed packages, each once. The bytes of everything
 that `prepare` writes are compared; times are CPU seconds of all its processes, which other programs disturb little, and
-seconds; memory is the sum over its processes, at its highest.
+seconds; memory is the sum over its processes, at its highest. `--scale` prepares corpora of other sizes too, of copies
+of the text with another first line each, for the memory that they take.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -74,6 +76,22 @@ def write_corpus(folder: Path, megabytes: float) -> list[str]:
         with open(folder / f"{number // 1000:05d}.jsonl", "w", encoding="utf-8") as file:
             file.writelines(json.dumps({"text": text}) + "\n" for text in texts[number : number + 1000])
     return texts
+
+
+def write_copies(folder: Path, texts: Sequence[str], megabytes: float) -> int:
+    """Write the texts again and again, each copy with another first line, as JSON lines; returns the bytes of text."""
+    folder.mkdir()
+    num_bytes = num_copies = 0
+    while num_bytes < megabytes * 1e6:
+        with open(folder / f"{num_copies:05d}.jsonl", "w", encoding="utf-8") as file:
+            for text in texts:
+                copy = f"# copy {num_copies}\n{text}"
+                file.write(json.dumps({"text": copy}) + "\n")
+                num_bytes += len(copy.encode())
+                if num_bytes >= megabytes * 1e6:
+                    break
+        num_copies += 1
+    return num_bytes
 
 
 def run_prepare(folder: Path, num_processes: int, overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -145,6 +163,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2], help="numbers of processes to compare")
     parser.add_argument("--vocab-size", type=int, default=16384, help="of the tokenizer, trained on 10 MB first")
     parser.add_argument("--encode-every", type=int, default=1, help="tokenize each n-th document alone, for the rate")
+    parser.add_argument("--scale", type=float, nargs="+", default=[], metavar="MB", help="sizes to compare memory at")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     arguments = parser.parse_args(argv)
     settings = {key: value for key, value in vars(arguments).items() if key != "out"}
@@ -166,9 +185,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             alone = {f"{key}_bytes_per_cpu_second": part_bytes / max(value, 1e-9)
                      for key, value in time_encoding(part, model).items()}  # fmt: skip
             row |= {"num_bytes": num_bytes, "bytes_per_cpu_second": num_bytes / row["cpu_seconds"], **alone}
-            record.add(**row)
+            record.add(part="processes", **row)
+        for megabytes in arguments.scale:
+            num_bytes = write_copies(folder / "copies", texts, megabytes)
+            row = run_prepare(folder, max(arguments.processes), [f"data.sources.0.paths=[{folder}/copies]"])
+            shutil.rmtree(row.pop("shards"))
+            shutil.rmtree(folder / "copies")
+            rate = num_bytes / row["cpu_seconds"]
+            record.add(part="scale", **row, num_bytes=num_bytes, bytes_per_cpu_second=rate)
     print(render([record.content]))
-    hashes = {row["sha256"] for row in record.content["rows"]}
+    hashes = {row["sha256"] for row in record.content["rows"] if row["part"] == "processes"}
     print("all bytes are equal" if len(hashes) == 1 else "THE BYTES DIFFER")
     return 0 if len(hashes) == 1 else 1
 

@@ -193,13 +193,21 @@ def _step_verdicts(name: str, ours: dict[str, Any], rows: list[dict[str, Any]]) 
 
 def _prepare(record: dict[str, Any]) -> str:
     lines = [["processes", "seconds", "CPU s", "MB/CPU s", "sentencepiece", "tokenizer", "MB of memory", "in main"]]
+    scale = [["MB of text", "processes", "seconds", "CPU s", "MB/CPU s", "MB of memory", "in main"]]
     for row in record["rows"]:
+        if row.get("part") == "scale":  # older files have no parts
+            sizes = [f"{row[key] / 1e6:.0f}" for key in ("num_bytes", "peak_bytes", "peak_main_bytes")]
+            rates = [f"{row[key]:.1f}" for key in ("seconds", "cpu_seconds")]
+            rates.append(f"{row['bytes_per_cpu_second'] / 1e6:.2f}")
+            scale.append([sizes[0], str(row["num_processes"]), *rates, *sizes[1:]])
+            continue
         rates = [row[f"{key}bytes_per_cpu_second"] / 1e6 for key in ("", "sentencepiece_", "tokenizer_")]
         sizes = [f"{row[key] / 1e6:.0f}" for key in ("peak_bytes", "peak_main_bytes")]
         seconds = [f"{row[key]:.1f}" for key in ("seconds", "cpu_seconds")]
         lines.append([str(row["num_processes"]), *seconds, *(f"{rate:.2f}" for rate in rates), *sizes])
     size = f"{record['rows'][0]['num_bytes'] / 1e6:.0f} MB of text" if record["rows"] else ""
-    return f"prepare: {size}; sentencepiece and our tokenizer alone, in MB a CPU second\n" + _aligned(lines)
+    text = f"prepare: {size}; sentencepiece and our tokenizer alone, in MB a CPU second\n" + _aligned(lines)
+    return text + ("\n\n" + _aligned(scale) if len(scale) > 1 else "")
 
 
 def _filters(record: dict[str, Any]) -> str:
@@ -210,6 +218,17 @@ def _filters(record: dict[str, Any]) -> str:
     settings = record["settings"]
     head = f"prepare of {settings['megabytes']:g} MB by {settings['processes']} processes; --verify over sha256 alone\n"
     return head + _aligned(lines)
+
+
+def _tars(record: dict[str, Any]) -> str:
+    lines = [["tars read in rows", "bare sentencepiece", "rows", "rows/bare", "indexing", "index/text"]]
+    for row in record["rows"]:
+        rates = [f"{row[f'{key}_tokens_per_second'] / 1e6:.3f}" for key in ("bare", "rows", "index")]
+        share = row["index_bytes"] / row["text_bytes"]
+        lines.append(
+            [f"{row['documents']} .{row['kind']}", *rates[:2], f"{row['ratio']:.2f}", rates[2], f"{share:.2%}"]
+        )
+    return f"million tokens a CPU second, T={record['settings']['seq_len']}\n" + _aligned(lines)
 
 
 def _data(record: dict[str, Any]) -> str:
@@ -289,6 +308,7 @@ _TABLES = {
     "startup": _startup,
     "prepare": _prepare,
     "filters": _filters,
+    "tars": _tars,
 }
 
 

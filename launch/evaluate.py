@@ -43,6 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except LonghaulError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_status
+    for damage in rows.damage.add(rows.take_damaged()):
+        print(f"warning: held-out {damage}; it is not scored", file=sys.stderr)
     if arguments.json:
         print(json.dumps({"step": loaded.step, **asdict(result)}))
     else:

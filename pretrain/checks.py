@@ -228,10 +228,9 @@ def _source_problems(config: Config) -> Iterator[Problem]:
         folder = source.shards.rstrip("/")
         first = folders.setdefault(folder, number)
         if first != number:
-            text = (
-                f"data.sources.{number}.shards is {folder}; expected a folder of its own. data.sources.{first} has it."
-            )
-            yield Problem(f"data.sources.{number}.shards", text)
+            name = f"data.sources.{number}.shards"
+            text = f"{name} is {shown(folder)}; expected a folder of its own. data.sources.{first} has it."
+            yield Problem(name, text)
 
 
 def _store_problems(config: Config) -> Iterator[Problem]:

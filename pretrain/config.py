@@ -50,9 +50,9 @@ class SourceSection(Section):
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", description="Name of the corpus; fixes its shuffling.")
     paths: list[str] = Field(
-        [], description="What `prepare` reads: files, folders or globs of text, `.jsonl`, `.csv` and `.tsv`, each "
-        "`.gz`, `.zst` or `.bz2` too, of `.parquet`, of folders that `datasets` saved, of Wikipedia's dumps, SQuAD or "
-        "IMDB, or of Megatron's or nanoGPT's token ids; or `python-stdlib:`. Empty: the shards exist already."
+        [], description="What `prepare` reads: files, folders or globs of text, `.jsonl`, `.csv`, `.tsv` and `.tar`, "
+        "each `.gz`, `.zst` or `.bz2` too, of `.parquet`, of folders that `datasets` saved, of Wikipedia's dumps, "
+        "SQuAD or IMDB, or of Megatron's or nanoGPT's token ids; or `python-stdlib:`. Empty: the shards exist already."
     )  # fmt: skip
     shards: str = Field(
         description="Folder of the prepared shards, or where they are read from: a URL (`s3://`, `gs://`, `hf://`, "
@@ -69,7 +69,10 @@ class SourceSection(Section):
         None, ge=0, description="Instead of `weight`, in all sources: how many tokens of it are trained on, padding "
         "included, relative to the other sources. 0: only in a later phase."
     )  # fmt: skip
-    text_field: str = Field("text", description="Field of a `.jsonl` line, or column of a table, that holds the text.")
+    text_field: str = Field(
+        "text", description="Field of a `.jsonl` line or of a `.json` in a `.tar`, or column of a table, that holds "
+        "the text."
+    )  # fmt: skip
     format: Literal["auto", "megatron", "nanogpt", "wikipedia", "squad", "imdb"] = Field(
         "auto", description="What the files are, where their names do not say it. `nanogpt`: bare token ids; "
         "`megatron`: those with an `.idx` beside them, which are recognised; both are ids of `tokenizer.model`. "
@@ -151,6 +154,10 @@ class DataSection(Section):
     )
     shuffle_window_shards: Count = Field(16, description="Shards whose rows are shuffled together.")
     prefetch_steps: Count = Field(2, description="Steps of rows that are read ahead of training.")
+    max_damaged_fraction: float = Field(
+        0.01, ge=0, le=1, description="Share of a source's tokens that may turn out to be damaged or missing during a "
+        "run: up to it they are masked in place, named and counted, beyond it the run ends."
+    )  # fmt: skip
     cache_dir: str = Field(
         "", description="Folder on a disk of each node that keeps shards from elsewhere, for all its processes. Empty: "
         "`longhaul-cache-<user id>` in the folder for temporary files (`TMPDIR`)."

@@ -1,9 +1,7 @@
-"""One source on its way into its shards folder.
+"""The second pass of `prepare`: the documents of a source's shares, in the order of their hashes, into its shards.
 
-This process reads, hashes and writes; others tokenize batches, whose results are taken in order, so the bytes do not
-depend on the number of processes. A run that was stopped, in whatever way, reads its source again from the start, but
-tokenizes only what its complete shards do not hold. Memory holds 16 bytes of hash a document, about 100 as Python
-stores them, to find duplicates.
+Equal documents lie beside each other there, so that finding them takes no memory. Documents are read in buckets, and a
+run that was stopped, in whatever way, goes on after its complete shards.
 """
 
 from __future__ import annotations
@@ -12,58 +10,33 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Generator, Iterator
-from contextlib import closing
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from pretrain import filters
 from pretrain.config import Config, SourceSection
-from pretrain.console import LiveLine, format_bytes, format_duration
+from pretrain.console import LiveLine, format_bytes
 from pretrain.errors import DataError
-from pretrain.journal import LOCK_NAME, SPLITS, Journal, Recipe, check_recipe, file_lock, read_recipe
+from pretrain.journal import (
+    LOCK_NAME,
+    ORDER_KEY,
+    SPLITS,
+    Journal,
+    Recipe,
+    check_recipe,
+    file_lock,
+    read_recipe,
+)
 from pretrain.near_duplicates import NearDuplicates
-from pretrain.refining import open_refiner
 from pretrain.row_table import RowTable, build_row_tables, table_folder
 from pretrain.shard_reader import check_shards
 from pretrain.shards import MANIFEST_NAME, MANIFEST_VERSION, Manifest, Shard, ShardWriter
-from pretrain.source_files import files_identity, list_files, published_formats, token_format
-from pretrain.sources import (
-    ReadLog,
-    document_digest,
-    is_validation,
-    read_documents,
-    read_token_documents,
-)
+from pretrain.shares import LIVE_SECONDS, PLAIN_SECONDS, Share, other_documents, recipe_of
+from pretrain.source_files import list_files
+from pretrain.sources import ReadLog, validation_limit
+from pretrain.spills import Bucket, read_buckets, spill_size
 from pretrain.tokenizer import Tokenizer
-from pretrain.workers import Batch, encode_batches, num_processes
-
-RECIPE_VERSION = 1  # of the rules that turn text into shards: hash, split, order
-BATCH_CHARACTERS = 1 << 18  # tokenized at once by one process: about 50 ms of work
-LIVE_SECONDS, PLAIN_SECONDS = 0.2, 10.0  # between updates on a terminal, and between lines elsewhere
-
-
-@dataclass(frozen=True)
-class Item:
-    """A document on its way.
-
-    Attributes:
-        origin: where it is from.
-        digest: identifies it.
-        bands: what near-duplicates have in common, if they are looked for.
-        num_bytes: of its text.
-        text: it, if it is to be tokenized.
-        ids: it, if it is not; with bos and eos.
-    """
-
-    origin: str
-    digest: bytes
-    bands: bytes
-    num_bytes: int
-    text: str | None
-    ids: np.ndarray | None
 
 
 class Corpus:
@@ -74,118 +47,179 @@ class Corpus:
         config: the whole config.
         tokenizer: the config's tokenizer.
         line: where progress is shown.
+        num_shares: merge so many shares, which are there; 0 makes the one share that is the whole source, too.
     """
 
-    def __init__(self, source: SourceSection, config: Config, tokenizer: Tokenizer, line: LiveLine) -> None:
+    def __init__(
+        self, source: SourceSection, config: Config, tokenizer: Tokenizer, line: LiveLine, num_shares: int = 0
+    ) -> None:
         self.source, self.config, self.tokenizer, self.line = source, config, tokenizer, line
         self.folder = Path(source.shards)
+        self.shares = [
+            Share(source, config, tokenizer, line, number, num_shares or 1)
+            for number in range(1, (num_shares or 1) + 1)
+        ]
+        self.makes_shares = num_shares == 0
         self.log = ReadLog()
         self.text_bytes = dict.fromkeys(SPLITS, 0)
         self.num_documents = dict.fromkeys(SPLITS, 0)
-        self.chains = {split: hashlib.blake2b(digest_size=16) for split in SPLITS}  # over the digests, in order
-        self.new_bytes = 0  # of text that is tokenized now
-        self.begin_seconds, self.begin_position = time.monotonic(), 0  # when the first of it was read, and where
-        self.shown_seconds = self.begin_seconds
+        self._near_duplicates = NearDuplicates()
+        self._num_seen = 0  # documents, duplicates too
+        self._shown_seconds = time.monotonic()
 
     def prepare(self) -> None:
         """Make the corpus complete, or see that it is."""
+        data, manifest = self.config.data, None
         if not (self.folder / MANIFEST_NAME).exists():
             with file_lock(self.folder / LOCK_NAME, str(self.folder)):
                 if not (self.folder / MANIFEST_NAME).exists():
                     manifest = self._make()
-                    self._pack(manifest)
+                    for seq_len in data.seq_lens:
+                        build_row_tables(self.folder, manifest, seq_len, data.packing)
                     manifest.save(self.folder)
-                    self._summarize(manifest)
-                    return
+                    self._remove_shares()
+        if manifest is not None:
+            self._summarize(manifest)
+            return
         manifest = Manifest.load(self.folder)
         self._check_complete(manifest)
-        new = self._add_rows(manifest)
+        if any(share.folder.exists() for share in self.shares):  # it was stopped while it deleted them
+            with file_lock(self.folder / LOCK_NAME, str(self.folder)):
+                self._remove_shares()
+        new = [seq_len for seq_len in data.seq_lens if add_rows(self.folder, manifest, seq_len, data.packing)]
         rest = f"added its rows of {' and '.join(map(str, new))} tokens" if new else "nothing to do"
         self.line.say(f"{self.source.name}: {self.folder} is complete; {rest}")
 
-    def files(self) -> list[Path]:
-        """What is read."""
-        return list_files(self.source)
+    def _remove_shares(self) -> None:
+        """Delete the shares that were merged; nothing needs them once there is a manifest."""
+        for share in self.shares:
+            if share.folder.exists():
+                shutil.rmtree(share.folder)
 
-    def _add_rows(self, manifest: Manifest) -> list[int]:
-        data = self.config.data
-        return [seq_len for seq_len in data.seq_lens if add_rows(self.folder, manifest, seq_len, data.packing)]
-
-    def _pack(self, manifest: Manifest) -> None:
-        for seq_len in self.config.data.seq_lens:
-            build_row_tables(self.folder, manifest, seq_len, self.config.data.packing)
-
-    def _recipe(self, files: list[Path]) -> Recipe:
-        """Everything that the shards' bytes depend on, under the names that an error shows."""
-        data = self.config.data
-        recipe: Recipe = {
-            "version": RECIPE_VERSION,
-            "data.sources[].name": self.source.name,
-            "data.sources[].text_field": self.source.text_field,
-            "data.val_fraction": data.val_fraction,
-            "data.drop_duplicates": data.drop_duplicates,
-            "data.shard_bytes": data.shard_bytes,
-            "the tokenizer": self.tokenizer.fingerprint,
-            "data.filters": filters.identity(filters.filters_of(self.source, data)),
-        }
-        if files:
-            if held := token_format(files) or published_formats(files, self.source.format):
-                recipe["data.sources[].format"] = held
-            identity = files_identity(files)
-            recipe |= {
-                "the number of source files": identity["num_files"],
-                "their bytes": identity["num_bytes"],
-                "the hash of their names and sizes": identity["sha256"],
-            }
-        return recipe
+    def _recipe(self, files: Sequence[Path]) -> Recipe:
+        return recipe_of(files, self.source, self.config.data, self.tokenizer)
 
     def _check_complete(self, manifest: Manifest) -> None:
-        """Check that a finished corpus is still there, and is what the config describes."""
+        """Check that a finished corpus is still there, and is what the config describes.
+
+        One from before documents were shuffled is what it is: its order is good enough to train on, and said.
+        """
         check_shards(self.folder, manifest.train + manifest.val)
         try:
-            recipe = self._recipe(self.files())
+            recipe = self._recipe(list_files(self.source))
         except DataError as error:  # the raw text may be gone once its shards exist
             recipe = self._recipe([])
             self.line.say(f"{self.source.name}: cannot compare {self.folder} with its sources: {error}")
+        former = recipe | {ORDER_KEY: None}
         old = read_recipe(self.folder)
+        is_former = old is not None and ORDER_KEY not in old
         if old is None:
+            is_former = manifest.source_fingerprint == _hash(former)
             old = {"data.sources[].name": manifest.corpus, "the tokenizer": manifest.tokenizer_fingerprint}
-            recipe = {key: recipe[key] for key in old} | {"the hash of all settings": _hash(recipe)}
+            recipe = {key: recipe[key] for key in old} | {
+                "the hash of all settings": _hash(former if is_former else recipe)
+            }
             old["the hash of all settings"] = manifest.source_fingerprint
+        elif is_former:
+            del recipe[ORDER_KEY]
         check_recipe(self.folder, recipe, old)
+        if is_former:
+            self.line.say(
+                f"{self.source.name}: {self.folder} is of a version that kept documents in the order of the files; "
+                "prepare it into another `shards` folder to have them shuffled"
+            )
 
     def _make(self) -> Manifest:
         """Write all shards that are not there yet."""
-        files = self.files()
-        recipe = self._recipe(files)
+        files = list_files(self.source)
+        recipe, data = self._recipe(files), self.config.data
         journal = Journal(self.folder, recipe)
-        data = self.config.data
-        dtype = self.tokenizer.id_dtype.name
+        if self.makes_shares:
+            self.shares[0].prepare()
+        results = [share.result(files) for share in self.shares]
+        for result in results:
+            self.log.add_all(result.counts, result.examples)
+        documents = f"{sum(result.documents for result in results):x}"
+        if journal.documents not in ("", documents):
+            raise other_documents(self.folder, "shards")
+        dtype = self.tokenizer.id_dtype
+        spills = [
+            (share.folder, spill) for share, result in zip(self.shares, results, strict=True) for spill in result.spills
+        ]
+        max_bytes = spill_size(data.shard_bytes, sum(file.stat().st_size for file in files))
+        num_spilled = sum(spill.num_documents for _, spill in spills)
         writers = {
-            split: ShardWriter(self.folder, split, dtype, data.shard_bytes, len(journal.shards[split]))
+            split: ShardWriter(self.folder, split, dtype.name, data.shard_bytes, len(journal.shards[split]))
             for split in SPLITS
         }
 
         def note(split: str, shard: Shard | None) -> None:
             if shard is not None:
-                journal.add(split, shard, self.chains[split].hexdigest())
+                journal.add(split, shard, documents)
 
+        num_done = {split: sum(shard.num_documents for shard in journal.shards[split]) for split in SPLITS}
         try:
-            with closing(self._encoded(self._batches(files, journal), files)) as encoded:
-                for batch, documents in encoded:
-                    for split, digest, ids in zip(batch.splits, batch.digests, documents, strict=True):
-                        self.chains[split].update(digest)
-                        note(split, writers[split].add(ids))
-            self._check_not_empty()
+            for bucket in read_buckets(spills, dtype, max_bytes):
+                places, is_val = self._choose(bucket, num_done)
+                for place, goes_to_val in zip(places.tolist(), is_val.tolist(), strict=True):
+                    split = SPLITS[goes_to_val]
+                    note(split, writers[split].add(bucket.ids(place)))
+                self._num_seen += len(bucket.table)
+                self._show(num_spilled)
+            if not self.num_documents["train"]:
+                raise self._no_documents()
             for split in SPLITS:
                 note(split, writers[split].close())
         finally:
             for writer in writers.values():
                 writer.abort()
+        return self._manifest(journal, recipe)
+
+    def _choose(self, bucket: Bucket, num_done: dict[str, int]) -> tuple[np.ndarray, np.ndarray]:
+        """Decide about duplicates and splits, and count.
+
+        Args:
+            bucket: the documents.
+            num_done: documents in complete shards, by split.
+
+        Returns:
+            Places in the bucket of the documents that are to be written, in their order, and which are held out.
+        """
+        places, copies = bucket.in_order(self.config.data.drop_duplicates)
+        if len(copies):
+            origin = "" if "duplicates" in self.log.examples else bucket.origin(int(copies[0]))
+            self.log.skip("duplicates", f"{origin}: it is equal to another document", len(copies))
+        if bucket.table["bands_bytes"].any():
+            places = places[[self._is_new(bucket, place) for place in places.tolist()]]
+        chosen = bucket.table[places]
+        is_val = chosen["head"] < np.uint64(validation_limit(self.config.data.val_fraction))
+        is_left = np.ones(len(places), bool)
+        for number, split in enumerate(SPLITS):
+            of_split = np.flatnonzero(is_val == bool(number))
+            is_left[of_split[: max(num_done[split] - self.num_documents[split], 0)]] = False
+            self.num_documents[split] += len(of_split)
+            self.text_bytes[split] += int(chosen["text_bytes"][of_split].sum(dtype=np.uint64))
+        return places[is_left], is_val[is_left]
+
+    def _is_new(self, bucket: Bucket, place: int) -> bool:
+        """Whether no document before is nearly equal to this one; counts it if one is."""
+        bands = bucket.bands(place)
+        if bands and not self._near_duplicates.is_new(bands):
+            self.log.skip("near_duplicates", f"{bucket.origin(place)}: it is nearly equal to another document")
+            return False
+        return True
+
+    def _no_documents(self) -> DataError:
+        """The error for nothing to train on; what was read of it is of no use, and in the way of other settings."""
+        if self.makes_shares:
+            self._remove_shares()
+        return no_documents(self.source, self.log, self.num_documents["val"])
+
+    def _manifest(self, journal: Journal, recipe: Recipe) -> Manifest:
         return Manifest(
             version=MANIFEST_VERSION,
             corpus=self.source.name,
-            dtype=dtype,
+            dtype=self.tokenizer.id_dtype.name,
             tokenizer_fingerprint=self.tokenizer.fingerprint,
             vocab_size=self.tokenizer.vocab_size,
             train=tuple(journal.shards["train"]),
@@ -195,108 +229,13 @@ class Corpus:
             source_fingerprint=_hash(recipe),
         )
 
-    def _check_not_empty(self) -> None:
-        if not self.num_documents["train"]:
-            raise no_documents(self.source, self.log, self.num_documents["val"])
-
-    def _encoded(
-        self, batches: Iterator[Batch], files: list[Path]
-    ) -> Generator[tuple[Batch, list[np.ndarray]], None, None]:
-        """Batches with their documents' ids, bos and eos included."""
-        if token_format(files) is None:
-            yield from encode_batches(batches, self.config.tokenizer, self.tokenizer, num_processes(self.config.data))
-        else:
-            yield from ((batch, batch.ids) for batch in batches)
-
-    def _documents(self, files: list[Path]) -> Iterator[Item]:
-        """The source's documents."""
-        data, held = self.config.data, token_format(files)
-        if held is None:
-            refine = open_refiner(files, self.source, data)
-            policy = data.on_bad_document, data.on_bad_file, self.log, self.tokenizer.loses_u2581, refine
-            for document in read_documents(files, self.source, *policy):
-                content = document.text.encode()
-                digest = document_digest(content)
-                yield Item(document.origin, digest, document.bands, len(content), document.text, None)
-            return
-        token_bytes = self.tokenizer.token_bytes()
-        ends = np.array([self.tokenizer.bos_id]), np.array([self.tokenizer.eos_id])
-        for tokens in read_token_documents(
-            files, held, self.tokenizer, data.on_bad_document, data.on_bad_file, self.log
-        ):
-            digest = document_digest(tokens.ids.astype("<u4").tobytes())
-            ids = np.concatenate([ends[0], tokens.ids, ends[1]]).astype(self.tokenizer.id_dtype)
-            yield Item(tokens.origin, digest, b"", int(token_bytes[tokens.ids].sum()), None, ids)
-
-    def _is_new(self, item: Item, digests: set[bytes], near_duplicates: NearDuplicates) -> bool:
-        """Whether no document before is equal, or nearly equal, to this one; counts it if one is."""
-        if self.config.data.drop_duplicates:
-            if item.digest in digests:
-                self.log.skip("duplicates", f"{item.origin}: it is equal to an earlier document")
-                return False
-            digests.add(item.digest)
-        if item.bands and not near_duplicates.is_new(item.bands):
-            self.log.skip("near_duplicates", f"{item.origin}: it is nearly equal to an earlier document")
-            return False
-        return True
-
-    def _batches(self, files: list[Path], journal: Journal) -> Iterator[Batch]:
-        """The documents that complete shards do not hold; those that they hold are compared by their hashes."""
-        data = self.config.data
-        num_done = {split: sum(shard.num_documents for shard in journal.shards[split]) for split in SPLITS}
-        total_bytes = sum(file.stat().st_size for file in files)
-        digests: set[bytes] = set()
-        near_duplicates = NearDuplicates()
-        batch = Batch()
-        for item in self._documents(files):
-            if not self._is_new(item, digests, near_duplicates):
-                continue
-            digest, num_bytes = item.digest, item.num_bytes
-            split = "val" if is_validation(digest, data.val_fraction) else "train"
-            self.num_documents[split] += 1
-            self.text_bytes[split] += num_bytes
-            self._show(total_bytes)
-            if self.num_documents[split] <= num_done[split]:
-                self.chains[split].update(digest)
-                if self.num_documents[split] == num_done[split]:
-                    self._check_chain(self.chains[split].hexdigest() == journal.chains[split])
-                continue
-            if not self.new_bytes:
-                self.begin_seconds, self.begin_position = time.monotonic(), self.log.position_bytes()
-            self.new_bytes += num_bytes
-            batch.splits.append(split)
-            batch.digests.append(digest)
-            batch.add(item.text, item.ids)
-            if batch.size >= BATCH_CHARACTERS:
-                yield batch
-                batch = Batch()
-        self._check_chain(all(self.num_documents[split] >= num_done[split] for split in SPLITS))
-        if batch.size:
-            yield batch
-
-    def _check_chain(self, is_equal: bool) -> None:
-        if not is_equal:
-            raise DataError(
-                f"{self.folder}: the source's documents are not those that its complete shards hold; expected the same "
-                "text as when `prepare` began. Restore the text, or delete this folder to prepare it again."
-            )
-
-    def _show(self, total_bytes: int) -> None:
+    def _show(self, num_documents: int) -> None:
         """Show progress, if it is time to."""
         now = time.monotonic()
-        if now - self.shown_seconds < (LIVE_SECONDS if self.line.is_terminal else PLAIN_SECONDS):
-            return
-        self.shown_seconds = now
-        position = self.log.position_bytes()
-        text = (
-            f"{self.source.name}: {position / max(total_bytes, 1):.0%} of {format_bytes(total_bytes)}, "
-            f"{sum(self.num_documents.values()):,} documents"
-        )
-        if self.new_bytes and position > self.begin_position and now > self.begin_seconds:
-            elapsed = now - self.begin_seconds
-            left = elapsed * (total_bytes - position) / (position - self.begin_position)
-            text += f", {format_bytes(self.new_bytes / elapsed)}/s, {format_duration(left)} left"
-        self.line.show(text, plain=True)
+        if now - self._shown_seconds >= (LIVE_SECONDS if self.line.is_terminal else PLAIN_SECONDS):
+            self._shown_seconds = now
+            done = self._num_seen / max(num_documents, 1)
+            self.line.show(f"{self.source.name}: shards: {done:.0%} of {num_documents:,} documents", plain=True)
 
     def _summarize(self, manifest: Manifest) -> None:
         """Say what was made, and what was left out and why."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,8 +24,11 @@ from pretrain.phases import Phase, phases_of
 from pretrain.remote_corpus import RemoteCorpus, min_cache_bytes, open_remote
 from pretrain.row_order import MIXTURE_PERIOD, ORDER_VERSION, CorpusOrder
 from pretrain.row_table import RowTable
-from pretrain.shard_reader import check_shards
+from pretrain.shard_reader import ShardReader, check_shards
 from pretrain.shards import PREPARE_COMMAND, Manifest, Shard
+from pretrain.text_shards import text_opener
+from pretrain.tokenizer import Tokenizer
+from pretrain.tokenizer_files import open_tokenizer
 
 _PHASES, _FROM_ROW = "data.phases", "its first row"  # names among a plan's pieces
 Pieces = dict[str, Any]
@@ -185,6 +188,7 @@ class Corpus:
         split: `train` or `val`.
         rows: Its row table for each length of rows that is asked for.
         remote: Where its files come from, if not from a local folder.
+        open_shard: Opens a shard as `ShardReader` does.
     """
 
     name: str
@@ -193,6 +197,7 @@ class Corpus:
     split: str
     rows: dict[int, RowTable]
     remote: RemoteCorpus | None = None
+    open_shard: Callable[..., ShardReader] = ShardReader
 
     @cached_property
     def shards(self) -> tuple[Shard, ...]:
@@ -216,21 +221,24 @@ class Corpus:
 
 
 def open_corpora(
-    config: Config, tokenizer_fingerprint: str, split: str, seq_lens: Mapping[str, Sequence[int]]
+    config: Config, tokenizer_fingerprint: str, split: str, seq_lens: Mapping[str, Sequence[int]], is_new: bool = True
 ) -> list[Corpus]:
     """Open a split of sources, in the config's order, and check that they fit each other.
 
     Args:
-        config: Uses `data.sources` and `data.packing`.
+        config: Uses `data.sources` and `data.packing`; `tokenizer` if a corpus holds text.
         tokenizer_fingerprint: sha256 of the model file that the run uses.
         split: `train` or `val`.
         seq_lens: Lengths of rows that are wanted of each source, by name; sources without any are left out.
+        is_new: Check that every local shard is there and of its size; a run that goes on has
+            `data.max_damaged_fraction` for that.
 
     Raises:
         DataError: A corpus is not prepared, not for these lengths, with another tokenizer, or damaged; or where it
             lies cannot be read.
     """
     corpora = []
+    tokenizer: Tokenizer | None = None  # opened if a corpus holds text
     for source in config.data.sources:
         if not seq_lens.get(source.name):
             continue
@@ -248,18 +256,27 @@ def open_corpora(
                 f"that of {config.tokenizer.model}, {tokenizer_fingerprint[:12]}…. Use the tokenizer that the corpus "
                 f"was prepared with, or prepare it into a new folder: {PREPARE_COMMAND}"
             )
-        if not remote:
+        if is_new and not remote:
             check_shards(folder, manifest.shards(split))
         rows = {}
         for seq_len in seq_lens[source.name]:
             table = remote.fetch_rows(manifest, split, seq_len, config.data.packing) if remote else folder
             rows[seq_len] = RowTable.open(table, manifest, split, seq_len, config.data.packing)
-        corpora.append(Corpus(source.name, folder, manifest, split, rows, remote))
+        open_shard: Callable[..., ShardReader] = ShardReader
+        if split == "train" and manifest.text is not None:
+            tokenizer = tokenizer or open_tokenizer(config.tokenizer)
+            open_shard = text_opener(manifest, tokenizer)
+        corpora.append(Corpus(source.name, folder, manifest, split, rows, remote, open_shard))
     return corpora
 
 
-def open_plan(config: Config, tokenizer_fingerprint: str) -> tuple[DataPlan, list[Corpus]]:
+def open_plan(config: Config, tokenizer_fingerprint: str, is_new: bool = True) -> tuple[DataPlan, list[Corpus]]:
     """Open the training splits and the plan of their order; corpora are in the order of the plan's names.
+
+    Args:
+        config: Uses `data` and `run.seed`.
+        tokenizer_fingerprint: sha256 of the model file that the run uses.
+        is_new: As for `open_corpora`.
 
     Raises:
         DataError: As `open_corpora`; or a corpus has no training rows.
@@ -270,7 +287,8 @@ def open_plan(config: Config, tokenizer_fingerprint: str) -> tuple[DataPlan, lis
         source.name: sorted({phase.seq_len for phase in phases if source.name in phase.amounts})
         for source in config.data.sources
     }
-    corpora = {corpus.name: corpus for corpus in open_corpora(config, tokenizer_fingerprint, "train", seq_lens)}
+    opened = open_corpora(config, tokenizer_fingerprint, "train", seq_lens, is_new)
+    corpora = {corpus.name: corpus for corpus in opened}
     identity: dict[str, str | int | float] = {
         "packing": PACKING_VERSIONS[config.data.packing],
         "data.seq_len": config.data.seq_len,

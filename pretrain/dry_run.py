@@ -6,6 +6,7 @@ import math
 import random
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from pretrain.batch_plan import num_steps_of
 from pretrain.config import Config, SourceSection
 from pretrain.console import format_bytes, format_count, format_duration
 from pretrain.errors import ConfigError
+from pretrain.filters import filters_of
+from pretrain.near_duplicates import band_shape
 from pretrain.packing import SEGMENT_DTYPE, pack
 from pretrain.phases import phases_of
 from pretrain.prepare import check_untokenized
@@ -24,6 +27,7 @@ from pretrain.sentencepiece_tokenizer import SentencePieceTokenizer, choose_samp
 from pretrain.shards import INDEX_DTYPE, MANIFEST_NAME, Manifest
 from pretrain.source_files import list_files, token_format
 from pretrain.source_sample import Estimate, estimate_texts, estimate_tokens
+from pretrain.spills import RECORD
 from pretrain.tokenizer import Tokenizer
 from pretrain.tokenizer_files import main_file, open_tokenizer
 from pretrain.workers import num_processes, num_usable_cores
@@ -32,6 +36,7 @@ SAMPLE_BYTES, SAMPLE_SECONDS = 8_000_000, 4.0  # of all sources together: read, 
 FIT_BYTES = 2_000_000  # that a tokenizer is trained on, if there is none
 GUESSED_TOKEN_BYTES = 4.0  # where a sample is too small to train one
 _SHARD_END_BYTES = 10_240  # of zeros at the end of a tar file
+_LINE_NUMBER_BYTES = 8
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,7 @@ class Forecast:
         num_files, source_bytes: what is read; 0 if nothing is.
         num_documents, text_bytes, num_tokens: of both splits, bos and eos included.
         shard_bytes: on disk, with indexes and rows.
+        temporary_bytes: on disk as well, until the shards are complete.
         num_rows: of the training split, for `data.seq_len`.
         epochs: times that the run reads the training split.
         epoch_steps: steps in which it reads it once, on the average of the run.
@@ -60,6 +66,7 @@ class Forecast:
     text_bytes: int
     num_tokens: int
     shard_bytes: int
+    temporary_bytes: int
     num_rows: int
     epochs: float
     epoch_steps: float
@@ -118,6 +125,8 @@ def forecast(config: Config) -> dict[str, Any]:
         for key in ("num_files", "source_bytes", "num_documents", "text_bytes", "num_tokens", "shard_bytes", "num_rows",
                     "seconds")
     }  # fmt: skip
+    # Sources are prepared one after the other.
+    total["temporary_bytes"] = max(one.temporary_bytes for one in forecasts)
     return {
         "tokenizer": {"model": config.tokenizer.model, "tokens_are": encoder.basis},
         "processes": num_processes(config.data),
@@ -214,7 +223,22 @@ def _foresee(source: SourceSection, config: Config, encoder: _Encoder, estimates
         num_files=len(files),
         source_bytes=sum(file.stat().st_size for file in files),
         seconds=seconds,
+        temporary_bytes=_spilled_bytes(num_documents, num_tokens, files, source, config),
     )  # fmt: skip
+
+
+def _spilled_bytes(
+    num_documents: float, num_tokens: float, files: Sequence[Path], source: SourceSection, config: Config
+) -> int:
+    """Bytes of the documents between the two passes: ids, a record each, and where they are from."""
+    filters = filters_of(source, config.data)
+    num_bands = band_shape(filters.near_duplicates)[0] if filters.near_duplicates else 0
+    place_bytes = sum(len(str(file)) for file in files) / len(files) + _LINE_NUMBER_BYTES
+    return round(num_tokens * _id_bytes(config) + num_documents * (RECORD.itemsize + 8 * num_bands + place_bytes))
+
+
+def _id_bytes(config: Config) -> int:
+    return 2 if config.tokenizer.vocab_size <= 65536 else 4
 
 
 def _recall(source: SourceSection, config: Config) -> Forecast:
@@ -229,6 +253,7 @@ def _recall(source: SourceSection, config: Config) -> Forecast:
     return _forecast(
         source, config, num_documents, sum(manifest.text_bytes.values()), num_tokens, rows,
         state="complete", is_exact=True, num_files=0, source_bytes=0, seconds=0.0,
+        temporary_bytes=0,
     )  # fmt: skip
 
 
@@ -237,7 +262,7 @@ def _forecast(
     **rest: Any,
 ) -> Forecast:  # fmt: skip
     data = config.data
-    id_bytes = 2 if config.tokenizer.vocab_size <= 65536 else 4
+    id_bytes = _id_bytes(config)
     num_segments = num_documents + num_rows  # a document, and one more for each row that one goes on in
     shard_bytes = (
         num_tokens * id_bytes
@@ -316,11 +341,14 @@ def render(content: dict[str, Any]) -> str:
     text = ["  ".join(cell.rjust(width) if number else cell.ljust(width) for number, (cell, width) in
                       enumerate(zip(line, widths, strict=True))).rstrip() for line in lines]  # fmt: skip
     num_tokens = content["num_steps"] * content["tokens_per_step"]
+    needed = sum(one["shard_bytes"] for one in content["sources"] if one["state"] != "complete")
     return "\n".join(
         [
             *text,
             f"tokens are {content['tokenizer']['tokens_are']}",
             "~ marks what a sample was taken of: what is said of the rest is an estimate, and counts its duplicates",
+            f"disk: {format_bytes(needed + content['total']['temporary_bytes'])} while `prepare` runs, "
+            f"{format_bytes(needed)} when it is done",
             f"the run: {content['num_steps']:,} steps of {content['tokens_per_step']:,} tokens, "
             f"{format_count(num_tokens)} in all; time is what {content['processes']} processes take to "
             "make the shards, without the training of a tokenizer; nothing was written",

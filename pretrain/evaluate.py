@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from pretrain.distributed import Ranks
+from pretrain.errors import DataError
 from pretrain.stream import ValRows
 
 LN_2 = math.log(2.0)
@@ -43,6 +44,8 @@ def evaluate(
         micro_batch_size: rows computed at once.
         ranks: all ranks, which call this together; None for one process.
         device: where the model is; the ranks' device by default.
+    Raises:
+        DataError: on all ranks: there is no document that can be read.
     """
     rank, world_size = (ranks.rank, ranks.world_size) if ranks else (0, 1)
     device = ranks.device if ranks else (device or torch.device("cpu"))
@@ -66,6 +69,13 @@ def evaluate(
             num_bytes += int(token_bytes[scored].sum())
     totals = [float(losses), float(num_tokens), float(num_bytes)]
     loss_sum, tokens, text_bytes = ranks.sum(totals) if ranks else totals
+    if not tokens:
+        error = DataError(
+            f"data.sources: no document of the {rows.num_rows} held-out rows can be read; expected some. Look for the "
+            "damage with python launch/prepare.py --verify, and restore the val- shards from a copy."
+        )
+        error.agreed = ranks is not None
+        raise error
     loss_mean = loss_sum / tokens
     return Evaluation(
         loss_mean, math.exp(min(loss_mean, 700.0)), loss_sum / LN_2 / text_bytes, int(tokens), int(text_bytes)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pretrain.damage import Damage, describe
 from pretrain.distributed import PendingSum, Ranks
 from pretrain.errors import LonghaulError
 from pretrain.row_reader import Batch
@@ -27,12 +28,15 @@ class StepInput:
     Args:
         micro_batches: on the device, each in the order of `Transformer.forward`.
         num_targets: scored targets of all ranks.
-        num_damaged: documents of all ranks that failed their checksum and are masked.
+        num_damaged: places of all ranks' rows that are masked, because their documents cannot be read.
+        damage: names of the documents among them that were not met before, and a sum of all there are, if there are any
+            new ones; the same on every rank.
     """
 
     micro_batches: list[tuple[Tensor, ...]]
     num_targets: int
     num_damaged: int
+    damage: list[str]
 
 
 @dataclass(frozen=True)
@@ -42,7 +46,8 @@ class _Prepared:
     rows: StepRows
     micro_batches: list[tuple[Tensor, ...]]
     copied: torch.cuda.Event | None
-    sums: PendingSum  # targets, damaged documents, ranks that could not read, must stop, and know a save to have ended
+    # targets; masked places; of them of new documents; ranks that could not read, must stop, know a save to have ended
+    sums: PendingSum
     failure: LonghaulError | None
 
 
@@ -77,40 +82,58 @@ class Feed:
                 ]
                 copied = torch.cuda.Event()
                 copied.record(self._copies)
-        sums = self._ranks.start_sum([rows.num_targets, len(rows.damaged), failure is not None, stop, save_ended])
+        num_new = len(self._new_damage(rows))
+        counts = [rows.num_targets, len(rows.damaged), num_new, failure is not None, stop, save_ended]
+        sums = self._ranks.start_sum(counts)
         self._next = _Prepared(rows, micro_batches, copied, sums, failure)
 
     def stop_requested(self) -> bool:
         """Whether any rank was asked to stop when it prepared the next step; False if none is prepared."""
-        return self._next is not None and self._next.sums.result()[3] > 0
+        return self._next is not None and self._next.sums.result()[4] > 0
 
     def save_ended(self) -> bool:
         """Whether a save had ended, or failed on any rank, when the next step was prepared."""
-        return self._next is not None and self._next.sums.result()[4] > 0
+        return self._next is not None and self._next.sums.result()[5] > 0
 
     def take(self) -> StepInput:
         """Return the next step's rows, which count as consumed from now on; prepare them now if nobody has.
 
         Raises:
             LonghaulError: on all ranks, if any rank could not read its rows.
+            TooMuchDamageError: on all ranks, if too many documents cannot be read; the step does not count.
         """
         if self._next is None:
             self.prepare(stop=False)
         assert self._next is not None
         prepared, self._next = self._next, None
-        num_targets, num_damaged, num_failed, *_ = prepared.sums.result()
+        num_targets, num_damaged, num_new, num_failed, *_ = prepared.sums.result()
         if num_failed:
             self._ranks.agree(lambda: _raise(prepared.failure))
+        damage = self._count_damage(prepared.rows) if num_new else []
+        if num_damaged:
+            self._stream.damage.check_step(int(num_targets))
         self._stream.advance()
-        for document in prepared.rows.damaged:
-            logger.warning("%s is damaged and was masked", document)
         if prepared.copied is not None:
             consumer = torch.cuda.current_stream()
             consumer.wait_event(prepared.copied)
             for tensors in prepared.micro_batches:
                 for tensor in tensors:
                     tensor.record_stream(consumer)  # else its memory could be copied over while it is read
-        return StepInput(prepared.micro_batches, int(num_targets), int(num_damaged))
+        return StepInput(prepared.micro_batches, int(num_targets), int(num_damaged), damage)
+
+    def _new_damage(self, rows: StepRows) -> list[Damage]:
+        return [one for one in rows.damaged if not self._stream.damage.is_known(one)]
+
+    def _count_damage(self, rows: StepRows) -> list[str]:
+        """Have all ranks know what any of them could not read, and end the run on all of them if it is too much."""
+        ledger = self._stream.damage
+        new = ledger.add(one for part in self._ranks.gather(self._new_damage(rows)) for one in part)
+        lines = list(describe(new, ledger))
+        if self._ranks.is_first:
+            for line in lines:
+                logger.warning(line)
+        ledger.check()
+        return lines
 
 
 def _tensors(batch: Batch) -> tuple[Tensor, ...]:

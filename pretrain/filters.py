@@ -87,8 +87,9 @@ def filter_all(
     contents: Iterable[tuple[str, RawText]], filters: FiltersSection | None = None
 ) -> Iterator[tuple[str, Filtered]]:
     """Render and filter documents one after the other; without filters they are rendered only."""
+    filters = filters or FiltersSection()
     for origin, content in contents:
-        yield origin, filter_text(content, filters or FiltersSection())
+        yield origin, filter_text(content, filters)
 
 
 def filter_batch(filters: FiltersSection, contents: Sequence[RawText]) -> list[Filtered]:

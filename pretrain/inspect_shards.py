@@ -12,8 +12,9 @@ from pretrain.config import Config, TokenizerSection
 from pretrain.console import format_bytes, format_count
 from pretrain.errors import ConfigError, DataError, LonghaulError
 from pretrain.row_table import RowTable, stored_tables
-from pretrain.shard_reader import ShardReader
+from pretrain.shard_reader import check_shards
 from pretrain.shards import Manifest, index_path, load_index
+from pretrain.text_shards import text_opener
 from pretrain.tokenizer import Tokenizer
 from pretrain.tokenizer_files import MAIN_FILES, open_tokenizer
 
@@ -52,6 +53,7 @@ def inspect(
         "folder": str(folder),
         "corpus": manifest.corpus,
         "dtype": manifest.dtype,
+        "text_field": manifest.text and manifest.text.text_field,
         "fingerprint": manifest.fingerprint(),
         "tokenizer": {
             "fingerprint": manifest.tokenizer_fingerprint,
@@ -178,7 +180,8 @@ def _samples(
         shard, inside = shards[place], document - int(ends[place]) + shards[place].num_documents
         one: dict[str, Any] = {"shard": shard.name, "document": inside}
         try:
-            reader = ShardReader(folder, shard, manifest.dtype, verify_index=False)
+            check_shards(folder, (shard,))
+            reader = text_opener(manifest, tokenizer)(folder, shard, manifest.dtype, verify_index=False)
             try:
                 ids = reader.read(inside)
             finally:
@@ -192,9 +195,11 @@ def render(content: dict[str, Any]) -> str:
     """Write what `inspect` gives for people."""
     tokenizer, total, compression = content["tokenizer"], content["total"], content["compression"]
     kind = f"{tokenizer['kind']} at {tokenizer['file']}" if tokenizer["file"] else "not found: name it by --tokenizer"
+    holds_ids = content["text_field"] is None
     lines = [
         f"{content['folder']}: corpus {content['corpus']}, data fingerprint {content['fingerprint'][:12]}",
         f"tokenizer: {tokenizer['fingerprint'][:12]}, {tokenizer['vocab_size']:,} ids as {content['dtype']}; {kind}",
+        *([] if holds_ids else [f"train: tars of text, tokenized when read; field of .json: {content['text_field']}"]),
         "",
         f"{'':7}{'shards':>8}{'documents':>14}{'tokens':>10}{'text':>11}{'stored':>11}",
     ]
@@ -206,8 +211,8 @@ def render(content: dict[str, Any]) -> str:
     lines += [
         f"held out: {content['held_out_documents']:.3%} of documents, {content['held_out_bytes']:.3%} of text",
         f"a token is {compression['text_bytes_per_token']:.3f} bytes of text; a byte stored is "
-        f"{compression['text_bytes_per_stored_byte']:.2f} bytes of text; beside the ids, tars and indexes take "
-        f"{compression['overhead']:.2%}",
+        f"{compression['text_bytes_per_stored_byte']:.2f} bytes of text"
+        + (f"; beside the ids, tars and indexes take {compression['overhead']:.2%}" if holds_ids else ""),
         "",
         *_render_lengths(content["lengths"]),
         "",

@@ -25,6 +25,7 @@ JOURNAL_NAME = "prepare.jsonl"
 LOCK_NAME = ".prepare.lock"
 SPLITS = ("train", "val")
 Recipe = dict[str, str | int | float | None]
+ORDER_KEY, ORDER, FORMER_ORDER = "the order of documents", "that of their hashes", "that of the files"
 
 _SHARD_FILE = re.compile(r"\.?((?:train|val)-\d{6,})\.(?:tar|index\.npy)(\.tmp)?")
 _LEFT_OVER = re.compile(r"\.(?:manifest\.json|prepare\.jsonl|rows-\d+(?:-[a-z_]+)?)\.tmp")
@@ -81,21 +82,29 @@ def _is_same_file(file: int, path: Path) -> bool:
 
 def read_recipe(folder: Path) -> Recipe | None:
     """The recipe of a corpus folder, or None if it has no journal."""
-    entries = _read_lines(folder / JOURNAL_NAME)
+    entries = read_lines(folder / JOURNAL_NAME)
     return entries[0]["recipe"] if entries else None
 
 
-def check_recipe(folder: Path, recipe: Recipe, old: Recipe) -> None:
+def check_recipe(folder: Path, recipe: Recipe, old: Recipe, holds_tars: bool = False) -> None:
     """Check that a folder's shards are made of the same things.
+
+    Args:
+        folder: of the corpus.
+        recipe: what they would be made of now.
+        old: what they are made of.
+        holds_tars: there may be tars of others in it, so that it is not to be deleted.
 
     Raises:
         ConfigError: something differs; names it and the ways on.
     """
+    old = Recipe({ORDER_KEY: FORMER_ORDER}) | old
     changes = [f"{key} from {old.get(key)} to {recipe.get(key)}" for key in recipe if old.get(key) != recipe[key]]
     if changes:
+        otherwise = "" if holds_tars else ", or delete this folder to prepare it again"
         raise ConfigError(
             f"{folder} holds shards that were prepared otherwise; changed since then: {'; '.join(changes)}. Set "
-            "another `shards` folder for this source, or delete this folder to prepare it again."
+            f"another `shards` folder for this source{otherwise}."
         )
 
 
@@ -110,7 +119,7 @@ class Journal:
 
     Attributes:
         shards: the complete shards by split, in order.
-        chains: by split, the hash over all documents in these shards.
+        documents: identifies the documents that they were made of, all of the source; empty if there are none.
 
     Raises:
         ConfigError: the folder was begun with another recipe, or holds shards without a journal.
@@ -120,40 +129,34 @@ class Journal:
         self._folder = folder
         self._path = folder / JOURNAL_NAME
         self.shards: dict[str, list[Shard]] = {split: [] for split in SPLITS}
-        self.chains: dict[str, str] = {}
+        self.documents = ""
         lines = [{"recipe": recipe}]
-        old = _read_lines(self._path)
+        old = read_lines(self._path)
         if len(old) > 1:
             check_recipe(folder, recipe, old[0]["recipe"])
             lines += self._restore(old[1:])
         elif not old:
             self._refuse_unknown_shards()
-        content = "".join(json.dumps(line) + "\n" for line in lines).encode()
-        if not old or self._path.read_bytes() != content:  # a line that was cut short must not stay
-            folder.mkdir(parents=True, exist_ok=True)
-            write_atomically(self._path, content)
+        write_lines(self._path, lines)
         self._remove_leftovers()
 
-    def add(self, split: str, shard: Shard, chain: str) -> None:
+    def add(self, split: str, shard: Shard, documents: str) -> None:
         """Note a shard that is complete on disk."""
-        with open(self._path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(_line(split, shard, chain)) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        append_line(self._path, _line(split, shard, documents))
         self.shards[split].append(shard)
-        self.chains[split] = chain
+        self.documents = documents
 
     def _restore(self, old: list[dict]) -> list[dict]:
         """Take over the shards whose files are there, of each split up to the first that is not."""
         lines, broken = [], set()
         for entry in old:
-            split, shard, chain = entry["split"], Shard(**entry["shard"]), entry["chain"]
+            split, shard, documents = entry["split"], Shard(**entry["shard"]), entry["documents"]
             if split in broken or not _is_whole(self._folder, shard):
                 broken.add(split)
                 continue
             self.shards[split].append(shard)
-            self.chains[split] = chain
-            lines.append(_line(split, shard, chain))
+            self.documents = documents
+            lines.append(_line(split, shard, documents))
         return lines
 
     def _refuse_unknown_shards(self) -> None:
@@ -181,12 +184,28 @@ def _is_whole(folder: Path, shard: Shard) -> bool:
     return index_path(folder, shard.name).is_file() and tar.is_file() and tar.stat().st_size == shard.num_bytes
 
 
-def _line(split: str, shard: Shard, chain: str) -> dict:
-    return {"split": split, "shard": asdict(shard), "chain": chain}
+def _line(split: str, shard: Shard, documents: str) -> dict:
+    return {"split": split, "shard": asdict(shard), "documents": documents}
 
 
-def _read_lines(path: Path) -> list[dict]:
-    """The journal's lines up to the first that was not written to its end."""
+def append_line(path: Path, line: dict) -> None:
+    """Add a line to a journal; it is on the disk then."""
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def write_lines(path: Path, lines: list[dict]) -> None:
+    """Make these the lines of a journal, which gets its folder if it has none; a line that was cut short goes."""
+    content = "".join(json.dumps(line) + "\n" for line in lines).encode()
+    if not path.is_file() or path.read_bytes() != content:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, content)
+
+
+def read_lines(path: Path) -> list[dict]:
+    """A journal's lines up to the first that was not written to its end; none if there is no journal."""
     lines: list[dict] = []
     try:
         content = path.read_bytes()

@@ -29,7 +29,8 @@ class StepMetrics:
 
     `loss` is the cross-entropy in nats per scored token, `objective` what was minimised (None where that is the same),
     `lr` as used, `memory_bytes` the peak of rank 0, `phase_seconds` rank 0's own. `corpus_tokens`, padding
-    included, and `epochs` are of the run so far; `seq_len` is of the step's rows.
+    included, `epochs` and what is damaged (each document once, of training only) are of the run so far; `seq_len` is of
+    the step's rows.
     """
 
     step: int
@@ -41,6 +42,8 @@ class StepMetrics:
     step_seconds: float
     memory_bytes: int
     skipped_steps: int
+    damaged_documents: int
+    damaged_tokens: int
     seq_len: int
     corpus_tokens: dict[str, int]
     epochs: dict[str, float]
@@ -117,7 +120,8 @@ class MetricLog:
             "lr": metrics.lr, "tokens_per_second": rate, "tokens_per_second_per_gpu": rate / self.world_size,
             "step_seconds": metrics.step_seconds, "mfu": utilisation[0], "mfu_causal": utilisation[1],
             "memory_bytes": metrics.memory_bytes, "data_wait_seconds": metrics.phase_seconds["data"],
-            "skipped_steps": metrics.skipped_steps, "timestamp": time.time(), "attempt": self.attempt,
+            "skipped_steps": metrics.skipped_steps, "damaged_documents": metrics.damaged_documents,
+            "damaged_tokens": metrics.damaged_tokens, "timestamp": time.time(), "attempt": self.attempt,
         }  # fmt: skip
         line |= {} if metrics.objective is None else {"objective": metrics.objective}
         line |= {f"epoch/{name}": epoch for name, epoch in metrics.epochs.items()}

@@ -86,7 +86,7 @@ class Prefetcher:
     def _download(self, corpus: RemoteCorpus, shard: Shard) -> bool:
         """Download one shard, if it is not there and nobody else does; return whether it was done."""
         paths = corpus.files_of(shard)
-        if self._stopped.is_set() or all(path.exists() for path in paths):
+        if self._stopped.is_set() or corpus.is_lost(shard) or all(path.exists() for path in paths):
             return False
         with self._changed:
             if paths[0] in self._in_work:

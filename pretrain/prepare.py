@@ -18,10 +18,12 @@ from pretrain.phases import sampling_weights
 from pretrain.refining import open_refiner
 from pretrain.sentencepiece_tokenizer import SentencePieceTokenizer, choose_sample, fit, report
 from pretrain.shards import MANIFEST_NAME, Manifest
-from pretrain.shares import MergedCorpus, ShareCorpus
+from pretrain.shares import Share
 from pretrain.source_files import list_files, token_format
 from pretrain.sources import ReadLog, document_digest, is_validation, read_documents
 from pretrain.stores import is_remote, shown
+from pretrain.tar_folder import is_index, refuse_own_folder, tars_of
+from pretrain.tar_index import TarIndex
 from pretrain.tokenizer import Tokenizer, check_round_trip, save_file
 from pretrain.tokenizer_files import main_file, open_tokenizer
 from pretrain.tokenizer_trial import try_out
@@ -32,7 +34,9 @@ READ_MULTIPLE = 10  # the tokenizer's sample is chosen from at most this many ti
 HELD_OUT_BYTES = 4_000_000  # of documents that a new tokenizer is checked on
 
 
-def prepare(config: Config, share: tuple[int, int] | None = None, num_shares: int = 0) -> None:
+def prepare(
+    config: Config, share: tuple[int, int] | None = None, num_shares: int = 0, makes_index: bool = False
+) -> None:
     """Train the tokenizer if its file does not exist, then turn every source with `paths` into indexed shards.
 
     A source without `paths` gets its row tables only: one for each length of rows that the run has.
@@ -41,6 +45,7 @@ def prepare(config: Config, share: tuple[int, int] | None = None, num_shares: in
         config: the config.
         share: make only the K-th of N shares of every source; the tokenizer must exist.
         num_shares: merge so many shares of every source instead of tokenizing.
+        makes_index: of sources whose paths are tars, index these instead of writing shards of ids.
 
     Raises:
         ConfigError: the config does not fit what was prepared before, or another run is writing the same folder.
@@ -50,6 +55,7 @@ def prepare(config: Config, share: tuple[int, int] | None = None, num_shares: in
     line = LiveLine()
     sources = config.data.sources
     try:
+        indexed = _indexed(config, makes_index)
         if share is not None and not main_file(config.tokenizer.model).exists():
             raise ConfigError(
                 f"tokenizer.model is {config.tokenizer.model}, which does not exist; expected it, since every share "
@@ -58,12 +64,13 @@ def prepare(config: Config, share: tuple[int, int] | None = None, num_shares: in
         if any(source.paths for source in sources):
             tokenizer = _open_tokenizer(config, line)
         for source in sources:
-            if source.paths and share is not None:
-                ShareCorpus(source, config, tokenizer, line, *share).prepare()
-            elif source.paths and num_shares:
-                MergedCorpus(source, config, tokenizer, line, num_shares).prepare()
+            if source.name in indexed:
+                TarIndex(source, config, tokenizer, line).prepare()
+            elif source.paths and share is not None:
+                Share(source, config, tokenizer, line, *share).prepare()
             elif source.paths:
-                Corpus(source, config, tokenizer, line).prepare()
+                refuse_own_folder(source)
+                Corpus(source, config, tokenizer, line, num_shares).prepare()
             elif is_remote(source.shards):
                 line.say(f"{source.name}: {shown(source.shards)} is read as it is")
             elif share is None:
@@ -78,6 +85,21 @@ def prepare(config: Config, share: tuple[int, int] | None = None, num_shares: in
         ) from error
     finally:
         line.end()
+
+
+def _indexed(config: Config, makes_index: bool) -> set[str]:
+    """The sources that are tars with an index: those that have one, and those that are to get one."""
+    sources = [source for source in config.data.sources if source.paths]
+    is_complete = {source.name: Path(source.shards, MANIFEST_NAME).exists() for source in sources}
+    indexed = {source.name for source in sources if is_complete[source.name] and is_index(source.shards)}
+    if makes_index:
+        indexed |= {source.name for source in sources if not is_complete[source.name] and tars_of(source)}
+        if not indexed and not any(is_complete.values()):
+            raise ConfigError(
+                "--index: no source names tars; expected one of data.sources[].paths to be .tar files. Run without "
+                "--index for other files."
+            )
+    return indexed
 
 
 def prepare_tokenizer(config: Config) -> None:

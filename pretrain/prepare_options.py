@@ -6,13 +6,17 @@ import argparse
 import json
 from collections.abc import Sequence
 
+from pretrain.stores import is_remote
+
 EXAMPLES = """examples:
   python launch/prepare.py configs/quickstart.yaml
   python launch/prepare.py configs/llama-350m.yaml data.prepare_processes=32 data.on_bad_file=skip
   python launch/prepare.py configs/llama-350m.yaml --dry-run
   python launch/prepare.py configs/llama-350m.yaml --share 3/16    # and 15 others; then --merge 16
+  python launch/prepare.py mine.yaml --index               # paths: [web/*.tar], which stay as they are
   python launch/prepare.py --inspect data/web
   python launch/prepare.py --verify data/web --processes 8
+  python launch/prepare.py --verify s3://bucket/corpora/web
 
 exit status: 0 done, 1 failed (--verify: problems were found), 2 wrong config or use, 75 stopped by a signal; the same
 command then goes on."""
@@ -25,9 +29,16 @@ def parse(argv: Sequence[str] | None, description: str | None) -> argparse.Names
     )
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--dry-run", action="store_true", help="write nothing; foresee from samples what there will be")
-    mode.add_argument("--inspect", metavar="DIR", help="say what is in prepared shards; CONFIG may name the tokenizer")
     mode.add_argument(
-        "--verify", metavar="DIR", help="read prepared shards and compare every checksum; needs no CONFIG"
+        "--index", action="store_true", help="of .tar files with text: index them as they are; training tokenizes"
+    )
+    mode.add_argument(
+        "--inspect",
+        metavar="PLACE",
+        help="say what is in prepared shards, a folder or a URL; CONFIG may name the tokenizer",
+    )
+    mode.add_argument(
+        "--verify", metavar="PLACE", help="read prepared shards, likewise, and compare every checksum; needs no CONFIG"
     )
     mode.add_argument(
         "--train-tokenizer", action="store_true", help="train the tokenizer if it does not exist, no more"
@@ -46,8 +57,10 @@ def parse(argv: Sequence[str] | None, description: str | None) -> argparse.Names
     for option, owner in (("tokenizer", "inspect"), ("samples", "inspect"), ("processes", "verify")):
         if getattr(arguments, option) is not None and not getattr(arguments, owner):
             parser.error(f"--{option} is for --{owner}")
+    if arguments.samples is not None and is_remote(arguments.inspect):
+        parser.error("--samples is for shards in a folder: a store's are not downloaded by --inspect")
     if arguments.verify and arguments.config:
-        parser.error(f"--verify takes a folder alone, not {arguments.config}")
+        parser.error(f"--verify takes a folder or URL alone, not {arguments.config}")
     if not arguments.config and not (arguments.inspect or arguments.verify):
         parser.error("CONFIG is missing")
     return arguments
@@ -75,7 +88,7 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.train_tokenizer:
         prepare_tokenizer(config)
     else:
-        prepare(config, share, arguments.merge or 0)
+        prepare(config, share, arguments.merge or 0, arguments.index)
 
 
 def report(arguments: argparse.Namespace) -> tuple[str, int] | None:
@@ -95,14 +108,19 @@ def report(arguments: argparse.Namespace) -> tuple[str, int] | None:
 
         content, render = dry_run.forecast(config), dry_run.render
     elif arguments.inspect:
-        from pretrain import inspect_shards
+        from pretrain import inspect_shards, store_check
 
-        num_samples = 3 if arguments.samples is None else arguments.samples
-        content = inspect_shards.inspect(arguments.inspect, config, arguments.tokenizer, num_samples)
         render = inspect_shards.render
+        if is_remote(arguments.inspect):
+            content = store_check.inspect_store(arguments.inspect, config, arguments.tokenizer)
+        else:
+            num_samples = 3 if arguments.samples is None else arguments.samples
+            content = inspect_shards.inspect(arguments.inspect, config, arguments.tokenizer, num_samples)
     else:
-        from pretrain import verify_shards
+        from pretrain import store_check, verify_shards
 
-        content, render = verify_shards.verify(arguments.verify, arguments.processes or 0), verify_shards.render
+        render = verify_shards.render
+        verify = store_check.verify_store if is_remote(arguments.verify) else verify_shards.verify
+        content = verify(arguments.verify, arguments.processes or 0)
     text = json.dumps(content, indent=1, ensure_ascii=False) if arguments.json else render(content)
     return text, int(bool(content.get("problems")))

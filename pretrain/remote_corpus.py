@@ -1,8 +1,9 @@
 """A prepared corpus that lies in a store, seen as a local folder whose files come when they are needed.
 
-The folder is in the node's cache and is named by the hash of the corpus's URL and its manifest, so that corpora do not
-mix and a corpus that was prepared again begins anew. Every shard is compared with the manifest's sha256 before it gets
-its name.
+The node's cache has a folder for the manifest and one for each row table, named by the hash of the corpus's URL and of
+what is in them; and one for the shards of all versions of the corpus, where a shard's name has its sha256 in it: a
+corpus that was prepared again, or grew, keeps what did not change. Every shard is compared with its sha256 before it
+gets its name.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import os
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,9 +22,9 @@ import numpy as np
 from pretrain.config import DataSection
 from pretrain.errors import DataError
 from pretrain.node_cache import CacheFile, NodeCache, is_at
-from pretrain.row_table import IDENTITY_NAME, array_paths, table_folder
+from pretrain.row_table import IDENTITY_NAME, array_paths, listed_file, table_folder
 from pretrain.shards import MANIFEST_NAME, Manifest, Shard, file_sha256, index_path
-from pretrain.stores import STALL_SECONDS, Store, StoreError, WrongContentError, is_remote, shown
+from pretrain.stores import STALL_SECONDS, LostFileError, Store, StoreError, WrongContentError, is_remote, shown
 
 _MAX_TRIES = 5  # to hold a file that other processes evict as soon as it is there
 
@@ -46,7 +48,7 @@ class RemoteCorpus:
     Attributes:
         store: Where they come from.
         cache: Where they go.
-        folder: The corpus's folder in the cache.
+        folder: The manifest's folder in the cache.
     """
 
     def __init__(self, store: Store, cache: NodeCache) -> None:
@@ -56,8 +58,10 @@ class RemoteCorpus:
             DataError: There is no manifest, or the store cannot be read.
         """
         self.store, self.cache = store, cache
-        content = store.read(MANIFEST_NAME, check=json.loads)
+        self._manifest = content = store.read(MANIFEST_NAME, check=json.loads)
         self.folder = self._folder_of(content)
+        self._shard_folder = self._folder_of(b"shards")
+        self._lost: dict[str, str] = {}  # why there is no such shard in the store any more, by its name
         self._held: list[int] = []
         self._checked: set[str] = set()  # shards whose index was compared with its sha256 by this process
         self._lock = threading.Lock()
@@ -86,18 +90,56 @@ class RemoteCorpus:
         folder = self._folder_of(self.folder.name.encode() + identity)
         self._keep(folder / name / IDENTITY_NAME, len(identity), lambda file: file.write(identity))
         num_slots = sum(shard.num_tokens - shard.num_documents for shard in manifest.shards(split))
+        listed = json.loads(identity)
         for array, path in array_paths(folder / name, split).items():
+            num_bytes, sha256 = listed_file(listed, path.name) if isinstance(listed, dict) else (None, None)
             check = _check_segments(num_slots) if array == "segments" else _check_array
-            self._keep(path, None, self._downloader(f"{name}/{path.name}", check=check))
+            write = self._downloader(f"{name}/{path.name}", num_bytes, sha256, check, IDENTITY_NAME)
+            self._keep(path, num_bytes, write)
         return folder
+
+    def cached(self, shard: Shard) -> tuple[Path, Shard]:
+        """The folder that a shard is in once it is in the cache, and the shard by its name there."""
+        version = hashlib.sha256(f"{shard.sha256} {shard.index_sha256}".encode()).hexdigest()
+        return self._shard_folder, replace(shard, name=f"{shard.name}.{version[:16]}")
+
+    def location(self, shard: Shard) -> str:
+        """Where a shard's tar lies, as messages say it."""
+        return self.store.location(f"{shard.name}.tar")
+
+    def is_lost(self, shard: Shard) -> bool:
+        """Whether `open` has found that the store does not have the shard any more."""
+        return shard.name in self._lost
 
     def open(self, shard: Shard) -> int:
         """Open a shard's tar, downloaded if need be; it and its index stay until the descriptor is closed.
 
         Raises:
             CacheFullError: There is no room for it.
-            DataError: It cannot be had.
+            LostFileError: The store does not have it any more, or a damaged one; it is not looked for again.
+            DataError: It cannot be had, or the store has another version of the corpus by now.
         """
+        if shard.name not in self._lost:
+            try:
+                return self._open(shard)
+            except LostFileError as error:
+                self._check_there(error)
+                self._lost[shard.name] = str(error)
+        raise LostFileError(self._lost[shard.name])
+
+    def _check_there(self, error: LostFileError) -> None:
+        """Tell the loss of a file from that of the corpus, which ends a run whatever `data.max_damaged_fraction` is."""
+        try:
+            content = self.store.read(MANIFEST_NAME, check=json.loads)
+        except LostFileError as other:
+            raise DataError(f"{error} The manifest is gone too: {other}") from error
+        if content != self._manifest:
+            raise DataError(
+                f"{error} The manifest there is another one than at the start: the corpus was replaced while it was "
+                "read. Put the old one back, or start the run again with the new one."
+            ) from error
+
+    def _open(self, shard: Shard) -> int:
         path = self._tar(shard)
         for _ in range(_MAX_TRIES):
             self.add(shard)
@@ -140,7 +182,7 @@ class RemoteCorpus:
 
     def files_of(self, shard: Shard) -> tuple[Path, Path]:
         """Where a shard's tar and index are once they are in the cache."""
-        return self._tar(shard), index_path(self.folder, shard.name)
+        return self._tar(shard), self._index(shard)
 
     def renew_if_damaged(self, descriptor: int, shard: Shard) -> None:
         """Drop a shard from the cache if it is no longer what the manifest says; what the store has is downloaded next.
@@ -166,10 +208,15 @@ class RemoteCorpus:
             os.close(self._held.pop())
 
     def _tar(self, shard: Shard) -> Path:
-        return self.folder / f"{shard.name}.tar"
+        folder, cached = self.cached(shard)
+        return folder / f"{cached.name}.tar"
+
+    def _index(self, shard: Shard) -> Path:
+        folder, cached = self.cached(shard)
+        return index_path(folder, cached.name)
 
     def _folder_of(self, version: bytes) -> Path:
-        """A folder for one version of the corpus."""
+        """A folder for one part or version of the corpus."""
         key = hashlib.sha256(self.store.url.encode() + b"\n" + version).hexdigest()
         return self.cache.folder / key[:40]
 
@@ -188,15 +235,15 @@ class RemoteCorpus:
     def _check_index(self, shard: Shard) -> None:
         """Compare an index that is there with the manifest, once a process; a damaged one is removed."""
         with self._lock:
-            path = index_path(self.folder, shard.name)
+            path = self._index(shard)
             if shard.name not in self._checked and path.exists() and file_sha256(path) != shard.index_sha256:
                 path.unlink()
             self._checked.add(shard.name)
 
     def _add_index(self, shard: Shard, until: threading.Event | None = None) -> bool:
-        path = index_path(self.folder, shard.name)
-        write = self._downloader(path.name, None, shard.index_sha256, until=until)
-        return self.cache.add(path, None, write, until is not None, spare=self._tar(shard))
+        name = index_path(Path(), shard.name).name
+        write = self._downloader(name, None, shard.index_sha256, until=until)
+        return self.cache.add(self._index(shard), None, write, until is not None, spare=self._tar(shard))
 
     def _downloader(
         self,
@@ -204,6 +251,7 @@ class RemoteCorpus:
         num_bytes: int | None = None,
         sha256: str | None = None,
         check: Callable[[Path], object] = lambda _: None,
+        listed_in: str = MANIFEST_NAME,
         until: threading.Event | None = None,
     ) -> Callable[[CacheFile], object]:
         """What fills a file of the cache from the store, until it is what it should be."""
@@ -219,12 +267,12 @@ class RemoteCorpus:
                     raise StoreError("it is not wanted any more", is_final=True)
                 file.write(chunk)
                 digest.update(chunk)
-            if num_bytes is not None and size != num_bytes:
-                raise WrongContentError(
-                    f"it has {'more' if size > num_bytes else 'only'} {size} bytes; expected {num_bytes}"
-                )
+            if num_bytes is not None and size > num_bytes:
+                raise WrongContentError(f"it has more than {num_bytes} bytes; expected no more")
+            if num_bytes is not None and size < num_bytes:
+                raise WrongContentError(f"it has only {size} bytes; expected {num_bytes}", digest.hexdigest())
             if sha256 is not None and digest.hexdigest() != sha256:
-                raise WrongContentError("its sha256 differs from the manifest's")
+                raise WrongContentError(f"its sha256 differs from that in {listed_in}", digest.hexdigest())
             file.end()
             check(file.path)
 
@@ -244,7 +292,7 @@ def _check_array(path: Path) -> np.ndarray:
 
 
 def _check_segments(num_slots: int) -> Callable[[Path], None]:
-    """Check that the rows hold every token of the split once: nothing else tells a damaged table from a good one."""
+    """Check that the rows hold every token of the split once: of tables without a sha256 no more is known."""
 
     def check(path: Path) -> None:
         array = _check_array(path)

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from pretrain.damage import Damage
 from pretrain.data_plan import Corpus
 from pretrain.errors import DataError
 from pretrain.row_table import RowTable
@@ -91,14 +92,14 @@ class RowReader:
         """Begin with no shard open."""
         self._shards, self._buffers = ShardCache(), _Buffers()
 
-    def read(self, addresses: Sequence[RowAddress], seq_len: int) -> tuple[Batch, int, list[str]]:
+    def read(self, addresses: Sequence[RowAddress], seq_len: int) -> tuple[Batch, int, list[Damage]]:
         """Read rows into one batch; count its targets, and name the damaged documents, whose place stays empty.
 
         Raises:
-            DataError: A shard cannot be read, or a table does not fit it.
+            DataError: A corpus is gone, or where it lies cannot be read; or a table does not fit its shard.
         """
         tokens_BT, targets_BT, doc_start_BT = self._buffers.take(len(addresses), seq_len)
-        damaged: list[str] = []
+        damaged: list[Damage] = []
         num_targets = 0
         for i, address in enumerate(addresses):
             num_targets += self._fill(address, tokens_BT[i], targets_BT[i], doc_start_BT[i], damaged)
@@ -120,11 +121,11 @@ class RowReader:
         tokens_T: np.ndarray,
         targets_T: np.ndarray,
         doc_start_T: np.ndarray,
-        damaged: list[str],
+        damaged: list[Damage],
     ) -> int:
         corpus, rows, block, row, _ = address
         shard = corpus.shards[block]
-        reader = self._shards.reader(corpus.folder, shard, corpus.manifest.dtype, corpus.remote)
+        reader = self._shards.reader(corpus.folder, shard, corpus.manifest.dtype, corpus.remote, corpus.open_shard)
         begin = num_targets = 0
         for document, start, length in rows.row(block, row):
             end = begin + length
@@ -132,15 +133,15 @@ class RowReader:
                 raise self._wrong_table(address)
             doc_start_T[begin:end] = begin
             try:
-                ids = reader.read(document)
-            except DamagedDocumentError:
-                damaged.append(f"{corpus.place}/{shard.name}.tar document {document} in row {address.row_id}")
+                ids = reader.read(document, start, start + length + 1)
+            except DamagedDocumentError as error:
+                damaged.append(_damage(address, document, error))
                 tokens_T[begin:end], targets_T[begin:end] = _PAD_ID, IGNORED_TARGET
             else:
-                if start + length >= len(ids):
+                if len(ids) <= length:
                     raise self._wrong_table(address)
-                tokens_T[begin:end] = ids[start : start + length]
-                targets_T[begin:end] = ids[start + 1 : start + length + 1]
+                tokens_T[begin:end] = ids[:-1]
+                targets_T[begin:end] = ids[1:]
                 num_targets += length
             begin = end
         if begin < len(tokens_T):
@@ -152,3 +153,10 @@ class RowReader:
             f"{address.rows.path} is damaged: row {address.row} of block {address.block} does not fit its documents. "
             f"Delete this folder and run: {PREPARE_COMMAND}"
         )
+
+
+def _damage(address: RowAddress, document: int, error: DamagedDocumentError) -> Damage:
+    corpus, shard = address.corpus, address.corpus.shards[address.block]
+    place = f"{corpus.place}/{shard.name}.tar"
+    amounts = error.num_tokens, address.row_id, error.reason, error.is_shard_lost
+    return Damage(corpus.name, shard.name, place, document, *amounts)

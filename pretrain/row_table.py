@@ -10,12 +10,13 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from pretrain.errors import DataError
 from pretrain.packing import PACKING_VERSIONS, SEGMENT_DTYPE, count_segments, pack
-from pretrain.shards import PREPARE_COMMAND, Manifest, load_index, sync_folder, write_atomically
+from pretrain.shards import PREPARE_COMMAND, Manifest, file_sha256, load_index, sync_folder, write_atomically
 
 _SPLITS = ("train", "val")
 IDENTITY_NAME = "identity.json"
@@ -37,7 +38,8 @@ def build_row_tables(folder: str | Path, manifest: Manifest, seq_len: int, packi
     """
     target = table_folder(folder, seq_len, packing)
     identity = _identity(manifest, seq_len, packing)
-    if _read_identity(target) == identity:
+    found = read_identity(target)
+    if found is not None and _difference(found, identity) == []:
         return
     temporary = target.with_name(f".{target.name}.tmp")
     try:
@@ -47,6 +49,11 @@ def build_row_tables(folder: str | Path, manifest: Manifest, seq_len: int, packi
         temporary.mkdir(parents=True)
         for split in _SPLITS:
             _build_split(Path(folder), temporary, manifest, split, seq_len, packing)
+        identity["files"] = {
+            path.name: {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+            for split in _SPLITS
+            for path in array_paths(temporary, split).values()
+        }
         write_atomically(temporary / IDENTITY_NAME, (json.dumps(identity) + "\n").encode())
         os.replace(temporary, target)
         sync_folder(target.parent)
@@ -108,15 +115,31 @@ def array_paths(target: Path, split: str) -> dict[str, Path]:
     return {name: target / f"{split}.{name}.npy" for name in ("segments", "offsets", "blocks")}
 
 
-def _identity(manifest: Manifest, seq_len: int, packing: str) -> dict[str, str | int]:
+def _identity(manifest: Manifest, seq_len: int, packing: str) -> dict[str, Any]:
     return {"packing": PACKING_VERSIONS[packing], "seq_len": seq_len, "manifest": manifest.fingerprint()}
 
 
-def _read_identity(target: Path) -> dict[str, str | int] | None:
+def _difference(found: dict[str, Any], expected: dict[str, Any]) -> list[str]:
+    """What a table is of that it should not be; its `files` follow from the rest."""
+    return [key for key in expected if found.get(key) != expected[key]]
+
+
+def read_identity(target: Path) -> dict[str, Any] | None:
+    """What a table's folder says that it is, or None if it does not."""
     try:
-        return json.loads((target / IDENTITY_NAME).read_bytes())
+        identity = json.loads((target / IDENTITY_NAME).read_bytes())
     except (OSError, ValueError):
         return None
+    return identity if isinstance(identity, dict) else None
+
+
+def listed_file(identity: dict[str, Any], name: str) -> tuple[int | None, str | None]:
+    """Size and sha256 of an array as its table lists them; tables that were made before these were listed have none."""
+    try:
+        one = identity.get("files", {}).get(name, {})
+        return one.get("bytes"), one.get("sha256")
+    except AttributeError:
+        return None, None
 
 
 class RowTable:
@@ -139,19 +162,22 @@ class RowTable:
         """
         target = table_folder(folder, seq_len, packing)
         paths = array_paths(target, split)
-        identity, expected = _read_identity(target), _identity(manifest, seq_len, packing)
+        identity, expected = read_identity(target), _identity(manifest, seq_len, packing)
         if identity is None:
             raise DataError(
                 f"{target} is missing; expected the rows of {manifest.corpus} for data.seq_len {seq_len}"
                 f"{'' if packing == 'best_fit' else f' and data.packing {packing}'}. Run: {PREPARE_COMMAND}"
             )
-        if identity != expected:
-            changed = ", ".join(key for key in expected if identity.get(key) != expected[key])
+        if changed := _difference(identity, expected):
             raise DataError(
-                f"{target}: its {changed} differs; expected rows of the shards that the manifest lists. "
+                f"{target}: its {', '.join(changed)} differs; expected rows of the shards that the manifest lists. "
                 f"Run: {PREPARE_COMMAND}"
             )
         try:
+            for path in paths.values():
+                listed, size = listed_file(identity, path.name)[0], path.stat().st_size
+                if listed not in (None, size):
+                    raise ValueError(f"{path.name} has {size} bytes; expected {listed}")
             segments, offsets = (  # plain views of the maps: quicker to index
                 np.asarray(np.load(paths[name], mmap_mode="r", allow_pickle=False)) for name in ("segments", "offsets")
             )

@@ -13,6 +13,7 @@ import torch
 
 from pretrain.batch_plan import BatchPlan
 from pretrain.checkpoint import Checkpoints
+from pretrain.checkpoint_files import list_steps
 from pretrain.compiling import should_compile
 from pretrain.config import Config
 from pretrain.data_plan import describe_phases
@@ -125,9 +126,12 @@ def open_run(
     if folder:
         keep_files(tokenizer, folder.path)
     shape = resolve_shape(config.model, tokenizer.vocab_size, config.data.max_seq_len)
-    stream = ranks.agree(lambda: TokenStream(config, plan, ranks.rank, tokenizer.fingerprint))
+    run_path = ranks.from_first(folder.path if folder else None)
+    # A run that goes on puts up with what was lost meanwhile, within data.max_damaged_fraction.
+    is_new = ranks.from_first(not list_steps(run_path / "checkpoints"))
+    stream = ranks.agree(lambda: TokenStream(config, plan, ranks.rank, tokenizer.fingerprint, is_new=is_new))
     cleanup.callback(stream.close)
-    val_rows = ranks.agree(lambda: ValRows(config, tokenizer.fingerprint, config.eval.max_rows)
+    val_rows = ranks.agree(lambda: ValRows(config, tokenizer.fingerprint, config.eval.max_rows, is_new)
                            if config.eval.every_steps else None)  # fmt: skip
     clock.mark("data")
     set_determinism(config.train.deterministic)
@@ -143,7 +147,6 @@ def open_run(
     clock.mark("engine")
     cleanup.callback(engine.close)
     events: list[tuple[str, str]] = []
-    run_path = ranks.from_first(folder.path if folder else None)
     checkpoints = Checkpoints(run_path / "checkpoints", config.checkpoint, ranks, lambda *event: events.append(event))
     cleanup.callback(checkpoints.close)
     progress = Progress()
@@ -151,6 +154,9 @@ def open_run(
     if training is not None:
         progress = Progress(**training["progress"])
         ranks.agree(lambda: stream.load_state(training["data"]))
+        if num_mended := stream.damage.forget_mended(ranks):
+            events.append(("damage_mended", f"{num_mended:,} documents that were damaged before are in order"))
+        stream.damage.check()
     clock.mark("checkpoint")
     open_log(run_path, ranks)
     log, tracker = None, ranks.agree(lambda: start_tracking(config, folder, events.append))

@@ -36,7 +36,7 @@ FREE_TO_CHANGE = (
     "parallel.", "train.micro_batch_size", "train.num_steps", "train.num_tokens", "eval.", "checkpoint.", "log.",
     "guard.", "run.allow_changes", "run.dir", "data.prefetch_steps", "data.prepare_processes", "train.compile",
     "data.sources", "data.phases",
-    "data.cache_dir", "data.cache_bytes", "data.retry_seconds",
+    "data.cache_dir", "data.cache_bytes", "data.retry_seconds", "data.max_damaged_fraction",
 )  # fmt: skip
 _PACKAGES = (
     "torch",

@@ -100,6 +100,18 @@ class SentencePieceTokenizer(Tokenizer):
             start = end
         return ids + self._processor.encode(text[start:])
 
+    def places_to_cut(self, text: str, min_characters: int) -> list[int]:
+        """Where pieces of a text begin whose ids are, one after the other, those of the text; the first place is 0.
+
+        They are places at which `encode` cuts, as it does from a place on what it does from the text's beginning.
+        """
+        places, start = [0], 0
+        while self._cuts_text and (word_end := _WORD_END.search(text, start + _SEGMENT_CHARACTERS)):
+            start = word_end.start() + 1
+            if start - places[-1] >= min_characters:
+                places.append(start)
+        return places
+
     def decode(self, ids: Iterable[int]) -> str:
         """Turn ids back into their text; special ids give nothing, bytes that are not UTF-8 give U+FFFD."""
         return self._processor.decode([int(token_id) for token_id in ids])

@@ -6,6 +6,7 @@ import os
 import time
 import zlib
 from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,14 +14,26 @@ import numpy as np
 from pretrain.errors import DataError
 from pretrain.node_cache import CacheFullError
 from pretrain.remote_corpus import RemoteCorpus
-from pretrain.shards import Shard, file_sha256, index_path, load_index, repair_advice
+from pretrain.shards import MANIFEST_NAME, Shard, file_sha256, index_path, load_index, repair_advice
+from pretrain.stores import LostFileError
 
 _ROOM_SECONDS, _ROOM_POLL_SECONDS = 60.0, 0.2  # for which a full cache is waited for
-_MIN_DAMAGED_FOR_REPLACED = 8  # fewer damaged documents than this never condemn a whole shard
+_MIN_DAMAGED_FOR_LOST = 8  # fewer damaged documents than this never count as the loss of a whole shard
 
 
 class DamagedDocumentError(DataError):
-    """One document's bytes do not have the checksum of its index, also when read again."""
+    """A document cannot be had as it was written, also when it is read again.
+
+    Attributes:
+        reason: What is wrong, in words.
+        num_tokens: Tokens of the document; of its shard if that is lost.
+        is_shard_lost: Nothing of its shard can be read, or most of what was read is damaged.
+    """
+
+    def __init__(self, text: str, reason: str = "", num_tokens: int = 0, is_shard_lost: bool = False) -> None:
+        """Take the message, and what of it programs need."""
+        super().__init__(text)
+        self.reason, self.num_tokens, self.is_shard_lost = reason, num_tokens, is_shard_lost
 
 
 def check_shards(folder: str | Path, shards: tuple[Shard, ...]) -> None:
@@ -35,20 +48,23 @@ def check_shards(folder: str | Path, shards: tuple[Shard, ...]) -> None:
         for path, expected in parts:
             if not path.exists():
                 raise DataError(f"{path} is missing; expected {expected}. {repair_advice(Path(folder))}")
-        _check_size(tar_path, tar_path.stat().st_size, shard)
+        if problem := _size_problem(tar_path.stat().st_size, shard):
+            raise DataError(f"{tar_path}: {problem}. {repair_advice(tar_path.parent)}")
 
 
-def _check_size(path: Path, num_bytes: int, shard: Shard) -> None:
-    if num_bytes != shard.num_bytes:
-        state = "truncated" if num_bytes < shard.num_bytes else "replaced or appended to"
-        raise DataError(
-            f"{path}: size is {num_bytes} bytes; expected {shard.num_bytes}, as in the manifest: it was {state}. "
-            f"{repair_advice(path.parent)}"
-        )
+def _size_problem(num_bytes: int, shard: Shard) -> str:
+    """What is wrong with the size of a tar; empty if nothing is."""
+    if num_bytes == shard.num_bytes:
+        return ""
+    state = "truncated" if num_bytes < shard.num_bytes else "replaced or appended to"
+    return f"size is {num_bytes} bytes; expected {shard.num_bytes}, as in the manifest: it was {state}"
 
 
 class ShardReader:
-    """Reads single documents of one shard, each checked against its crc32."""
+    """Reads single documents of one shard, each checked against its crc32.
+
+    What has become of the file since it was written does not matter to a document whose own bytes are right.
+    """
 
     def __init__(
         self,
@@ -58,7 +74,7 @@ class ShardReader:
         verify_index: bool = True,
         remote: RemoteCorpus | None = None,
     ) -> None:
-        """Open the tar and map the index.
+        """Open the tar and map the index; if one is missing or damaged, `read` says so of every document.
 
         Args:
             folder: Folder of the corpus.
@@ -69,54 +85,58 @@ class ShardReader:
 
         Raises:
             CacheFullError: There is no room for files from elsewhere.
-            DataError: A file is missing, of another size, or the index is damaged.
+            DataError: The whole corpus is gone, or where it lies cannot be read.
         """
         self._folder, self._shard, self._remote = Path(folder), shard, remote
         self._dtype = np.dtype(dtype).newbyteorder("<")
         self._itemsize = self._dtype.itemsize
         self._path = self._folder / f"{shard.name}.tar"
+        self._place = remote.location(shard) if remote else str(self._path)
         self._num_intact = 0  # successful reads
         self._damaged: set[int] = set()
         self._descriptor = -1
+        self._problem = ""  # what is wrong with the files, if anything is
+        # Two integers a document, the second one tokens and crc32: three times quicker to read than a record.
+        self._records: np.ndarray | None = None
         self._open()
         try:
-            # Two integers a document, the second one tokens and crc32: three times quicker to read than a record.
-            self._records = self._load_index(verify_index).view("<u8").reshape(-1, 2)
+            self._map_index(verify_index)
         except DataError:
             self.close()
             raise
 
-    def read(self, document: int) -> np.ndarray:
-        """Return the ids of one document, bos and eos included.
+    def read(self, document: int, begin: int = 0, end: int | None = None) -> np.ndarray:
+        """Return the ids of one document, bos and eos included, from the `begin`-th to the `end`-th.
 
         Raises:
-            DamagedDocumentError: The document is damaged on disk.
-            DataError: The shard cannot be read, or most of it is damaged.
+            DamagedDocumentError: The document is damaged where it lies, or its shard is missing.
+            DataError: The whole corpus is gone, or where it lies cannot be read.
         """
+        if self._records is None:
+            raise self._failure(document, self._problem, 0, is_shard_lost=True)
         offset, tokens_and_crc32 = self._records[document].tolist()
-        num_bytes, crc32 = (tokens_and_crc32 & 0xFFFFFFFF) * self._itemsize, tokens_and_crc32 >> 32
+        num_tokens, crc32 = tokens_and_crc32 & 0xFFFFFFFF, tokens_and_crc32 >> 32
+        num_bytes = num_tokens * self._itemsize
         for attempt in range(2):
             if attempt:
-                if self._remote:
+                if self._remote and self._descriptor >= 0:
                     self._remote.renew_if_damaged(self._descriptor, self._shard)
                 self._open()  # a network file system may serve another copy to a new descriptor
             try:
                 data = os.pread(self._descriptor, num_bytes, offset)
-            except OSError:  # a bad sector or a stale handle: reading again decides
+            except OSError:  # a bad sector, a stale handle or no file at all: reading again decides
                 continue
             if zlib.crc32(data) == crc32 and len(data) == num_bytes:
                 self._num_intact += 1
-                return np.frombuffer(data, self._dtype)
+                return np.frombuffer(data, self._dtype)[begin:end]
         self._damaged.add(document)
-        if len(self._damaged) >= _MIN_DAMAGED_FOR_REPLACED and len(self._damaged) > self._num_intact:
-            raise DataError(
-                f"{self._path}: {len(self._damaged)} documents are damaged and {self._num_intact} are not, so far; "
-                f"expected the file that the manifest describes. {repair_advice(self._folder)}"
-            )
-        raise DamagedDocumentError(
-            f"{self._path}: document {document} (bytes {offset} to {offset + num_bytes}) "
-            f"is damaged: its crc32 differs from the index, also when read again. {repair_advice(self._folder)}"
+        is_lost = self._descriptor < 0 or (
+            len(self._damaged) >= _MIN_DAMAGED_FOR_LOST and len(self._damaged) > self._num_intact
         )
+        reason = self._problem or (
+            f"bytes {offset} to {offset + num_bytes} have another crc32 than in the index, also when read again"
+        )
+        raise self._failure(document, reason, num_tokens, is_lost)
 
     def close(self) -> None:
         """Give the file descriptor back."""
@@ -124,25 +144,58 @@ class ShardReader:
             os.close(self._descriptor)
             self._descriptor = -1
 
-    def _load_index(self, verify: bool) -> np.ndarray:
-        index = np.asarray(load_index(self._folder, self._shard))  # a plain view of the map: quicker to index
-        path = index_path(self._folder, self._shard.name)
-        if verify and file_sha256(path) != self._shard.index_sha256:
-            raise DataError(f"{path}: its sha256 differs from the manifest's. {repair_advice(self._folder)}")
+    def _failure(self, document: int, reason: str, num_tokens: int, is_shard_lost: bool) -> DamagedDocumentError:
+        text = f"{self._place}: document {document} is damaged: {reason}. {repair_advice(self._folder)}"
+        num_tokens = self._shard.num_tokens if is_shard_lost else num_tokens
+        return DamagedDocumentError(text, reason, num_tokens, is_shard_lost)
+
+    def _map_index(self, verify: bool) -> None:
+        folder, shard = self._remote.cached(self._shard) if self._remote else (self._folder, self._shard)
+        path = index_path(folder, shard.name)
+        for attempt in range(2):
+            if self._remote and self._descriptor < 0:
+                return  # `_problem` says why there is nothing
+            try:
+                index = np.asarray(load_index(folder, shard))
+                if verify and file_sha256(path) != shard.index_sha256:
+                    raise DataError(f"{path}: its sha256 differs from the manifest's. {repair_advice(folder)}")
+            except DataError as error:
+                if self._remote:
+                    raise
+                if attempt:
+                    self._check_there()
+                    self._problem = str(error).removesuffix(f". {repair_advice(folder)}")
+            else:
+                self._records = self._adopt(index, path).view("<u8").reshape(-1, 2)
+                return
+
+    def _adopt(self, index: np.ndarray, path: Path) -> np.ndarray:
+        """What `read` goes by, of `INDEX_DTYPE`: the index that lies at a path, in a shard of ids."""
         return index
 
     def _open(self) -> None:
         self.close()
-        if self._remote:
-            self._descriptor = self._remote.open(self._shard)
-            return
+        self._problem = ""
         try:
-            self._descriptor = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
+            if self._remote:
+                self._descriptor = self._remote.open(self._shard)
+            else:
+                self._descriptor = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
+                self._problem = _size_problem(os.fstat(self._descriptor).st_size, self._shard)
+        except LostFileError as error:
+            self._problem = str(error)
         except OSError as error:
+            self._check_there()
+            self._problem = f"it cannot be opened: {error.strerror}"
+
+    def _check_there(self) -> None:
+        """Tell the loss of a file from that of the folder, such as a disk that is not mounted any more."""
+        manifest = self._folder / MANIFEST_NAME
+        if not manifest.exists():
             raise DataError(
-                f"{self._path} cannot be opened: {error.strerror}. {repair_advice(self._folder)}"
-            ) from error
-        _check_size(self._path, os.fstat(self._descriptor).st_size, self._shard)
+                f"{manifest} is gone; expected the corpus to stay where it is while it is read. Put it back (is its "
+                "disk mounted?) and run the same command again."
+            )
 
 
 class ShardCache:
@@ -156,12 +209,15 @@ class ShardCache:
         self._from_elsewhere: set[tuple[Path, str]] = set()  # open, and keep their place in the node's cache
         self._used: set[tuple[Path, str]] = set()  # of these, since `release_unused`
 
-    def reader(self, folder: Path, shard: Shard, dtype: str, remote: RemoteCorpus | None = None) -> ShardReader:
-        """Return an open reader; the one unused for longest makes room."""
+    def reader(
+        self, folder: Path, shard: Shard, dtype: str, remote: RemoteCorpus | None = None,
+        open_shard: Callable[..., ShardReader] = ShardReader,
+    ) -> ShardReader:  # fmt: skip
+        """Return an open reader, made by `open_shard` as by `ShardReader`; the one unused for longest makes room."""
         key = (folder, shard.name)
         reader = self._readers.get(key)
         if reader is None:
-            reader = self._open(key, shard, dtype, remote)
+            reader = self._open(key, shard, dtype, remote, open_shard)
             self._verified.add(key)
             if remote:
                 self._from_elsewhere.add(key)
@@ -185,11 +241,14 @@ class ShardCache:
         while self._readers:
             self._close(next(iter(self._readers)))
 
-    def _open(self, key: tuple[Path, str], shard: Shard, dtype: str, remote: RemoteCorpus | None) -> ShardReader:
+    def _open(
+        self, key: tuple[Path, str], shard: Shard, dtype: str, remote: RemoteCorpus | None,
+        open_shard: Callable[..., ShardReader],
+    ) -> ShardReader:  # fmt: skip
         give_up_at = time.monotonic() + _ROOM_SECONDS
         while True:
             try:
-                return ShardReader(key[0], shard, dtype, key not in self._verified, remote)
+                return open_shard(key[0], shard, dtype, key not in self._verified, remote)
             except CacheFullError:
                 oldest = next((other for other in self._readers if other in self._from_elsewhere), None)
                 if oldest is not None:

@@ -22,11 +22,11 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from pretrain.errors import DataError
+from pretrain.text_index import INDEX_DTYPE, TEXT_INDEX_DTYPE, TextContent
 
 MANIFEST_VERSION = 1
 MANIFEST_NAME = "manifest.json"
 PREPARE_COMMAND = "python launch/prepare.py CONFIG"
-INDEX_DTYPE = np.dtype([("offset", "<u8"), ("num_tokens", "<u4"), ("crc32", "<u4")])
 _MEMBER_BYTES = 1 << 20
 _TAR_BLOCK_BYTES = 512
 
@@ -67,6 +67,7 @@ class Manifest:
         text_bytes: UTF-8 bytes of text per split.
         counts: Documents read, kept and skipped, by reason.
         source_fingerprint: Identifies the raw text that was read.
+        text: How the training shards' text becomes ids, if they are tars of others; None if they hold ids.
     """
 
     version: int
@@ -79,6 +80,7 @@ class Manifest:
     text_bytes: dict[str, int]
     counts: dict[str, int]
     source_fingerprint: str
+    text: TextContent | None = None
 
     def shards(self, split: str) -> tuple[Shard, ...]:
         """The shards of `train` or `val`."""
@@ -93,6 +95,8 @@ class Manifest:
             "train": [[shard.sha256, shard.index_sha256] for shard in self.train],
             "val": [[shard.sha256, shard.index_sha256] for shard in self.val],
         }
+        if self.text is not None:
+            content["text_field"] = self.text.text_field
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def save(self, folder: str | Path) -> None:
@@ -102,8 +106,9 @@ class Manifest:
             DataError: The file cannot be written, for example because the disk is full.
         """
         path = Path(folder) / MANIFEST_NAME
+        content = {key: value for key, value in asdict(self).items() if value is not None}
         try:
-            write_atomically(path, (json.dumps(asdict(self), indent=1, sort_keys=True) + "\n").encode())
+            write_atomically(path, (json.dumps(content, indent=1, sort_keys=True) + "\n").encode())
         except OSError as error:
             raise DataError(f"{path}: cannot be written: {error.strerror or error}. Shards are kept.") from error
 
@@ -128,8 +133,13 @@ class Manifest:
                 f"Prepare the corpus into a new folder with this version: {PREPARE_COMMAND}"
             )
         try:
-            splits = {split: tuple(Shard(**shard) for shard in content[split]) for split in ("train", "val")}
-            return Manifest(**{field.name: content[field.name] for field in fields(Manifest)} | splits)
+            parts: dict[str, Any] = {
+                split: tuple(Shard(**shard) for shard in content[split]) for split in ("train", "val")
+            }
+            parts["text"] = TextContent(**content["text"]) if "text" in content else None
+            return Manifest(
+                **{field.name: content[field.name] for field in fields(Manifest) if field.name not in parts}, **parts
+            )
         except (KeyError, TypeError) as error:
             raise DataError(
                 f"{path}: a field is wrong or missing ({error}). Delete the file and run: {PREPARE_COMMAND}"
@@ -351,7 +361,7 @@ def load_index(folder: str | Path, shard: Shard) -> np.ndarray:
     """Memory-maps a shard's index.
 
     Returns:
-        Array of `INDEX_DTYPE`, one record a document.
+        Array of `INDEX_DTYPE`, one record a document; of a tar of text `TEXT_INDEX_DTYPE`.
 
     Raises:
         DataError: The index is missing, damaged or of another shard.
@@ -371,11 +381,17 @@ def _load_index(folder: Path, name: str) -> np.ndarray:
         index = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
         raise DataError(f"{path} cannot be read: {error}. {repair_advice(folder)}") from error
-    if index.dtype != INDEX_DTYPE or index.ndim != 1:
+    if index.dtype not in (INDEX_DTYPE, TEXT_INDEX_DTYPE) or index.ndim != 1:
         raise DataError(f"{path}: dtype is {index.dtype}; expected {INDEX_DTYPE}. {repair_advice(folder)}")
     return index
 
 
 def repair_advice(folder: Path) -> str:
-    """The sentence that says how a damaged file of a corpus is mended."""
+    """The sentence that says how a damaged file of a corpus is mended; others' tars are not to be deleted."""
+    try:
+        holds_tars = Manifest.load(folder).text is not None
+    except DataError:
+        holds_tars = False
+    if holds_tars:
+        return f"Restore the file from a copy, or index the tars into another folder: {PREPARE_COMMAND} --index"
     return f"Restore the file from a copy, or delete {folder} and run: {PREPARE_COMMAND}"

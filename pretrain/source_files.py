@@ -27,7 +27,7 @@ import zstandard
 from pretrain.config import SourceSection
 from pretrain.errors import DataError
 
-Kind = Literal["text", "jsonl", "csv", "parquet", "arrow", "wikipedia", "squad", "imdb"]
+Kind = Literal["text", "jsonl", "csv", "parquet", "arrow", "tar", "wikipedia", "squad", "imdb"]
 TokenFormat = Literal["megatron", "nanogpt"]
 
 STDLIB = "python-stdlib:"
@@ -39,8 +39,9 @@ _KINDS: dict[str, Kind] = {
     ".tsv": "csv",
     ".parquet": "parquet",
     ".arrow": "arrow",
+    ".tar": "tar",
 }
-_NOT_TEXT = (".tar", ".tgz", ".zip", ".7z", ".xz", ".rar", ".pdf", ".npy", ".bin", ".idx", "-multistream-index.txt")
+_NOT_TEXT = (".tgz", ".zip", ".7z", ".xz", ".rar", ".pdf", ".npy", ".bin", ".idx", "-multistream-index.txt")
 _TOKENS, _TOKEN_FORMATS = (".bin", ".idx"), ("megatron", "nanogpt")
 _COMPRESSED = (".gz", ".zst", ".bz2")
 # Data sets in the files in which they are published: those of a folder that belong to one, and what is one without
@@ -182,8 +183,8 @@ def _refuse_unfit(source: SourceSection, names: dict[str, tuple[str, int]]) -> N
     if unfit:
         raise DataError(
             f"data.sources[{source.name}].paths: {unfit[0]} is one of {len(unfit)} files that are not text; expected "
-            "text, .jsonl, .csv or .tsv, each .gz, .zst or .bz2 too, or .parquet. Unpack or convert them, name the "
-            "text files with a glob such as 'corpus/**/*.txt', or give files of token ids a source of their own."
+            "text, .jsonl, .csv, .tsv or .tar, each .gz, .zst or .bz2 too, or .parquet. Unpack or convert them, name "
+            "the text files with a glob such as 'corpus/**/*.txt', or give files of token ids a source of their own."
         )
 
 

@@ -20,15 +20,15 @@ from pathlib import Path
 import numpy as np
 
 from pretrain.config import DataSection, SourceSection
+from pretrain.decoding import MAX_DOCUMENT_BYTES
 from pretrain.filters import needs_work, refiner
+from pretrain.json_lines import json_lines
 from pretrain.source_files import TokenFormat, is_compressed, kind_of
 from pretrain.sources import (
-    MAX_DOCUMENT_BYTES,
     Document,
     ReadLog,
     decode_value,
     document_digest,
-    json_lines,
     judge_documents,
     read_documents,
     read_files,

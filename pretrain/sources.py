@@ -1,7 +1,7 @@
 """Documents of sources: of text, or of token ids that were made before.
 
-A text file is one document, and so is each line of a `.jsonl` file and each row of a table. What cannot be read is an
-error or a counted skip, as the config says; nothing is lost without being counted.
+A text file is one document, and so is each line of a `.jsonl` file, each row of a table and each text in a tar. What
+cannot be read is an error or a counted skip, as the config says; nothing is lost without being counted.
 """
 
 from __future__ import annotations
@@ -9,28 +9,30 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
-import json
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import BinaryIO, Literal, TypeVar
 
 import numpy as np
 
 from pretrain.config import SourceSection
 from pretrain.dataset_files import imdb_text, squad_documents
+from pretrain.decoding import MAX_DOCUMENT_BYTES, SURROGATE, TOO_LONG, checked_text, decode_text, parse_json
 from pretrain.errors import DataError
 from pretrain.filters import Filtered, RawText, Refine, filter_all
-from pretrain.source_files import BROKEN, READ_BYTES, Bad, BrokenFile, TokenFormat, bare_name, decompressed, kind_of
+from pretrain.json_lines import json_lines, lines_of_part
+from pretrain.source_files import BROKEN, Bad, BrokenFile, TokenFormat, bare_name, decompressed, kind_of
 from pretrain.table_files import read_column
+from pretrain.tar_files import Member, read_texts
 from pretrain.token_files import read_ids
 from pretrain.tokenizer import Tokenizer
 from pretrain.wikipedia import read_pages
 
-MAX_DOCUMENT_BYTES = 2**28  # a document is held in memory in one piece, several at a time
 MAX_DOCUMENT_TOKENS = 2**26
 
 OnBad = Literal["skip", "error"]
@@ -40,7 +42,7 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True)
 class Document:
-    """A text and where it is from: its file, and its line, row or title if it has one (`path:line`).
+    """A text and where it is from: its file, and its line, row, member or title if it has one (`path:line`).
 
     `bands` are what near-duplicates have in common (`near_duplicates.bands_of`), if they are looked for.
     """
@@ -72,9 +74,9 @@ class ReadLog:
     _finished_bytes: int = 0
     _position: Callable[[], int] | None = None
 
-    def skip(self, reason: str, message: str) -> None:
-        """Count one skip and keep its message if it is the first for its reason."""
-        self.counts[reason] += 1
+    def skip(self, reason: str, message: str, count: int = 1) -> None:
+        """Count a skip, or several, and keep its message if it is the first for its reason."""
+        self.counts[reason] += count
         self.examples.setdefault(reason, message)
 
     def add(self, counts: Mapping[str, int], origin: str) -> None:
@@ -82,6 +84,11 @@ class ReadLog:
         for reason, count in counts.items():
             self.counts[reason] += count
             self.examples.setdefault(reason, f"{origin}: {count}")
+
+    def add_all(self, counts: Mapping[str, int], examples: Mapping[str, str]) -> None:
+        """Add what another log has."""
+        self.counts.update(counts)
+        self.examples = dict(examples) | self.examples
 
     def position_bytes(self) -> int:
         """Bytes of the source files, as stored, that were read so far."""
@@ -99,12 +106,17 @@ def document_digest(data: bytes) -> bytes:
 
 def is_validation(digest: bytes, val_fraction: float) -> bool:
     """Whether a document is held out: by its content alone, so equal texts are on the same side in every corpus."""
-    return int.from_bytes(digest[:8], "big") < int(val_fraction * 2**64)
+    return int.from_bytes(digest[:8], "big") < validation_limit(val_fraction)
+
+
+def validation_limit(val_fraction: float) -> int:
+    """What the first 8 bytes of a digest are below if its document is held out."""
+    return int(val_fraction * 2**64)
 
 
 def read_documents(
     files: Iterable[Path], source: SourceSection, on_bad_document: OnBad, on_bad_file: OnBad, log: ReadLog,
-    loses_u2581: bool = True, refine: Refine = filter_all,
+    loses_u2581: bool = True, refine: Refine = filter_all, parts: Mapping[Path, range] = MappingProxyType({}),
 ) -> Iterator[Document]:  # fmt: skip
     """Read the documents of files in order.
 
@@ -113,7 +125,7 @@ def read_documents(
 
     Args:
         files: of documents, as `source_files.list_files` gives them.
-        source: names the field of a JSON line, or the column of a table, that holds the text.
+        source: names the field of JSON, or the column of a table, that holds the text.
         on_bad_document: `error` raises for a document that is not UTF-8, not JSON, lacks the text, is longer than
             `MAX_DOCUMENT_BYTES` or holds U+2581 that the tokenizer loses, and for a row of another length than the
             first.
@@ -121,11 +133,12 @@ def read_documents(
         log: counts what was read and skipped.
         loses_u2581: whether the tokenizer does; documents with it are bad ones then.
         refine: renders markup and filters what was read.
+        parts: of JSON lines files that are not read as a whole, the bytes in which a line begins that is.
 
     Raises:
         DataError: a table has no such column; a bad document or file, where the config says `error`.
     """
-    contents = read_files(files, on_bad_file, log, lambda path: _contents(path, source, log))
+    contents = read_files(files, on_bad_file, log, lambda path: _contents(path, source, log, parts.get(path)), parts)
     yield from judge_documents(refine(contents), on_bad_document, log, loses_u2581)
 
 
@@ -199,14 +212,19 @@ def read_files(
     on_bad_file: OnBad,
     log: ReadLog,
     contents: Callable[[Path], Iterator[Item]],
+    parts: Mapping[Path, range] = MappingProxyType({}),
 ) -> Iterator[Item]:
-    """Yield what `contents` gives of each file; a file that breaks off is an error or counted, as the config says."""
+    """Yield what `contents` gives of each file; a file that breaks off is an error or counted, as the config says.
+
+    A file of which parts are read in several places is counted by its first.
+    """
     for path in files:
         size = 0
         try:
-            size = os.path.getsize(path)
+            part = parts.get(path) or range(os.path.getsize(path))
+            size = len(part)
             yield from contents(path)
-            log.counts["files_read"] += 1
+            log.counts["files_read"] += part.start == 0
         except BROKEN as error:
             message = f"{path}: the file cannot be read to its end ({_reason(error)})"
             if on_bad_file == "error":
@@ -220,9 +238,16 @@ def read_files(
             log._finished_bytes += size
 
 
-def _contents(path: Path, source: SourceSection, log: ReadLog) -> Iterator[tuple[str, RawText]]:
-    """A file's documents, each with its origin."""
+def _contents(
+    path: Path, source: SourceSection, log: ReadLog, part: range | None = None
+) -> Iterator[tuple[str, RawText]]:
+    """A file's documents, or those of a part, each with its origin."""
     kind, text_field = kind_of(path, source.format), source.text_field
+    if part is not None:
+        with open(path, "rb") as file:
+            log._position = lambda: file.tell() - part.start
+            yield from lines_of_part(file, path, text_field, part)
+        return
     if kind in ("parquet", "arrow"):
         row = 0
         for values, position_bytes in read_column(path, text_field):
@@ -233,7 +258,39 @@ def _contents(path: Path, source: SourceSection, log: ReadLog) -> Iterator[tuple
         return
     with open(path, "rb") as raw, decompressed(raw, path, os.path.getsize(path)) as file:
         log._position = raw.tell
-        yield from _READERS[kind](file, path, text_field)
+        if kind == "tar":
+            texts = read_tar(file, path, text_field, log)
+            yield from ((f"{path}:{member.name}", content) for member, content, _ in texts)
+        else:
+            yield from _READERS[kind](file, path, text_field)
+
+
+def read_tar(
+    file: BinaryIO, path: Path, text_field: str, log: ReadLog
+) -> Iterator[tuple[Member, str | Bad, bytes | None]]:
+    """Read the documents of a tar: its `.txt` members, and its `.json` ones where the sample has no `.txt`.
+
+    Args:
+        file: the tar, decompressed.
+        path: its name, for messages.
+        text_field: the field of JSON that holds the text.
+        log: counts the other members, by their extensions.
+
+    Returns:
+        Each with its member, its text, and the bytes that hold it.
+
+    Raises:
+        BrokenFile: the tar cannot be read to its end.
+    """
+
+    def ignore(reason: str, member: Member) -> None:
+        log.skip(f"ignored_{reason}", f"{path}:{member.name}")
+
+    for member, data in read_texts(file, MAX_DOCUMENT_BYTES, ignore):
+        if data is None:
+            yield member, TOO_LONG, None
+        else:
+            yield member, parse_json(data, text_field) if member.is_json else decode_text(data), data
 
 
 def _reason(error: Exception) -> str:
@@ -245,15 +302,13 @@ _NO_ARTICLE = {
     "not_an_article": "it is in a namespace beside the articles'",
     "not_wikitext": "it is written in something else than wiki markup",
 }
-_SURROGATE = "it holds half of a surrogate pair, which UTF-8 cannot express"
-_TOO_LONG = Bad("too_long", f"it is longer than {MAX_DOCUMENT_BYTES:,} bytes")
 _TOO_MANY_IDS = Bad("too_long", f"it has {MAX_DOCUMENT_TOKENS:,} ids or more; is the tokenizer's eos in the file?")
 
 
 def _whole_file(file: BinaryIO, path: Path, text_field: str) -> Iterator[tuple[str, str | Bad]]:
     """A text file's one document."""
     data = file.read(MAX_DOCUMENT_BYTES + 1)
-    yield str(path), _TOO_LONG if len(data) > MAX_DOCUMENT_BYTES else _decode(data)
+    yield str(path), TOO_LONG if len(data) > MAX_DOCUMENT_BYTES else decode_text(data)
 
 
 def _review(file: BinaryIO, path: Path, text_field: str) -> Iterator[tuple[str, str | Bad]]:
@@ -265,28 +320,13 @@ def _review(file: BinaryIO, path: Path, text_field: str) -> Iterator[tuple[str, 
 def _paragraphs(file: BinaryIO, path: Path, text_field: str) -> Iterator[tuple[str, str | Bad]]:
     """The paragraphs of SQuAD, with their questions; the file of 42 MB is held in memory."""
     for number, content in enumerate(squad_documents(file.read()), 1):
-        yield f"{path}:{number}", content if isinstance(content, Bad) else _checked(content, _SURROGATE)
+        yield f"{path}:{number}", content if isinstance(content, Bad) else checked_text(content, SURROGATE)
 
 
 def _articles(file: BinaryIO, path: Path, text_field: str) -> Iterator[tuple[str, RawText]]:
     """The articles of a dump of Wikipedia, as markup."""
     for title, page in read_pages(file):
         yield f"{path}:{title}", Bad(page, _NO_ARTICLE[page], False) if isinstance(page, str) else page
-
-
-def json_lines(file: BinaryIO, path: Path, text_field: str) -> Iterator[tuple[str, str | Bad]]:
-    """A JSON lines file's documents."""
-    number = 0
-    while line := file.readline(MAX_DOCUMENT_BYTES + 1):
-        number += 1
-        if len(line) > MAX_DOCUMENT_BYTES:
-            while line and not line.endswith(b"\n"):
-                line = file.readline(READ_BYTES)
-            yield f"{path}:{number}", _TOO_LONG
-        elif line.strip():
-            yield f"{path}:{number}", _parse(line, text_field)
-        else:
-            yield f"{path}:{number}", ""
 
 
 def _csv_rows(file: BinaryIO, path: Path, text_field: str) -> Iterator[tuple[str, str | Bad]]:
@@ -317,48 +357,14 @@ def _csv_value(row: list[str], column: int, num_columns: int) -> str | Bad:
         return ""
     if len(row) != num_columns:
         return Bad("bad_row", f"it has {len(row)} fields, and the first row {num_columns}")
-    return _checked(row[column], "it is not UTF-8")
+    return checked_text(row[column], "it is not UTF-8")
 
 
 def decode_value(value: bytes | None, text_field: str) -> str | Bad:
     """The text of one row of a table."""
     if value is None:
         return Bad("no_text", f"its column {text_field!r} is null")
-    return _TOO_LONG if len(value) > MAX_DOCUMENT_BYTES else _decode(value, "utf-8")
-
-
-def _decode(data: bytes, encoding: str = "utf-8-sig") -> str | Bad:
-    try:
-        return data.decode(encoding)
-    except UnicodeDecodeError as error:
-        return Bad("not_utf8", f"it is not UTF-8 ({error.reason} at byte {error.start:,})")
-
-
-def _parse(line: bytes, text_field: str) -> str | Bad:
-    """The text of one JSON line."""
-    decoded = _decode(line)
-    if isinstance(decoded, Bad):
-        return decoded
-    try:
-        record = json.loads(decoded)
-    except (ValueError, RecursionError) as error:
-        return Bad("bad_json", f"it is not JSON ({error})")
-    if not isinstance(record, dict):
-        return Bad("no_text", f"it is a JSON {type(record).__name__}, not an object")
-    text = record.get(text_field)
-    if not isinstance(text, str):
-        has = f"is {type(text).__name__}, not a string" if text_field in record else "is missing"
-        return Bad("no_text", f"its field {text_field!r} {has} (it has: {', '.join(sorted(record)[:8])})")
-    return _checked(text, _SURROGATE)
-
-
-def _checked(text: str, otherwise: str) -> str | Bad:
-    """The text, if UTF-8 can express it."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return Bad("not_utf8", otherwise)
-    return text
+    return TOO_LONG if len(value) > MAX_DOCUMENT_BYTES else decode_text(value, "utf-8")
 
 
 def _judge(

@@ -46,6 +46,7 @@ _NO_HOPE = (
     ValueError,
 )
 _MAY_PASS = (408, 425, 429)  # of the statuses 400 to 499
+_MISSING = (404, 410)
 _T = TypeVar("_T")
 
 
@@ -60,6 +61,19 @@ class StoreError(Exception):
 
 class WrongContentError(StoreError):
     """A download ended without an error and is not the file that it should be."""
+
+    def __init__(self, text: str, content: str = "") -> None:
+        """Take what is wrong, and a hash of what came: twice the same is what the store has, not a fault of the way."""
+        super().__init__(text)
+        self.content = content or text
+
+
+class MissingFileError(StoreError):
+    """The store answers, and has no such file."""
+
+
+class LostFileError(DataError):
+    """A store that works has a file no more, or another one in its place: waiting does not bring it back."""
 
 
 def is_remote(shards: str) -> bool:
@@ -124,17 +138,19 @@ class Store:
             DataError: The file cannot be had; names where it lies, what was tried, and what to do.
         """
         failing_since = 0.0
-        num_wrong = 0
+        wrong: list[str] = []  # what came instead of the file
         for attempt in count(1):
             reading = _Reading(self._stall)
             try:
                 return receive(self._chunks(name, reading))
             except StoreError as error:
                 failing_since = failing_since or reading.progress_at
-                num_wrong += isinstance(error, WrongContentError)
+                if isinstance(error, WrongContentError):
+                    wrong.append(error.content)
                 left = failing_since + self._limit - time.monotonic()
-                if error.is_final or not is_patient or left <= 0 or num_wrong >= MAX_WRONG or self._closing.is_set():
-                    raise self._failure(name, error, attempt, time.monotonic() - failing_since) from error
+                if error.is_final or not is_patient or left <= 0 or len(wrong) >= MAX_WRONG or self._closing.is_set():
+                    is_lost = isinstance(error, MissingFileError) or len(wrong) > len(set(wrong))
+                    raise self._failure(name, error, attempt, time.monotonic() - failing_since, is_lost) from error
                 longest = min(LONGEST_PAUSE_SECONDS, FIRST_PAUSE_SECONDS * 2 ** (attempt - 1))
                 pause = min(longest * random.uniform(0.5, 1.0), left)  # ranks and nodes that failed together spread
                 logger.warning(
@@ -165,7 +181,7 @@ class Store:
 
         return self.fetch(name, receive)
 
-    def _failure(self, name: str, error: StoreError, attempt: int, seconds: float) -> DataError:
+    def _failure(self, name: str, error: StoreError, attempt: int, seconds: float, is_lost: bool) -> DataError:
         if self._closing.is_set():
             return DataError(f"{self.location(name)}: the stream was closed while it was read")
         tried = f"tried {attempt} times in {seconds:.0f} s" if attempt > 1 else "tried once"
@@ -175,7 +191,8 @@ class Store:
             advice = "Upload the corpus again, whole, as `prepare` made it"
         else:
             advice = f"Mend the store or the network, or raise data.retry_seconds ({self._limit:.0f})"
-        return DataError(f"{self.location(name)} cannot be read: {error}; {tried}. {advice}, and run again.")
+        kind = LostFileError if is_lost else DataError
+        return kind(f"{self.location(name)} cannot be read: {error}; {tried}. {advice}, and run again.")
 
     def _chunks(self, name: str, reading: _Reading) -> Iterator[bytes]:
         """Yield a file's chunks, which another thread reads: libraries' own time limits do not cover every stall."""
@@ -247,10 +264,12 @@ def _as_store_error(error: Exception) -> StoreError:
         return error
     status = _status_of(error)
     if status is not None:
+        if status in _MISSING:
+            return MissingFileError("there is no such file", is_final=True)
         is_final = 400 <= status < 500 and status not in _MAY_PASS
         return StoreError(f"the server answered {status}", is_final)
     if isinstance(error, FileNotFoundError):
-        return StoreError("there is no such file", is_final=True)
+        return MissingFileError("there is no such file", is_final=True)
     text = " ".join(str(error).split())[:300]
     is_final = isinstance(error, _NO_HOPE) or "Credentials" in type(error).__name__
     return StoreError(f"{type(error).__name__}{': ' if text else ''}{text}", is_final)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pretrain.config import Config
+from pretrain.damage import Damage, DamageLedger
 from pretrain.data_plan import Corpus, DataPlan, open_corpora, open_plan
 from pretrain.errors import DataError
 from pretrain.prefetch import Prefetcher
@@ -37,12 +38,12 @@ class StepRows:
     Attributes:
         micro_batches: One batch a micro-step.
         num_targets: Scored targets in all of them.
-        damaged: Documents that are damaged on disk, so that their targets are not scored.
+        damaged: Documents that cannot be read, so that their targets are not scored; once for each place in a row.
     """
 
     micro_batches: list[Batch]
     num_targets: int
-    damaged: list[str]
+    damaged: list[Damage]
 
 
 class _ReadAhead:
@@ -111,7 +112,7 @@ class _StepReader:
         sizes = self._batch_plan.for_seq_len(self._plan.seq_len_at(cursor))
         begin = cursor + self._rank * sizes.rows_per_rank
         batches: list[Batch] = []
-        damaged: list[str] = []
+        damaged: list[Damage] = []
         num_targets = 0
         for first in range(begin, begin + sizes.rows_per_rank, sizes.micro_batch_size):
             addresses = [self._locate(t, sizes.seq_len) for t in range(first, first + sizes.micro_batch_size)]
@@ -161,10 +162,17 @@ class TokenStream:
         cursor: Rows of the run that all ranks together have consumed; what is read ahead does not count.
         step_begin: The cursor before the step that was consumed last.
         plan: The order of the rows.
+        damage: Documents that cannot be read; who takes the steps adds them, so that all ranks have the same.
     """
 
     def __init__(
-        self, config: Config, batch_plan: BatchPlan, rank: int, tokenizer_fingerprint: str, cursor: int = 0
+        self,
+        config: Config,
+        batch_plan: BatchPlan,
+        rank: int,
+        tokenizer_fingerprint: str,
+        cursor: int = 0,
+        is_new: bool = True,
     ) -> None:
         """Open the corpora; reading begins with the first `next_step`.
 
@@ -174,11 +182,13 @@ class TokenStream:
             rank: Takes the rank-th contiguous part of every step's rows.
             tokenizer_fingerprint: sha256 of the tokenizer's model file.
             cursor: Row at which to begin.
+            is_new: No run has read these shards before: that files are missing or cut short is an error.
 
         Raises:
             DataError: The corpora are not prepared, damaged, or do not fit each other.
         """
-        self.plan, corpora = open_plan(config, tokenizer_fingerprint)
+        self.plan, corpora = open_plan(config, tokenizer_fingerprint, is_new)
+        self.damage = DamageLedger(corpora, config.data.max_damaged_fraction)
         self.cursor = self.step_begin = cursor
         self._depth = config.data.prefetch_steps
         self._read_step = _StepReader(self.plan, corpora, batch_plan, rank)
@@ -192,7 +202,7 @@ class TokenStream:
         """Return this rank's rows of the next step and move the cursor past the step.
 
         Raises:
-            DataError: A shard cannot be read.
+            DataError: A corpus is gone, or where it lies cannot be read.
         """
         step = self.read_step()
         self.advance()
@@ -202,7 +212,7 @@ class TokenStream:
         """Return this rank's rows of the next step, which count as consumed only after `advance`.
 
         Raises:
-            DataError: A shard cannot be read.
+            DataError: A corpus is gone, or where it lies cannot be read.
         """
         if self._closed:
             raise RuntimeError("the token stream was closed")
@@ -218,7 +228,7 @@ class TokenStream:
         self.step_begin, self.cursor = self.cursor, self.cursor + self._rows_in_step(self.cursor)
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps, JSON: the cursor, the plan's identity, rows, tokens and epochs per corpus."""
+        """What a checkpoint keeps, JSON: cursor, identity of the plan, amounts by corpus, damaged documents."""
         return {
             "cursor": self.cursor,
             "plan_hash": self.plan.hash,
@@ -226,6 +236,7 @@ class TokenStream:
             "rows_per_corpus": self.plan.rows_per_corpus(self.cursor),
             "tokens_per_corpus": self.plan.tokens_per_corpus(self.cursor),
             "epochs": self.plan.epochs(self.cursor),
+            "damaged": self.damage.state(),
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -245,6 +256,7 @@ class TokenStream:
         self._stop_reading()
         self._ahead = None
         self.cursor = self.step_begin = cursor
+        self.damage.load_state(state.get("damaged", {}))
 
     def _check_steps(self, cursor: int) -> None:
         """Check that no step from the cursor on has rows of two lengths."""
@@ -270,23 +282,25 @@ class ValRows:
 
     Attributes:
         num_rows: Rows used.
-        damaged: Documents that turned out to be damaged on disk; they are not scored.
+        damage: Documents that cannot be read; who reads rows adds those of `take_damaged`.
     """
 
-    def __init__(self, config: Config, tokenizer_fingerprint: str, max_rows: int) -> None:
+    def __init__(self, config: Config, tokenizer_fingerprint: str, max_rows: int, is_new: bool = True) -> None:
         """Open the validation splits.
 
         Args:
             config: Uses `data`.
             tokenizer_fingerprint: sha256 of the tokenizer's model file.
             max_rows: Rows to use, spread evenly over all; 0 uses all.
+            is_new: As for `TokenStream`.
 
         Raises:
             DataError: There are no held-out rows, or the corpora are as for `TokenStream`.
         """
         self._seq_len = config.data.seq_len
         seq_lens = {source.name: [self._seq_len] for source in config.data.sources}
-        self._corpora = open_corpora(config, tokenizer_fingerprint, "val", seq_lens)
+        self._corpora = open_corpora(config, tokenizer_fingerprint, "val", seq_lens, is_new)
+        self.damage = DamageLedger(self._corpora, config.data.max_damaged_fraction)
         self._ends = np.cumsum([corpus.rows[self._seq_len].num_rows for corpus in self._corpora])
         available = int(self._ends[-1])
         if not available:
@@ -301,15 +315,20 @@ class ValRows:
             )
         self._available = available
         self.num_rows = min(max_rows or available, available)
-        self.damaged: list[str] = []
+        self._damaged: list[Damage] = []
         self._rows = RowReader()
 
     def batch(self, row_numbers: Sequence[int]) -> Batch:
         """Read the rows with these numbers, each from 0 to num_rows - 1."""
         batch, _, damaged = self._rows.read([self._locate(number) for number in row_numbers], self._seq_len)
         self._rows.release_unused()
-        self.damaged += [name for name in damaged if name not in self.damaged]
+        self._damaged += damaged
         return batch
+
+    def take_damaged(self) -> list[Damage]:
+        """Documents that could not be read since the last call, and are not counted yet."""
+        damaged, self._damaged = self._damaged, []
+        return [one for one in damaged if not self.damage.is_known(one)]
 
     def close(self) -> None:
         """Close the shards."""

@@ -67,6 +67,13 @@ class Tokenizer(ABC):
         """Do what `encode_document` does for each of several documents."""
         return [np.array([self.bos_id, *ids, self.eos_id], dtype=self.id_dtype) for ids in self.encode_batch(texts)]
 
+    def places_to_cut(self, text: str, min_characters: int) -> list[int]:
+        """Where pieces of a text begin whose ids are, one after the other, those of the text; the first place is 0.
+
+        Pieces are as short as this tokenizer knows how to make them, but of at least `min_characters`, the last apart.
+        """
+        return [0]
+
     @abstractmethod
     def decode(self, ids: Iterable[int]) -> str:
         """Turn ids back into their text; special ids give nothing, bytes that are not UTF-8 give U+FFFD."""

@@ -13,6 +13,7 @@ import torch
 
 from pretrain import __version__
 from pretrain.config import Config
+from pretrain.damage import TooMuchDamageError, describe
 from pretrain.distributed import PendingSum, Ranks
 from pretrain.engine import init_distributed, leave_distributed
 from pretrain.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, CheckpointError, LonghaulError, TrainingError
@@ -79,8 +80,14 @@ def run_steps(run: Run) -> tuple[str, int, str]:
     run.step_began = time.perf_counter()
     first_step = progress.step + 1
     while progress.step < run.plan.num_steps:
-        with run.profiler.watch(progress.step + 1):
-            asked_to_stop = train_step(run)
+        try:
+            with run.profiler.watch(progress.step + 1):
+                asked_to_stop = train_step(run)
+        except TooMuchDamageError:
+            if progress.step:
+                save(run)  # the step has not begun: what was trained is not lost
+                finish_save(run)
+            raise
         if run.feed.save_ended():
             finish_save(run)
         if progress.step == first_step:
@@ -152,9 +159,8 @@ def finish_step(run: Run, rows: StepInput, applied: bool, lr: float, sums: Pendi
     """Count a step, and leave its metrics to `report`."""
     progress, config = run.progress, run.config
     progress.step, progress.num_tokens = progress.step + 1, progress.num_tokens + run.plan.tokens_per_step
-    if rows.num_damaged:
-        run.event("damaged_documents", f"{rows.num_damaged} documents of this step failed their checksum and were "
-                  "masked")  # fmt: skip
+    if rows.damage:
+        run.event("damaged_documents", rows.damage[-1], documents=rows.damage[:-1])
     if not applied:
         run.event("skipped_step", "a gradient is not finite; the weights were left as they were")
     # fp16's loss scale adapts by overflows, which count only where the loss is not a number itself
@@ -173,7 +179,8 @@ def finish_step(run: Run, rows: StepInput, applied: bool, lr: float, sums: Pendi
             step=progress.step, tokens=progress.num_tokens, loss=math.nan,
             objective=math.nan if config.train.has_extra_terms else None, grad_norm=math.nan, lr=lr,
             step_seconds=now - run.step_began, memory_bytes=peak_memory_bytes(run.ranks.device),
-            skipped_steps=progress.num_skipped, seq_len=plan.seq_len_at(begin),
+            skipped_steps=progress.num_skipped, damaged_documents=run.stream.damage.num_documents,
+            damaged_tokens=run.stream.damage.num_tokens, seq_len=plan.seq_len_at(begin),
             corpus_tokens=plan.tokens_per_corpus(end), epochs=plan.epochs(end), phase_seconds={},
         ), rows.num_targets, sums, phases, run.ranks.world_size)  # fmt: skip
         run.step_began = now
@@ -203,14 +210,12 @@ def judge(run: Run) -> Evaluation:
     assert run.val_rows is not None
     report(run)
     run.engine.train(False)
-    num_damaged = len(run.val_rows.damaged)
     result = evaluate(
         run.engine.forward, run.val_rows, run.tokenizer.token_bytes(), run.plan.micro_batch_size, run.ranks
     )
     run.engine.train()
-    for document in run.val_rows.damaged[num_damaged:]:
-        logger.warning("held-out %s is damaged and was not scored", document)
     progress = run.progress
+    count_held_out_damage(run)
     if run.log:
         run.log.evaluation(progress.step, progress.num_tokens, result.loss, result.perplexity, result.bits_per_byte)
     if progress.best_counted_loss is None or result.loss < progress.best_counted_loss - run.config.eval.min_delta:
@@ -227,6 +232,21 @@ def judge(run: Run) -> Evaluation:
             progress.best_loss = result.loss
     run.step_began = time.perf_counter()
     return result
+
+
+def count_held_out_damage(run: Run) -> None:
+    """Name the held-out documents that no rank could read, and end the run if they are too many to compare losses."""
+    assert run.val_rows is not None
+    found, ledger = run.val_rows.take_damaged(), run.val_rows.damage
+    if run.ranks.sum([len(found)])[0]:
+        new = ledger.add(one for part in run.ranks.gather(found) for one in part)
+        *documents, sum_of_all = describe(new, ledger)
+        run.event("damaged_held_out_documents", sum_of_all, documents=documents)
+        try:
+            ledger.check()
+        except TooMuchDamageError:
+            save(run)
+            raise
 
 
 def sample(run: Run) -> None:

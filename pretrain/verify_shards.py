@@ -20,8 +20,12 @@ import numpy as np
 
 from pretrain.console import LiveLine, format_bytes, format_duration
 from pretrain.errors import DataError
-from pretrain.row_table import RowTable, stored_tables, table_folder
+from pretrain.row_table import RowTable, array_paths, listed_file, read_identity, stored_tables, table_folder
 from pretrain.shards import Manifest, Shard, file_sha256, index_path, load_index
+from pretrain.source_files import BrokenFile
+from pretrain.stores import is_remote
+from pretrain.tar_files import read_members
+from pretrain.text_index import by_bytes
 from pretrain.workers import num_usable_cores, ordered_map
 
 _READ_BYTES = 1 << 20  # of 256 kB to 4 MB the quickest, as it stays in the cache
@@ -86,8 +90,8 @@ def verify(folder: str | Path, num_processes: int = 0) -> dict[str, Any]:
         num_processes: that read, a shard each; 0: one per core.
 
     Returns:
-        `folder`, `corpus`, `num_shards`, `num_documents` (by the manifest), `num_bytes` (read), `seconds`,
-        `num_processes` and `problems`, a list of `Problem` as mappings.
+        `folder`, `corpus`, `is_index` (of tars that others made), `num_shards`, `num_documents` (by the manifest),
+        `num_bytes` (read), `seconds`, `num_processes` and `problems`, a list of `Problem` as mappings.
 
     Raises:
         DataError: there is no manifest, or it cannot be read; a process was killed.
@@ -96,7 +100,7 @@ def verify(folder: str | Path, num_processes: int = 0) -> dict[str, Any]:
     manifest = Manifest.load(folder)
     shards = manifest.train + manifest.val
     num_processes = min(num_processes or num_usable_cores(), max(len(shards), 1))
-    begin, num_bytes, problems = time.monotonic(), 0, _manifest_problems(manifest)
+    begin, num_bytes, problems = time.monotonic(), 0, manifest_problems(manifest)
     try:
         for number, (shard, (read, found)) in enumerate(_checked(folder, manifest, num_processes), 1):
             num_bytes += read
@@ -111,6 +115,7 @@ def verify(folder: str | Path, num_processes: int = 0) -> dict[str, Any]:
     return {
         "folder": str(folder),
         "corpus": manifest.corpus,
+        "is_index": manifest.text is not None,
         "num_shards": len(shards),
         "num_documents": sum(shard.num_documents for shard in shards),
         "num_bytes": num_bytes,
@@ -131,7 +136,13 @@ def render(content: dict[str, Any]) -> str:
     )
     if not problems:
         return f"{read}: every checksum is right, and every id below the vocabulary size"
-    advice = f"Restore these files from a copy, or delete {content['folder']} and prepare it again."
+    where = content["folder"]
+    otherwise = "index the tars into another folder" if content["is_index"] else f"delete {where} and prepare it again"
+    advice = f"Restore these files from a copy, or {otherwise}."
+    if is_remote(where):
+        advice = (
+            f"Upload these files to {where} again; --verify of the folder that they come from says if they are sound."
+        )
     return "\n".join(
         [*(f"problem: {problem}" for problem in problems), f"{read}: {len(problems):,} problems. {advice}"]
     )
@@ -140,20 +151,21 @@ def render(content: dict[str, Any]) -> str:
 def _checked(
     folder: Path, manifest: Manifest, num_processes: int
 ) -> Iterator[tuple[Shard, tuple[int, list[Problem]]]]:  # fmt: skip
-    check = partial(check_shard, folder, manifest.dtype, manifest.vocab_size)
-    shards = manifest.train + manifest.val
+    check = partial(_check, folder, manifest.dtype, manifest.vocab_size)
+    of_text = set() if manifest.text is None else {shard.name for shard in manifest.train}
+    tasks = [(shard, shard.name in of_text) for shard in manifest.train + manifest.val]
     if num_processes == 1:
-        yield from ((shard, check(shard)) for shard in shards)
+        yield from ((task[0], check(task)) for task in tasks)
         return
-    with closing(ordered_map(check, shards, _itself, num_processes, "--processes")) as results:
-        yield from results
+    with closing(ordered_map(check, tasks, _itself, num_processes, "--processes")) as results:
+        yield from ((task[0], result) for task, result in results)
 
 
-def _itself(shard: Shard) -> Shard:
-    return shard
+def _itself(task: tuple[Shard, bool]) -> tuple[Shard, bool]:
+    return task
 
 
-def _manifest_problems(manifest: Manifest) -> list[Problem]:
+def manifest_problems(manifest: Manifest) -> list[Problem]:
     """What the manifest says twice must agree."""
     names = [shard.name for shard in manifest.train + manifest.val]
     found = [Problem("manifest.json", f"it lists {name} twice") for name in sorted(set(names)) if names.count(name) > 1]
@@ -164,7 +176,13 @@ def _manifest_problems(manifest: Manifest) -> list[Problem]:
     return found
 
 
-def check_shard(folder: Path, dtype: str, vocab_size: int, shard: Shard) -> tuple[int, list[Problem]]:
+def _check(folder: Path, dtype: str, vocab_size: int, task: tuple[Shard, bool]) -> tuple[int, list[Problem]]:
+    return check_shard(folder, dtype, vocab_size, *task)
+
+
+def check_shard(
+    folder: Path, dtype: str, vocab_size: int, shard: Shard, is_text: bool = False
+) -> tuple[int, list[Problem]]:
     """Check one tar and its index.
 
     Args:
@@ -172,6 +190,7 @@ def check_shard(folder: Path, dtype: str, vocab_size: int, shard: Shard) -> tupl
         dtype: of its ids.
         vocab_size: every id must be below it.
         shard: as the manifest lists it.
+        is_text: it is a tar of text, which somebody else made.
 
     Returns:
         Bytes that were read, and the problems.
@@ -182,12 +201,17 @@ def check_shard(folder: Path, dtype: str, vocab_size: int, shard: Shard) -> tupl
     try:
         size = path.stat().st_size
         if size != shard.num_bytes:
-            findings.add(_size_text(size, shard), size if size < shard.num_bytes else shard.num_bytes,
+            findings.add(size_text(size, shard), size if size < shard.num_bytes else shard.num_bytes,
                          max(size, shard.num_bytes))  # fmt: skip
         with open(path, "rb") as file:
-            reading = _TarCheck(file, index, np.dtype(dtype).newbyteorder("<"), vocab_size, findings)
+            id_dtype = np.dtype(dtype).newbyteorder("<")
+            reading = (
+                _TextCheck(file, index, findings) if is_text else _TarCheck(file, index, id_dtype, vocab_size, findings)
+            )
             sha256 = reading.run(size)
         num_bytes += size
+        if is_text and sha256 != shard.sha256:
+            _check_members(path, findings)
         if sha256 != shard.sha256 and not findings.problems:
             findings.add("its sha256 is not the manifest's, though its documents fit the index")
         spans = [(one.first_document, one.last_document) for one in findings.problems]
@@ -201,7 +225,8 @@ def check_shard(folder: Path, dtype: str, vocab_size: int, shard: Shard) -> tupl
     return num_bytes, problems + findings.problems
 
 
-def _size_text(size: int, shard: Shard) -> str:
+def size_text(size: int, shard: Shard) -> str:
+    """Say what is wrong with a tar of another size than the manifest has."""
     state = "empty" if not size else "cut short" if size < shard.num_bytes else "longer than it should be"
     return f"it is {state}: it has {size:,} bytes, not {shard.num_bytes:,}"
 
@@ -224,6 +249,8 @@ def _check_index(folder: Path, shard: Shard) -> tuple[int, np.ndarray | None, li
 
 class _TarCheck:
     """One pass over a tar: its sha256, its documents, and what lies between them."""
+
+    what = "ids"  # of a document
 
     def __init__(
         self, file: BinaryIO, index: np.ndarray | None, dtype: np.dtype, vocab_size: int, findings: _Findings
@@ -276,7 +303,7 @@ class _TarCheck:
                 self._check_gap(data, base, position, begin)
                 run_begin, first = begin, number
             if zlib.crc32(view[begin - base : end - base]) != crcs[number]:
-                self._findings.add_document("its ids have another crc32 than in the index", number, begin, end)
+                self._findings.add_document(f"its {self.what} have another crc32 than in the index", number, begin, end)
             position, number = end, number + 1
         self._check_ids(view, base, run_begin, position, first, number)
         return number, position
@@ -311,20 +338,62 @@ class _TarCheck:
             self._findings.add("it is not zeros, as it should be between members and at the end", begin, end)
 
 
+class _TextCheck(_TarCheck):
+    """The same for a tar that somebody else made: what lies between its documents is not ours."""
+
+    what = "bytes"
+
+    def __init__(self, file: BinaryIO, index: np.ndarray | None, findings: _Findings) -> None:
+        super().__init__(file, None if index is None else by_bytes(index), np.dtype("u1"), 1 << 8, findings)
+
+    def _check_documents(self, data: bytes, base: int, number: int, position: int) -> tuple[int, int]:
+        number, position = super()._check_documents(data, base, number, position)
+        next_begin = self._begins[number] if number < len(self._begins) else base + len(data)
+        return number, max(position, min(next_begin, base + len(data)))
+
+    def _check_gap(self, data: bytes, base: int, begin: int, end: int) -> None:
+        pass
+
+    def _check_zeros(self, data: bytes, base: int, begin: int, end: int) -> None:
+        pass
+
+
+def _check_members(path: Path, findings: _Findings) -> None:
+    """Find the damage in a tar's headers and at its end, which other readers pass over."""
+    with open(path, "rb") as file:
+        try:
+            for _ in read_members(file, lambda name: False, 0):
+                pass
+        except BrokenFile as error:
+            findings.add(str(error))
+
+
 def _row_problems(folder: Path, manifest: Manifest) -> list[Problem]:
-    """What is wrong with the row tables: each must hold every slot of its shards once."""
+    """What is wrong with the row tables: each must be as it was written, and hold every slot of its shards once."""
     found = []
     for seq_len, packing in stored_tables(folder):
-        name = table_folder(folder, seq_len, packing).name
-        for split in ("train", "val"):
-            try:
-                table = RowTable.open(folder, manifest, split, seq_len, packing)
-                num_slots = table.slots_per_block()
-            except DataError as error:
-                found.append(Problem(name, str(error)))
-                break
-            for shard, slots in zip(manifest.shards(split), num_slots.tolist(), strict=True):
-                if slots != shard.num_tokens - shard.num_documents:
-                    text = f"its rows of {shard.name} hold {slots:,} tokens to ask for, and the shard "
-                    found.append(Problem(name, f"{text}{shard.num_tokens - shard.num_documents:,}"))
+        target = table_folder(folder, seq_len, packing)
+        try:
+            tables = {split: RowTable.open(folder, manifest, split, seq_len, packing) for split in ("train", "val")}
+            if damaged := list(_hash_problems(target)):
+                found += damaged
+                continue
+            slots = {split: table.slots_per_block() for split, table in tables.items()}
+        except DataError as error:
+            found.append(Problem(target.name, str(error)))
+            continue
+        for split, num_slots in slots.items():
+            for shard, one in zip(manifest.shards(split), num_slots.tolist(), strict=True):
+                if one != shard.num_tokens - shard.num_documents:
+                    text = f"its rows of {shard.name} hold {one:,} tokens to ask for, and the shard "
+                    found.append(Problem(target.name, f"{text}{shard.num_tokens - shard.num_documents:,}"))
     return found
+
+
+def _hash_problems(target: Path) -> Iterator[Problem]:
+    """Compare the arrays of a row table with the sha256 that were written with them, if they were."""
+    identity = read_identity(target) or {}
+    for path in (path for split in ("train", "val") for path in array_paths(target, split).values()):
+        sha256 = listed_file(identity, path.name)[1]
+        if sha256 is not None and file_sha256(path) != sha256:
+            yield Problem(f"{target.name}/{path.name}", "its sha256 is not that in identity.json")

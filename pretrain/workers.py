@@ -15,7 +15,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from multiprocessing.connection import Connection
 from typing import TypeVar
@@ -35,28 +35,28 @@ Result = TypeVar("Result")
 _MEMORY_PER_SAMPLE_BYTE = 15  # of sentencepiece's trainer, measured
 
 
-@dataclass
-class Batch:
-    """Documents that are tokenized together: split, digest and text of each, or its ids if it came as ids.
+@dataclass(frozen=True)
+class QueuedDocument:
+    """A document on its way into a spill.
 
     Attributes:
-        size: characters or ids in all.
+        origin: where it is from.
+        digest: identifies it.
+        bands: what near-duplicates have in common, if they are looked for.
+        text_bytes: of its text.
+        text: it, if it is to be tokenized.
+        ids: it, if it is not; with bos and eos.
     """
 
-    splits: list[str] = field(default_factory=list)
-    digests: list[bytes] = field(default_factory=list)
-    texts: list[str] = field(default_factory=list)
-    ids: list[np.ndarray] = field(default_factory=list)
-    size: int = 0
+    origin: str
+    digest: bytes
+    bands: bytes
+    text_bytes: int
+    text: str | None = None
+    ids: np.ndarray | None = None
 
-    def add(self, text: str | None, ids: np.ndarray | None) -> None:
-        """Take in a document's text, or its ids."""
-        if text is not None:
-            self.texts.append(text)
-            self.size += len(text)
-        if ids is not None:
-            self.ids.append(ids)
-            self.size += len(ids)
+
+Batch = list[QueuedDocument]  # what one process tokenizes at once
 
 
 def num_processes(data: DataSection) -> int:
@@ -88,7 +88,7 @@ def encode_batches(
     """
     if num_processes == 1:
         for batch in batches:
-            yield batch, tokenizer.encode_documents(batch.texts)
+            yield batch, tokenizer.encode_documents(_texts_of(batch))
         return
     with closing(
         ordered_map(partial(_encode, section, tokenizer.fingerprint), batches, _texts_of, num_processes)
@@ -97,7 +97,7 @@ def encode_batches(
 
 
 def _texts_of(batch: Batch) -> list[str]:
-    return batch.texts
+    return [document.text for document in batch if document.text is not None]
 
 
 def ordered_map(

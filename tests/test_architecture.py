@@ -21,25 +21,30 @@ BENCHMARKS = sorted(path.relative_to(ROOT) for path in (ROOT / "benchmarks").glo
 
 # A module imports modules of lower tiers only. `kernels` is below all of them.
 TIERS = (
-    "errors section spellings hardware start_clock",
+    "errors section spellings hardware start_clock text_index",
     "model_options",
     "config",
     "stores config_docs schedule batch_plan packing phases row_order families console tokenizer source_files matrix_exchange lion"
     " generate_options repetition personal_data near_duplicates languages wikipedia",
     "checks mixture explain sentencepiece_model varied_texts table_files token_files shards tensor_files distributed layers recompute"
-    " published model_card muon compiling filters dataset_files",
-    "node_cache row_table",
+    " published model_card muon compiling filters dataset_files decoding tar_files",
+    "node_cache row_table json_lines",
     "remote_corpus",
-    "prefetch settings sentencepiece_tokenizer model optim checkpoint_files shard_reader journal sources sampling"
+    "prefetch settings sentencepiece_tokenizer model optim checkpoint_files shard_reader journal sources spills sampling"
     " tracking family_table profiling",
-    "data_plan communication metrics guard hf_tokenizer generate",
-    "engine row_reader",
+    "communication metrics guard hf_tokenizer generate",
+    "engine tokenizer_files tokenizer_trial",
+    "text_shards",
+    "data_plan",
+    "damage",
+    "row_reader",
     "stream",
-    "share_writer feed tokenizer_files tokenizer_trial source_sample",
+    "share_writer feed source_sample",
     "checkpoint run_folder tokenizer_export workers",
     "evaluate hf_export self_test samples refining verify_shards inspect_shards",
+    "shares store_check tar_documents tar_folder",
     "corpus",
-    "shares",
+    "tar_index",
     "run prepare convert quickstart",
     "train",
     "dry_run",
@@ -72,8 +77,9 @@ WITHOUT_TORCH = (
     "section model_options config settings checks families schedule batch_plan packing phases row_order mixture tokenizer sentencepiece_model sentencepiece_tokenizer"
     " hf_tokenizer tokenizer_files tokenizer_trial tokenizer_export varied_texts source_files table_files token_files"
     " sources stores node_cache remote_corpus prefetch shards shard_reader row_table data_plan journal workers corpus source_sample"
-    " prepare dry_run verify_shards inspect_shards prepare_options repetition personal_data near_duplicates languages wikipedia"
-    " filters dataset_files refining shares"
+    " prepare dry_run verify_shards inspect_shards store_check prepare_options repetition personal_data near_duplicates languages wikipedia"
+    " filters dataset_files refining shares spills json_lines decoding tar_files text_index text_shards tar_documents tar_folder"
+    " tar_index"
 )
 
 MAX_FILE_LINES = 400

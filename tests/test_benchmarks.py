@@ -27,6 +27,7 @@ from benchmarks import (
     startup,
     step,
     table,
+    tars,
     updates,
 )
 from benchmarks.baseline import Baseline
@@ -322,17 +323,21 @@ def test_the_script_goes_on_when_everything_fails(tmp_path: Path) -> None:
 @pytest.mark.launches
 def test_prepare_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "prepare.json"
-    arguments = ["--megabytes", "1", "--vocab-size", "1000", "--processes", "1", "2", "--out", str(out)]
-    assert prepare.main(arguments) == 0
+    arguments = ["--megabytes", "1", "--vocab-size", "1000", "--processes", "1", "2", "--scale", "0.5", "2"]
+    assert prepare.main([*arguments, "--out", str(out)]) == 0
     content = json.loads(out.read_text(encoding="utf-8"))
     assert set(content) == RECORD_KEYS
-    assert [row["num_processes"] for row in content["rows"]] == [1, 2]
-    assert len({row["sha256"] for row in content["rows"]}) == 1
+    assert [(row["part"], row["num_processes"]) for row in content["rows"]] == [
+        ("processes", 1), ("processes", 2), ("scale", 2), ("scale", 2),
+    ]  # fmt: skip
+    assert len({row["sha256"] for row in content["rows"]}) == 3
+    assert [row["num_bytes"] // 500_000 for row in content["rows"][2:]] == [1, 4]
     for row in content["rows"]:
-        assert row["num_bytes"] > 1e6 and row["peak_bytes"] >= row["peak_main_bytes"] > 1e7
+        assert row["num_bytes"] > 5e5 and row["peak_bytes"] >= row["peak_main_bytes"] > 1e7
         assert min(value for key, value in row.items() if key.endswith("_second") or key.endswith("seconds")) > 0
     shown = capsys.readouterr().out
     assert "all bytes are equal" in shown and "prepare: 1 MB of text; sentencepiece and our tokenizer alone" in shown
+    assert "MB of text  processes  seconds" in shown
 
 
 @pytest.mark.launches
@@ -346,6 +351,21 @@ def test_filters_are_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert content["rows"][0]["ratio"] == 1.0 and content["rows"][1]["kept_bytes"] > 0.99
     shown = capsys.readouterr().out
     assert "--verify reads" in shown and "prepare of 0.5 MB by 1 processes" in shown
+
+
+def test_tars_are_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "tars.json"
+    arguments = ["--megabytes", "0.3", "--vocab-size", "500", "--seq-len", "256", "--repeats", "1", "--out", str(out)]
+    assert tars.main(arguments) == 0
+    content = json.loads(out.read_text(encoding="utf-8"))
+    assert set(content) == RECORD_KEYS
+    assert [(row["documents"], row["kind"]) for row in content["rows"]] == [
+        ("files", "txt"), ("files", "json"), ("long", "txt"),
+    ]  # fmt: skip
+    for row in content["rows"]:
+        assert row["ratio"] == row["rows_tokens_per_second"] / row["bare_tokens_per_second"] > 0
+        assert row["num_documents"] > 0 and 0 < row["index_bytes"] < row["text_bytes"]
+    assert "million tokens a CPU second, T=256" in capsys.readouterr().out
 
 
 def test_bytes_that_differ_fail_the_benchmark(

@@ -347,6 +347,18 @@ def test_sources_are_distinct() -> None:
     ]
 
 
+def test_a_url_twice_is_named_without_its_password() -> None:
+    url = "https://me:secret@host/web?signature=secret"
+    sources = [{"name": "web", "shards": url}, {"name": "code", "shards": f"{url}/"}]
+    problems = texts_of(config_of(data__sources=sources, data__retry_seconds=60))
+    assert problems == [
+        (
+            "data.sources.1.shards",
+            "data.sources.1.shards is https://host/web?…; expected a folder of its own. data.sources.0 has it.",
+        )
+    ]
+
+
 def test_the_family_takes_the_models_options() -> None:
     problems = texts_of(config_of(model__num_heads=3, model__norm="layernorm"))
     assert sorted(option for option, _ in problems) == ["model.dim", "model.norm"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import random
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -18,18 +19,32 @@ import zstandard
 from launch.prepare import main
 from pretrain import dry_run, source_sample
 from pretrain.config import Config, TokenizerSection
+from pretrain.console import format_bytes
+from pretrain.corpus import Corpus
 from pretrain.dry_run import forecast
 from pretrain.errors import ConfigError, DataError
 from pretrain.prepare import prepare
 from pretrain.row_table import RowTable
 from pretrain.sentencepiece_tokenizer import SentencePieceTokenizer, train_tokenizer
 from pretrain.shards import Manifest
+from tests.tar_helpers import text_samples, write_tar
 from tests.test_table_files import save_dataset, write_csv
 from tests.token_writers import write_megatron, write_nanogpt
 
 ROOT = Path(__file__).resolve().parents[1]
 VOCAB_SIZE = 1000
-SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".csv", ".csv.zst", ".parquet", "dataset", "megatron", "nanogpt")
+SUFFIXES = (
+    ".jsonl",
+    ".jsonl.gz",
+    ".jsonl.zst",
+    ".csv",
+    ".csv.zst",
+    ".parquet",
+    ".tar",
+    "dataset",
+    "megatron",
+    "nanogpt",
+)
 
 
 def stdlib_texts() -> list[str]:
@@ -67,6 +82,8 @@ def write_kind(folder: Path, kind: str, texts: list[str], tokenizer: SentencePie
         pq.write_table(pa.table({"text": texts}), path, row_group_size=300)
     elif kind == "dataset":
         save_dataset(path, texts)
+    elif kind == ".tar":
+        write_tar(path, text_samples(texts, "mixed"))
     elif kind == "megatron":
         write_megatron(folder / "a", [[*tokenizer.encode(text), tokenizer.eos_id] for text in texts])
         path = folder / "a.bin"
@@ -118,8 +135,12 @@ def test_a_real_corpus_is_foreseen_within_a_tenth(tmp_path: Path, monkeypatch: p
     blind = forecast(config)
     assert snapshot(tmp_path) == before  # writes nothing
     assert "estimated by a tokenizer trained on 2.0 MB now; there is none yet" in blind["tokenizer"]["tokens_are"]
-    prepare(config)
+    with monkeypatch.context() as patch:
+        patch.setattr(Corpus, "_remove_shares", lambda corpus: None)
+        prepare(config)
     (tmp_path / "shards").rename(tmp_path / "done")
+    temporary_bytes = sum(path.stat().st_size for path in (tmp_path / "done/share-1-of-1").iterdir())
+    shutil.rmtree(tmp_path / "done/share-1-of-1")
     before = snapshot(tmp_path)
     seen = forecast(config)
     assert snapshot(tmp_path) == before
@@ -132,6 +153,7 @@ def test_a_real_corpus_is_foreseen_within_a_tenth(tmp_path: Path, monkeypatch: p
         assert not one["is_exact"] and one["state"] == "to do" and one["seconds"] > 0
         assert is_near(one["num_documents"], num_documents) and is_near(one["num_tokens"], num_tokens), one
         assert is_near(one["text_bytes"], sum(manifest.text_bytes.values())) and is_near(one["shard_bytes"], size)
+        assert is_near(one["temporary_bytes"], temporary_bytes)
         assert is_near(one["num_rows"], RowTable.open(tmp_path / "done", manifest, "train", 256).num_rows)
         assert one["epoch_steps"] == pytest.approx(one["num_rows"] / 8, rel=1e-3)
         assert one["epochs"] == pytest.approx(100 / one["epoch_steps"])
@@ -185,13 +207,19 @@ def test_sources_are_added_up_and_complete_ones_recalled(corpus: tuple, tmp_path
     assert third["num_tokens"] == sum(shard.num_tokens for shard in manifest.train + manifest.val)
     assert third["num_documents"] == 300 == first["num_documents"] and third["seconds"] == 0
     assert content["total"]["num_documents"] == 900
+    assert 0.9 < first["temporary_bytes"] / first["shard_bytes"] < 1.1 and third["temporary_bytes"] == 0
+    assert content["total"]["temporary_bytes"] == max(first["temporary_bytes"], second["temporary_bytes"])
+    needed = first["shard_bytes"] + second["shard_bytes"]
+    both = needed + content["total"]["temporary_bytes"]
+    assert f"disk: {format_bytes(both)} while `prepare` runs, {format_bytes(needed)} when" in dry_run.render(content)
     assert first["epochs"] == pytest.approx(3 * second["epochs"], rel=0.05)
     assert (content["num_steps"], content["tokens_per_step"], content["seq_len"]) == (100, 8 * 256, 256)
 
 
 def test_epochs_follow_the_mixture_of_each_phase(tmp_path: Path) -> None:
     sources = [{"name": name, "shards": str(tmp_path / name)} for name in ("a", "b")]
-    counts = {"num_files": 0, "source_bytes": 0, "num_documents": 1, "text_bytes": 1, "num_tokens": 1, "shard_bytes": 1}
+    counts = {"num_files": 0, "source_bytes": 0, "num_documents": 1, "text_bytes": 1, "num_tokens": 1, "shard_bytes": 1,
+              "temporary_bytes": 0}  # fmt: skip
     forecasts = [
         dry_run.Forecast(name, "complete", True, **counts, num_rows=rows, epochs=0.0, epoch_steps=0.0, seconds=0.0)
         for name, rows in (("a", 200), ("b", 400))

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from pretrain.errors import DataError
 from pretrain.evaluate import evaluate
 from pretrain.row_reader import Batch
 
@@ -37,3 +38,10 @@ def test_a_uniform_model_has_the_entropy_it_should(micro_batch_size):
     assert (result.tokens, result.bytes) == (10, num_bytes)
     assert result.loss == pytest.approx(math.log(8.0)) and result.perplexity == pytest.approx(8.0)
     assert result.bits_per_byte == pytest.approx(10 * 3 / num_bytes)
+
+
+def test_held_out_rows_without_a_document_that_can_be_read_are_an_error():
+    rows = Rows()
+    rows.targets = torch.full((3, 4), -100)
+    with pytest.raises(DataError, match=r"no document of the 3 held-out rows can be read; expected some.*--verify"):
+        evaluate(uniform, rows, np.ones(4, dtype=np.int32), 2)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from pretrain.damage import DamageLedger
 from pretrain.distributed import Ranks
 from pretrain.errors import DataError
 from pretrain.feed import Feed
@@ -19,15 +20,14 @@ class Stream:
 
     def __init__(self) -> None:
         self.num_read = self.num_counted = 0
+        self.damage = DamageLedger([], 0.0)
 
     def read_step(self) -> StepRows:
         self.num_read += 1
         if self.num_read == 3:
             raise DataError("shard-3.tar: cannot be read")
         row = torch.full((1, 4), self.num_read)
-        return StepRows(
-            [Batch(row, row + 1, row * 0, row[:, 0])], num_targets=4 * self.num_read, damaged=["a document"]
-        )
+        return StepRows([Batch(row, row + 1, row * 0, row[:, 0])], num_targets=4 * self.num_read, damaged=[])
 
     def advance(self) -> None:
         self.num_counted += 1
@@ -37,7 +37,7 @@ def test_a_step_counts_when_it_is_taken():
     stream = Stream()
     feed = Feed(stream, RANKS)
     first = feed.take()
-    assert (first.num_targets, first.num_damaged, stream.num_counted) == (4, 1, 1)
+    assert (first.num_targets, first.num_damaged, stream.num_counted) == (4, 0, 1)
     feed.prepare(stop=False)
     assert (stream.num_read, stream.num_counted) == (2, 1)  # a checkpoint now begins with step 2
     second = feed.take()

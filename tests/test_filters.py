@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from pretrain import corpus as corpus_module
 from pretrain import languages, refining
+from pretrain import shares as shares_module
 from pretrain.checks import idle_options
 from pretrain.config import DataSection, FiltersSection, SourceSection
 from pretrain.dry_run import forecast
@@ -80,7 +80,10 @@ FILTERS = {"personal_data": "mask", "min_characters": 100, "near_duplicates": 0.
 
 
 def write_texts(folder: Path) -> list[str]:
-    """Writes good texts, near-duplicates of some, short and repetitive ones; returns those that are kept."""
+    """Writes good texts, near-duplicates of some, short and repetitive ones; returns the good ones as they are kept.
+
+    Of 10 of them and their near-duplicates it is the hash that decides which is.
+    """
     folder.mkdir()
     good = [text_of(number, 80) for number in range(150)]
     lines = []
@@ -96,6 +99,11 @@ def write_texts(folder: Path) -> list[str]:
     return [
         text + (" [email]" if number % 10 == 0 else "") for number, text in enumerate(good)
     ]  # fmt: skip
+
+
+def near_texts() -> list[tuple[int, str]]:
+    """The texts that have near-duplicates, with their numbers."""
+    return [(number, text_of(number, 80)) for number in range(0, 150, 15)]
 
 
 @pytest.fixture(scope="module")
@@ -115,14 +123,17 @@ def test_everything_is_counted_in_the_manifest(done: Path, tmp_path: Path) -> No
     }  # fmt: skip
     expected = write_texts(tmp_path / "raw")
     found = read_back(done, "train") + read_back(done, "val")
-    assert set(expected) < set(found) and len(found) == 170
+    assert len(set(found)) == len(found) == 170
+    near = {text + " and a bit": text + (" [email]" if number % 2 == 0 else "") for number, text in near_texts()}
+    assert sorted(near.get(text, text) for text in found if not text.startswith("Page")) == sorted(expected)
+    assert 0 < sum(text in near for text in found) < 10
     assert sum(text.startswith("Page") for text in found) == 20
 
 
 def test_bytes_do_not_depend_on_the_number_of_processes(
     done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(corpus_module, "BATCH_CHARACTERS", 3000)
+    monkeypatch.setattr(shares_module, "BATCH_CHARACTERS", 3000)
     monkeypatch.setattr(refining, "_BATCH_CHARACTERS", 2000)
     folder = copy_of(done, tmp_path / "fresh")
     prepare(config_of(folder, filters=FILTERS, prepare_processes=2))

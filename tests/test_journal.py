@@ -29,8 +29,8 @@ def fill(folder: Path) -> list[Shard]:
     """A journal with two training shards and one held-out one."""
     journal = Journal(folder, RECIPE)
     shards = [write_shard(folder, "train", 0), write_shard(folder, "val", 0), write_shard(folder, "train", 1)]
-    for number, shard in enumerate(shards):
-        journal.add(shard.name.partition("-")[0], shard, f"chain {number}")
+    for shard in shards:
+        journal.add(shard.name.partition("-")[0], shard, "documents")
     return shards
 
 
@@ -38,7 +38,7 @@ def test_a_journal_is_read_again(tmp_path: Path) -> None:
     train_0, val_0, train_1 = fill(tmp_path)
     journal = Journal(tmp_path, RECIPE)
     assert journal.shards == {"train": [train_0, train_1], "val": [val_0]}
-    assert journal.chains == {"train": "chain 2", "val": "chain 1"}
+    assert journal.documents == "documents"
     assert read_recipe(tmp_path) == RECIPE and read_recipe(tmp_path / "elsewhere") is None
 
 
@@ -48,11 +48,11 @@ def test_a_line_that_was_cut_short_is_dropped_with_its_shard(tmp_path: Path) -> 
     (tmp_path / JOURNAL_NAME).write_bytes(content[:-1])
     journal = Journal(tmp_path, RECIPE)
     assert journal.shards == {"train": [train_0], "val": [val_0]}
-    assert journal.chains == {"train": "chain 0", "val": "chain 1"}
+    assert journal.documents == "documents"
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         JOURNAL_NAME, "train-000000.index.npy", "train-000000.tar", "val-000000.index.npy", "val-000000.tar",
     ]  # fmt: skip
-    journal.add("train", write_shard(tmp_path, "train", 1), "chain 2")
+    journal.add("train", write_shard(tmp_path, "train", 1), "documents")
     assert (tmp_path / JOURNAL_NAME).read_bytes() == content
 
 

@@ -17,7 +17,7 @@ from pretrain.hf_tokenizer import JsonTokenizer
 from pretrain.tokenizer import check_round_trip
 from pretrain.tokenizer_files import open_tokenizer
 from pretrain.varied_texts import varied_texts
-from pretrain.workers import Batch, encode_batches
+from pretrain.workers import QueuedDocument, encode_batches
 from tests.tokenizer_helpers import JSON_KINDS, SOURCES, train_json
 
 TEXTS = SOURCES + varied_texts(2000, 3, SOURCES, ["<|endoftext|>", "<|im_start|>", "<tool_call>", "<s>", "</s>"])
@@ -177,7 +177,8 @@ def test_the_folder_or_the_file_is_named_and_the_size_must_fit(paths: dict[str, 
 def test_processes_tokenize_alike(paths: dict[str, Path]) -> None:
     tokenizer = JsonTokenizer(paths["llama3"])
     section = TokenizerSection(model=str(paths["llama3"]), vocab_size=tokenizer.vocab_size)
-    batches = [Batch(["train"] * 3, [b""] * 3, TEXTS[begin : begin + 3]) for begin in range(0, 60, 3)]
+    queued = [QueuedDocument("a.txt", b"", b"", len(text), text) for text in TEXTS[:60]]
+    batches = [queued[begin : begin + 3] for begin in range(0, 60, 3)]
     results = [
         [
             ids.tolist()

@@ -227,7 +227,8 @@ def test_a_flipped_bit_changes_only_rows_with_its_document(folders, packing, num
             )
             assert torch.equal(doc_start_BT, expected[2]) and torch.equal(row_ids_B, expected[3])
             changed = (targets_BT != expected[1]) | (tokens_BT != expected[0])
-            assert {names + str(row) for row in row_ids_B[changed.any(dim=1)].tolist()} == set(rows.damaged)
+            assert set(row_ids_B[changed.any(dim=1)].tolist()) == {one.row for one in rows.damaged}
+            assert all(str(one).startswith(f"{names}{one.row}: bytes ") for one in rows.damaged)
             assert (targets_BT[changed] == IGNORED_TARGET).all() and (tokens_BT[changed] == PAD).all()
         stream.close()
     finally:

@@ -16,14 +16,18 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import zstandard
 
 from launch.prepare import main
 from pretrain import corpus as corpus_module
 from pretrain import prepare as prepare_module
+from pretrain import shares as shares_module
 from pretrain.config import Config
 from pretrain.errors import ConfigError, DataError
 from pretrain.journal import LOCK_NAME, file_lock
@@ -31,8 +35,9 @@ from pretrain.prepare import prepare
 from pretrain.row_table import RowTable
 from pretrain.sentencepiece_tokenizer import SentencePieceTokenizer
 from pretrain.shard_reader import ShardReader
-from pretrain.shards import Manifest
+from pretrain.shards import Manifest, ShardWriter
 from pretrain.sources import document_digest, is_validation
+from pretrain.spills import SpillWriter
 
 ROOT = Path(__file__).resolve().parents[1]
 VOCAB_SIZE = 420
@@ -112,6 +117,12 @@ def hashes(folder: Path) -> dict[str, str]:
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
+def in_order(texts: list[str]) -> list[str]:
+    """Texts as they lie in shards: by their hash, but not by the half of it that decides the split."""
+    digests = {text: document_digest(text.encode()) for text in texts}
+    return sorted(texts, key=lambda text: digests[text][8:] + digests[text][:8])
+
+
 def read_back(folder: Path, split: str) -> list[str]:
     manifest, tokenizer = Manifest.load(folder / "shards"), SentencePieceTokenizer(folder / "t.model")
     texts = []
@@ -125,8 +136,8 @@ def read_back(folder: Path, split: str) -> list[str]:
     return texts
 
 
-def test_every_document_comes_back_exactly_and_in_order(done: Path) -> None:
-    texts = [text_of(number) for number in range(400)]
+def test_every_document_comes_back_exactly_in_the_order_of_the_hashes(done: Path) -> None:
+    texts = in_order([text_of(number) for number in range(400)])
     expected = {
         split: [text for text in texts if is_validation(document_digest(text.encode()), 0.1) == (split == "val")]
         for split in ("train", "val")
@@ -144,24 +155,47 @@ def test_every_document_comes_back_exactly_and_in_order(done: Path) -> None:
     assert not [path.name for path in (done / "shards").iterdir() if path.name.startswith(".")]
 
 
+def test_spills_are_written_after_a_while_too_and_change_nothing(
+    done: Path, fresh: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, sizes = SpillWriter.write, []
+    monkeypatch.setattr(SpillWriter, "write", lambda writer: sizes.append(writer.num_documents) or real(writer))
+    monkeypatch.setattr(shares_module, "SPILL_SECONDS", 0.0)
+    monkeypatch.setattr(shares_module, "BATCH_CHARACTERS", 2000)
+    monkeypatch.setattr(shares_module, "spill_size", lambda *sizes: 10**9)  # or they would be full before
+    prepare(config_of(fresh))
+    assert len(sizes) > 30 and sum(sizes) == 400
+    assert hashes(fresh) == hashes(done)
+
+
 @pytest.mark.parametrize("num_processes", [2, 3])
 def test_bytes_do_not_depend_on_the_number_of_processes(
     done: Path, tmp_path: Path, num_processes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(corpus_module, "BATCH_CHARACTERS", 2000)
+    monkeypatch.setattr(shares_module, "BATCH_CHARACTERS", 2000)
     (tmp_path / "raw").symlink_to(done / "raw")
     prepare(config_of(tmp_path, prepare_processes=num_processes))  # trains the tokenizer too
     assert hashes(tmp_path) == hashes(done)
 
 
-def test_the_split_follows_the_text_not_its_place(done: Path, tmp_path: Path) -> None:
+def test_shards_depend_on_the_texts_not_on_their_places(done: Path, tmp_path: Path) -> None:
     folder = copy_of(done, tmp_path / "turned")
     (folder / "raw").unlink()
     (folder / "raw").mkdir()
     lines = [json.dumps({"text": text_of(number)}) for number in reversed(range(400))]
     (folder / "raw/z.jsonl").write_text("\n".join(lines))
     prepare(config_of(folder))
-    assert sorted(read_back(folder, "val")) == sorted(read_back(done, "val"))
+    same = [name for name in hashes(done) if name.endswith((".tar", ".npy"))]
+    assert {name: hashes(folder)[name] for name in same} == {name: hashes(done)[name] for name in same}
+
+
+def test_documents_are_spread_over_the_whole_corpus(done: Path) -> None:
+    number_of = {text_of(number): number for number in range(400)}
+    numbers = np.array([number_of[text] for text in read_back(done, "train")])
+    assert np.abs(np.corrcoef(numbers, np.arange(len(numbers)))[0, 1]) < 0.15  # by chance 0.05
+    files = numbers // 100  # the four files, a quarter of each place of the corpus
+    for part in np.array_split(files, 4):
+        assert np.bincount(part, minlength=4).min() > 10
 
 
 KILLER = """
@@ -212,7 +246,7 @@ print("killed", statuses.count(-9))
 
 @pytest.mark.launches
 def test_killed_at_any_write_it_goes_on_to_the_same_bytes(done: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-c", KILLER.format(root=str(ROOT)), str(done), str(tmp_path), "12"]
+    command = [sys.executable, "-c", KILLER.format(root=str(ROOT)), str(done), str(tmp_path), "16"]
     killed = subprocess.run(command, capture_output=True, text=True, timeout=200, cwd=ROOT)
     assert killed.returncode == 0, killed.stdout[-2000:] + killed.stderr[-2000:]
     assert int(killed.stdout.split()[-1]) > 10  # it really was killed, at many places
@@ -248,30 +282,33 @@ def test_signals_stop_the_command_and_it_goes_on(done: Path, tmp_path: Path) -> 
     write_corpus(folder / "raw", 4000)  # far more than is done before the last signal
     shutil.copy(done / "t.model", folder)
     command = command_in(folder)
-    for number, how in enumerate((signal.SIGINT, signal.SIGTERM, signal.SIGKILL)):
+    for how, pattern, wanted in (
+        (signal.SIGINT, "share-1-of-1/spill-*", 2),
+        (signal.SIGTERM, "share-1-of-1/spill-*", 10),
+        (signal.SIGKILL, "*.tar", 2),
+        (signal.SIGTERM, "*.tar", 10),
+    ):
         process = subprocess.Popen(
             command, stderr=subprocess.PIPE, text=True, cwd="/", start_new_session=True, preexec_fn=heed_ctrl_c
         )
-        wanted = 2 + 8 * number
         deadline = time.monotonic() + 60
-        while len(list((folder / "shards").glob("*.tar"))) < wanted and time.monotonic() < deadline:
+        while len(list((folder / "shards").glob(pattern))) < wanted and time.monotonic() < deadline:
             time.sleep(0.002)
         (os.killpg if how == signal.SIGINT else os.kill)(process.pid, how)  # a terminal signals the workers too
         message = process.communicate(timeout=60)[1]
         if how == signal.SIGKILL:
             assert process.returncode == -9
         else:
-            assert (process.returncode, message) == (
-                75, "stopped: what is complete is kept; the same command goes on where it stopped\n",
-            )  # fmt: skip
+            assert process.returncode == 75
+            assert message.endswith("stopped: what is complete is kept; the same command goes on where it stopped\n")
         assert not (folder / "shards/manifest.json").exists()
-        assert len(list((folder / "shards").glob("*.tar"))) >= wanted
+        assert len(list((folder / "shards").glob(pattern))) >= wanted
     assert main(command[2:]) == 0
     assert main([*command[2:], "data.prepare_processes=1", f"data.sources.0.shards={folder}/again"]) == 0
     assert hashes(folder / "shards") == hashes(folder / "again")
 
 
-def test_complete_shards_are_not_tokenized_again(done: Path, fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_complete_spills_are_not_tokenized_again(done: Path, fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     encode, counts = SentencePieceTokenizer.encode, Counter[str]()
 
     def count(self: SentencePieceTokenizer, text: str):
@@ -281,12 +318,13 @@ def test_complete_shards_are_not_tokenized_again(done: Path, fresh: Path, monkey
         return encode(self, text)
 
     monkeypatch.setattr(SentencePieceTokenizer, "encode", count)
-    monkeypatch.setattr(corpus_module, "BATCH_CHARACTERS", 2000)
+    monkeypatch.setattr(shares_module, "BATCH_CHARACTERS", 2000)
     with pytest.raises(KeyboardInterrupt):
         prepare(config_of(fresh))
-    num_kept = sum(json.loads(line)["shard"]["num_documents"] for line in journal_lines(fresh)[1:])
+    share = fresh / "shards/share-1-of-1"
+    num_kept = sum(json.loads(line)["spill"]["num_documents"] for line in journal_lines(share)[1:])
     assert 100 < num_kept < 300
-    assert not list((fresh / "shards").glob(".*.tmp"))
+    assert not list(share.glob(".*.tmp"))
     counts["documents"] = 1000
     prepare(config_of(fresh))
     assert counts["documents"] == 1000 + 400 - num_kept
@@ -294,7 +332,25 @@ def test_complete_shards_are_not_tokenized_again(done: Path, fresh: Path, monkey
 
 
 def journal_lines(folder: Path) -> list[str]:
-    return (folder / "shards/prepare.jsonl").read_text().splitlines()
+    return (folder / "prepare.jsonl").read_text().splitlines()
+
+
+def test_a_second_pass_that_goes_on_neither_reads_the_source_nor_makes_complete_shards_again(
+    done: Path, fresh: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add = ShardWriter.add
+    monkeypatch.setattr(ShardWriter, "add", stop_after(250, add))
+    with pytest.raises(KeyboardInterrupt):
+        prepare(config_of(fresh))
+    num_kept = sum(json.loads(line)["shard"]["num_documents"] for line in journal_lines(fresh / "shards")[1:])
+    assert 200 < num_kept <= 250
+    (fresh / "raw").unlink()
+    (fresh / "raw").mkdir()
+    for path in (done / "raw").iterdir():  # nothing of what the files hold is read
+        (fresh / "raw" / path.name).write_bytes(b"\xff" * path.stat().st_size)
+    monkeypatch.setattr(ShardWriter, "add", stop_after(400 - num_kept, add))
+    prepare(config_of(fresh))
+    assert hashes(fresh) == hashes(done)
 
 
 def test_a_full_disk_is_an_error_that_keeps_what_is_complete(
@@ -308,13 +364,13 @@ def test_a_full_disk_is_an_error_that_keeps_what_is_complete(
             raise OSError(errno.ENOSPC, "No space left on device")
         fsync(file)
 
-    for calls["left"] in (0, 5, 12, 16):
+    for calls["left"] in (0, 3, 6, 30, 45, 70):
         monkeypatch.setattr(os, "fsync", fill)
         with pytest.raises(DataError, match="No space left on device.* (run again|kept)"):
             prepare(config_of(fresh))
         monkeypatch.undo()
-        assert not list((fresh / "shards").glob(".*.tar.tmp"))
-    assert len(journal_lines(fresh)) > 3
+        assert not list((fresh / "shards").rglob(".*.tar.tmp")) + list((fresh / "shards").rglob(".spill-*"))
+    assert len(journal_lines(fresh / "shards")) > 3
     prepare(config_of(fresh))
     assert hashes(fresh) == hashes(done)
 
@@ -364,6 +420,44 @@ def test_a_changed_config_is_refused(done: Path, tmp_path: Path, change: str, st
     assert hashes(folder) == before
 
 
+def as_before_the_shuffle(folder: Path) -> None:
+    """Make a folder one of the version that wrote documents in the order of the files."""
+    journal, manifest = folder / "shards/prepare.jsonl", folder / "shards/manifest.json"
+    lines = [json.loads(line) for line in journal.read_text().splitlines()]
+    del lines[0]["recipe"]["the order of documents"]
+    for number, line in enumerate(lines[1:]):
+        line["chain"] = f"{line.pop('documents')}{number}"
+    journal.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    recipe = {key: value for key, value in lines[0]["recipe"].items() if value is not None}
+    fingerprint = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"source_fingerprint": fingerprint}))
+
+
+def test_corpora_of_before_the_shuffle_are_taken_as_they_are_if_they_are_complete(
+    done: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = copy_of(done, tmp_path / "former", with_shards=True)
+    as_before_the_shuffle(folder)
+    manifest, journal = folder / "shards/manifest.json", folder / "shards/prepare.jsonl"
+    begun = journal.read_text()
+    notice = (
+        f"web: {folder}/shards is of a version that kept documents in the order of the files; prepare it into another "
+        f"`shards` folder to have them shuffled\nweb: {folder}/shards is complete; nothing to do\n"
+    )
+    for _ in range(2):
+        prepare(config_of(folder))
+        assert capsys.readouterr().err == notice
+        with pytest.raises(ConfigError, match=r"changed since then: (data.shard_bytes|the hash of all settings) from"):
+            prepare(config_of(folder, shard_bytes=8192))
+        journal.unlink(missing_ok=True)  # then the manifest says what there is
+    manifest.unlink()
+    journal.write_text(begun)
+    before = hashes(folder)
+    with pytest.raises(ConfigError, match="the order of documents from that of the files to that of their hashes. Set"):
+        prepare(config_of(folder))
+    assert hashes(folder) == before
+
+
 def test_changed_sources_are_refused(done: Path, tmp_path: Path) -> None:
     folder = copy_of(done, tmp_path / "changed", with_shards=True)
     (folder / "raw").unlink()
@@ -390,7 +484,9 @@ def test_another_tokenizer_is_refused(done: Path, tmp_path: Path) -> None:
         prepare(config_of(folder, tokenizer={"vocab_size": 421}))
 
 
-def test_text_that_changed_without_changing_size_is_noticed_when_going_on(done: Path, tmp_path: Path) -> None:
+def test_text_that_changed_without_changing_size_is_noticed_when_going_on(
+    done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = copy_of(done, tmp_path / "changed", with_shards=True)
     (folder / "shards/manifest.json").unlink()
     (folder / "raw").unlink()
@@ -398,11 +494,34 @@ def test_text_that_changed_without_changing_size_is_noticed_when_going_on(done: 
     lines = (folder / "raw/a.jsonl").read_text().splitlines()
     lines[0], lines[1] = lines[1], lines[0]
     (folder / "raw/a.jsonl").write_text("\n".join(lines) + "\n")
-    with pytest.raises(DataError, match="the source's documents are not those that its complete shards hold"):
-        prepare(config_of(folder))
+    prepare(config_of(folder))  # other places of the same documents
+    assert hashes(folder) == hashes(done)
+    (folder / "shards/manifest.json").unlink()
     (folder / "raw/d00000.txt").write_bytes(b"\xff" * (folder / "raw/d00000.txt").stat().st_size)
     with pytest.raises(DataError, match="the source's documents are not those that its complete shards hold"):
         prepare(config_of(folder))
+    shutil.rmtree(folder / "shards")
+    with monkeypatch.context() as patch:
+        patch.setattr(SpillWriter, "write", stop_after(4, SpillWriter.write))
+        with pytest.raises(KeyboardInterrupt):
+            prepare(config_of(folder))
+    lines[0], lines[1] = lines[1], lines[0]
+    (folder / "raw/a.jsonl").write_text("\n".join(lines) + "\n")
+    with pytest.raises(DataError, match="1-of-1: the source's documents are not those that its complete spills hold"):
+        prepare(config_of(folder))
+
+
+def stop_after(num_calls: int, function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, which stops the program when it is called once more than so often."""
+    left = [num_calls]
+
+    def call(*arguments: Any) -> Any:
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        return function(*arguments)
+
+    return call
 
 
 def test_shards_outlive_their_raw_text(done: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -435,7 +554,7 @@ def test_a_complete_corpus_with_a_missing_shard_is_an_error(done: Path, tmp_path
 
 
 def test_duplicates_are_dropped_and_counted_across_files(
-    done: Path, fresh: Path, capsys: pytest.CaptureFixture[str]
+    done: Path, fresh: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (fresh / "raw").unlink()
     (fresh / "raw").mkdir()
@@ -450,6 +569,11 @@ def test_duplicates_are_dropped_and_counted_across_files(
     assert sorted(read_back(fresh, "train") + read_back(fresh, "val")) == sorted([*texts, texts[7] + " "])
     said = capsys.readouterr().err
     assert f"web: 3 duplicates; the first: {fresh}/raw/a.jsonl:41: it is equal to an earlier document\n" in said
+    with monkeypatch.context() as patch:  # all are found by the second pass then
+        patch.setattr(shares_module, "NUM_RECENT", 2)
+        prepare(config_of(fresh, source={"shards": str(fresh / "late")}))
+    assert hashes(fresh / "late") == hashes(fresh / "shards")
+    assert re.search(r"web: 3 duplicates; the first: .*: it is equal to another document\n", capsys.readouterr().err)
     prepare(config_of(fresh, source={"shards": str(fresh / "all")}, drop_duplicates=False))
     assert Manifest.load(fresh / "all").counts == {"documents_read": 44, "files_read": 3}
     assert sum(shard.num_documents for shard in Manifest.load(fresh / "all").train) > len(read_back(fresh, "train"))
@@ -594,14 +718,16 @@ def test_progress_has_rate_and_time_left(
     fresh: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     line = r"web: \d+% of [\d.]+ kB, \d+ documents, [\d.]+ [kM]?B/s, \d+s left"
-    monkeypatch.setattr(corpus_module, "PLAIN_SECONDS", 0.0)
+    for module in (shares_module, corpus_module):
+        monkeypatch.setattr(module, "PLAIN_SECONDS", 0.0)
     prepare(config_of(fresh))
     lines = capsys.readouterr().err.splitlines()
     assert sum(bool(re.fullmatch(line, text)) for text in lines) > 100
+    assert sum(bool(re.fullmatch(r"web: shards: \d+% of 400 documents", text)) for text in lines) > 10
     terminal = io.StringIO()
     terminal.isatty = lambda: True  # type: ignore[method-assign]
     monkeypatch.setattr(sys, "stderr", terminal)
-    monkeypatch.setattr(corpus_module, "LIVE_SECONDS", 0.0)
+    monkeypatch.setattr(shares_module, "LIVE_SECONDS", 0.0)
     prepare(config_of(fresh, source={"shards": str(fresh / "again")}))
     assert len(re.findall(r"\r\x1b\[K" + line[:30], terminal.getvalue())) > 100
 

@@ -1,5 +1,7 @@
 """Row tables: what they hold, what they refuse, and that building them is safe to repeat."""
 
+import hashlib
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -72,6 +74,11 @@ def test_another_packing_has_tables_of_its_own(tmp_path, documents, manifest, pa
 def test_building_again_does_nothing(tmp_path, manifest, monkeypatch):
     monkeypatch.setattr(row_table, "pack", None)
     build_row_tables(tmp_path, manifest, 32)
+    identity = tmp_path / "rows-32" / "identity.json"
+    listed = json.loads(identity.read_text())
+    del listed["files"]  # as in folders that were written before
+    identity.write_text(json.dumps(listed))
+    build_row_tables(tmp_path, manifest, 32)
     with pytest.raises(TypeError):
         build_row_tables(tmp_path, manifest, 16)
 
@@ -89,6 +96,20 @@ def test_missing_and_damaged_tables_are_data_errors(tmp_path, manifest):
         RowTable.open(tmp_path, manifest, "train", 128)
     path = tmp_path / "rows-32" / "train.offsets.npy"
     content = path.read_bytes()
+    for broken in (content[:-8], content + b"x", b""):
+        path.write_bytes(broken)
+        with pytest.raises(
+            DataError,
+            match=rf"rows-32 is damaged: train\.offsets\.npy has {len(broken)} bytes; expected {len(content)}\.",
+        ):
+            RowTable.open(tmp_path, manifest, "train", 32)
+    identity = tmp_path / "rows-32" / "identity.json"
+    listed = json.loads(identity.read_text())
+    assert listed.pop("files")["train.offsets.npy"] == {
+        "bytes": len(content),
+        "sha256": hashlib.sha256(content).hexdigest(),
+    }
+    identity.write_text(json.dumps(listed))  # as in folders that were written before
     for broken in (content[:-8], b""):
         path.write_bytes(broken)
         with pytest.raises(DataError, match="rows-32 is damaged: .*Delete this folder and run"):

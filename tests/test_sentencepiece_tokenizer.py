@@ -146,6 +146,25 @@ def test_foreign_models_encode_whole_texts(
     assert foreign.encode(texts[30]) == foreign._processor.encode(texts[30])
 
 
+@pytest.mark.parametrize("name", ["trained", "unigram"])
+def test_any_run_of_pieces_has_the_ids_that_it_has_in_the_text(
+    name: str, texts: list[str], request: pytest.FixtureRequest
+) -> None:
+    tokenizer: SentencePieceTokenizer = request.getfixturevalue(name)
+    long = [*texts[:6], " ".join(varied_texts(150, 5, texts[:3])), "x" * 3000, "日本語" * 900, "a " * 1500, "", "short"]
+    rng, num_pieces = random.Random(3), 0
+    for text in long:
+        places = [*tokenizer.places_to_cut(text, 512), len(text)]
+        assert places[0] == 0 and all(end - begin >= 512 for begin, end in zip(places, places[1:-1], strict=False))
+        ids = [tokenizer.encode(text[begin:end]) for begin, end in zip(places, places[1:], strict=False)]
+        assert sum(ids, []) == tokenizer.encode(text)
+        num_pieces += len(ids)
+        for _ in range(10):
+            first, last = sorted(rng.sample(range(len(places)), 2))
+            assert tokenizer.encode(text[places[first] : places[last]]) == sum(ids[first:last], [])
+    assert num_pieces > 100
+
+
 def test_special_ids_and_pieces(trained: SentencePieceTokenizer) -> None:
     assert (trained.unk_id, trained.bos_id, trained.eos_id, trained.pad_id) == (UNK_ID, BOS_ID, EOS_ID, PAD_ID)
     pieces = trained.file.pieces

@@ -39,7 +39,7 @@ def test_reads_every_document_in_any_order(tmp_path, documents, shards):
 def test_a_flipped_bit_damages_its_document_only(tmp_path, documents, shards):
     flip_bit(tmp_path / "train-000000.tar", int(load_index(tmp_path, shards[0])["offset"][5]) + 3)
     reader = ShardReader(tmp_path, shards[0], "uint16")
-    with pytest.raises(DamagedDocumentError, match=r"train-000000\.tar: document 5 \(bytes \d+ to \d+\) is damaged"):
+    with pytest.raises(DamagedDocumentError, match=r"train-000000\.tar: document 5 is damaged: bytes \d+ to"):
         reader.read(5)
     for i in (4, 6):
         np.testing.assert_array_equal(reader.read(i), documents[i])
@@ -65,51 +65,80 @@ def test_a_transient_fault_is_read_again_from_a_new_descriptor(tmp_path, documen
     assert len(calls) == 2 and len(opened) == 1
 
 
-def test_a_shard_of_other_content_is_refused_and_not_masked_document_by_document(tmp_path, shards):
+def failure_of(reader, document):
+    with pytest.raises(DamagedDocumentError) as caught:
+        reader.read(document)
+    return caught.value
+
+
+def test_a_shard_of_other_content_counts_as_lost_once_most_of_what_is_read_is_damaged(tmp_path, shards):
     path = tmp_path / "train-000000.tar"
     path.write_bytes(bytes(path.stat().st_size))
     reader = ShardReader(tmp_path, shards[0], "uint16")
     for i in [0] * 20 + list(range(7)):  # one long document is read for many rows
-        with pytest.raises(DamagedDocumentError):
-            reader.read(i)
-    with pytest.raises(DataError, match="8 documents are damaged and 0 are not, so far; expected the file") as caught:
-        reader.read(7)
-    assert not isinstance(caught.value, DamagedDocumentError)
+        error = failure_of(reader, i)
+        assert not error.is_shard_lost and error.num_tokens == load_index(tmp_path, shards[0])["num_tokens"][i]
+    error = failure_of(reader, 7)
+    assert error.is_shard_lost and error.num_tokens == shards[0].num_tokens
 
 
-def test_truncated_replaced_and_missing_shards_are_refused_at_open(tmp_path, shards):
-    path = tmp_path / "train-000001.tar"
+@pytest.mark.parametrize("change", ["truncated", "replaced or appended to"])
+def test_a_file_of_another_size_is_refused_at_the_start_and_read_as_far_as_it_goes(tmp_path, documents, shards, change):
+    path, begins = tmp_path / "train-000001.tar", np.cumsum([0] + [shard.num_documents for shard in shards])
+    offsets = load_index(tmp_path, shards[1])["offset"]
     content = path.read_bytes()
-    for changed, state in ((content[:-1], "truncated"), (content + b"x", "replaced or appended to")):
-        path.write_bytes(changed)
-        for attempt in (lambda: check_shards(tmp_path, shards), lambda: ShardReader(tmp_path, shards[1], "uint16")):
-            with pytest.raises(
-                DataError, match=rf"train-000001\.tar: size is {len(changed)} .*it was {state}.*Restore"
-            ):
-                attempt()
+    path.write_bytes(content[: int(offsets[-2])] if change == "truncated" else content + b"x")
+    with pytest.raises(DataError, match=rf"train-000001\.tar: size is \d+ .*it was {change}.*Restore"):
+        check_shards(tmp_path, shards)
+    reader = ShardReader(tmp_path, shards[1], "uint16")
+    num_whole = shards[1].num_documents - (2 if change == "truncated" else 0)
+    for i in range(num_whole):
+        np.testing.assert_array_equal(reader.read(i), documents[begins[1] + i])
+    for i in range(num_whole, shards[1].num_documents):
+        error = failure_of(reader, i)
+        assert "it was truncated" in error.reason and not error.is_shard_lost
+
+
+def test_a_missing_tar_is_refused_at_the_start_and_lost_later(tmp_path, documents, shards):
+    (tmp_path / "manifest.json").touch()
+    path, index = tmp_path / "train-000001.tar", tmp_path / "train-000001.index.npy"
+    content = path.read_bytes()
     path.unlink()
     with pytest.raises(DataError, match=r"train-000001\.tar is missing; expected \d+ bytes\. Restore the file"):
         check_shards(tmp_path, shards)
-    with pytest.raises(DataError, match=r"train-000001\.tar cannot be opened: No such file"):
+    reader = ShardReader(tmp_path, shards[1], "uint16")
+    error = failure_of(reader, 3)
+    assert error.is_shard_lost and error.reason == "it cannot be opened: No such file or directory"
+    path.write_bytes(content)  # somebody mends it meanwhile
+    np.testing.assert_array_equal(reader.read(3), documents[shards[0].num_documents + 3])
+    index.unlink()
+    error = failure_of(ShardReader(tmp_path, shards[1], "uint16"), 3)
+    assert error.is_shard_lost and "No such file" in error.reason
+    (tmp_path / "manifest.json").unlink()
+    with pytest.raises(DataError, match=r"manifest\.json is gone; expected the corpus to stay") as caught:
         ShardReader(tmp_path, shards[1], "uint16")
+    assert not isinstance(caught.value, DamagedDocumentError)
 
 
-def test_damaged_indexes_are_refused(tmp_path, shards):
+def test_with_a_damaged_index_the_shard_is_lost(tmp_path, shards):
+    (tmp_path / "manifest.json").touch()
     path = tmp_path / "train-000000.index.npy"
     content = path.read_bytes()
+
+    def reason():
+        error = failure_of(ShardReader(tmp_path, shards[0], "uint16"), 5)
+        assert error.is_shard_lost and error.num_tokens == shards[0].num_tokens
+        return error.reason
+
     flip_bit(path, len(content) - 5)
-    with pytest.raises(DataError, match=r"train-000000\.index\.npy: its sha256 differs"):
-        ShardReader(tmp_path, shards[0], "uint16")
+    assert reason() == f"{path}: its sha256 differs from the manifest's"
     np.save(path, np.load(tmp_path / "train-000000.index.npy")[:-1])
-    with pytest.raises(DataError, match=rf"documents are {shards[0].num_documents - 1}; expected"):
-        ShardReader(tmp_path, shards[0], "uint16")
+    assert f"documents are {shards[0].num_documents - 1}; expected" in reason()
     np.save(path, np.zeros(3))
-    with pytest.raises(DataError, match=r"dtype is float64; expected"):
-        ShardReader(tmp_path, shards[0], "uint16")
+    assert "dtype is float64; expected" in reason()
     for broken in (b"", content[:200]):
         path.write_bytes(broken)
-        with pytest.raises(DataError, match=r"index\.npy cannot be read"):
-            ShardReader(tmp_path, shards[0], "uint16")
+        assert "index.npy cannot be read" in reason()
     path.unlink()
     with pytest.raises(DataError, match=r"index\.npy is missing; expected the shard's index"):
         check_shards(tmp_path, shards)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -10,18 +11,17 @@ import numpy as np
 import pytest
 
 from launch.prepare import main
-from pretrain import corpus as corpus_module
+from pretrain import json_lines
+from pretrain import shares as shares_module
 from pretrain.errors import ConfigError, DataError
+from pretrain.json_lines import is_divisible
 from pretrain.prepare import prepare
-from pretrain.shards import Manifest
+from pretrain.shards import Manifest, ShardWriter
 from pretrain.shares import files_of_share, parse_share
+from pretrain.spills import SpillWriter
 from tests.test_filters import FILTERS, write_texts
-from tests.test_prepare import config_of, copy_of, hashes, text_of, write_corpus
+from tests.test_prepare import config_of, copy_of, hashes, stop_after, text_of, write_corpus
 from tests.token_writers import write_megatron
-
-
-def without_shares(folder: Path) -> dict[str, str]:
-    return {name: digest for name, digest in hashes(folder).items() if "share-" not in name}
 
 
 def write_raw(folder: Path) -> None:
@@ -48,9 +48,9 @@ def test_merged_shares_are_what_one_run_makes(done: Path, tmp_path: Path, count:
         prepare(config, (number, count))
     assert not (folder / "shards/manifest.json").exists()
     prepare(config, num_shares=count)
-    assert without_shares(folder) == hashes(done)
-    for share in (folder / "shards").glob("share-*"):
-        shutil.rmtree(share)
+    assert hashes(folder) == hashes(done)
+    prepare(config, (1, count))  # as a job that is started once more
+    prepare(config, num_shares=count)
     prepare(config)  # it is complete
     assert hashes(folder) == hashes(done)
     counts = Manifest.load(folder / "shards").counts
@@ -58,25 +58,44 @@ def test_merged_shares_are_what_one_run_makes(done: Path, tmp_path: Path, count:
 
 
 def test_interrupted_shares_and_merges_go_on(done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(corpus_module, "BATCH_CHARACTERS", 2000)
+    monkeypatch.setattr(shares_module, "BATCH_CHARACTERS", 2000)
     folder = copy_of(done, tmp_path / "fresh")
     config = config_of(folder, filters=FILTERS | {"repetition": False})
-    real = corpus_module.ShardWriter.add
-    for share, num_shares in (((1, 2), 0), ((2, 2), 0), (None, 2)):
+    for writer, share, num_shares in (
+        (SpillWriter, (1, 2), 0), (SpillWriter, (2, 2), 0), (ShardWriter, None, 2),
+    ):  # fmt: skip
+        add = writer.add
         for num_left in (60, 150, 10**6):
-
-            def add(writer, ids, left=[num_left]):  # noqa: B006
-                left[0] -= 1
-                if left[0] < 0:
-                    raise KeyboardInterrupt
-                return real(writer, ids)
-
-            monkeypatch.setattr(corpus_module.ShardWriter, "add", add)
+            monkeypatch.setattr(writer, "add", stop_after(num_left, add))
             try:
                 prepare(config, share, num_shares)
             except KeyboardInterrupt:
                 assert num_left < 10**6
-    assert without_shares(folder) == hashes(done)
+    assert hashes(folder) == hashes(done)
+
+
+def test_a_merge_goes_on_with_other_shares_of_the_same_documents_only(
+    done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = copy_of(done, tmp_path / "fresh")
+    (folder / "raw").unlink()
+    shutil.copytree(done / "raw", folder / "raw")
+    config = config_of(folder, filters=FILTERS | {"repetition": False})
+    prepare(config, (1, 2))
+    prepare(config, (2, 2))
+    with monkeypatch.context() as patch:
+        patch.setattr(ShardWriter, "add", stop_after(150, ShardWriter.add))
+        with pytest.raises(KeyboardInterrupt):
+            prepare(config, num_shares=2)
+    for number in (1, 2):
+        shutil.rmtree(folder / f"shards/share-{number}-of-2")
+    prepare(config)
+    assert hashes(folder) == hashes(done)
+    (folder / "shards/manifest.json").unlink()
+    content = (folder / "raw/d00003.txt").read_bytes()
+    (folder / "raw/d00003.txt").write_bytes(content.upper())
+    with pytest.raises(DataError, match="shards: the source's documents are not those that its complete shards hold"):
+        prepare(config)
 
 
 def test_ids_of_others_are_shared_too(done: Path, tmp_path: Path) -> None:
@@ -92,7 +111,7 @@ def test_ids_of_others_are_shared_too(done: Path, tmp_path: Path) -> None:
     for number in (1, 2, 3):
         prepare(config_of(tmp_path), (number, 3))
     prepare(config_of(tmp_path), num_shares=3)
-    assert without_shares(tmp_path / "shards") == expected
+    assert hashes(tmp_path / "shards") == expected
 
 
 def test_shares_hold_every_file_once_in_order(tmp_path: Path) -> None:
@@ -103,7 +122,53 @@ def test_shares_hold_every_file_once_in_order(tmp_path: Path) -> None:
             files.append(tmp_path / f"{trial}-{number:03d}.txt")
             files[-1].write_bytes(b"x" * int(rng.choice((0, 10, 500))))
         for count in (1, 2, 7, 40):
-            assert sum((files_of_share(files, number, count) for number in range(1, count + 1)), []) == files
+            shares = [files_of_share(files, "auto", number, count) for number in range(1, count + 1)]
+            assert sum((chosen for chosen, _ in shares), []) == files
+            assert not any(parts for _, parts in shares)
+
+
+def test_shares_of_json_lines_are_of_equal_size(tmp_path: Path) -> None:
+    sizes = {"a.jsonl": 1000, "b.jsonl": 10, "c.jsonl.gz": 50, "d.jsonl": 5000, "e.jsonl": 0, "f.txt": 40}
+    for name, size in sizes.items():
+        (tmp_path / name).write_bytes(b"x" * size)
+    files = sorted(tmp_path.iterdir())
+    shares = [files_of_share(files, "auto", number, 9) for number in range(1, 10)]
+    for file in files:
+        read = [parts.get(file, range(sizes[file.name])) for chosen, parts in shares if file in chosen]
+        assert [part.start for part in read] == [0, *(part.stop for part in read[:-1])]  # each byte once
+        assert read[-1].stop == sizes[file.name]
+        assert len(read) == 1 or is_divisible(file, "auto")
+    whole = [sum(len(parts.get(file, range(sizes[file.name]))) for file in chosen) for chosen, parts in shares]
+    assert sum(whole) == 6100 and max(whole) - min(whole) <= 90  # the two that are not divided
+
+
+@pytest.mark.parametrize("count, drops", [(2, True), (7, True), (60, True), (7, False)])
+def test_one_file_over_many_shares_gives_the_same_bytes(
+    done: Path, tmp_path: Path, count: int, drops: bool, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setattr(json_lines, "READ_BYTES", 16)
+    folder = copy_of(done, tmp_path / "fresh")
+    (folder / "raw").unlink()
+    (folder / "raw").mkdir()
+    lines = [json.dumps({"text": text_of(number, number % 60 + 1)}, ensure_ascii=False) for number in range(60)]
+    lines[10:10] = ["", "{", json.dumps({"text": "x" * 20_000}), "", json.dumps({"text": "\ud800"})]
+    (folder / "raw/a.jsonl").write_text("\ufeff" + "\r\n".join([*lines, *lines[:30]]))
+    config = config_of(folder, drop_duplicates=drops)
+    prepare(config)
+    expected = hashes(folder)
+    shutil.rmtree(folder / "shards")
+    for number in range(1, count + 1):
+        prepare(config, (number, count))
+    capsys.readouterr()
+    prepare(config, num_shares=count)
+    assert hashes(folder) == expected
+    place = re.search(r"a\.jsonl:byte ([\d,]+): it is not JSON", capsys.readouterr().err)
+    assert place is not None
+    begin = int(place[1].replace(",", ""))
+    assert (folder / "raw/a.jsonl").read_bytes()[begin - 1 : begin + 3] == b"\n{\r\n"
+    counts = Manifest.load(folder / "shards").counts
+    assert (counts["files_read"], counts["documents_read"], counts.get("duplicates", 0)) == (1, 95, 26 * drops)
 
 
 def test_wrong_use_is_refused(done: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -120,10 +185,20 @@ def test_wrong_use_is_refused(done: Path, tmp_path: Path, capsys: pytest.Capture
         ConfigError, match=r"share-1-of-2 holds shards that were prepared otherwise; changed .*data\.filt"
     ):
         prepare(config_of(folder, filters={"min_characters": 5}), num_shares=2)
-    records = folder / "shards/share-2-of-2/records.bin"
-    records.write_bytes(records.read_bytes()[:-1])
-    with pytest.raises(DataError, match=r"records\.bin does not fit the shards beside it"):
+    prepare(config_of(folder, val_fraction=0.2), (1, 2))  # what only the merge depends on may differ
+    spill = folder / "shards/share-2-of-2/spill-000001"
+    content = spill.read_bytes()
+    spill.write_bytes(content[:-1])
+    with pytest.raises(DataError, match=r"share-2-of-2 is not complete; expected every share .* --share 2/2"):
         prepare(config, num_shares=2)
+    spill.write_bytes(content[:-60] + bytes([content[-60] ^ 1]) + content[-59:])
+    with pytest.raises(
+        DataError, match=r"spill-000001 cannot be used: a document has another crc32.* --share 2/2: the"
+    ):
+        prepare(config, num_shares=2)
+    spill.unlink()
+    prepare(config, (2, 2))
+    assert spill.read_bytes() == content
     (folder / "t.model").unlink()
     with pytest.raises(
         ConfigError, match=r"which does not exist; expected it, since every share needs .*--train-token"

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import zstandard
 
-from pretrain import sources
+from pretrain import json_lines, sources
 from pretrain.config import SourceSection
 from pretrain.errors import DataError
 from pretrain.source_files import files_identity, list_files
@@ -108,7 +108,7 @@ def test_a_path_that_names_nothing_is_an_error(tmp_path: Path) -> None:
         list_files(source_of(tmp_path / "empty"))
 
 
-@pytest.mark.parametrize("name", ["a.parquet.gz", "a.tar.gz", "a.zip", "a.tar.zst", "a.txt.xz", "a.tar.bz2"])
+@pytest.mark.parametrize("name", ["a.parquet.gz", "a.tgz", "a.zip", "a.arrow.zst", "a.txt.xz", "a.tar.xz"])
 def test_a_file_that_is_not_text_is_an_error(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(b"x")
     with pytest.raises(DataError, match=rf"{name} is one of 1 files that are not text; .* Unpack or convert them"):
@@ -169,7 +169,8 @@ def test_empty_documents_are_always_counted_skips(tmp_path: Path) -> None:
 
 def test_documents_that_are_too_long_are_bad(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sources, "MAX_DOCUMENT_BYTES", 100)
-    monkeypatch.setattr(sources, "READ_BYTES", 64)
+    monkeypatch.setattr(json_lines, "MAX_DOCUMENT_BYTES", 100)
+    monkeypatch.setattr(json_lines, "READ_BYTES", 64)
     (tmp_path / "a.jsonl").write_bytes(lines_of("x" * 1000, "short", "x" * 300))
     (tmp_path / "b.txt").write_text("y" * 101)
     (tmp_path / "c.txt").write_text("y" * 100)

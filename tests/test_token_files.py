@@ -299,8 +299,9 @@ def test_prepare_imports_every_document_once(
     manifest = Manifest.load(tmp_path / "shards")
     expected: dict[str, list] = {"train": [], "val": []}
     num_bytes = Counter[str]()
-    for number, ids in enumerate(documents):
-        split = "val" if is_validation(document_digest(np.array(ids, "<u4").tobytes()), 0.1) else "train"
+    digests = [document_digest(np.array(ids, "<u4").tobytes()) for ids in documents]
+    for number in sorted(range(len(documents)), key=lambda number: digests[number][8:]):
+        ids, split = documents[number], "val" if is_validation(digests[number], 0.1) else "train"
         expected[split].append([tokenizer.bos_id, *ids, tokenizer.eos_id])
         num_bytes[split] += len(text_of(number))
     assert {split: read_back(tmp_path, split) for split in expected} == expected

@@ -25,6 +25,11 @@ def runs(tiny_config, tmp_path_factory):
     content = bytearray(shard.read_bytes())
     content[len(content) // 3] ^= 16
     shard.write_bytes(content)
+    held_out = folder / "damaged-held-out"
+    shutil.copytree(tiny_config.parent / "shards" / "code", held_out)
+    content = bytearray((held_out / "val-000000.tar").read_bytes())
+    content[600] ^= 16
+    (held_out / "val-000000.tar").write_bytes(content)
     damaged = f"data.sources=[{{name: code, shards: {code}, weight: 3}}, {{name: prose, shards: {tiny_config.parent}/shards/prose}}]"
     cases = {
         "plain": [],
@@ -36,7 +41,8 @@ def runs(tiny_config, tmp_path_factory):
         "best": ["eval={every_steps: 4, max_rows: 8}", "checkpoint={every_steps: 5, keep_last: 2}"],
         "best-fails": ["eval={every_steps: 4, max_rows: 8}", "checkpoint={every_steps: 3, keep_last: 2}"],
         "not-best": ["eval={every_steps: 4, max_rows: 8}", "checkpoint={every_steps: 5, keep_last: 2, keep_best: false, keep_every: 10}"],
-        "damaged": [damaged, "data.prefetch_steps=1"],
+        "damaged": [damaged, "data.prefetch_steps=1", "data.max_damaged_fraction=0.1"],
+        "held-out-damaged": [damaged.replace(str(code), str(held_out)), "eval={every_steps: 10}"],
         "undamaged": [damaged.replace(str(code), f"{tiny_config.parent}/shards/code")],
         "wsd": ["schedule={name: wsd, warmup_steps: 2, decay_steps: 5, final_lr_ratio: 0}"],
         "gpt2": ["model={family: gpt2, dim: 32, num_layers: 2, num_heads: 4, dropout: 0.1}"],
@@ -111,6 +117,23 @@ def test_a_damaged_document_is_masked_counted_and_shifts_nothing(runs):
     assert events and ours[: events[0] - 1] == whole[: events[0] - 1] and ours[events[0] - 1] != whole[events[0] - 1]
     assert "train-000002.tar document" in (folder / "damaged" / "log.txt").read_text()
     assert len(ours) == 20
+    lines = [line for line in metric_lines(folder / "damaged") if "loss" in line]
+    assert [line["damaged_documents"] for line in lines] == [0] * (events[0] - 1) + [1] * (21 - events[0])
+    assert lines[-1]["damaged_tokens"] > 2 and lines[0]["damaged_tokens"] == 0
+
+
+def test_too_much_damage_of_held_out_documents_ends_the_run_after_saving(runs):
+    outcomes, folder = runs
+    assert outcomes["held-out-damaged"].startswith("TooMuchDamageError: data.sources[code]: ")
+    assert (
+        "of its held-out tokens cannot be read; expected at most data.max_damaged_fraction (0.01). The worst are "
+        in (outcomes["held-out-damaged"])
+    )
+    assert list_steps(folder / "held-out-damaged" / "checkpoints") == [10]
+    (event,) = (
+        line for line in metric_lines(folder / "held-out-damaged") if line.get("event") == "damaged_held_out_documents"
+    )
+    assert event["step"] == 10 and "val-000000.tar document 0 in row" in event["documents"][0]
 
 
 def test_the_rate_of_every_step_is_the_schedules(runs):

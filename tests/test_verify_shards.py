@@ -186,6 +186,13 @@ def test_row_tables_are_checked_too(folder: Path) -> None:
     segments = np.load(path)
     segments["length"][5] += 1
     np.save(path, segments)
+    assert [str(one) for one in problems(folder)] == [
+        "rows-32/train.segments.npy: its sha256 is not that in identity.json"
+    ]
+    identity = folder / "rows-32/identity.json"
+    listed = json.loads(identity.read_text())
+    del listed["files"]  # as in folders that were written before
+    identity.write_text(json.dumps(listed))
     assert re.search(r"rows-32: its rows of train-000000 hold [\d,]+ tokens to ask for", str(problems(folder)[0]))
     (folder / "rows-32/train.blocks.npy").write_bytes(b"")
     assert "rows-32" in str(problems(folder)[0])
@@ -203,7 +210,7 @@ def test_row_tables_of_every_packing_are_checked(folder: Path, packing: str) -> 
     segments = np.load(path)
     segments["length"][3] += 1
     np.save(path, segments)
-    assert [one.file for one in problems(folder)] == [f"rows-64-{packing}"]
+    assert [one.file for one in problems(folder)] == [f"rows-64-{packing}/val.segments.npy"]
     shutil.copy(folder / "rows-32/identity.json", path.with_name("identity.json"))
     assert "its packing, seq_len differs" in str(problems(folder)[0])
 
@@ -226,7 +233,7 @@ def test_several_processes_find_the_same_and_the_exit_status_is_1(
 
 def test_wrong_use(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, message in (
-        (["--verify", str(folder), "config.yaml"], "--verify takes a folder alone, not config.yaml"),
+        (["--verify", str(folder), "config.yaml"], "--verify takes a folder or URL alone, not config.yaml"),
         (["--processes", "2", "config.yaml"], "--processes is for --verify"),
         (["--verify", str(folder), "--dry-run"], "not allowed with"),
         ([], "CONFIG is missing"),

@@ -19,7 +19,7 @@ from pretrain.config import TokenizerSection
 from pretrain.errors import ConfigError, DataError
 from pretrain.sentencepiece_tokenizer import SentencePieceTokenizer, choose_sample, fit
 from pretrain.tokenizer import save_file
-from pretrain.workers import Batch, encode_batches, fit_in_process
+from pretrain.workers import Batch, QueuedDocument, encode_batches, fit_in_process
 
 TEXTS = [f"document {number} {'about many different words ' * (number % 7)}\n" for number in range(300)]
 ROOT = Path(__file__).resolve().parents[1]
@@ -33,11 +33,15 @@ def section(tmp_path_factory: pytest.TempPathFactory) -> TokenizerSection:
     return section
 
 
+def queued(text: str) -> QueuedDocument:
+    return QueuedDocument("a.txt", b"digest", b"", len(text), text)
+
+
 def batches_of(num_batches: int, log: list[int]) -> Iterator[Batch]:
     for number in range(num_batches):
         log.append(number)
         texts = TEXTS[number * 10 : number * 10 + 10]
-        yield Batch(["train"] * len(texts), [b"digest"] * len(texts), texts)
+        yield [queued(text) for text in texts]
 
 
 @pytest.mark.parametrize("num_processes", [1, 2])
@@ -47,9 +51,9 @@ def test_batches_come_back_in_order_and_reading_ahead_is_bounded(section: Tokeni
     seen = 0
     with closing(encode_batches(batches_of(30, read), section, tokenizer, num_processes)) as encoded:
         for batch, documents in encoded:
-            assert batch.texts == TEXTS[seen * 10 : seen * 10 + 10]
-            for text, ids in zip(batch.texts, documents, strict=True):
-                np.testing.assert_array_equal(ids, tokenizer.encode_document(text))
+            assert batch == [queued(text) for text in TEXTS[seen * 10 : seen * 10 + 10]]
+            for document, ids in zip(batch, documents, strict=True):
+                np.testing.assert_array_equal(ids, tokenizer.encode_document(document.text))
             seen += 1
             assert len(read) - seen <= 2 * num_processes
     assert seen == 30
@@ -102,10 +106,10 @@ ORPHANS = """
 import os, sys
 from pretrain.config import TokenizerSection
 from pretrain.sentencepiece_tokenizer import SentencePieceTokenizer
-from pretrain.workers import Batch, encode_batches
+from pretrain.workers import QueuedDocument, encode_batches
 import multiprocessing
 if __name__ == "__main__":
-    batches = (Batch(["train"], [b""], ["text"]) for _ in range(100))
+    batches = ([QueuedDocument("a.txt", b"", b"", 4, "text")] for _ in range(100))
     encoded = encode_batches(batches, TokenizerSection(model=sys.argv[1], vocab_size=310), SentencePieceTokenizer(sys.argv[1]), 2)
     next(encoded)
     print(*(child.pid for child in multiprocessing.active_children()), flush=True)

@@ -79,8 +79,9 @@ def hashes(folder: Path) -> dict[str, str]:
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
-def num_shards(folder: Path) -> int:
-    return len(list(folder.glob("*/*.tar")))
+def num_complete(folder: Path) -> str:
+    """How far it is: files of the first and the second pass."""
+    return f"{len(list(folder.glob('*/*/spill-*')))} spills, {len(list(folder.glob('*/*.tar')))} shards"
 
 
 def test_killed_twenty_times_at_random_it_ends_with_the_same_bytes(tmp_path: Path) -> None:
@@ -106,7 +107,7 @@ def test_killed_twenty_times_at_random_it_ends_with_the_same_bytes(tmp_path: Pat
             orphans += psutil.Process(process.pid).children(recursive=True)
             process.send_signal(signal.SIGKILL)
             process.wait(30)
-            states.append(f"{config.parent.name} {num_shards(config.parent)}")
+            states.append(f"{config.parent.name} {num_complete(config.parent)}")
         else:  # it was quicker than its end: begin another one
             assert status == 0, config.with_suffix(".log").read_text()
             assert hashes(config.parent) == expected
@@ -114,7 +115,7 @@ def test_killed_twenty_times_at_random_it_ends_with_the_same_bytes(tmp_path: Pat
     assert start(config).wait(200) == 0, config.with_suffix(".log").read_text()
     found = hashes(config.parent)
     assert found == expected, sorted(set(found.items()) ^ set(expected.items()))
-    print("shards at each kill:", states)
+    print("complete at each kill:", states)
     assert len(set(states)) >= 4, states  # it really was killed at several places
     _, alive = psutil.wait_procs(orphans, timeout=10)
     assert alive == []  # the processes that tokenize end with it
