@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 import shutil
 
 import pytest
 import torch
 
 from pretrain.checkpoint_files import CheckpointReader, folder_name, list_steps
+from pretrain.data_plan import open_plan
+from pretrain.settings import load_config
+from pretrain.shards import Manifest, load_index
 from tests.rank_helpers import losses, metric_lines, run_cases
 
 pytestmark = pytest.mark.launches
@@ -21,16 +25,14 @@ def runs(tiny_config, tmp_path_factory):
     folder = tmp_path_factory.mktemp("train")
     code = folder / "damaged-code"
     shutil.copytree(tiny_config.parent / "shards" / "code", code)
-    shard = code / "train-000002.tar"
-    content = bytearray(shard.read_bytes())
-    content[len(content) // 3] ^= 16
-    shard.write_bytes(content)
     held_out = folder / "damaged-held-out"
     shutil.copytree(tiny_config.parent / "shards" / "code", held_out)
     content = bytearray((held_out / "val-000000.tar").read_bytes())
     content[600] ^= 16
     (held_out / "val-000000.tar").write_bytes(content)
     damaged = f"data.sources=[{{name: code, shards: {code}, weight: 3}}, {{name: prose, shards: {tiny_config.parent}/shards/prose}}]"
+    step = damage_a_document(tiny_config, damaged.replace(str(code), f"{tiny_config.parent}/shards/code"), code)
+    assert step > 2
     cases = {
         "plain": [],
         "deterministic": ["train.deterministic=true"],
@@ -65,6 +67,24 @@ def runs(tiny_config, tmp_path_factory):
     ]
     outcomes = run_cases(tiny_config, listed, 1, folder / "ranks")
     return dict(zip(cases, outcomes, strict=True)), folder
+
+
+def damage_a_document(tiny_config, sources, folder):
+    """Flip a bit of the document that a run is the last to need, in a copy of the corpus `code`; return the step."""
+    config = load_config(tiny_config, [sources])
+    plan, corpora = open_plan(config, Manifest.load(folder).tokenizer_fingerprint)
+    size, needed = config.train.global_batch_size, {}
+    for t in range(20 * size):
+        number, _, block, row = plan.locate(t)
+        if plan.names[number] == "code":
+            for document, _, _ in corpora[number].rows[config.data.seq_len].row(block, row):
+                needed.setdefault((corpora[number].shards[block], document), t // size + 1)
+    (shard, document), step = max(needed.items(), key=lambda item: item[1])
+    path = folder / f"{shard.name}.tar"
+    content = bytearray(path.read_bytes())
+    content[int(load_index(folder, shard)["offset"][document]) + 2] ^= 16
+    path.write_bytes(content)
+    return step
 
 
 def evaluations(run):
@@ -115,7 +135,7 @@ def test_a_damaged_document_is_masked_counted_and_shifts_nothing(runs):
     ours, whole = losses(folder / "damaged"), losses(folder / "undamaged")
     events = [line["step"] for line in metric_lines(folder / "damaged") if line.get("event") == "damaged_documents"]
     assert events and ours[: events[0] - 1] == whole[: events[0] - 1] and ours[events[0] - 1] != whole[events[0] - 1]
-    assert "train-000002.tar document" in (folder / "damaged" / "log.txt").read_text()
+    assert re.search(r"damaged-code/train-\d+\.tar document \d+ in row", (folder / "damaged" / "log.txt").read_text())
     assert len(ours) == 20
     lines = [line for line in metric_lines(folder / "damaged") if "loss" in line]
     assert [line["damaged_documents"] for line in lines] == [0] * (events[0] - 1) + [1] * (21 - events[0])
