@@ -26,6 +26,7 @@ from urllib.parse import urlsplit, urlunsplit
 from pretrain.errors import DataError
 
 logger = logging.getLogger("longhaul")
+_jitter = random.Random()  # of its own: threads must not move the generator that others seed
 
 PIPE = "pipe:"
 CHUNK_BYTES = 1 << 20
@@ -152,7 +153,7 @@ class Store:
                     is_lost = isinstance(error, MissingFileError) or len(wrong) > len(set(wrong))
                     raise self._failure(name, error, attempt, time.monotonic() - failing_since, is_lost) from error
                 longest = min(LONGEST_PAUSE_SECONDS, FIRST_PAUSE_SECONDS * 2 ** (attempt - 1))
-                pause = min(longest * random.uniform(0.5, 1.0), left)  # ranks and nodes that failed together spread
+                pause = min(longest * _jitter.uniform(0.5, 1.0), left)  # ranks and nodes that failed together spread
                 logger.warning(
                     "%s: %s; attempt %d, the next in %.1f s, for up to %.0f s more",
                     self.location(name), error, attempt, pause, left,

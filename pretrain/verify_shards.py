@@ -137,7 +137,9 @@ def render(content: dict[str, Any]) -> str:
     if not problems:
         return f"{read}: every checksum is right, and every id below the vocabulary size"
     where = content["folder"]
-    otherwise = "index the tars into another folder" if content["is_index"] else f"delete {where} and prepare it again"
+    otherwise = (
+        "index the tars into another folder" if content.get("is_index") else f"delete {where} and prepare it again"
+    )
     advice = f"Restore these files from a copy, or {otherwise}."
     if is_remote(where):
         advice = (
