@@ -183,7 +183,8 @@ class ShardReader:
                 self._descriptor = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
                 self._problem = _size_problem(os.fstat(self._descriptor).st_size, self._shard)
         except LostFileError as error:
-            self._problem = str(error)
+            is_tar = error.name == f"{self._shard.name}.tar"
+            self._problem = error.reason if is_tar else f"{error.name}: {error.reason}"
         except OSError as error:
             self._check_there()
             self._problem = f"it cannot be opened: {error.strerror}"
