@@ -65,8 +65,6 @@ def limit_threads() -> None:
 
 if __name__ == "__main__":
     status = main()
-    sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(
-        status
-    )  # threads of gloo can abort a process that is done ("terminate called without an active exception")
+    # threads of gloo can abort a process that is done ("terminate called without an active exception")
+    os._exit(status)

@@ -8,20 +8,23 @@ import shutil
 import sys
 from collections.abc import Callable, Sequence
 from functools import wraps
-from typing import TextIO
+from typing import ParamSpec, TextIO
 
 EXIT_CLOSED_PIPE = 141  # a shell's status of a program that SIGPIPE has ended: 128 + 13
-_Main = Callable[[Sequence[str] | None], int]
+_Arguments = ParamSpec("_Arguments")
 
 
-def ends_at_closed_pipe(main: Callable[..., int]) -> _Main:
-    """Make a command end without a traceback where nobody reads on, as in `longhaul prepare --inspect DIR | head`."""
+def ends_at_closed_pipe(main: Callable[_Arguments, int]) -> Callable[_Arguments, int]:
+    """Make a command end without a traceback where nobody reads on, as in `longhaul prepare --inspect DIR | head`.
+
+    Its standard output is flushed before it returns.
+    """
 
     @wraps(main)
-    def guarded(argv: Sequence[str] | None = None) -> int:
+    def guarded(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> int:
         try:
             try:
-                status = main(argv)
+                status = main(*args, **kwargs)
             except SystemExit:  # argparse has printed the help
                 sys.stdout.flush()
                 raise
