@@ -21,6 +21,7 @@ import numpy as np
 from pretrain.console import LiveLine, format_bytes, format_duration
 from pretrain.errors import DataError
 from pretrain.row_table import RowTable, array_paths, listed_file, read_identity, stored_tables, table_folder
+from pretrain.shard_reader import link_target
 from pretrain.shards import Manifest, Shard, file_sha256, index_path, load_index
 from pretrain.source_files import BrokenFile
 from pretrain.stores import is_remote
@@ -150,9 +151,7 @@ def render(content: dict[str, Any]) -> str:
     )
 
 
-def _checked(
-    folder: Path, manifest: Manifest, num_processes: int
-) -> Iterator[tuple[Shard, tuple[int, list[Problem]]]]:  # fmt: skip
+def _checked(folder: Path, manifest: Manifest, num_processes: int) -> Iterator[tuple[Shard, tuple[int, list[Problem]]]]:
     check = partial(_check, folder, manifest.dtype, manifest.vocab_size)
     of_text = set() if manifest.text is None else {shard.name for shard in manifest.train}
     tasks = [(shard, shard.name in of_text) for shard in manifest.train + manifest.val]
@@ -221,7 +220,7 @@ def check_shard(
         if index is not None and len(index) > 1 and damaged * 2 > len(index) and size == shard.num_bytes:
             findings.add(f"{damaged:,} of {len(index):,} documents are wrong: it is another shard's file, most likely")
     except FileNotFoundError:
-        findings.add("it is missing")
+        findings.add(f"it is missing{link_target(path)}")
     except OSError as error:
         findings.add(f"it cannot be read ({error.strerror or error})")
     return num_bytes, problems + findings.problems

@@ -429,19 +429,35 @@ def open_remote_stream(server: StoreServer, cache: Path, **data: Any) -> TokenSt
     return TokenStream(config, batch_plan(BATCH, 1, 1, 32), 0, TOKENIZER)
 
 
-@pytest.mark.parametrize("change", [remove, empty, put_another_of_its_size, flip_payload, remove_index, flip_index])
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (remove, "there is no such file"),
+        (empty, r"it has only 0 bytes; expected \d+"),
+        (put_another_of_its_size, "its sha256 differs from that in manifest.json"),
+        (flip_payload, "its sha256 differs from that in manifest.json"),
+        (remove_index, rf"{NAME}\.index\.npy: there is no such file"),
+        (flip_index, rf"{NAME}\.index\.npy: its sha256 differs from that in manifest.json"),
+    ],
+)
 def test_a_shard_that_a_store_has_lost_is_masked_and_not_asked_for_again(
-    server: StoreServer, web: Path, tmp_path: Path, whole: list[StepInput], change: Kind
-) -> None:
+    server: StoreServer, web: Path, tmp_path: Path, whole: list[StepInput], change: Kind, reason: str,
+) -> None:  # fmt: skip
     shard = shard_of(web)
     with closing(open_remote_stream(server, tmp_path / "cache", max_damaged_fraction=1)) as stream:
         change(web)
-        for step, expected in zip(take(Feed(stream, ONE_RANK), len(whole)), whole, strict=True):
+        steps = take(Feed(stream, ONE_RANK), len(whole))
+        for step, expected in zip(steps, whole, strict=True):
             (tokens, targets, starts, numbers), before = rows_of(step), rows_of(expected)
             masked = targets != before[1]
             assert starts.equal(before[2]) and numbers.equal(before[3]) and (targets[masked] == IGNORED_TARGET).all()
             assert tokens[~masked].equal(before[0][~masked])
         assert (stream.damage.num_documents, stream.damage.num_tokens) == (shard.num_documents, shard.num_tokens)
+        (named,) = [line for step in steps for line in step.damage[:-1]]
+        assert re.search(rf"{NAME}\.tar, first asked for in row \d+: the shard counts as lost: {reason}; it is", named)
+        stream.damage.max_fraction = 0
+        with pytest.raises(TooMuchDamageError, match=rf"{NAME}\.tar: \d+ of \d+ documents \({reason}\)\. Upload"):
+            stream.damage.check()
     assert max(server.requests[f"web/{NAME}{end}"] for end in (".tar", ".index.npy")) <= 8  # 3 tries, and those ahead
 
 

@@ -13,7 +13,7 @@ from pretrain.checkpoint_files import CheckpointReader, list_steps
 from pretrain.data_plan import open_plan
 from pretrain.settings import load_config
 from pretrain.shards import Manifest, load_index
-from tests.rank_helpers import losses, metric_lines, run_cases
+from tests.rank_helpers import losses, metric_lines, newest, run_cases
 
 pytestmark = pytest.mark.launches
 
@@ -43,6 +43,7 @@ def runs(tiny_config, tmp_path_factory):
         "best-fails": ["eval={every_steps: 4, max_rows: 8}", "checkpoint={keep_last: 1}"],
         "not-best": ["eval={every_steps: 4, max_rows: 8}", "checkpoint={every_steps: 5, keep_last: 1, keep_best: false}"],
         "damaged": [damaged, "data.prefetch_steps=1", "data.max_damaged_fraction=0.1"],
+        "too-damaged": [damaged, "data.prefetch_steps=1", "data.max_damaged_fraction=0"],
         "held-out-damaged": [damaged.replace(str(code), str(held_out)), "eval={every_steps: 10}"],
         "undamaged": [damaged.replace(str(code), f"{tiny_config.parent}/shards/code")],
         "wsd": ["schedule={name: wsd, warmup_steps: 2, decay_steps: 5, final_lr_ratio: 0}"],
@@ -137,6 +138,20 @@ def test_a_damaged_document_is_masked_counted_and_shifts_nothing(runs):
     lines = [line for line in metric_lines(folder / "damaged") if "loss" in line]
     assert [line["damaged_documents"] for line in lines] == [0] * (events[0] - 1) + [1] * (21 - events[0])
     assert lines[-1]["damaged_tokens"] > 2 and lines[0]["damaged_tokens"] == 0
+
+
+def test_the_documents_of_the_step_that_ends_a_run_are_recorded_and_in_its_checkpoint(runs):
+    outcomes, folder = runs
+    assert outcomes["too-damaged"].startswith("TooMuchDamageError")
+    run, lines = folder / "too-damaged", metric_lines(folder / "damaged")
+    first = next(line["step"] for line in lines if line.get("damaged_documents"))
+    (named,) = [line for line in metric_lines(run) if line.get("event") == "damaged_documents"]
+    assert named["step"] == first - 1 and len(named["documents"]) == 1
+    log = (run / "log.txt").read_text()
+    assert log.count(f"WARNING {named['documents'][0]}") == 1, log
+    assert list_steps(run / "checkpoints") == [first - 1]
+    ((shard, documents),) = newest(run).training["data"]["damaged"]["code"].items()
+    assert len(documents) == 1 and f"{shard}.tar document {documents[0][0]} " in named["documents"][0]
 
 
 def test_too_much_damage_of_held_out_documents_ends_the_run_after_saving(runs):

@@ -54,6 +54,15 @@ def test_sound_shards_are_passed(sound: Path, capsys: pytest.CaptureFixture[str]
     assert content["num_bytes"] == sum(sizes) and content["num_shards"] == len(manifest.train + manifest.val) > 4
 
 
+def test_of_a_link_the_file_that_is_gone_is_named(folder: Path) -> None:
+    _, path, _ = shard_of(folder)
+    path.unlink()
+    path.symlink_to("nowhere.tar")
+    assert [str(one) for one in problems(folder)] == [
+        f"{path.name}: it is missing (a link to {folder / 'nowhere.tar'})"
+    ]
+
+
 def test_wide_ids_and_pieces_smaller_than_documents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pretrain.verify_shards._READ_BYTES", 100)
     documents = [ids.astype("uint32") for ids in random_documents(200, 3)]
