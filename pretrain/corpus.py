@@ -10,7 +10,7 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +18,7 @@ import numpy as np
 from pretrain.config import Config, SourceSection
 from pretrain.console import LiveLine, format_bytes
 from pretrain.errors import DataError
+from pretrain.filters import REASONS
 from pretrain.journal import (
     LOCK_NAME,
     ORDER_KEY,
@@ -278,8 +279,19 @@ def no_documents(source: SourceSection, log: ReadLog, num_val: int = 0) -> DataE
     held_out = f"; all of its {num_val} documents are held out by data.val_fraction" if num_val else ""
     return DataError(
         f"data.sources[{source.name}].paths: they give no document to train on ({counts}{held_out}); expected at least "
-        f"one. Correct the paths or data.sources[].text_field.{first}"
+        f"one. {advice_for_none(source.name, log.counts)}{first}"
     )
+
+
+def advice_for_none(name: str, counts: Mapping[str, int]) -> str:
+    """The sentence that says what to correct where a source gives no document, by what was skipped."""
+    dropped = [reason.replace("_", " ") for reason in REASONS if counts.get(f"skipped_{reason}")]
+    correct = f"Correct data.sources[{name}].paths or its text_field."
+    if not dropped:
+        return correct
+    is_all = counts.get("documents_read") == sum(counts.get(f"skipped_{reason}", 0) for reason in REASONS)
+    relax = f"Relax data.filters ({', '.join(dropped)}), or set filter: false for this source."
+    return relax if is_all else f"{relax} {correct}"
 
 
 def _hash(recipe: Recipe) -> str:
