@@ -83,7 +83,7 @@ class Corpus:
             self._summarize(manifest)
             return
         manifest = Manifest.load(self.folder)
-        self._check_complete(manifest)
+        self.check_complete(manifest)
         if any(share.folder.exists() for share in self.shares):  # it was stopped while it deleted them
             with file_lock(self.folder / LOCK_NAME, str(self.folder)):
                 self._remove_shares()
@@ -100,10 +100,14 @@ class Corpus:
     def _recipe(self, files: Sequence[Path]) -> Recipe:
         return recipe_of(files, self.source, self.config.data, self.tokenizer)
 
-    def _check_complete(self, manifest: Manifest) -> None:
+    def check_complete(self, manifest: Manifest) -> None:
         """Check that a finished corpus is still there, and is what the config describes.
 
         One from before documents were shuffled is what it is: its order is good enough to train on, and said.
+
+        Raises:
+            ConfigError: it was prepared otherwise.
+            DataError: something of it is missing.
         """
         check_shards(self.folder, manifest.train + manifest.val)
         try:

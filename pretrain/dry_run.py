@@ -15,14 +15,14 @@ import numpy as np
 
 from pretrain.batch_plan import num_steps_of
 from pretrain.config import Config, SourceSection
-from pretrain.console import format_bytes, format_count, format_duration
+from pretrain.console import LiveLine, format_bytes, format_count, format_duration
 from pretrain.corpus import advice_for_none
 from pretrain.errors import ConfigError
 from pretrain.filters import filters_of
 from pretrain.near_duplicates import band_shape
 from pretrain.packing import SEGMENT_DTYPE, pack
 from pretrain.phases import phases_of
-from pretrain.prepare import check_untokenized
+from pretrain.prepare import check_complete, check_untokenized
 from pretrain.remote_corpus import open_remote
 from pretrain.sentencepiece_tokenizer import SentencePieceTokenizer, choose_sample, fit
 from pretrain.shards import INDEX_DTYPE, MANIFEST_NAME, Manifest
@@ -120,6 +120,9 @@ def forecast(config: Config) -> dict[str, Any]:
     sources = config.data.sources
     is_there = main_file(config.tokenizer.model).exists()
     tokenizer = open_tokenizer(config.tokenizer) if is_there else None
+    for source in sources:
+        if tokenizer is not None and source.paths:
+            check_complete(source, config, tokenizer, LiveLine())
     logs = {source.name: ReadLog() for source in sources}
     estimates = _estimate_texts(config, logs, tokenizer.loses_u2581 if tokenizer else True)
     encoder = _open_encoder(

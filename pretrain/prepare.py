@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from pretrain.config import Config
+from pretrain.config import Config, SourceSection
 from pretrain.console import LiveLine, format_bytes, format_duration
 from pretrain.corpus import Corpus, add_rows, no_documents
 from pretrain.errors import ConfigError, DataError
@@ -64,6 +64,8 @@ def prepare(
         if any(source.paths for source in sources):
             tokenizer = _open_tokenizer(config, line)
         for source in sources:
+            if share is not None and source.paths:
+                check_complete(source, config, tokenizer, line)
             if source.name in indexed:
                 TarIndex(source, config, tokenizer, line).prepare()
             elif source.paths and share is not None:
@@ -100,6 +102,18 @@ def _indexed(config: Config, makes_index: bool) -> set[str]:
                 "--index for other files."
             )
     return indexed
+
+
+def check_complete(source: SourceSection, config: Config, tokenizer: Tokenizer, line: LiveLine) -> None:
+    """Check that what is complete of a source with `paths` is what the config describes; writes nothing.
+
+    Raises:
+        ConfigError, DataError: it is not, or something of it is missing.
+    """
+    if Path(source.shards, MANIFEST_NAME).exists():
+        manifest = Manifest.load(source.shards)
+        made = Corpus if manifest.text is None else TarIndex
+        made(source, config, tokenizer, line).check_complete(manifest)
 
 
 def prepare_tokenizer(config: Config) -> None:

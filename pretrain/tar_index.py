@@ -100,7 +100,7 @@ class TarIndex:
                     self._summarize(manifest)
                     return
         manifest = Manifest.load(self.folder)
-        self._check_complete(manifest)
+        self.check_complete(manifest)
         self._remove_notes()
         new = [seq_len for seq_len in data.seq_lens if add_rows(self.folder, manifest, seq_len, data.packing)]
         rest = f"added its rows of {' and '.join(map(str, new))} tokens" if new else "nothing to do"
@@ -128,8 +128,13 @@ class TarIndex:
             }
         return recipe
 
-    def _check_complete(self, manifest: Manifest) -> None:
-        """Check that a finished index and its tars are still there, and what the config describes."""
+    def check_complete(self, manifest: Manifest) -> None:
+        """Check that a finished index and its tars are still there, and what the config describes.
+
+        Raises:
+            ConfigError: it was made otherwise.
+            DataError: something of it is missing.
+        """
         check_shards(self.folder, manifest.train + manifest.val)
         try:
             recipe = self._recipe(list_originals(self.source))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ import pytest
 from launch.prepare import main
 from pretrain import json_lines
 from pretrain import shares as shares_module
+from pretrain.dry_run import forecast
 from pretrain.errors import ConfigError, DataError
 from pretrain.json_lines import is_divisible
 from pretrain.prepare import prepare
@@ -206,6 +208,20 @@ def test_wrong_use_is_refused(done: Path, tmp_path: Path, capsys: pytest.Capture
         prepare(config_of(folder), (1, 2))
     with pytest.raises(SystemExit):
         main(["--share", "1/2", "--merge", "2", "config.yaml"])
+
+
+def test_a_finished_corpus_is_compared_by_every_mode(done: Path, tmp_path: Path) -> None:
+    folder = copy_of(done, tmp_path / "fresh")
+    shutil.copytree(done / "shards", folder / "shards")
+    options = {"filters": FILTERS | {"repetition": False}}
+    prepare(config_of(folder, **options), (1, 2))
+    assert forecast(config_of(folder, **options))["sources"][0]["state"] == "complete"
+    changed = config_of(folder, **options, val_fraction=0.2)
+    for mode in (prepare, partial(prepare, share=(1, 2)), partial(prepare, num_shares=2), forecast):
+        with pytest.raises(
+            ConfigError, match=r"prepared otherwise; changed since then: data.val_fraction from 0.1 to 0.2"
+        ):
+            mode(changed)
 
 
 def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
