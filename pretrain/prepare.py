@@ -11,9 +11,9 @@ from pathlib import Path
 from pretrain.config import Config, SourceSection
 from pretrain.console import LiveLine, format_bytes, format_duration
 from pretrain.corpus import Corpus, add_rows, no_documents
-from pretrain.errors import ConfigError, DataError
+from pretrain.errors import ConfigError, DataError, LonghaulError
 from pretrain.hf_tokenizer import check_ids
-from pretrain.journal import file_lock
+from pretrain.journal import file_lock, wrong_kind
 from pretrain.phases import sampling_weights
 from pretrain.refining import open_refiner
 from pretrain.sentencepiece_tokenizer import SentencePieceTokenizer, choose_sample, fit, report
@@ -95,13 +95,28 @@ def _indexed(config: Config, makes_index: bool) -> set[str]:
     is_complete = {source.name: Path(source.shards, MANIFEST_NAME).exists() for source in sources}
     indexed = {source.name for source in sources if is_complete[source.name] and is_index(source.shards)}
     if makes_index:
-        indexed |= {source.name for source in sources if not is_complete[source.name] and tars_of(source)}
-        if not indexed and not any(is_complete.values()):
+        for source in sources:
+            if source.name in indexed or not _names_tars(source, is_complete[source.name]):
+                continue
+            if is_complete[source.name]:
+                raise wrong_kind(Path(source.shards), holds_index=False)
+            indexed.add(source.name)
+        if not indexed:
             raise ConfigError(
                 "--index: no source names tars; expected one of data.sources[].paths to be .tar files. Run without "
                 "--index for other files."
             )
     return indexed
+
+
+def _names_tars(source: SourceSection, is_complete: bool) -> bool:
+    """Whether a source can be indexed; of one that is complete, the files may be gone."""
+    try:
+        return bool(tars_of(source))
+    except LonghaulError:
+        if is_complete:
+            return False
+        raise
 
 
 def check_complete(source: SourceSection, config: Config, tokenizer: Tokenizer, line: LiveLine) -> None:

@@ -22,7 +22,6 @@ from pretrain.config import Config, DataSection, SourceSection
 from pretrain.console import LiveLine, format_bytes, format_duration
 from pretrain.errors import ConfigError, DataError
 from pretrain.journal import (
-    JOURNAL_NAME,
     LOCK_NAME,
     ORDER,
     ORDER_KEY,
@@ -35,10 +34,11 @@ from pretrain.journal import (
 )
 from pretrain.json_lines import is_divisible
 from pretrain.refining import open_refiner
-from pretrain.shards import MANIFEST_NAME, PREPARE_COMMAND
+from pretrain.shards import JOURNAL_NAME, MANIFEST_NAME, PREPARE_COMMAND
 from pretrain.source_files import files_identity, list_files, published_formats, token_format
 from pretrain.sources import ReadLog, document_digest, read_documents, read_token_documents
 from pretrain.spills import Spill, SpillWriter, spill_size
+from pretrain.text_index import INDEX_KEY
 from pretrain.tokenizer import Tokenizer
 from pretrain.workers import Batch, QueuedDocument, encode_batches, num_processes
 
@@ -113,7 +113,7 @@ def recipe_of(files: Sequence[Path], source: SourceSection, data: DataSection, t
         "data.shard_bytes": data.shard_bytes,
         "the tokenizer": tokenizer.fingerprint,
         "data.filters": filters.identity(filters.filters_of(source, data)),
-        "what --index made": None,
+        INDEX_KEY: None,
     }
     if files:
         if held := token_format(files) or published_formats(files, source.format):

@@ -10,8 +10,7 @@ from pathlib import Path
 
 from pretrain.config import SourceSection
 from pretrain.errors import ConfigError
-from pretrain.journal import JOURNAL_NAME
-from pretrain.shards import MANIFEST_NAME, Manifest, sync_folder
+from pretrain.shards import JOURNAL_NAME, MANIFEST_NAME, Manifest, sync_folder
 from pretrain.source_files import is_compressed, kind_of, list_files
 
 VAL_NAME = "held-out"  # of the shards of held-out documents, which lie beside the tars
