@@ -56,6 +56,9 @@ def prepare(
     sources = config.data.sources
     try:
         indexed = _indexed(config, makes_index)
+        for source in sources:
+            if source.paths and source.name not in indexed:
+                refuse_own_folder(source)
         if share is not None and not main_file(config.tokenizer.model).exists():
             raise ConfigError(
                 f"tokenizer.model is {config.tokenizer.model}, which does not exist; expected it, since every share "
@@ -71,7 +74,6 @@ def prepare(
             elif source.paths and share is not None:
                 Share(source, config, tokenizer, line, *share).prepare()
             elif source.paths:
-                refuse_own_folder(source)
                 Corpus(source, config, tokenizer, line, num_shares).prepare()
             elif is_remote(source.shards):
                 line.say(f"{source.name}: {shown(source.shards)} is read as it is")

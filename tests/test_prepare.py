@@ -420,6 +420,30 @@ def test_a_changed_config_is_refused(done: Path, tmp_path: Path, change: str, st
     assert hashes(folder) == before
 
 
+@pytest.mark.parametrize("pattern, shards", [
+    ("raw", "raw/shards"), ("raw", "raw"), ("raw", "raw/a/b"), ("raw/*", "raw/shards"), ("r*w", "raw/shards"),
+    ("raw/**/*.jsonl", "raw/shards"), ("raw/**", "raw/a/b"), ("**/*", "raw"), ("raw/*.*", "raw"),
+])  # fmt: skip
+def test_shards_among_the_files_that_they_are_made_of_are_refused(tmp_path: Path, pattern: str, shards: str) -> None:
+    write_corpus(tmp_path / "raw", 8)
+    source = {"paths": [str(tmp_path / pattern)], "shards": str(tmp_path / shards)}
+    before = sorted(tmp_path.rglob("*"))
+    for share in (None, (1, 2)):
+        with pytest.raises(ConfigError, match=r"data.sources\[web\].shards is \S+, which lies within its paths \('"):
+            prepare(config_of(tmp_path, source=source), share)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("pattern, shards", [("raw/*.txt", "raw"), ("raw", "raw/.hidden"), ("raw", "raw-2"),
+                                             ("raw/*.jsonl", "raw/shards")])  # fmt: skip
+def test_shards_beside_the_files_that_are_named_are_fine(fresh: Path, pattern: str, shards: str) -> None:
+    (fresh / "raw").unlink()
+    write_corpus(fresh / "raw", 80)
+    config = config_of(fresh, source={"paths": [str(fresh / pattern)], "shards": str(fresh / shards)})
+    prepare(config)
+    prepare(config)
+
+
 def as_before_the_shuffle(folder: Path) -> None:
     """Make a folder one of the version that wrote documents in the order of the files."""
     journal, manifest = folder / "shards/prepare.jsonl", folder / "shards/manifest.json"
