@@ -33,7 +33,7 @@ from pretrain.near_duplicates import NearDuplicates
 from pretrain.row_table import RowTable, build_row_tables, table_folder
 from pretrain.shard_reader import check_shards
 from pretrain.shards import MANIFEST_NAME, MANIFEST_VERSION, Manifest, Shard, ShardWriter
-from pretrain.shares import LIVE_SECONDS, PLAIN_SECONDS, Share, other_documents, recipe_of
+from pretrain.shares import LIVE_SECONDS, PLAIN_SECONDS, SHARE_FOLDERS, Share, other_documents, recipe_of
 from pretrain.source_files import list_files
 from pretrain.sources import ReadLog, validation_limit
 from pretrain.spills import Bucket, read_buckets, spill_size
@@ -84,7 +84,7 @@ class Corpus:
             return
         manifest = Manifest.load(self.folder)
         self.check_complete(manifest)
-        if any(share.folder.exists() for share in self.shares):  # it was stopped while it deleted them
+        if any(self.folder.glob(SHARE_FOLDERS)):  # it was stopped while it deleted them
             with file_lock(self.folder / LOCK_NAME, str(self.folder)):
                 self._remove_shares()
         new = [seq_len for seq_len in data.seq_lens if add_rows(self.folder, manifest, seq_len, data.packing)]
@@ -92,10 +92,9 @@ class Corpus:
         self.line.say(f"{self.source.name}: {self.folder} is complete; {rest}")
 
     def _remove_shares(self) -> None:
-        """Delete the shares that were merged; nothing needs them once there is a manifest."""
-        for share in self.shares:
-            if share.folder.exists():
-                shutil.rmtree(share.folder)
+        """Delete all shares, those too that were given up: nothing needs them once there is a manifest."""
+        for folder in self.folder.glob(SHARE_FOLDERS):
+            shutil.rmtree(folder)
 
     def _recipe(self, files: Sequence[Path]) -> Recipe:
         return recipe_of(files, self.source, self.config.data, self.tokenizer)
@@ -217,7 +216,7 @@ class Corpus:
     def _no_documents(self) -> DataError:
         """The error for nothing to train on; what was read of it is of no use, and in the way of other settings."""
         if self.makes_shares:
-            self._remove_shares()
+            shutil.rmtree(self.shares[0].folder)
         return no_documents(self.source, self.log, self.num_documents["val"])
 
     def _manifest(self, journal: Journal, recipe: Recipe) -> Manifest:

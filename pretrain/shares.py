@@ -46,6 +46,7 @@ RECIPE_VERSION = 1  # of the rules that turn text into shards: hash, split
 BATCH_CHARACTERS = 1 << 18  # tokenized at once by one process: about 50 ms of work
 NUM_RECENT = 1 << 17  # documents before, of which equal ones are dropped untokenized: about 15 MB
 SPILL_SECONDS = 300.0  # after which a spill is written, however small: what a killed run loses at most
+SHARE_FOLDERS = "share-*-of-*"  # in the folder of the shards
 LIVE_SECONDS, PLAIN_SECONDS = 0.2, 10.0  # between updates on a terminal, and between lines elsewhere
 
 _LEFT_OVER = re.compile(r"spill-\d{6,}|\.spill-\d{6,}\.tmp|\.prepare\.jsonl\.tmp")

@@ -210,6 +210,18 @@ def test_wrong_use_is_refused(done: Path, tmp_path: Path, capsys: pytest.Capture
         main(["--share", "1/2", "--merge", "2", "config.yaml"])
 
 
+def test_shares_that_were_given_up_are_deleted(done: Path, tmp_path: Path) -> None:
+    folder = copy_of(done, tmp_path / "fresh")
+    config = config_of(folder, filters=FILTERS | {"repetition": False})
+    prepare(config, (1, 3))
+    prepare(config)  # without them
+    assert not list((folder / "shards").glob("share-*"))
+    (folder / "shards/share-2-of-3").mkdir()  # as if it was stopped while it deleted them
+    prepare(config)
+    assert not list((folder / "shards").glob("share-*"))
+    assert hashes(folder) == hashes(done)
+
+
 def test_a_finished_corpus_is_compared_by_every_mode(done: Path, tmp_path: Path) -> None:
     folder = copy_of(done, tmp_path / "fresh")
     shutil.copytree(done / "shards", folder / "shards")
