@@ -67,10 +67,9 @@ def parse(argv: Sequence[str] | None, description: str | None) -> argparse.Names
 
 
 def _count(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise ValueError
-    return value
+    if not (text.isascii() and text.isdigit() and int(text)):
+        raise argparse.ArgumentTypeError(f"it is {text or 'empty'}; expected a whole number from 1")
+    return int(text)
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -251,3 +251,12 @@ def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert main([config, "--share", "1/2"]) == main([config, "--share", "2/2"]) == main([config, "--merge", "2"]) == 0
     assert Manifest.load(tmp_path / "shards").counts["documents_read"] == 80
     assert main(["--verify", str(tmp_path / "shards"), "--processes", "1"]) == 0
+
+
+@pytest.mark.parametrize("option", ["--merge", "--samples", "--processes"])
+@pytest.mark.parametrize("value", ["0", "-1", "x", "1.5", ""])
+def test_a_number_that_is_none_is_wrong_use(option: str, value: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["config.yaml", f"{option}={value}"])
+    message = f"argument {option}: it is {value or 'empty'}; expected a whole number from 1"
+    assert stopped.value.code == 2 and message in capsys.readouterr().err
