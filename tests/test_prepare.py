@@ -631,6 +631,13 @@ def test_a_source_that_yields_nothing_is_an_error(fresh: Path, tmp_path: Path) -
     (fresh / "raw").unlink()
     (fresh / "raw").mkdir()
     (fresh / "raw/a.txt").write_text("")
+    (fresh / "raw/b.txt").write_text("a few words")
+    for _ in range(2):
+        with pytest.raises(
+            DataError, match=r"at least one. Relax data.filters \(short\), or set filter: false .*Correct"
+        ):
+            prepare(config_of(fresh, filters={"min_characters": 50}))
+    (fresh / "raw/b.txt").unlink()
     message = r"data.sources\[web\].paths: they give no document to train on \(1 documents read; 1 files read; 1 skipped empty"
     for _ in range(2):  # a begun folder without shards is no obstacle
         with pytest.raises(DataError, match=message):
