@@ -252,3 +252,20 @@ def test_wrong_use(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert stopped.value.code == 2 and message in capsys.readouterr().err
     assert main(["--verify", str(folder / "nothing")]) == 1
     assert "manifest.json is missing; expected a prepared corpus" in capsys.readouterr().err
+
+
+def test_damaged_rows_are_no_reason_to_delete_the_shards(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flip_bit(folder / "rows-32/train.segments.npy", 1000)
+    assert main(["--verify", str(folder)]) == 1
+    shown = capsys.readouterr().out
+    assert shown.rstrip().endswith(f"1 problems. Delete {folder}/rows-32 and run: python launch/prepare.py CONFIG")
+    flip_bit(next(folder.glob("train-*.tar")), 600)
+    assert main(["--verify", str(folder)]) == 1
+    assert f"and prepare it again. Delete {folder}/rows-32 and run: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("option", ["--inspect", "--verify"])
+def test_a_file_is_no_folder(folder: Path, option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([option, str(folder / "manifest.json")]) == 2
+    message = f"{option}: {folder}/manifest.json is a file; expected the folder of prepared shards. Name {folder}"
+    assert message in capsys.readouterr().err
