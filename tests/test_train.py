@@ -10,9 +10,8 @@ import shutil
 import pytest
 
 from pretrain.checkpoint_files import CheckpointReader, list_steps
-from pretrain.data_plan import open_plan
 from pretrain.settings import load_config
-from pretrain.shards import Manifest, load_index
+from tests.data_helpers import damage_last_needed
 from tests.rank_helpers import losses, metric_lines, newest, run_cases
 
 pytestmark = pytest.mark.launches
@@ -30,8 +29,8 @@ def runs(tiny_config, tmp_path_factory):
     content[600] ^= 16
     (held_out / "val-000000.tar").write_bytes(content)
     damaged = f"data.sources=[{{name: code, shards: {code}, weight: 3}}, {{name: prose, shards: {tiny_config.parent}/shards/prose}}]"
-    step = damage_a_document(tiny_config, damaged.replace(str(code), f"{tiny_config.parent}/shards/code"), code)
-    assert step > 2
+    whole = damaged.replace(str(code), f"{tiny_config.parent}/shards/code")
+    damage_last_needed(load_config(tiny_config, [whole]), "code", code)
     cases = {
         "plain": [],
         "deterministic": ["train.deterministic=true"],
@@ -65,24 +64,6 @@ def runs(tiny_config, tmp_path_factory):
     ]
     outcomes = run_cases(tiny_config, listed, 1, folder / "ranks")
     return dict(zip(cases, outcomes, strict=True)), folder
-
-
-def damage_a_document(tiny_config, sources, folder):
-    """Flip a bit of the document that a run is the last to need, in a copy of the corpus `code`; return the step."""
-    config = load_config(tiny_config, [sources])
-    plan, corpora = open_plan(config, Manifest.load(folder).tokenizer_fingerprint)
-    size, needed = config.train.global_batch_size, {}
-    for t in range(20 * size):
-        number, _, block, row = plan.locate(t)
-        if plan.names[number] == "code":
-            for document, _, _ in corpora[number].rows[config.data.seq_len].row(block, row):
-                needed.setdefault((corpora[number].shards[block], document), t // size + 1)
-    (shard, document), step = max(needed.items(), key=lambda item: item[1])
-    path = folder / f"{shard.name}.tar"
-    content = bytearray(path.read_bytes())
-    content[int(load_index(folder, shard)["offset"][document]) + 2] ^= 16
-    path.write_bytes(content)
-    return step
 
 
 def evaluations(run):
