@@ -245,6 +245,7 @@ print("killed", statuses.count(-9))
 
 
 @pytest.mark.launches
+@pytest.mark.slow
 def test_killed_at_any_write_it_goes_on_to_the_same_bytes(done: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-c", KILLER.format(root=str(ROOT)), str(done), str(tmp_path), "16"]
     killed = subprocess.run(command, capture_output=True, text=True, timeout=200, cwd=ROOT)
