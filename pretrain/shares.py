@@ -119,12 +119,7 @@ def recipe_of(files: Sequence[Path], source: SourceSection, data: DataSection, t
     if files:
         if held := token_format(files) or published_formats(files, source.format):
             recipe["data.sources[].format"] = held
-        identity = files_identity(files)
-        recipe |= {
-            "the number of source files": identity["num_files"],
-            "their bytes": identity["num_bytes"],
-            "the hash of their names and sizes": identity["sha256"],
-        }
+        recipe |= files_identity(files)
     return recipe
 
 

@@ -120,12 +120,7 @@ class TarIndex:
             "data.filters": filters.identity(filters.filters_of(self.source, data)),
         }
         if files:
-            identity = files_identity(files)
-            recipe |= {
-                "the number of source files": identity["num_files"],
-                "their bytes": identity["num_bytes"],
-                "the hash of their names and sizes": identity["sha256"],
-            }
+            recipe |= files_identity(files)
         return recipe
 
     def check_complete(self, manifest: Manifest) -> None:

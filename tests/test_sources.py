@@ -241,7 +241,7 @@ def test_identity_follows_names_and_sizes_but_not_the_place(tmp_path: Path) -> N
         (tmp_path / folder / "a.txt").write_text("aaa")
         (tmp_path / folder / "sub/b.txt").write_text("bb")
     one, two = (files_identity(list_files(source_of(tmp_path / folder))) for folder in ("one", "two"))
-    assert one == two and (one["num_files"], one["num_bytes"]) == (2, 5)
+    assert one == two and (one["the number of source files"], one["their bytes"]) == (2, 5)
     (tmp_path / "two/sub/b.txt").write_text("bbb")
     assert files_identity(list_files(source_of(tmp_path / "two"))) != one
     (tmp_path / "two/sub/b.txt").write_text("bb")
