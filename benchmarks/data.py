@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import statistics
 import subprocess
 import sys
@@ -134,6 +135,17 @@ def time_first_step(folder: Path, seq_len: int, cursor: int) -> float:
     return seconds
 
 
+def memory_of_reading(folder: Path, seq_len: int) -> int:
+    """Bytes that a stream and 200 steps of it add to this process, the steps read ahead included."""
+    before = psutil.Process().memory_full_info().uss
+    stream = open_stream(folder, seq_len)
+    for _ in range(200):
+        stream.next_step()
+    after = psutil.Process().memory_full_info().uss
+    stream.close()
+    return after - before
+
+
 def time_plan(num_shards: int, first_row: int) -> float:
     """Seconds in which the plan of eight corpora is made and the first 1,024 rows from a row on are located."""
     random = np.random.default_rng(3)
@@ -222,14 +234,14 @@ def measure(folder: Path, arguments: argparse.Namespace, record: Record) -> None
     lengths = draw_lengths(arguments.tokens)
     corpus = folder / "documents"
     write_corpus(corpus, lengths, seq_lens)
-    before = psutil.Process().memory_full_info().uss
     for seq_len in seq_lens:
         record.add(part="packing", seq_len=seq_len, **time_packing(lengths, seq_len, arguments.seconds))
         record.add(part="reading", seq_len=seq_len, tokens_per_second=time_reading(corpus, seq_len, arguments.seconds))
     for cursor in (0, FAR_ROW):
         seconds = statistics.median(time_first_step(corpus, seq_lens[0], cursor) for _ in range(5))
         record.add(part="first step", seq_len=seq_lens[0], first_row=cursor, seconds=seconds)
-    record.add(part="memory", bytes=psutil.Process().memory_full_info().uss - before)
+    with multiprocessing.get_context("spawn").Pool(1) as pool:  # a process in which nothing else has used memory
+        record.add(part="memory", bytes=pool.apply(memory_of_reading, (corpus, seq_lens[0])))
     compare_whole_rows(folder, arguments, record)
     compare_plans(arguments, record)
 

@@ -10,6 +10,8 @@ from pathlib import Path
 if sys.path[0] == str(Path(__file__).resolve().parent):  # run as a file: launch/ would shadow the package `pretrain`
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from pretrain.console import ends_at_closed_pipe
+
 COMMANDS = {  # name: (module of launch, what it does)
     "prepare": ("prepare", "turn raw text into a tokenizer and shards"),
     "train": ("pretrain", "train, or go on from the newest good checkpoint"),
@@ -20,6 +22,7 @@ COMMANDS = {  # name: (module of launch, what it does)
 }
 
 
+@ends_at_closed_pipe
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the named command with the arguments after its name; return its exit status."""
     name, *rest = (sys.argv[1:] if argv is None else list(argv)) or ["--help"]

@@ -12,11 +12,14 @@ from pathlib import Path
 if sys.path[0] == str(Path(__file__).resolve().parent):  # run as a file: launch/ would shadow the package `pretrain`
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from pretrain.console import ends_at_closed_pipe
+
 EXAMPLES = """examples:
   python launch/evaluate.py runs/quickstart
   python launch/evaluate.py runs/quickstart --step 400 --json"""
 
 
+@ends_at_closed_pipe
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit status."""
     parser = argparse.ArgumentParser(

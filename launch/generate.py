@@ -12,7 +12,7 @@ from pathlib import Path
 if sys.path[0] == str(Path(__file__).resolve().parent):  # run as a file: launch/ would shadow the package `pretrain`
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from pretrain.console import TextPrinter
+from pretrain.console import TextPrinter, ends_at_closed_pipe
 from pretrain.errors import LonghaulError
 from pretrain.generate_options import add_arguments, options_from, prompts_from
 
@@ -24,6 +24,7 @@ EXAMPLES = """examples:
   grep '^def ' example.py | python launch/generate.py runs/quickstart --prompt-file - --max-new-tokens 32"""
 
 
+@ends_at_closed_pipe
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit status."""
     parser = argparse.ArgumentParser(

@@ -11,6 +11,8 @@ from pathlib import Path
 if sys.path[0] == str(Path(__file__).resolve().parent):  # run as a file: launch/ would shadow the package `pretrain`
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from pretrain.console import ends_at_closed_pipe
+
 EXAMPLES = """examples:
   deepspeed launch/pretrain.py configs/gpt2-124m.yaml
   deepspeed --num_gpus 2 launch/pretrain.py configs/quickstart.yaml train.num_steps=20 run.dir=runs/try
@@ -22,6 +24,7 @@ exit status: 0 done, 1 failed, 2 wrong config or use, 75 stopped by a signal and
 the run folder's status.json says the same, since the deepspeed launcher hides exit statuses."""
 
 
+@ends_at_closed_pipe
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit status."""
     parser = argparse.ArgumentParser(
@@ -62,8 +65,6 @@ def limit_threads() -> None:
 
 if __name__ == "__main__":
     status = main()
-    sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(
-        status
-    )  # threads of gloo can abort a process that is done ("terminate called without an active exception")
+    # threads of gloo can abort a process that is done ("terminate called without an active exception")
+    os._exit(status)

@@ -10,6 +10,8 @@ from pathlib import Path
 if sys.path[0] == str(Path(__file__).resolve().parent):  # run as a file: launch/ would shadow the package `pretrain`
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from pretrain.console import ends_at_closed_pipe
+
 EXAMPLES = """examples:
   python launch/quickstart.py
   python launch/quickstart.py run.dir=runs/quickstart-2 train.num_steps=50
@@ -17,6 +19,7 @@ EXAMPLES = """examples:
 exit status: 0 done, 1 failed, 2 wrong config or use, 75 stopped; the same command then goes on."""
 
 
+@ends_at_closed_pipe
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit status."""
     parser = argparse.ArgumentParser(

@@ -1,11 +1,53 @@
-"""One line that stays in place on a terminal, plain lines where the output is a file, and texts as they are written."""
+"""What commands print: a line that stays in place on a terminal or plain lines, and texts as they are written."""
 
 from __future__ import annotations
 
+import os
+import select
 import shutil
 import sys
-from collections.abc import Sequence
-from typing import TextIO
+from collections.abc import Callable, Sequence
+from functools import wraps
+from typing import ParamSpec, TextIO
+
+EXIT_CLOSED_PIPE = 141  # a shell's status of a program that SIGPIPE has ended: 128 + 13
+_Arguments = ParamSpec("_Arguments")
+
+
+def ends_at_closed_pipe(main: Callable[_Arguments, int]) -> Callable[_Arguments, int]:
+    """Make a command end without a traceback where nobody reads on, as in `longhaul prepare --inspect DIR | head`.
+
+    Its standard output is flushed before it returns.
+    """
+
+    @wraps(main)
+    def guarded(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> int:
+        try:
+            try:
+                status = main(*args, **kwargs)
+            except SystemExit:  # argparse has printed the help
+                sys.stdout.flush()
+                raise
+            sys.stdout.flush()
+        except BrokenPipeError:
+            closed = [stream for stream in (sys.stdout, sys.stderr) if _is_closed_pipe(stream)]
+            if not closed:
+                raise  # another pipe, such as a connection
+            for stream in closed:  # else the interpreter tries to write what is left, and complains
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+            return EXIT_CLOSED_PIPE
+        return status
+
+    return guarded
+
+
+def _is_closed_pipe(stream: TextIO) -> bool:
+    poll = select.poll()
+    try:
+        poll.register(stream.fileno(), 0)
+    except (OSError, ValueError):  # no file, as in a notebook
+        return False
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 class LiveLine:

@@ -10,7 +10,7 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +18,7 @@ import numpy as np
 from pretrain.config import Config, SourceSection
 from pretrain.console import LiveLine, format_bytes
 from pretrain.errors import DataError
+from pretrain.filters import REASONS
 from pretrain.journal import (
     LOCK_NAME,
     ORDER_KEY,
@@ -32,7 +33,7 @@ from pretrain.near_duplicates import NearDuplicates
 from pretrain.row_table import RowTable, build_row_tables, table_folder
 from pretrain.shard_reader import check_shards
 from pretrain.shards import MANIFEST_NAME, MANIFEST_VERSION, Manifest, Shard, ShardWriter
-from pretrain.shares import LIVE_SECONDS, PLAIN_SECONDS, Share, other_documents, recipe_of
+from pretrain.shares import LIVE_SECONDS, PLAIN_SECONDS, SHARE_FOLDERS, Share, other_documents, recipe_of
 from pretrain.source_files import list_files
 from pretrain.sources import ReadLog, validation_limit
 from pretrain.spills import Bucket, read_buckets, spill_size
@@ -82,8 +83,8 @@ class Corpus:
             self._summarize(manifest)
             return
         manifest = Manifest.load(self.folder)
-        self._check_complete(manifest)
-        if any(share.folder.exists() for share in self.shares):  # it was stopped while it deleted them
+        self.check_complete(manifest)
+        if any(self.folder.glob(SHARE_FOLDERS)):  # it was stopped while it deleted them
             with file_lock(self.folder / LOCK_NAME, str(self.folder)):
                 self._remove_shares()
         new = [seq_len for seq_len in data.seq_lens if add_rows(self.folder, manifest, seq_len, data.packing)]
@@ -91,18 +92,21 @@ class Corpus:
         self.line.say(f"{self.source.name}: {self.folder} is complete; {rest}")
 
     def _remove_shares(self) -> None:
-        """Delete the shares that were merged; nothing needs them once there is a manifest."""
-        for share in self.shares:
-            if share.folder.exists():
-                shutil.rmtree(share.folder)
+        """Delete all shares, those too that were given up: nothing needs them once there is a manifest."""
+        for folder in self.folder.glob(SHARE_FOLDERS):
+            shutil.rmtree(folder)
 
     def _recipe(self, files: Sequence[Path]) -> Recipe:
         return recipe_of(files, self.source, self.config.data, self.tokenizer)
 
-    def _check_complete(self, manifest: Manifest) -> None:
+    def check_complete(self, manifest: Manifest) -> None:
         """Check that a finished corpus is still there, and is what the config describes.
 
         One from before documents were shuffled is what it is: its order is good enough to train on, and said.
+
+        Raises:
+            ConfigError: it was prepared otherwise.
+            DataError: something of it is missing.
         """
         check_shards(self.folder, manifest.train + manifest.val)
         try:
@@ -212,7 +216,7 @@ class Corpus:
     def _no_documents(self) -> DataError:
         """The error for nothing to train on; what was read of it is of no use, and in the way of other settings."""
         if self.makes_shares:
-            self._remove_shares()
+            shutil.rmtree(self.shares[0].folder)
         return no_documents(self.source, self.log, self.num_documents["val"])
 
     def _manifest(self, journal: Journal, recipe: Recipe) -> Manifest:
@@ -278,8 +282,19 @@ def no_documents(source: SourceSection, log: ReadLog, num_val: int = 0) -> DataE
     held_out = f"; all of its {num_val} documents are held out by data.val_fraction" if num_val else ""
     return DataError(
         f"data.sources[{source.name}].paths: they give no document to train on ({counts}{held_out}); expected at least "
-        f"one. Correct the paths or data.sources[].text_field.{first}"
+        f"one. {advice_for_none(source.name, log.counts)}{first}"
     )
+
+
+def advice_for_none(name: str, counts: Mapping[str, int]) -> str:
+    """The sentence that says what to correct where a source gives no document, by what was skipped."""
+    dropped = [reason.replace("_", " ") for reason in REASONS if counts.get(f"skipped_{reason}")]
+    correct = f"Correct data.sources[{name}].paths or its text_field."
+    if not dropped:
+        return correct
+    is_all = counts.get("documents_read") == sum(counts.get(f"skipped_{reason}", 0) for reason in REASONS)
+    relax = f"Relax data.filters ({', '.join(dropped)}), or set filter: false for this source."
+    return relax if is_all else f"{relax} {correct}"
 
 
 def _hash(recipe: Recipe) -> str:

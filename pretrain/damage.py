@@ -22,9 +22,14 @@ _Key = tuple[str, str]  # names of a corpus and of a shard of it
 
 
 class TooMuchDamageError(DataError):
-    """More of a corpus cannot be read than `data.max_damaged_fraction`; raised by all ranks together."""
+    """More of a corpus cannot be read than `data.max_damaged_fraction`; raised by all ranks together.
+
+    Attributes:
+        damage: What `StepInput.damage` would be of the step that ends the run: names of new documents, and their sum.
+    """
 
     agreed = True
+    damage: Sequence[str] = ()
 
 
 @dataclass(frozen=True)

@@ -15,18 +15,20 @@ import numpy as np
 
 from pretrain.batch_plan import num_steps_of
 from pretrain.config import Config, SourceSection
-from pretrain.console import format_bytes, format_count, format_duration
+from pretrain.console import LiveLine, format_bytes, format_count, format_duration
+from pretrain.corpus import advice_for_none
 from pretrain.errors import ConfigError
 from pretrain.filters import filters_of
 from pretrain.near_duplicates import band_shape
 from pretrain.packing import SEGMENT_DTYPE, pack
 from pretrain.phases import phases_of
-from pretrain.prepare import check_untokenized
+from pretrain.prepare import check_complete, check_untokenized
 from pretrain.remote_corpus import open_remote
 from pretrain.sentencepiece_tokenizer import SentencePieceTokenizer, choose_sample, fit
 from pretrain.shards import INDEX_DTYPE, MANIFEST_NAME, Manifest
 from pretrain.source_files import list_files, token_format
 from pretrain.source_sample import Estimate, estimate_texts, estimate_tokens
+from pretrain.sources import ReadLog
 from pretrain.spills import RECORD
 from pretrain.tokenizer import Tokenizer
 from pretrain.tokenizer_files import main_file, open_tokenizer
@@ -55,6 +57,8 @@ class Forecast:
         epochs: times that the run reads the training split.
         epoch_steps: steps in which it reads it once, on the average of the run.
         seconds: that `prepare` takes, without the training of a tokenizer.
+        counts: of documents read, skipped and masked in what was read, by reason; of a complete source, in all of it.
+        examples: the first of each reason; none of a complete source.
     """
 
     name: str
@@ -71,6 +75,8 @@ class Forecast:
     epochs: float
     epoch_steps: float
     seconds: float
+    counts: dict[str, int]
+    examples: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -114,11 +120,17 @@ def forecast(config: Config) -> dict[str, Any]:
     sources = config.data.sources
     is_there = main_file(config.tokenizer.model).exists()
     tokenizer = open_tokenizer(config.tokenizer) if is_there else None
-    estimates = _estimate_texts(config, tokenizer.loses_u2581 if tokenizer else True)
+    for source in sources:
+        if tokenizer is not None and source.paths:
+            check_complete(source, config, tokenizer, LiveLine())
+    logs = {source.name: ReadLog() for source in sources}
+    estimates = _estimate_texts(config, logs, tokenizer.loses_u2581 if tokenizer else True)
     encoder = _open_encoder(
         config, tokenizer, [text for parts in estimates.values() for part in parts for text in part.texts]
     )
-    forecasts = [_foresee(source, config, encoder, estimates.get(source.name, [])) for source in sources]
+    forecasts = [
+        _foresee(source, config, encoder, estimates.get(source.name, []), logs[source.name]) for source in sources
+    ]
     forecasts = [_with_epochs(one, forecasts, config) for one in forecasts]
     total = {
         key: sum(getattr(one, key) for one in forecasts)
@@ -142,7 +154,7 @@ def _is_complete(source: SourceSection) -> bool:
     return not source.paths or Path(source.shards, MANIFEST_NAME).exists()
 
 
-def _estimate_texts(config: Config, loses_u2581: bool) -> dict[str, list[Estimate]]:
+def _estimate_texts(config: Config, logs: dict[str, ReadLog], loses_u2581: bool) -> dict[str, list[Estimate]]:
     """Samples of all sources of text that are not complete."""
     found = {source.name: list_files(source) for source in config.data.sources if not _is_complete(source)}
     texts = {name: files for name, files in found.items() if token_format(files) is None}
@@ -155,6 +167,7 @@ def _estimate_texts(config: Config, loses_u2581: bool) -> dict[str, list[Estimat
             SAMPLE_BYTES / share,
             SAMPLE_SECONDS / share,
             config.run.seed,
+            logs[source.name],
             loses_u2581,
         )
         for source in config.data.sources
@@ -193,14 +206,16 @@ def _open_encoder(config: Config, tokenizer: Tokenizer | None, texts: list[str])
     return _Encoder(tokenizer, basis, math.sqrt(unseen / seen) if seen else 1.0)
 
 
-def _foresee(source: SourceSection, config: Config, encoder: _Encoder, estimates: list[Estimate]) -> Forecast:
+def _foresee(
+    source: SourceSection, config: Config, encoder: _Encoder, estimates: list[Estimate], log: ReadLog
+) -> Forecast:
     if _is_complete(source):
         return _recall(source, config)
     data = config.data
     files = list_files(source)
     if held := token_format(files):
         tokenizer = open_tokenizer(config.tokenizer)
-        estimates = [estimate_tokens(files, held, tokenizer, data, SAMPLE_BYTES // 4, config.run.seed)]
+        estimates = [estimate_tokens(files, held, tokenizer, data, SAMPLE_BYTES // 4, config.run.seed, log)]
     num_documents = num_bytes = num_tokens = seconds = 0.0
     lengths: list[int] = []
     for part in estimates:
@@ -224,6 +239,8 @@ def _foresee(source: SourceSection, config: Config, encoder: _Encoder, estimates
         source_bytes=sum(file.stat().st_size for file in files),
         seconds=seconds,
         temporary_bytes=_spilled_bytes(num_documents, num_tokens, files, source, config),
+        counts=dict(sorted(log.counts.items())),
+        examples=dict(sorted(log.examples.items())),
     )  # fmt: skip
 
 
@@ -253,7 +270,7 @@ def _recall(source: SourceSection, config: Config) -> Forecast:
     return _forecast(
         source, config, num_documents, sum(manifest.text_bytes.values()), num_tokens, rows,
         state="complete", is_exact=True, num_files=0, source_bytes=0, seconds=0.0,
-        temporary_bytes=0,
+        temporary_bytes=0, counts=manifest.counts, examples={},
     )  # fmt: skip
 
 
@@ -271,7 +288,7 @@ def _forecast(
         + num_rows * 8
         + math.ceil(num_tokens * id_bytes / data.shard_bytes) * _SHARD_END_BYTES
     )
-    train_rows = max(num_rows * (1 - data.val_fraction), 1.0)
+    train_rows = max(num_rows * (1 - data.val_fraction), 1.0) if num_documents else 0
     return Forecast(
         name=source.name,
         num_documents=round(num_documents),
@@ -289,10 +306,12 @@ def _with_epochs(one: Forecast, forecasts: list[Forecast], config: Config) -> Fo
     """Add how often the run reads a source, and how many of its steps do so once."""
     phases, num_steps = phases_of(config), num_steps_of(config)
     epochs = 0.0
+    if not one.num_rows:
+        return one
     for phase, end in zip(phases, [*(phase.first_step for phase in phases[1:]), num_steps], strict=True):
         sizes = {other.name: other.num_rows if phase.kind == "epochs" else 1 for other in forecasts}
         weights = {name: amount * sizes[name] for name, amount in phase.amounts.items()}
-        share = weights.get(one.name, 0.0) / sum(weights.values())
+        share = weights.get(one.name, 0.0) / (sum(weights.values()) or 1.0)
         # Rows of every length have the same tokens in a step; those of data.seq_len were counted.
         epochs += (end - phase.first_step) * config.train.global_batch_size * share / one.num_rows
     return replace(one, epochs=epochs, epoch_steps=num_steps / epochs if epochs else 0.0)
@@ -315,8 +334,23 @@ def _seconds_per_byte(reading: float, encoding: float, config: Config) -> float:
     return max(reading, encoding / processes, (reading + encoding) / min(processes + 1, num_usable_cores()))
 
 
+def _notes(content: dict[str, Any]) -> list[str]:
+    """What is left out of the sources or masked, and why; and which of them give nothing."""
+    notes = []
+    for one in content["sources"]:
+        name, counts = one["name"], one["counts"]
+        num_read = f"{counts.get('documents_read', 0):,} documents that were read"
+        notes += [
+            f"{name}: {counts[reason]:,} {reason.replace('_', ' ')}, of {num_read}; the first: {example}"
+            for reason, example in one["examples"].items()
+        ]
+        if not one["num_documents"]:
+            notes.append(f"warning: {name}: no document to train on, of {num_read}. {advice_for_none(name, counts)}")
+    return notes
+
+
 def render(content: dict[str, Any]) -> str:
-    """Write a forecast as a table."""
+    """Write a forecast as a table, and what is left out."""
     lines = [["source", "files", "stored", "documents", "text", "tokens", "shards", "rows", "steps/epoch", "epochs",
               "time"]]  # fmt: skip
     for one in [*content["sources"], content["total"] | {"name": "in all"}]:
@@ -345,6 +379,7 @@ def render(content: dict[str, Any]) -> str:
     return "\n".join(
         [
             *text,
+            *_notes(content),
             f"tokens are {content['tokenizer']['tokens_are']}",
             "~ marks what a sample was taken of: what is said of the rest is an estimate, and counts its duplicates",
             f"disk: {format_bytes(needed + content['total']['temporary_bytes'])} while `prepare` runs, "

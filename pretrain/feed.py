@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pretrain.damage import Damage, describe
+from pretrain.damage import Damage, TooMuchDamageError, describe
 from pretrain.distributed import PendingSum, Ranks
 from pretrain.errors import LonghaulError
 from pretrain.row_reader import Batch
@@ -100,7 +100,8 @@ class Feed:
 
         Raises:
             LonghaulError: on all ranks, if any rank could not read its rows.
-            TooMuchDamageError: on all ranks, if too many documents cannot be read; the step does not count.
+            TooMuchDamageError: on all ranks, if too many documents cannot be read; it has the names of those that were
+                not met before. The step does not count.
         """
         if self._next is None:
             self.prepare(stop=False)
@@ -110,8 +111,14 @@ class Feed:
         if num_failed:
             self._ranks.agree(lambda: _raise(prepared.failure))
         damage = self._count_damage(prepared.rows) if num_new else []
-        if num_damaged:
-            self._stream.damage.check_step(int(num_targets))
+        try:
+            if num_new:
+                self._stream.damage.check()
+            if num_damaged:
+                self._stream.damage.check_step(int(num_targets))
+        except TooMuchDamageError as error:
+            error.damage = damage
+            raise
         self._stream.advance()
         if prepared.copied is not None:
             consumer = torch.cuda.current_stream()
@@ -125,14 +132,13 @@ class Feed:
         return [one for one in rows.damaged if not self._stream.damage.is_known(one)]
 
     def _count_damage(self, rows: StepRows) -> list[str]:
-        """Have all ranks know what any of them could not read, and end the run on all of them if it is too much."""
+        """Have all ranks know what any of them could not read, and rank 0 name it."""
         ledger = self._stream.damage
         new = ledger.add(one for part in self._ranks.gather(self._new_damage(rows)) for one in part)
         lines = list(describe(new, ledger))
         if self._ranks.is_first:
             for line in lines:
                 logger.warning(line)
-        ledger.check()
         return lines
 
 

@@ -19,6 +19,7 @@ from pretrain.source_files import Bad, kind_of
 from pretrain.wikipedia import Markup
 
 RULES_VERSION = 1  # of everything here that decides what becomes of a text
+REASONS = "secrets", "personal_data", "short", "long", "few_alphanumerics", "repetitive", "other_language"  # to drop
 RawText = str | Bad | Markup
 
 

@@ -19,9 +19,9 @@ from dataclasses import asdict
 from pathlib import Path
 
 from pretrain.errors import ConfigError, DataError
-from pretrain.shards import Shard, index_path, write_atomically
+from pretrain.shards import JOURNAL_NAME, PREPARE_COMMAND, Shard, index_path, write_atomically
+from pretrain.text_index import INDEX_KEY
 
-JOURNAL_NAME = "prepare.jsonl"
 LOCK_NAME = ".prepare.lock"
 SPLITS = ("train", "val")
 Recipe = dict[str, str | int | float | None]
@@ -98,6 +98,8 @@ def check_recipe(folder: Path, recipe: Recipe, old: Recipe, holds_tars: bool = F
     Raises:
         ConfigError: something differs; names it and the ways on.
     """
+    if (old.get(INDEX_KEY) is None) != (recipe.get(INDEX_KEY) is None):
+        raise wrong_kind(folder, holds_index=recipe.get(INDEX_KEY) is None)
     old = Recipe({ORDER_KEY: FORMER_ORDER}) | old
     changes = [f"{key} from {old.get(key)} to {recipe.get(key)}" for key in recipe if old.get(key) != recipe[key]]
     if changes:
@@ -106,6 +108,19 @@ def check_recipe(folder: Path, recipe: Recipe, old: Recipe, holds_tars: bool = F
             f"{folder} holds shards that were prepared otherwise; changed since then: {'; '.join(changes)}. Set "
             f"another `shards` folder for this source{otherwise}."
         )
+
+
+def wrong_kind(folder: Path, holds_index: bool) -> ConfigError:
+    """The error for an index of tars where shards of ids are to be written, or the other way round."""
+    if holds_index:
+        return ConfigError(
+            f"{folder} holds an index of tars that is not complete; expected --index to go on with it. Run: "
+            f"{PREPARE_COMMAND} --index, or set another `shards` folder for this source."
+        )
+    return ConfigError(
+        f"{folder} holds shards of ids and not an index of tars; expected another folder for --index. Set another "
+        "`shards` folder for this source, or run without --index."
+    )
 
 
 class Journal:

@@ -8,12 +8,12 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from pretrain.config import Config
+from pretrain.config import Config, SourceSection
 from pretrain.console import LiveLine, format_bytes, format_duration
 from pretrain.corpus import Corpus, add_rows, no_documents
-from pretrain.errors import ConfigError, DataError
+from pretrain.errors import ConfigError, DataError, LonghaulError
 from pretrain.hf_tokenizer import check_ids
-from pretrain.journal import file_lock
+from pretrain.journal import file_lock, wrong_kind
 from pretrain.phases import sampling_weights
 from pretrain.refining import open_refiner
 from pretrain.sentencepiece_tokenizer import SentencePieceTokenizer, choose_sample, fit, report
@@ -56,6 +56,9 @@ def prepare(
     sources = config.data.sources
     try:
         indexed = _indexed(config, makes_index)
+        for source in sources:
+            if source.paths and source.name not in indexed:
+                refuse_own_folder(source)
         if share is not None and not main_file(config.tokenizer.model).exists():
             raise ConfigError(
                 f"tokenizer.model is {config.tokenizer.model}, which does not exist; expected it, since every share "
@@ -64,12 +67,13 @@ def prepare(
         if any(source.paths for source in sources):
             tokenizer = _open_tokenizer(config, line)
         for source in sources:
+            if share is not None and source.paths:
+                check_complete(source, config, tokenizer, line)
             if source.name in indexed:
                 TarIndex(source, config, tokenizer, line).prepare()
             elif source.paths and share is not None:
                 Share(source, config, tokenizer, line, *share).prepare()
             elif source.paths:
-                refuse_own_folder(source)
                 Corpus(source, config, tokenizer, line, num_shares).prepare()
             elif is_remote(source.shards):
                 line.say(f"{source.name}: {shown(source.shards)} is read as it is")
@@ -93,13 +97,40 @@ def _indexed(config: Config, makes_index: bool) -> set[str]:
     is_complete = {source.name: Path(source.shards, MANIFEST_NAME).exists() for source in sources}
     indexed = {source.name for source in sources if is_complete[source.name] and is_index(source.shards)}
     if makes_index:
-        indexed |= {source.name for source in sources if not is_complete[source.name] and tars_of(source)}
-        if not indexed and not any(is_complete.values()):
+        for source in sources:
+            if source.name in indexed or not _names_tars(source, is_complete[source.name]):
+                continue
+            if is_complete[source.name]:
+                raise wrong_kind(Path(source.shards), holds_index=False)
+            indexed.add(source.name)
+        if not indexed:
             raise ConfigError(
                 "--index: no source names tars; expected one of data.sources[].paths to be .tar files. Run without "
                 "--index for other files."
             )
     return indexed
+
+
+def _names_tars(source: SourceSection, is_complete: bool) -> bool:
+    """Whether a source can be indexed; of one that is complete, the files may be gone."""
+    try:
+        return bool(tars_of(source))
+    except LonghaulError:
+        if is_complete:
+            return False
+        raise
+
+
+def check_complete(source: SourceSection, config: Config, tokenizer: Tokenizer, line: LiveLine) -> None:
+    """Check that what is complete of a source with `paths` is what the config describes; writes nothing.
+
+    Raises:
+        ConfigError, DataError: it is not, or something of it is missing.
+    """
+    if Path(source.shards, MANIFEST_NAME).exists():
+        manifest = Manifest.load(source.shards)
+        made = Corpus if manifest.text is None else TarIndex
+        made(source, config, tokenizer, line).check_complete(manifest)
 
 
 def prepare_tokenizer(config: Config) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
+from pathlib import Path
 
+from pretrain.errors import ConfigError
 from pretrain.stores import is_remote
 
 EXAMPLES = """examples:
@@ -67,10 +69,9 @@ def parse(argv: Sequence[str] | None, description: str | None) -> argparse.Names
 
 
 def _count(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise ValueError
-    return value
+    if not (text.isascii() and text.isdigit() and int(text)):
+        raise argparse.ArgumentTypeError(f"it is {text or 'empty'}; expected a whole number from 1")
+    return int(text)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -101,6 +102,12 @@ def report(arguments: argparse.Namespace) -> tuple[str, int] | None:
         return None
     from pretrain.settings import load_config
 
+    for option in ("inspect", "verify"):
+        place = getattr(arguments, option)
+        if place and not is_remote(place) and Path(place).is_file():
+            raise ConfigError(
+                f"--{option}: {place} is a file; expected the folder of prepared shards. Name {Path(place).parent}"
+            )
     config = load_config(arguments.config, arguments.overrides) if arguments.config else None
     if arguments.dry_run:
         assert config is not None

@@ -61,7 +61,7 @@ class RemoteCorpus:
         self._manifest = content = store.read(MANIFEST_NAME, check=json.loads)
         self.folder = self._folder_of(content)
         self._shard_folder = self._folder_of(b"shards")
-        self._lost: dict[str, str] = {}  # why there is no such shard in the store any more, by its name
+        self._lost: dict[str, tuple[str, str, str]] = {}  # the LostFileError of a shard, by its name
         self._held: list[int] = []
         self._checked: set[str] = set()  # shards whose index was compared with its sha256 by this process
         self._lock = threading.Lock()
@@ -124,8 +124,8 @@ class RemoteCorpus:
                 return self._open(shard)
             except LostFileError as error:
                 self._check_there(error)
-                self._lost[shard.name] = str(error)
-        raise LostFileError(self._lost[shard.name])
+                self._lost[shard.name] = str(error), error.name, error.reason
+        raise LostFileError(*self._lost[shard.name])
 
     def _check_there(self, error: LostFileError) -> None:
         """Tell the loss of a file from that of the corpus, which ends a run whatever `data.max_damaged_fraction` is."""

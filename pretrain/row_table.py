@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -222,6 +223,39 @@ class RowTable:
         if not begin <= end <= len(self._segments):
             raise _damaged(self.path, f"row {i} of block {block} has segments {begin} to {end}")
         return self._numbers[begin:end].tolist()
+
+
+def damaged_tables(folder: Path, manifest: Manifest) -> Iterator[tuple[str, str]]:
+    """Find what is wrong with a corpus's row tables: each must be as it was written, and hold every slot once.
+
+    Returns:
+        Names of files or tables in the folder, each with what is wrong with it.
+    """
+    for seq_len, packing in stored_tables(folder):
+        target = table_folder(folder, seq_len, packing)
+        try:
+            tables = {split: RowTable.open(folder, manifest, split, seq_len, packing) for split in _SPLITS}
+            if damaged := list(_other_hashes(target)):
+                yield from damaged
+                continue
+            slots = {split: table.slots_per_block() for split, table in tables.items()}
+        except DataError as error:
+            yield target.name, str(error)
+            continue
+        for split, num_slots in slots.items():
+            for shard, one in zip(manifest.shards(split), num_slots.tolist(), strict=True):
+                if one != shard.num_tokens - shard.num_documents:
+                    text = f"its rows of {shard.name} hold {one:,} tokens to ask for, and the shard "
+                    yield target.name, f"{text}{shard.num_tokens - shard.num_documents:,}"
+
+
+def _other_hashes(target: Path) -> Iterator[tuple[str, str]]:
+    """Compare the arrays of a row table with the sha256 that were written with them, if they were."""
+    identity = read_identity(target) or {}
+    for path in (path for split in _SPLITS for path in array_paths(target, split).values()):
+        sha256 = listed_file(identity, path.name)[1]
+        if sha256 is not None and file_sha256(path) != sha256:
+            yield f"{target.name}/{path.name}", "its sha256 is not that in identity.json"
 
 
 def _damaged(path: Path, reason: str) -> DataError:

@@ -157,6 +157,8 @@ def open_run(
         if num_mended := stream.damage.forget_mended(ranks):
             events.append(("damage_mended", f"{num_mended:,} documents that were damaged before are in order"))
         stream.damage.check()
+        if folder:
+            folder.accept(config)
     clock.mark("checkpoint")
     open_log(run_path, ranks)
     log, tracker = None, ranks.agree(lambda: start_tracking(config, folder, events.append))

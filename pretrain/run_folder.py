@@ -38,6 +38,8 @@ FREE_TO_CHANGE = (
     "data.sources", "data.phases",
     "data.cache_dir", "data.cache_bytes", "data.retry_seconds", "data.max_damaged_fraction",
 )  # fmt: skip
+# Changing these would make other rows of what is already done, which no checkpoint can follow; phases can.
+FIXES_ROWS = ("data.seq_len", "data.packing", "data.shuffle_window_shards", "run.seed")
 _PACKAGES = (
     "torch",
     "deepspeed",
@@ -106,14 +108,20 @@ class RunFolder:
                     f"{self.path}: has checkpoints and no {CONFIG_FILE}; expected both. Restore it, or use another "
                     "run.dir."
                 )
-            self._compare(load_config(saved), config)
-        write_text(saved, resolved_yaml(config))
+            self._compare(load_config(saved), config)  # what else does not fit is found when the checkpoint is loaded
+        else:
+            self.accept(config)
         return self._write_environment()
+
+    def accept(self, config: Config) -> None:
+        """Write the config that the run goes on with: once it does, for a refused one must not lock out the old one."""
+        write_text(self.path / CONFIG_FILE, resolved_yaml(config))
 
     def _compare(self, old: Config, new: Config) -> None:
         refused = [
             change for change in changed_options(old, new)
-            if not change[0].startswith(FREE_TO_CHANGE) and change[0] not in new.run.allow_changes
+            if not change[0].startswith(FREE_TO_CHANGE)
+            and (change[0] not in new.run.allow_changes or change[0] in FIXES_ROWS)
         ]  # fmt: skip
         before, after = old.data.max_seq_len, new.data.max_seq_len
         shape = resolve_shape(new.model, new.tokenizer.vocab_size, after)
@@ -123,10 +131,13 @@ class RunFolder:
             lines = "\n".join(
                 f"  {name}: {before!r} in the run folder, {after!r} now" for name, before, after in refused
             )
-            names = ", ".join(name for name, _, _ in refused)
+            names, fixed = ", ".join(name for name, _, _ in refused), [n for n, _, _ in refused if n in FIXES_ROWS]
+            way_on = f", or go on with the change by 'run.allow_changes=[{names}]'."
+            if fixed:
+                way_on = f": the rows that are to come cannot be others ({', '.join(fixed)})."
             raise ConfigError(
                 f"{self.path}: belongs to another config; expected the same one:\n{lines}\n"
-                f"Start a new run with run.dir=…, or go on with the change by 'run.allow_changes=[{names}]'."
+                f"Start a new run with run.dir=…{way_on}"
             )
 
     def _write_environment(self) -> int:

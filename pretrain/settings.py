@@ -321,8 +321,9 @@ def _validate(given: _Given) -> Config:
         if name in given.data and given.data[name] is None:
             given.data[name] = {}  # `log:` with all its options commented out
     config, errors = _read_models(given.data)
-    texts = {path: explain(path, error_type, value) for path, error_type, value in errors}
-    for path, error_type, _ in errors:
+    named = [one for error in errors for one in _where_given(given, *error)]
+    texts = {path: explain(path, error_type, value) for path, error_type, value in named}
+    for path, error_type, _ in named:
         misspelled = any(text.endswith(f"Did you mean {dotted(path)}?") for text in texts.values())
         if path not in given.unreadable and not (error_type == "missing" and misspelled):
             given.report(given.place_of(path), texts[path])
@@ -337,6 +338,15 @@ def _validate(given: _Given) -> Config:
     given.raise_problems()
     assert config is not None, "a config that is not valid has problems, which were raised"
     return config
+
+
+def _where_given(given: _Given, path: OptionPath, error_type: str, value: Any) -> Iterator[tuple[OptionPath, str, Any]]:
+    """Yield an error, or one for each option that an override gives in a section that is unknown."""
+    inside = [other for other in given.places if other[: len(path)] == path and other[:-1] not in given.places]
+    if error_type == "extra_forbidden" and inside and path not in given.places:
+        yield from ((other, error_type, value) for other in inside)
+    else:
+        yield path, error_type, value
 
 
 def _read_models(data: dict[str, Any]) -> tuple[Config | None, list[tuple[OptionPath, str, Any]]]:

@@ -47,9 +47,16 @@ def check_shards(folder: str | Path, shards: tuple[Shard, ...]) -> None:
         parts = ((tar_path, f"{shard.num_bytes} bytes"), (index_path(Path(folder), shard.name), "the shard's index"))
         for path, expected in parts:
             if not path.exists():
-                raise DataError(f"{path} is missing; expected {expected}. {repair_advice(Path(folder))}")
+                raise DataError(
+                    f"{path}{link_target(path)} is missing; expected {expected}. {repair_advice(Path(folder))}"
+                )
         if problem := _size_problem(tar_path.stat().st_size, shard):
             raise DataError(f"{tar_path}: {problem}. {repair_advice(tar_path.parent)}")
+
+
+def link_target(path: Path) -> str:
+    """Where a link leads, for messages; empty for what is no link."""
+    return f" (a link to {os.path.realpath(path)})" if path.is_symlink() else ""
 
 
 def _size_problem(num_bytes: int, shard: Shard) -> str:
@@ -183,10 +190,11 @@ class ShardReader:
                 self._descriptor = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
                 self._problem = _size_problem(os.fstat(self._descriptor).st_size, self._shard)
         except LostFileError as error:
-            self._problem = str(error)
+            is_tar = error.name == f"{self._shard.name}.tar"
+            self._problem = error.reason if is_tar else f"{error.name}: {error.reason}"
         except OSError as error:
             self._check_there()
-            self._problem = f"it cannot be opened: {error.strerror}"
+            self._problem = f"it cannot be opened: {error.strerror}{link_target(self._path)}"
 
     def _check_there(self) -> None:
         """Tell the loss of a file from that of the folder, such as a disk that is not mounted any more."""

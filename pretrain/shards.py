@@ -22,10 +22,11 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from pretrain.errors import DataError
-from pretrain.text_index import INDEX_DTYPE, TEXT_INDEX_DTYPE, TextContent
+from pretrain.text_index import INDEX_DTYPE, TEXT_INDEX_DTYPE, TextContent, is_begun_index
 
 MANIFEST_VERSION = 1
 MANIFEST_NAME = "manifest.json"
+JOURNAL_NAME = "prepare.jsonl"  # of what `prepare` has done
 PREPARE_COMMAND = "python launch/prepare.py CONFIG"
 _MEMBER_BYTES = 1 << 20
 _TAR_BLOCK_BYTES = 512
@@ -123,7 +124,8 @@ class Manifest:
         try:
             content = json.loads(path.read_bytes())
         except FileNotFoundError as error:
-            raise DataError(f"{path} is missing; expected a prepared corpus. Run: {PREPARE_COMMAND}") from error
+            how = " --index" if is_begun_index(path.with_name(JOURNAL_NAME)) else ""
+            raise DataError(f"{path} is missing; expected a prepared corpus. Run: {PREPARE_COMMAND}{how}") from error
         except (OSError, ValueError) as error:
             raise DataError(f"{path} cannot be read: {error}. Delete it and run: {PREPARE_COMMAND}") from error
         version = content.get("version") if isinstance(content, dict) else None

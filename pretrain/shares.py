@@ -22,7 +22,6 @@ from pretrain.config import Config, DataSection, SourceSection
 from pretrain.console import LiveLine, format_bytes, format_duration
 from pretrain.errors import ConfigError, DataError
 from pretrain.journal import (
-    JOURNAL_NAME,
     LOCK_NAME,
     ORDER,
     ORDER_KEY,
@@ -35,10 +34,11 @@ from pretrain.journal import (
 )
 from pretrain.json_lines import is_divisible
 from pretrain.refining import open_refiner
-from pretrain.shards import MANIFEST_NAME, PREPARE_COMMAND
+from pretrain.shards import JOURNAL_NAME, MANIFEST_NAME, PREPARE_COMMAND
 from pretrain.source_files import files_identity, list_files, published_formats, token_format
 from pretrain.sources import ReadLog, document_digest, read_documents, read_token_documents
 from pretrain.spills import Spill, SpillWriter, spill_size
+from pretrain.text_index import INDEX_KEY
 from pretrain.tokenizer import Tokenizer
 from pretrain.workers import Batch, QueuedDocument, encode_batches, num_processes
 
@@ -46,6 +46,7 @@ RECIPE_VERSION = 1  # of the rules that turn text into shards: hash, split
 BATCH_CHARACTERS = 1 << 18  # tokenized at once by one process: about 50 ms of work
 NUM_RECENT = 1 << 17  # documents before, of which equal ones are dropped untokenized: about 15 MB
 SPILL_SECONDS = 300.0  # after which a spill is written, however small: what a killed run loses at most
+SHARE_FOLDERS = "share-*-of-*"  # in the folder of the shards
 LIVE_SECONDS, PLAIN_SECONDS = 0.2, 10.0  # between updates on a terminal, and between lines elsewhere
 
 _LEFT_OVER = re.compile(r"spill-\d{6,}|\.spill-\d{6,}\.tmp|\.prepare\.jsonl\.tmp")
@@ -113,17 +114,12 @@ def recipe_of(files: Sequence[Path], source: SourceSection, data: DataSection, t
         "data.shard_bytes": data.shard_bytes,
         "the tokenizer": tokenizer.fingerprint,
         "data.filters": filters.identity(filters.filters_of(source, data)),
-        "what --index made": None,
+        INDEX_KEY: None,
     }
     if files:
         if held := token_format(files) or published_formats(files, source.format):
             recipe["data.sources[].format"] = held
-        identity = files_identity(files)
-        recipe |= {
-            "the number of source files": identity["num_files"],
-            "their bytes": identity["num_bytes"],
-            "the hash of their names and sizes": identity["sha256"],
-        }
+        recipe |= files_identity(files)
     return recipe
 
 

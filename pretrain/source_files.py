@@ -163,7 +163,7 @@ def token_format(files: Sequence[Path]) -> TokenFormat | None:
 
 
 def files_identity(files: Sequence[Path]) -> dict[str, int | str]:
-    """Number, total size and fingerprint of files: names below their common folder, and sizes.
+    """Number, total size and fingerprint of files (names below their common folder, and sizes), as errors call them.
 
     A corpus that is moved or copied as a whole keeps its identity.
     """
@@ -171,7 +171,11 @@ def files_identity(files: Sequence[Path]) -> dict[str, int | str]:
     sizes = [os.path.getsize(file) for file in files]
     names = [os.path.relpath(file, common) for file in files]
     digest = hashlib.sha256(json.dumps(list(zip(names, sizes, strict=True))).encode()).hexdigest()
-    return {"num_files": len(files), "num_bytes": sum(sizes), "sha256": digest}
+    return {
+        "the number of source files": len(files),
+        "their bytes": sum(sizes),
+        "the hash of their names and sizes": digest,
+    }
 
 
 def _refuse_unfit(source: SourceSection, names: dict[str, tuple[str, int]]) -> None:

@@ -108,7 +108,7 @@ class _Limit:
 
 def estimate_texts(
     files: Sequence[Path], source: SourceSection, data: DataSection, limit_bytes: float, seconds: float, seed: int,
-    loses_u2581: bool = True,
+    log: ReadLog, loses_u2581: bool = True,
 ) -> list[Estimate]:  # fmt: skip
     """Estimate the text of files of documents, by their kinds, each compressed or not.
 
@@ -118,6 +118,7 @@ def estimate_texts(
         limit_bytes: of text to read, about.
         seconds: to read for, about.
         seed: of the choice.
+        log: counts what was read and skipped.
         loses_u2581: as for `read_documents`.
 
     Raises:
@@ -134,16 +135,16 @@ def estimate_texts(
         share = max(size / max(total, 1), 0.1)
         limit = _Limit(limit_bytes * share, seconds * share)
         begin = time.monotonic()
-        reader = _Reader(part, source, data, limit, random.Random(seed), loses_u2581)
+        reader = _Reader(part, source, data, limit, random.Random(seed), log, loses_u2581)
         sample, num_documents, text_bytes = reader.estimate(kind, compressed)
         per_byte = (time.monotonic() - begin) / max(sample.text_bytes, 1)
         estimates.append(Estimate(num_documents, text_bytes, None, sample.texts, [], per_byte, sample.is_whole))
     if data.drop_duplicates and all(estimate.is_exact for estimate in estimates):
-        _drop_duplicates(estimates)
+        _drop_duplicates(estimates, log)
     return estimates
 
 
-def _drop_duplicates(estimates: list[Estimate]) -> None:
+def _drop_duplicates(estimates: list[Estimate], log: ReadLog) -> None:
     digests: set[bytes] = set()
     for estimate in estimates:
         kept = []
@@ -152,6 +153,8 @@ def _drop_duplicates(estimates: list[Estimate]) -> None:
             if digest not in digests:
                 digests.add(digest)
                 kept.append(text)
+            else:
+                log.skip("duplicates", f"{text[:40]!r}… is equal to an earlier document")
         estimate.texts, estimate.num_documents = kept, len(kept)
         estimate.text_bytes = sum(len(text.encode()) for text in kept)
 
@@ -161,9 +164,9 @@ class _Reader:
 
     def __init__(
         self, files: Sequence[Path], source: SourceSection, data: DataSection, limit: _Limit, rng: random.Random,
-        loses_u2581: bool,
+        log: ReadLog, loses_u2581: bool,
     ) -> None:  # fmt: skip
-        self._loses_u2581, self._refine = loses_u2581, refiner(source, data)
+        self._log, self._loses_u2581, self._refine = log, loses_u2581, refiner(source, data)
         self._sizes = {file: os.path.getsize(file) for file in files}
         self._source, self._data, self._limit, self._rng = source, data, limit, rng
         self._sample = Sample()
@@ -232,6 +235,7 @@ class _Reader:
             stored, num_read = self._sizes[file], log.counts["documents_read"]
         sample.stored_bytes += stored
         sample.num_read += num_read
+        self._log.add_all(log.counts, log.examples)
 
     def _read_windows(self) -> None:
         """Read whole lines of JSON lines from random places.
@@ -240,7 +244,7 @@ class _Reader:
         """
         files = list(self._sizes)
         ends = list(itertools.accumulate(self._sizes.values()))
-        while not self._limit.is_reached(self._sample):
+        while not self._limit.is_reached(self._sample) and self._sample.stored_bytes < self._total:
             place = self._rng.randrange(self._total)
             number = bisect_right(ends, place)
             file = files[number]
@@ -257,6 +261,7 @@ class _Reader:
                 self._sample.add(document)
             self._sample.stored_bytes += len(window)
             self._sample.num_read += log.counts["documents_read"]
+            self._log.add_all(log.counts, log.examples)
 
     def _read_tables(self) -> tuple[float, float]:
         """Read the first rows of random row groups or record batches; returns rows and the column's bytes of all."""
@@ -286,7 +291,7 @@ class _Reader:
         def contents(path: Path) -> Iterator[tuple[int, int, Values]]:
             return skim_column(path, column, numbers.__contains__)
 
-        return read_files([file], self._data.on_bad_file, ReadLog(), contents)
+        return read_files([file], self._data.on_bad_file, ReadLog() if numbers else self._log, contents)
 
     def _read_values(self, file: Path, values: Values, limit_bytes: float) -> None:
         log, sample = ReadLog(), self._sample
@@ -297,11 +302,13 @@ class _Reader:
             if sample.text_bytes >= end:
                 break
         sample.num_read += log.counts["documents_read"]
+        self._log.add_all(log.counts, log.examples)
 
 
 def estimate_tokens(
-    files: Sequence[Path], held: TokenFormat, tokenizer: Tokenizer, data: DataSection, limit_tokens: int, seed: int
-) -> Estimate:
+    files: Sequence[Path], held: TokenFormat, tokenizer: Tokenizer, data: DataSection, limit_tokens: int, seed: int,
+    log: ReadLog,
+) -> Estimate:  # fmt: skip
     """Estimate files of token ids, of which much is known without reading them.
 
     Args:
@@ -311,6 +318,7 @@ def estimate_tokens(
         data: says what happens to bad documents and files.
         limit_tokens: files of more ids in all are not read as a whole.
         seed: of the choice.
+        log: counts what was read and skipped.
 
     Raises:
         DataError: as `read_token_documents`, for what the sample meets.
@@ -320,19 +328,21 @@ def estimate_tokens(
     is_exact = sum(os.path.getsize(file) for file in bins) <= 2 * limit_tokens
     if is_exact:
         seen: dict[bytes, np.ndarray] = {}
-        documents = read_token_documents(files, held, tokenizer, data.on_bad_document, data.on_bad_file, ReadLog())
+        documents = read_token_documents(files, held, tokenizer, data.on_bad_document, data.on_bad_file, log)
         for number, document in enumerate(documents):
             digest = document_digest(document.ids.astype("<u4").tobytes())
+            if data.drop_duplicates and digest in seen:
+                log.skip("duplicates", f"{document.origin}: it is equal to an earlier document")
             seen.setdefault(digest if data.drop_duplicates else number.to_bytes(8, "little"), document.ids)
         raw = kept = list(seen.values())
         num_documents, num_ids = float(len(raw)), float(sum(map(len, raw)))
     else:
         rng = random.Random(seed)
         if held == "megatron":
-            indexes = list(read_files(bins, data.on_bad_file, ReadLog(), _one_index))
+            indexes = list(read_files(bins, data.on_bad_file, log, _one_index))
             num_documents, num_ids, raw = _choose_documents(indexes, rng)
         else:
-            arrays = list(read_files(bins, data.on_bad_file, ReadLog(), _one_array))
+            arrays = list(read_files(bins, data.on_bad_file, log, _one_array))
             num_documents, num_ids, raw = _choose_windows(arrays, tokenizer.eos_id, rng)
         kept = [strip_ids(ids, f"a document of {bins[0].parent}", tokenizer) for ids in raw]
     num_read, num_kept = sum(map(len, raw)), sum(map(len, kept))

@@ -228,8 +228,10 @@ def read_files(
         except BROKEN as error:
             message = f"{path}: the file cannot be read to its end ({_reason(error)})"
             if on_bad_file == "error":
+                is_denied = isinstance(error, PermissionError)
+                fix = "one that you may read. Set its permissions" if is_denied else "a whole file. Fetch it again"
                 raise DataError(
-                    f"{message}; expected a whole file. Fetch it again, or set data.on_bad_file=skip to go on with the "
+                    f"{message}; expected {fix}, or set data.on_bad_file=skip to go on with the "
                     "documents before the break."
                 ) from None
             log.skip("files_unreadable", message)

@@ -39,7 +39,7 @@ def inspect_store(url: str, config: Config | None = None, tokenizer: str | None 
         DataError: the store cannot be read, or an index is damaged.
         ConfigError: the tokenizer that is named is not the corpus's.
     """
-    store = Store(url, _RETRY_SECONDS)
+    store = Store(url, _RETRY_SECONDS, is_from_config=False)
     with tempfile.TemporaryDirectory() as temporary:
         folder, manifest = Path(temporary), _manifest_of(store, Path(temporary))
         names = [index_path(folder, shard.name).name for shard in manifest.train + manifest.val]
@@ -62,7 +62,7 @@ def verify_store(url: str, num_threads: int = 0) -> dict[str, Any]:
     Raises:
         DataError: the store cannot be read.
     """
-    store, line = Store(url, _RETRY_SECONDS), LiveLine()
+    store, line = Store(url, _RETRY_SECONDS, is_from_config=False), LiveLine()
     with tempfile.TemporaryDirectory() as temporary:
         manifest = _manifest_of(store, Path(temporary))
     shards = manifest.train + manifest.val

@@ -26,6 +26,7 @@ from urllib.parse import urlsplit, urlunsplit
 from pretrain.errors import DataError
 
 logger = logging.getLogger("longhaul")
+_jitter = random.Random()  # of its own: threads must not move the generator that others seed
 
 PIPE = "pipe:"
 CHUNK_BYTES = 1 << 20
@@ -73,7 +74,17 @@ class MissingFileError(StoreError):
 
 
 class LostFileError(DataError):
-    """A store that works has a file no more, or another one in its place: waiting does not bring it back."""
+    """A store that works has a file no more, or another one in its place: waiting does not bring it back.
+
+    Attributes:
+        name: The file's path in the corpus.
+        reason: What is wrong, without where and what to do.
+    """
+
+    def __init__(self, text: str, name: str = "", reason: str = "") -> None:
+        """Take the message, and what of it programs need."""
+        super().__init__(text)
+        self.name, self.reason = name, reason
 
 
 def is_remote(shards: str) -> bool:
@@ -94,22 +105,26 @@ class Store:
     """The files of one corpus, by their path in it; any number of threads may read at a time.
 
     Attributes:
-        url: What `data.sources[].shards` says.
+        url: What `data.sources[].shards` or a command line says.
     """
 
-    def __init__(self, url: str, limit_seconds: float, stall_seconds: float | None = None) -> None:
+    def __init__(
+        self, url: str, limit_seconds: float, stall_seconds: float | None = None, is_from_config: bool = True
+    ) -> None:
         """Open the store; nothing is read.
 
         Args:
             url: A URL of fsspec's, or `pipe:` and a shell command whose `{}` becomes a file's path in the corpus.
             limit_seconds: How long a file that cannot be read is tried again.
             stall_seconds: After so long without a byte an attempt has failed; `STALL_SECONDS` if None.
+            is_from_config: Whether a config gives the URL and the limit, as errors then say; else a command line does,
+                the URL alone.
 
         Raises:
             DataError: The URL is of no kind that is installed.
         """
         self.url = url if url.startswith(PIPE) else url.rstrip("/")
-        self._limit = limit_seconds
+        self._limit, self._is_from_config = limit_seconds, is_from_config
         self._stall = min(STALL_SECONDS if stall_seconds is None else stall_seconds, limit_seconds)
         self._closing = threading.Event()
         if not url.startswith(PIPE):
@@ -152,7 +167,7 @@ class Store:
                     is_lost = isinstance(error, MissingFileError) or len(wrong) > len(set(wrong))
                     raise self._failure(name, error, attempt, time.monotonic() - failing_since, is_lost) from error
                 longest = min(LONGEST_PAUSE_SECONDS, FIRST_PAUSE_SECONDS * 2 ** (attempt - 1))
-                pause = min(longest * random.uniform(0.5, 1.0), left)  # ranks and nodes that failed together spread
+                pause = min(longest * _jitter.uniform(0.5, 1.0), left)  # ranks and nodes that failed together spread
                 logger.warning(
                     "%s: %s; attempt %d, the next in %.1f s, for up to %.0f s more",
                     self.location(name), error, attempt, pause, left,
@@ -186,13 +201,17 @@ class Store:
             return DataError(f"{self.location(name)}: the stream was closed while it was read")
         tried = f"tried {attempt} times in {seconds:.0f} s" if attempt > 1 else "tried once"
         if error.is_final:
-            advice = "Correct data.sources[].shards, or the rights to read it"
+            advice = (
+                f"Correct {'data.sources[].shards' if self._is_from_config else 'the URL'}, or the rights to read it"
+            )
         elif isinstance(error, WrongContentError):
             advice = "Upload the corpus again, whole, as `prepare` made it"
         else:
-            advice = f"Mend the store or the network, or raise data.retry_seconds ({self._limit:.0f})"
-        kind = LostFileError if is_lost else DataError
-        return kind(f"{self.location(name)} cannot be read: {error}; {tried}. {advice}, and run again.")
+            advice = "Mend the store or the network"
+            if self._is_from_config:
+                advice += f", or raise data.retry_seconds ({self._limit:.0f})"
+        text = f"{self.location(name)} cannot be read: {error}; {tried}. {advice}, and run again."
+        return LostFileError(text, name, str(error)) if is_lost else DataError(text)
 
     def _chunks(self, name: str, reading: _Reading) -> Iterator[bytes]:
         """Yield a file's chunks, which another thread reads: libraries' own time limits do not cover every stall."""

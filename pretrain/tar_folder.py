@@ -6,16 +6,17 @@ import os
 import re
 from collections import Counter
 from collections.abc import Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from pretrain.config import SourceSection
 from pretrain.errors import ConfigError
-from pretrain.journal import JOURNAL_NAME
-from pretrain.shards import MANIFEST_NAME, Manifest, sync_folder
-from pretrain.source_files import is_compressed, kind_of, list_files
+from pretrain.shards import JOURNAL_NAME, MANIFEST_NAME, PREPARE_COMMAND, Manifest, sync_folder
+from pretrain.source_files import STDLIB, is_compressed, kind_of, list_files
 
 VAL_NAME = "held-out"  # of the shards of held-out documents, which lie beside the tars
 VAL_FILE = re.compile(rf"\.?{VAL_NAME}-\d{{6,}}\.(tar|index\.npy)(\.tmp)?")
+_WRITTEN = MANIFEST_NAME, JOURNAL_NAME, "train-000000.tar", "train-000000.index.npy", "share-1-of-1/spill-000001"
 _UNSAFE = re.compile(r"[^A-Za-z0-9._-]+")  # in a URL
 
 
@@ -53,21 +54,47 @@ def tars_of(source: SourceSection) -> list[Path]:
 
 
 def refuse_own_folder(source: SourceSection) -> None:
-    """Check that shards of ids are not written among the tars that they are made of.
+    """Check that shards of ids are not written where the source's paths find them, or among the tars that they name.
 
     Raises:
         ConfigError: they would be.
         DataError: a path names nothing.
     """
     folder = Path(source.shards)
-    if not folder.is_dir() or (folder / MANIFEST_NAME).exists():
+    if (folder / MANIFEST_NAME).exists():
         return
-    tars = [file for file in list_files(source) if kind_of(file, source.format) == "tar"]
+    where = f"data.sources[{source.name}].shards is {folder}"
+    tars = [file for file in list_files(source) if kind_of(file, source.format) == "tar"] if folder.is_dir() else []
     if any(file.parent.samefile(folder) for file in tars):
         raise ConfigError(
-            f"data.sources[{source.name}].shards is {folder}, where tars of its paths lie; expected another folder for "
-            "shards of ids. Set another one, or use the tars as they are: python launch/prepare.py CONFIG --index"
+            f"{where}, where tars of its paths lie; expected another folder for shards of ids. Set another one, or use "
+            f"the tars as they are: {PREPARE_COMMAND} --index"
         )
+    if source.format != "auto":  # a folder's files of that format only
+        return
+    for pattern in source.paths:
+        if pattern != STDLIB and any(_finds(pattern, folder / name) for name in _WRITTEN):
+            raise ConfigError(
+                f"{where}, which lies within its paths ({pattern!r}); expected a folder that they do not name, since "
+                "`prepare` would read what it writes. Set another `shards` folder, or name the files of the source "
+                "alone, such as 'folder/*.txt'."
+            )
+
+
+def _finds(pattern: str, file: Path) -> bool:
+    """Whether one of a source's paths, a glob or not, names a file or a folder above it."""
+
+    def is_match(parts: Sequence[str], patterns: Sequence[str]) -> bool:
+        if not patterns:
+            return not any(part.startswith(".") for part in parts)  # what is hidden in a folder is not read
+        if patterns[0] == "**":
+            return any(is_match(parts[number:], patterns[1:]) for number in range(len(parts) + 1))
+        if not parts or (parts[0].startswith(".") and not patterns[0].startswith(".")):
+            return False
+        return fnmatchcase(parts[0], patterns[0]) and is_match(parts[1:], patterns[1:])
+
+    absolute = Path(os.path.realpath(os.path.expanduser(pattern)))
+    return is_match(Path(os.path.realpath(file)).parts, absolute.parts)
 
 
 def is_index(folder: str | Path) -> bool:

@@ -25,7 +25,6 @@ from pretrain.console import LiveLine, format_bytes, format_duration
 from pretrain.corpus import add_rows, no_documents
 from pretrain.errors import ConfigError, DataError
 from pretrain.journal import (
-    JOURNAL_NAME,
     LOCK_NAME,
     SPLITS,
     Recipe,
@@ -40,6 +39,7 @@ from pretrain.near_duplicates import NearDuplicates
 from pretrain.row_table import build_row_tables
 from pretrain.shard_reader import check_shards
 from pretrain.shards import (
+    JOURNAL_NAME,
     MANIFEST_NAME,
     MANIFEST_VERSION,
     Manifest,
@@ -52,7 +52,7 @@ from pretrain.source_files import files_identity
 from pretrain.sources import ReadLog
 from pretrain.tar_documents import TarDocuments, TarNote, first_of_equals, measure_tars
 from pretrain.tar_folder import VAL_FILE, VAL_NAME, link_tars, list_originals, name_tars, tars_of
-from pretrain.text_index import select_documents, text_index_bytes
+from pretrain.text_index import INDEX_KEY, select_documents, text_index_bytes
 from pretrain.text_shards import PIECE_CHARACTERS, content_of
 from pretrain.tokenizer import Tokenizer
 
@@ -100,7 +100,7 @@ class TarIndex:
                     self._summarize(manifest)
                     return
         manifest = Manifest.load(self.folder)
-        self._check_complete(manifest)
+        self.check_complete(manifest)
         self._remove_notes()
         new = [seq_len for seq_len in data.seq_lens if add_rows(self.folder, manifest, seq_len, data.packing)]
         rest = f"added its rows of {' and '.join(map(str, new))} tokens" if new else "nothing to do"
@@ -110,7 +110,7 @@ class TarIndex:
         """Everything that the index depends on, under the names that an error shows."""
         data = self.config.data
         recipe: Recipe = {
-            "what --index made": f"an index of tars, version {RECIPE_VERSION}",
+            INDEX_KEY: f"an index of tars, version {RECIPE_VERSION}",
             "data.sources[].name": self.source.name,
             "data.sources[].text_field": self.source.text_field,
             "data.val_fraction": data.val_fraction,
@@ -120,16 +120,16 @@ class TarIndex:
             "data.filters": filters.identity(filters.filters_of(self.source, data)),
         }
         if files:
-            identity = files_identity(files)
-            recipe |= {
-                "the number of source files": identity["num_files"],
-                "their bytes": identity["num_bytes"],
-                "the hash of their names and sizes": identity["sha256"],
-            }
+            recipe |= files_identity(files)
         return recipe
 
-    def _check_complete(self, manifest: Manifest) -> None:
-        """Check that a finished index and its tars are still there, and what the config describes."""
+    def check_complete(self, manifest: Manifest) -> None:
+        """Check that a finished index and its tars are still there, and what the config describes.
+
+        Raises:
+            ConfigError: it was made otherwise.
+            DataError: something of it is missing.
+        """
         check_shards(self.folder, manifest.train + manifest.val)
         try:
             recipe = self._recipe(list_originals(self.source))

@@ -7,6 +7,7 @@ documents. A row that holds a part of a long document tokenizes the pieces that 
 from __future__ import annotations
 
 import io
+import json
 import math
 import os
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from typing import BinaryIO
 
 import numpy as np
 
+INDEX_KEY = "what --index made"  # of the recipe in a journal; shards of ids have none
 INDEX_DTYPE = np.dtype([("offset", "<u8"), ("num_tokens", "<u4"), ("crc32", "<u4")])  # of shards of ids
 # Of a document: its bytes in the tar and their crc32; its tokens, bos and eos included; and its pieces, which end where
 # the next document's begin.
@@ -100,3 +102,12 @@ def select_documents(documents: np.ndarray, pieces: np.ndarray, is_chosen: np.nd
         chosen[name] = documents[name][is_chosen]
     chosen["first_piece"] = np.cumsum(num_pieces[is_chosen]) - num_pieces[is_chosen]
     return chosen, pieces[np.repeat(is_chosen, num_pieces)]
+
+
+def is_begun_index(journal: Path) -> bool:
+    """Whether the journal of a corpus is that of `prepare --index`."""
+    try:
+        with open(journal, "rb") as file:
+            return json.loads(file.readline())["recipe"].get(INDEX_KEY) is not None
+    except (OSError, ValueError, KeyError, TypeError):
+        return False

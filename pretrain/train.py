@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
 
@@ -83,7 +83,8 @@ def run_steps(run: Run) -> tuple[str, int, str]:
         try:
             with run.profiler.watch(progress.step + 1):
                 asked_to_stop = train_step(run)
-        except TooMuchDamageError:
+        except TooMuchDamageError as error:
+            name_damage(run, error.damage)
             if progress.step:
                 save(run)  # the step has not begun: what was trained is not lost
                 finish_save(run)
@@ -159,8 +160,7 @@ def finish_step(run: Run, rows: StepInput, applied: bool, lr: float, sums: Pendi
     """Count a step, and leave its metrics to `report`."""
     progress, config = run.progress, run.config
     progress.step, progress.num_tokens = progress.step + 1, progress.num_tokens + run.plan.tokens_per_step
-    if rows.damage:
-        run.event("damaged_documents", rows.damage[-1], documents=rows.damage[:-1])
+    name_damage(run, rows.damage)
     if not applied:
         run.event("skipped_step", "a gradient is not finite; the weights were left as they were")
     # fp16's loss scale adapts by overflows, which count only where the loss is not a number itself
@@ -186,6 +186,13 @@ def finish_step(run: Run, rows: StepInput, applied: bool, lr: float, sums: Pendi
         run.step_began = now
     if sums.is_ready():
         report(run)
+
+
+def name_damage(run: Run, damage: Sequence[str]) -> None:
+    """Record the documents that a step is the first to lack, if any; `damage` as in `StepInput`."""
+    if damage:
+        *documents, sum_of_all = damage
+        run.event("damaged_documents", sum_of_all, documents=documents)
 
 
 def report(run: Run) -> None:

@@ -20,8 +20,9 @@ import numpy as np
 
 from pretrain.console import LiveLine, format_bytes, format_duration
 from pretrain.errors import DataError
-from pretrain.row_table import RowTable, array_paths, listed_file, read_identity, stored_tables, table_folder
-from pretrain.shards import Manifest, Shard, file_sha256, index_path, load_index
+from pretrain.row_table import damaged_tables
+from pretrain.shard_reader import link_target
+from pretrain.shards import PREPARE_COMMAND, Manifest, Shard, file_sha256, index_path, load_index
 from pretrain.source_files import BrokenFile
 from pretrain.stores import is_remote
 from pretrain.tar_files import read_members
@@ -109,7 +110,7 @@ def verify(folder: str | Path, num_processes: int = 0) -> dict[str, Any]:
             is_due = number % max(len(shards) // 20, 1) == 0
             text = f"{shard.name}: {number:,} of {len(shards):,} shards, {format_bytes(num_bytes / elapsed)}/s"
             line.show(f"{text}, problems: {len(problems):,}", plain=is_due)
-        problems += _row_problems(folder, manifest)
+        problems += [Problem(*found) for found in damaged_tables(folder, manifest)]
     finally:
         line.end()
     return {
@@ -137,8 +138,14 @@ def render(content: dict[str, Any]) -> str:
     if not problems:
         return f"{read}: every checksum is right, and every id below the vocabulary size"
     where = content["folder"]
-    otherwise = "index the tars into another folder" if content["is_index"] else f"delete {where} and prepare it again"
+    otherwise = (
+        "index the tars into another folder" if content.get("is_index") else f"delete {where} and prepare it again"
+    )
     advice = f"Restore these files from a copy, or {otherwise}."
+    rows = sorted({problem.file.partition("/")[0] for problem in problems if problem.file.startswith("rows-")})
+    if rows:
+        rebuild = f"Delete {' and '.join(f'{where}/{name}' for name in rows)} and run: {PREPARE_COMMAND}"
+        advice = rebuild if all(problem.file.startswith("rows-") for problem in problems) else f"{advice} {rebuild}"
     if is_remote(where):
         advice = (
             f"Upload these files to {where} again; --verify of the folder that they come from says if they are sound."
@@ -148,9 +155,7 @@ def render(content: dict[str, Any]) -> str:
     )
 
 
-def _checked(
-    folder: Path, manifest: Manifest, num_processes: int
-) -> Iterator[tuple[Shard, tuple[int, list[Problem]]]]:  # fmt: skip
+def _checked(folder: Path, manifest: Manifest, num_processes: int) -> Iterator[tuple[Shard, tuple[int, list[Problem]]]]:
     check = partial(_check, folder, manifest.dtype, manifest.vocab_size)
     of_text = set() if manifest.text is None else {shard.name for shard in manifest.train}
     tasks = [(shard, shard.name in of_text) for shard in manifest.train + manifest.val]
@@ -219,7 +224,7 @@ def check_shard(
         if index is not None and len(index) > 1 and damaged * 2 > len(index) and size == shard.num_bytes:
             findings.add(f"{damaged:,} of {len(index):,} documents are wrong: it is another shard's file, most likely")
     except FileNotFoundError:
-        findings.add("it is missing")
+        findings.add(f"it is missing{link_target(path)}")
     except OSError as error:
         findings.add(f"it cannot be read ({error.strerror or error})")
     return num_bytes, problems + findings.problems
@@ -366,34 +371,3 @@ def _check_members(path: Path, findings: _Findings) -> None:
                 pass
         except BrokenFile as error:
             findings.add(str(error))
-
-
-def _row_problems(folder: Path, manifest: Manifest) -> list[Problem]:
-    """What is wrong with the row tables: each must be as it was written, and hold every slot of its shards once."""
-    found = []
-    for seq_len, packing in stored_tables(folder):
-        target = table_folder(folder, seq_len, packing)
-        try:
-            tables = {split: RowTable.open(folder, manifest, split, seq_len, packing) for split in ("train", "val")}
-            if damaged := list(_hash_problems(target)):
-                found += damaged
-                continue
-            slots = {split: table.slots_per_block() for split, table in tables.items()}
-        except DataError as error:
-            found.append(Problem(target.name, str(error)))
-            continue
-        for split, num_slots in slots.items():
-            for shard, one in zip(manifest.shards(split), num_slots.tolist(), strict=True):
-                if one != shard.num_tokens - shard.num_documents:
-                    text = f"its rows of {shard.name} hold {one:,} tokens to ask for, and the shard "
-                    found.append(Problem(target.name, f"{text}{shard.num_tokens - shard.num_documents:,}"))
-    return found
-
-
-def _hash_problems(target: Path) -> Iterator[Problem]:
-    """Compare the arrays of a row table with the sha256 that were written with them, if they were."""
-    identity = read_identity(target) or {}
-    for path in (path for split in ("train", "val") for path in array_paths(target, split).values()):
-        sha256 = listed_file(identity, path.name)[1]
-        if sha256 is not None and file_sha256(path) != sha256:
-            yield Problem(f"{target.name}/{path.name}", "its sha256 is not that in identity.json")

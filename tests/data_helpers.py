@@ -11,8 +11,9 @@ import numpy as np
 
 from pretrain.batch_plan import BatchPlan
 from pretrain.config import Config
+from pretrain.data_plan import open_plan
 from pretrain.row_table import build_row_tables
-from pretrain.shards import MANIFEST_VERSION, Manifest, Shard, ShardWriter
+from pretrain.shards import MANIFEST_VERSION, Manifest, Shard, ShardWriter, load_index
 
 TOKENIZER = "a" * 64
 BOS, EOS, PAD = 1, 2, 3
@@ -125,3 +126,19 @@ def file_size_limit(num_bytes: int) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def damage_last_needed(config: Config, corpus: str, folder: Path) -> Path:
+    """Flip a bit of the document of a corpus that a run of 20 steps is the last to need; return its tar in `folder`."""
+    plan, corpora = open_plan(config, Manifest.load(folder).tokenizer_fingerprint)
+    needed: dict[tuple[Shard, int], int] = {}  # the first step of each document
+    for t in range(20 * config.train.global_batch_size):
+        number, _, block, row = plan.locate(t)
+        if plan.names[number] == corpus:
+            for document, _, _ in corpora[number].rows[config.data.seq_len].row(block, row):
+                needed.setdefault((corpora[number].shards[block], document), t // config.train.global_batch_size + 1)
+    (shard, document), step = max(needed.items(), key=lambda item: item[1])
+    assert step > 2
+    path = folder / f"{shard.name}.tar"
+    flip_bit(path, int(load_index(folder, shard)["offset"][document]) + 2)
+    return path

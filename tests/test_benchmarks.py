@@ -196,6 +196,7 @@ def test_norms_go_on_when_one_fails(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     assert "no number: layernorm eager D=64: left out: no time left" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_data_side_is_measured_beside_other_readers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "data.json"
     num_threads = torch.get_num_threads()

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 from launch.cli import COMMANDS, main
+from pretrain.console import ends_at_closed_pipe
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -44,3 +47,34 @@ def test_it_runs_as_a_file_from_anywhere(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2
     assert done.stderr.startswith("error: none.yaml: cannot be read")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "unbuffered"),
+    [
+        (["cli.py"], ""),
+        (["cli.py"], "1"),
+        (["prepare.py", "--help"], ""),
+        (["pretrain.py", "--check", "configs/quickstart.yaml"], ""),
+        (["pretrain.py", "--check", "configs/quickstart.yaml"], "1"),
+    ],
+)
+def test_a_command_whose_output_nobody_reads_ends_quietly(arguments: list[str], unbuffered: str) -> None:
+    command = [sys.executable, f"launch/{arguments[0]}", *arguments[1:]]
+    reader, writer = os.pipe()
+    os.close(reader)
+    environment = os.environ | {"PYTHONUNBUFFERED": unbuffered}
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=120
+    )
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_another_pipe_that_breaks_is_no_quiet_end() -> None:
+    @ends_at_closed_pipe
+    def fails(argv: Sequence[str] | None = None) -> int:
+        raise BrokenPipeError("a connection")
+
+    with pytest.raises(BrokenPipeError, match="a connection"):
+        fails()

@@ -26,10 +26,19 @@ from pretrain.distributed import Ranks
 from pretrain.errors import DataError
 from pretrain.feed import Feed, StepInput
 from pretrain.row_reader import IGNORED_TARGET
+from pretrain.settings import load_config
 from pretrain.shards import Manifest, Shard, load_index
 from pretrain.stream import TokenStream
 from pretrain.verify_shards import Problem, verify
-from tests.data_helpers import TOKENIZER, batch_plan, flip_bit, make_config, make_corpus, random_documents
+from tests.data_helpers import (
+    TOKENIZER,
+    batch_plan,
+    damage_last_needed,
+    flip_bit,
+    make_config,
+    make_corpus,
+    random_documents,
+)
 from tests.rank_helpers import losses, metric_lines, run_cases
 from tests.store_reader import remote_config
 from tests.store_server import StoreServer
@@ -429,19 +438,35 @@ def open_remote_stream(server: StoreServer, cache: Path, **data: Any) -> TokenSt
     return TokenStream(config, batch_plan(BATCH, 1, 1, 32), 0, TOKENIZER)
 
 
-@pytest.mark.parametrize("change", [remove, empty, put_another_of_its_size, flip_payload, remove_index, flip_index])
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (remove, "there is no such file"),
+        (empty, r"it has only 0 bytes; expected \d+"),
+        (put_another_of_its_size, "its sha256 differs from that in manifest.json"),
+        (flip_payload, "its sha256 differs from that in manifest.json"),
+        (remove_index, rf"{NAME}\.index\.npy: there is no such file"),
+        (flip_index, rf"{NAME}\.index\.npy: its sha256 differs from that in manifest.json"),
+    ],
+)
 def test_a_shard_that_a_store_has_lost_is_masked_and_not_asked_for_again(
-    server: StoreServer, web: Path, tmp_path: Path, whole: list[StepInput], change: Kind
-) -> None:
+    server: StoreServer, web: Path, tmp_path: Path, whole: list[StepInput], change: Kind, reason: str,
+) -> None:  # fmt: skip
     shard = shard_of(web)
     with closing(open_remote_stream(server, tmp_path / "cache", max_damaged_fraction=1)) as stream:
         change(web)
-        for step, expected in zip(take(Feed(stream, ONE_RANK), len(whole)), whole, strict=True):
+        steps = take(Feed(stream, ONE_RANK), len(whole))
+        for step, expected in zip(steps, whole, strict=True):
             (tokens, targets, starts, numbers), before = rows_of(step), rows_of(expected)
             masked = targets != before[1]
             assert starts.equal(before[2]) and numbers.equal(before[3]) and (targets[masked] == IGNORED_TARGET).all()
             assert tokens[~masked].equal(before[0][~masked])
         assert (stream.damage.num_documents, stream.damage.num_tokens) == (shard.num_documents, shard.num_tokens)
+        (named,) = [line for step in steps for line in step.damage[:-1]]
+        assert re.search(rf"{NAME}\.tar, first asked for in row \d+: the shard counts as lost: {reason}; it is", named)
+        stream.damage.max_fraction = 0
+        with pytest.raises(TooMuchDamageError, match=rf"{NAME}\.tar: \d+ of \d+ documents \({reason}\)\. Upload"):
+            stream.damage.check()
     assert max(server.requests[f"web/{NAME}{end}"] for end in (".tar", ".index.npy")) <= 8  # 3 tries, and those ahead
 
 
@@ -510,31 +535,27 @@ def test_two_ranks_stop_and_go_on_once_it_is_mended(tiny_config: Path, tmp_path:
         f"data.sources=[{{name: code, shards: {shards}/code, weight: 3}}, {{name: prose, shards: {shards}/prose}}]"
     )
     common = ["train.micro_batch_size=8", "checkpoint.every_steps=50", "data.prefetch_steps=1", sources]
-    tar = shards / "code" / "train-000002.tar"
-    content = tar.read_bytes()
     undisturbed = {"overrides": [f"run.dir={tmp_path}/undisturbed", *common]}
     assert run_cases(tiny_config, [undisturbed], 2, tmp_path / "first") == ["done"]
-    broken = bytearray(content)
-    broken[len(content) // 3] ^= 16
-    tar.write_bytes(broken)
+    tar = damage_last_needed(load_config(tiny_config, [sources]), "code", shards / "code")
     run = tmp_path / "run"
     lenient = {"overrides": [f"run.dir={tmp_path}/lenient", *common, "data.max_damaged_fraction=0.9"]}
     strict = {"overrides": [f"run.dir={run}", *common, "data.max_damaged_fraction=0"]}
     outcomes = run_cases(tiny_config, [strict, strict, lenient], 2, tmp_path / "second")
     assert outcomes[2] == "done"
     for outcome in outcomes[:2]:
-        assert outcome.startswith("TooMuchDamageError: data.sources[code]: ") and "train-000002.tar: 1 of " in outcome
+        assert outcome.startswith("TooMuchDamageError: data.sources[code]: ") and f"{tar.name}: 1 of " in outcome
     lines = [line for line in metric_lines(tmp_path / "lenient") if "loss" in line]
     first = next(line["step"] for line in lines if line["damaged_documents"])
     assert 1 < first <= 20 and [line["damaged_documents"] for line in lines[first - 1 :]] == [1] * (21 - first)
     assert lines[-1]["damaged_tokens"] > 2
     named = [line for line in metric_lines(tmp_path / "lenient") if line.get("event") == "damaged_documents"]
     assert len(named) == 1 and named[0]["step"] == first and "of code; the run ends at more" in named[0]["message"]
-    assert len(named[0]["documents"]) == 1 and "train-000002.tar document" in named[0]["documents"][0]
+    assert len(named[0]["documents"]) == 1 and f"{tar.name} document" in named[0]["documents"][0]
     logs = "".join(path.read_text() for path in (tmp_path / "lenient").glob("log*.txt"))
     assert logs.count("; it is masked") == 1  # by rank 0 alone
     assert json.loads((run / "status.json").read_text())["exit_status"] == 1
     assert list_steps(run / "checkpoints") == [first - 1]  # saved, though none was due
-    tar.write_bytes(content)
+    shutil.copy(tiny_config.parent / "shards" / "code" / tar.name, tar)
     assert run_cases(tiny_config, [strict], 2, tmp_path / "third") == ["done"]
     assert losses(run) == losses(tmp_path / "undisturbed")

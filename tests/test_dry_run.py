@@ -216,9 +216,36 @@ def test_sources_are_added_up_and_complete_ones_recalled(corpus: tuple, tmp_path
     assert (content["num_steps"], content["tokens_per_step"], content["seq_len"]) == (100, 8 * 256, 256)
 
 
+def test_what_is_left_out_is_said_with_its_reason(
+    corpus: tuple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, texts, tokenizer = corpus
+    for sample_bytes in (30_000_000, 100_000):  # read as a whole, and in windows
+        monkeypatch.setattr(dry_run, "SAMPLE_BYTES", sample_bytes)
+        source = write_kind(tmp_path, ".jsonl", [*texts, texts[0], "short"], tokenizer)
+        content = forecast(config_of(folder, [source], filters={"min_characters": 200}))
+        one, is_whole = content["sources"][0], sample_bytes == 30_000_000
+        num_short = sum(len(text) < 200 for text in texts) + 1
+        assert (one["counts"]["documents_read"] == len(texts) + 2) == (one["counts"].get("duplicates") == 1) == is_whole
+        assert (
+            one["counts"]["skipped_short"] == num_short if is_whole else 0 < one["counts"]["skipped_short"] <= num_short
+        )
+        assert "characters, less than 200" in one["examples"]["skipped_short"]
+        assert f"jsonl: {one['counts']['skipped_short']:,} skipped short, of" in dry_run.render(content)
+    content = forecast(config_of(folder, [source | {"text_field": "body"}]))
+    one, shown = content["sources"][0], dry_run.render(content)
+    assert (one["num_documents"], one["num_rows"], one["epochs"]) == (0, 0, 0)
+    assert (
+        f"warning: jsonl: no document to train on, of {one['counts']['documents_read']:,} documents that were" in shown
+    )
+    assert "a.jsonl:" in shown and "field 'body' is missing" in shown and "or its text_field." in shown
+    shown = dry_run.render(forecast(config_of(folder, [source], filters={"min_characters": 10**8})))
+    assert "Relax data.filters (short), or set filter: false for this source." in shown and "text_field" not in shown
+
+
 def test_epochs_follow_the_mixture_of_each_phase(tmp_path: Path) -> None:
     sources = [{"name": name, "shards": str(tmp_path / name)} for name in ("a", "b")]
-    counts = {"num_files": 0, "source_bytes": 0, "num_documents": 1, "text_bytes": 1, "num_tokens": 1, "shard_bytes": 1,
+    counts = {"counts": {}, "examples": {}, "num_files": 0, "source_bytes": 0, "num_documents": 1, "text_bytes": 1, "num_tokens": 1, "shard_bytes": 1,
               "temporary_bytes": 0}  # fmt: skip
     forecasts = [
         dry_run.Forecast(name, "complete", True, **counts, num_rows=rows, epochs=0.0, epoch_steps=0.0, seconds=0.0)

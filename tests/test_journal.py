@@ -11,8 +11,8 @@ import pytest
 
 from pretrain import journal as journal_module
 from pretrain.errors import ConfigError, DataError
-from pretrain.journal import JOURNAL_NAME, Journal, file_lock, read_recipe
-from pretrain.shards import Shard, ShardWriter
+from pretrain.journal import Journal, file_lock, read_recipe
+from pretrain.shards import JOURNAL_NAME, Shard, ShardWriter
 
 RECIPE = {"data.val_fraction": 0.1, "the tokenizer": "abc"}
 

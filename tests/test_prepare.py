@@ -245,6 +245,7 @@ print("killed", statuses.count(-9))
 
 
 @pytest.mark.launches
+@pytest.mark.slow
 def test_killed_at_any_write_it_goes_on_to_the_same_bytes(done: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-c", KILLER.format(root=str(ROOT)), str(done), str(tmp_path), "16"]
     killed = subprocess.run(command, capture_output=True, text=True, timeout=200, cwd=ROOT)
@@ -418,6 +419,30 @@ def test_a_changed_config_is_refused(done: Path, tmp_path: Path, change: str, st
                        ".* Set another `shards` folder for this source, or delete this folder"):  # fmt: skip
         prepare(config_of(folder, **options))
     assert hashes(folder) == before
+
+
+@pytest.mark.parametrize("pattern, shards", [
+    ("raw", "raw/shards"), ("raw", "raw"), ("raw", "raw/a/b"), ("raw/*", "raw/shards"), ("r*w", "raw/shards"),
+    ("raw/**/*.jsonl", "raw/shards"), ("raw/**", "raw/a/b"), ("**/*", "raw"), ("raw/*.*", "raw"),
+])  # fmt: skip
+def test_shards_among_the_files_that_they_are_made_of_are_refused(tmp_path: Path, pattern: str, shards: str) -> None:
+    write_corpus(tmp_path / "raw", 8)
+    source = {"paths": [str(tmp_path / pattern)], "shards": str(tmp_path / shards)}
+    before = sorted(tmp_path.rglob("*"))
+    for share in (None, (1, 2)):
+        with pytest.raises(ConfigError, match=r"data.sources\[web\].shards is \S+, which lies within its paths \('"):
+            prepare(config_of(tmp_path, source=source), share)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("pattern, shards", [("raw/*.txt", "raw"), ("raw", "raw/.hidden"), ("raw", "raw-2"),
+                                             ("raw/*.jsonl", "raw/shards")])  # fmt: skip
+def test_shards_beside_the_files_that_are_named_are_fine(fresh: Path, pattern: str, shards: str) -> None:
+    (fresh / "raw").unlink()
+    write_corpus(fresh / "raw", 80)
+    config = config_of(fresh, source={"paths": [str(fresh / pattern)], "shards": str(fresh / shards)})
+    prepare(config)
+    prepare(config)
 
 
 def as_before_the_shuffle(folder: Path) -> None:
@@ -607,6 +632,13 @@ def test_a_source_that_yields_nothing_is_an_error(fresh: Path, tmp_path: Path) -
     (fresh / "raw").unlink()
     (fresh / "raw").mkdir()
     (fresh / "raw/a.txt").write_text("")
+    (fresh / "raw/b.txt").write_text("a few words")
+    for _ in range(2):
+        with pytest.raises(
+            DataError, match=r"at least one. Relax data.filters \(short\), or set filter: false .*Correct"
+        ):
+            prepare(config_of(fresh, filters={"min_characters": 50}))
+    (fresh / "raw/b.txt").unlink()
     message = r"data.sources\[web\].paths: they give no document to train on \(1 documents read; 1 files read; 1 skipped empty"
     for _ in range(2):  # a begun folder without shards is no obstacle
         with pytest.raises(DataError, match=message):

@@ -50,8 +50,14 @@ def test_before_the_first_checkpoint_any_config_may_begin(tmp_path):
     third.close()
     allowed = RunFolder(load_config(path, [run, "optim.lr=1e-3", "run.allow_changes=[optim.lr]"]))
     allowed.close()
+    # Until the checkpoint is loaded nothing says that the run goes on with the change: the old config still may.
+    RunFolder(load_config(path, [run, "optim.lr=1e-2"])).close()
+    for option in ("data.seq_len=64", "data.packing=concat", "data.shuffle_window_shards=3", "run.seed=1"):
+        name = option.partition("=")[0]
+        with pytest.raises(ConfigError, match=rf"run\.dir=…: the rows that are to come cannot be others \({name}\)\."):
+            RunFolder(load_config(path, [run, "optim.lr=1e-2", option, f"run.allow_changes=[{name}]"]))
     starts = json.loads((tmp_path / "run" / "environment.json").read_text())["starts"]
-    assert len(starts) == 4 and {"command", "versions", "git_commit", "host", "world_size"} <= set(starts[0])
+    assert len(starts) == 5 and {"command", "versions", "git_commit", "host", "world_size"} <= set(starts[0])
 
 
 def test_sources_and_phases_may_change_but_not_the_number_of_learned_positions(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import closing
 from importlib.util import find_spec
@@ -45,6 +46,9 @@ def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     s3fs.S3FileSystem().mkdir("corpora")
     yield "s3://corpora"
     s3fs.S3FileSystem.clear_instance_cache()
+    for thread in threading.enumerate():  # attempts that were left behind, which s3fs repeats
+        if thread.name == "longhaul-download":
+            thread.join(60)
     server.stop()
 
 

@@ -161,6 +161,15 @@ def test_unknown_option_of_a_source(tmp_path: Path) -> None:
     ]
 
 
+def test_an_unknown_section_on_the_command_line(tmp_path: Path) -> None:
+    overrides = "trian.num_steps=3", "optim.sub.lr={a: 1}", "data.sources.1.odd.weight=1"
+    assert problems_of(tmp_path, GOOD, *overrides) == [
+        "command line: trian.num_steps is unknown; expected an option. Did you mean train.num_steps?",
+        "command line: optim.sub.lr is unknown; expected an option. Did you mean optim.lr?",
+        "command line: data.sources.1.odd.weight is unknown; expected an option. Did you mean data.sources.*.weight?",
+    ]
+
+
 def test_missing_sections_name_what_they_need(tmp_path: Path) -> None:
     text = GOOD.replace("optim: {lr: 6e-4}\n", "")
     assert problems_of(tmp_path, text) == [

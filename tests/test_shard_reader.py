@@ -120,6 +120,20 @@ def test_a_missing_tar_is_refused_at_the_start_and_lost_later(tmp_path, document
     assert not isinstance(caught.value, DamagedDocumentError)
 
 
+def test_of_a_link_the_file_that_is_gone_is_named(tmp_path, shards):
+    (tmp_path / "manifest.json").touch()
+    path, target = tmp_path / "train-000001.tar", tmp_path / "elsewhere.tar"
+    path.rename(target)
+    path.symlink_to("elsewhere.tar")
+    check_shards(tmp_path, shards)
+    target.unlink()
+    message = rf"{path} \(a link to {target}\) is missing; expected \d+ bytes\. Restore the file"
+    with pytest.raises(DataError, match=message):
+        check_shards(tmp_path, shards)
+    error = failure_of(ShardReader(tmp_path, shards[1], "uint16"), 3)
+    assert error.reason == f"it cannot be opened: No such file or directory (a link to {target})"
+
+
 def test_with_a_damaged_index_the_shard_is_lost(tmp_path, shards):
     (tmp_path / "manifest.json").touch()
     path = tmp_path / "train-000000.index.npy"

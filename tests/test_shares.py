@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ import pytest
 from launch.prepare import main
 from pretrain import json_lines
 from pretrain import shares as shares_module
+from pretrain.dry_run import forecast
 from pretrain.errors import ConfigError, DataError
 from pretrain.json_lines import is_divisible
 from pretrain.prepare import prepare
@@ -208,6 +210,32 @@ def test_wrong_use_is_refused(done: Path, tmp_path: Path, capsys: pytest.Capture
         main(["--share", "1/2", "--merge", "2", "config.yaml"])
 
 
+def test_shares_that_were_given_up_are_deleted(done: Path, tmp_path: Path) -> None:
+    folder = copy_of(done, tmp_path / "fresh")
+    config = config_of(folder, filters=FILTERS | {"repetition": False})
+    prepare(config, (1, 3))
+    prepare(config)  # without them
+    assert not list((folder / "shards").glob("share-*"))
+    (folder / "shards/share-2-of-3").mkdir()  # as if it was stopped while it deleted them
+    prepare(config)
+    assert not list((folder / "shards").glob("share-*"))
+    assert hashes(folder) == hashes(done)
+
+
+def test_a_finished_corpus_is_compared_by_every_mode(done: Path, tmp_path: Path) -> None:
+    folder = copy_of(done, tmp_path / "fresh")
+    shutil.copytree(done / "shards", folder / "shards")
+    options = {"filters": FILTERS | {"repetition": False}}
+    prepare(config_of(folder, **options), (1, 2))
+    assert forecast(config_of(folder, **options))["sources"][0]["state"] == "complete"
+    changed = config_of(folder, **options, val_fraction=0.2)
+    for mode in (prepare, partial(prepare, share=(1, 2)), partial(prepare, num_shares=2), forecast):
+        with pytest.raises(
+            ConfigError, match=r"prepared otherwise; changed since then: data.val_fraction from 0.1 to 0.2"
+        ):
+            mode(changed)
+
+
 def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_corpus(tmp_path / "raw", 80)
     (tmp_path / "config.yaml").write_text(
@@ -223,3 +251,12 @@ def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert main([config, "--share", "1/2"]) == main([config, "--share", "2/2"]) == main([config, "--merge", "2"]) == 0
     assert Manifest.load(tmp_path / "shards").counts["documents_read"] == 80
     assert main(["--verify", str(tmp_path / "shards"), "--processes", "1"]) == 0
+
+
+@pytest.mark.parametrize("option", ["--merge", "--samples", "--processes"])
+@pytest.mark.parametrize("value", ["0", "-1", "x", "1.5", ""])
+def test_a_number_that_is_none_is_wrong_use(option: str, value: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["config.yaml", f"{option}={value}"])
+    message = f"argument {option}: it is {value or 'empty'}; expected a whole number from 1"
+    assert stopped.value.code == 2 and message in capsys.readouterr().err

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import bz2
+import errno
 import gzip
 import json
 import os
 import random
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,7 +18,7 @@ from pretrain import json_lines, sources
 from pretrain.config import SourceSection
 from pretrain.errors import DataError
 from pretrain.source_files import files_identity, list_files
-from pretrain.sources import ReadLog, document_digest, is_validation, read_documents
+from pretrain.sources import ReadLog, document_digest, is_validation, read_documents, read_files
 
 TEXT = "tab\there\r\n  two  spaces\nümlaut e\u0301 日本語 🎉\x00\n"
 
@@ -239,7 +241,7 @@ def test_identity_follows_names_and_sizes_but_not_the_place(tmp_path: Path) -> N
         (tmp_path / folder / "a.txt").write_text("aaa")
         (tmp_path / folder / "sub/b.txt").write_text("bb")
     one, two = (files_identity(list_files(source_of(tmp_path / folder))) for folder in ("one", "two"))
-    assert one == two and (one["num_files"], one["num_bytes"]) == (2, 5)
+    assert one == two and (one["the number of source files"], one["their bytes"]) == (2, 5)
     (tmp_path / "two/sub/b.txt").write_text("bbb")
     assert files_identity(list_files(source_of(tmp_path / "two"))) != one
     (tmp_path / "two/sub/b.txt").write_text("bb")
@@ -255,3 +257,17 @@ def test_the_split_is_by_hash_and_near_the_fraction() -> None:
     held_out = {digest for digest in digests if is_validation(digest, 0.05)}
     assert held_out <= {digest for digest in digests if is_validation(digest, 0.1)}  # raising it only adds
     assert document_digest("ä".encode()).hex() == "cb4d3892d2cb5e6b1bd63f7e4247a02e"  # the format does not change
+
+
+def test_a_file_that_may_not_be_read_says_so(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("text")
+
+    def denied(path: Path) -> Iterator[str]:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        yield
+
+    message = (
+        r"\(Permission denied\); expected one that you may read. Set its permissions, or set data.on_bad_file=skip"
+    )
+    with pytest.raises(DataError, match=message):
+        list(read_files([tmp_path / "a.txt"], "error", ReadLog(), denied))

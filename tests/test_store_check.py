@@ -91,11 +91,15 @@ def test_a_store_that_fails_is_an_error_and_no_verdict(
     server: StoreServer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(store_check, "_RETRY_SECONDS", 0.3)
-    with pytest.raises(DataError, match=r"/nowhere/manifest\.json cannot be read: there is no such file"):
-        verify_store(f"{server.url}/nowhere")
+    advice = r"Correct the URL, or the rights to read it, and run again\.$"
+    for look in (verify_store, inspect_store):
+        with pytest.raises(DataError, match=rf"/nowhere/manifest\.json cannot be read: there is no such .* {advice}"):
+            look(f"{server.url}/nowhere")
     server.faults["train-000000.tar"] = ["503"] * 50
     assert main(["--verify", f"{server.url}/web"]) == 1
-    assert "train-000000.tar cannot be read: the server answered 503; tried" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "train-000000.tar cannot be read: the server answered 503; tried" in error
+    assert error.endswith(" s. Mend the store or the network, and run again.\n")  # no option: it takes none
     with pytest.raises(SystemExit) as stopped:
         main(["--inspect", f"{server.url}/web", "--samples", "2"])
     assert stopped.value.code == 2 and "--samples is for shards in a folder" in capsys.readouterr().err

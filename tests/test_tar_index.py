@@ -556,7 +556,10 @@ def test_a_complete_index_gets_new_rows_and_refuses_other_settings(
 
 
 def test_an_index_and_shards_of_ids_are_not_taken_for_each_other(done: Path, fresh: Path) -> None:
-    prepare(config_in(done, "shards"), makes_index=True)  # complete shards of ids stay what they are
+    with pytest.raises(
+        ConfigError, match=r"shards holds shards of ids and not an index of tars; .* Set another `shards`"
+    ):
+        prepare(config_in(done, "shards"), makes_index=True)
     assert Manifest.load(done / "shards").text is None
     folder = fresh / "begun"
     folder.mkdir()
@@ -565,8 +568,28 @@ def test_an_index_and_shards_of_ids_are_not_taken_for_each_other(done: Path, fre
         recipe.pop(name)
     lines = [{"recipe": recipe}, json.loads((done / "index/prepare.jsonl").read_text().splitlines()[1])]
     (folder / "prepare.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    with pytest.raises(ConfigError, match="what --index made from an index of tars, version 1 to None"):
+    with pytest.raises(
+        ConfigError, match=r"begun holds an index of tars that is not complete; .*CONFIG --index, or set"
+    ):
         prepare(config_in(fresh, "begun"))
+    with pytest.raises(
+        DataError, match=r"begun/manifest.json is missing; .* Run: python launch/prepare.py CONFIG --index$"
+    ):
+        Manifest.load(folder)
+    (folder / "prepare.jsonl").write_bytes((done / "shards/prepare.jsonl").read_bytes())
+    with pytest.raises(ConfigError, match=r"begun holds shards of ids and not an index of tars"):
+        prepare(config_in(fresh, "begun"), makes_index=True)
+    with pytest.raises(DataError, match=r"begun/manifest.json is missing; .* Run: python launch/prepare.py CONFIG$"):
+        Manifest.load(folder)
+
+
+def test_a_finished_corpus_of_other_files_is_no_reason_to_index_nothing(fresh: Path) -> None:
+    (fresh / "text").mkdir()
+    (fresh / "text/a.txt").write_text(" ".join(TEXTS[:20]))
+    config = config_in(fresh, "ids", source={"paths": [str(fresh / "text")]}, val_fraction=0)
+    prepare(config)
+    with pytest.raises(ConfigError, match="--index: no source names tars"):
+        prepare(config, makes_index=True)
 
 
 CONFIG = """

@@ -11,10 +11,9 @@ import pytest
 import torch
 
 from pretrain.checkpoint_files import CheckpointReader, folder_name, list_steps
-from pretrain.data_plan import open_plan
 from pretrain.settings import load_config
-from pretrain.shards import Manifest, load_index
-from tests.rank_helpers import losses, metric_lines, run_cases
+from tests.data_helpers import damage_last_needed
+from tests.rank_helpers import losses, metric_lines, newest, run_cases
 
 pytestmark = pytest.mark.launches
 
@@ -31,8 +30,8 @@ def runs(tiny_config, tmp_path_factory):
     content[600] ^= 16
     (held_out / "val-000000.tar").write_bytes(content)
     damaged = f"data.sources=[{{name: code, shards: {code}, weight: 3}}, {{name: prose, shards: {tiny_config.parent}/shards/prose}}]"
-    step = damage_a_document(tiny_config, damaged.replace(str(code), f"{tiny_config.parent}/shards/code"), code)
-    assert step > 2
+    whole = damaged.replace(str(code), f"{tiny_config.parent}/shards/code")
+    damage_last_needed(load_config(tiny_config, [whole]), "code", code)
     cases = {
         "plain": [],
         "deterministic": ["train.deterministic=true"],
@@ -44,6 +43,7 @@ def runs(tiny_config, tmp_path_factory):
         "best-fails": ["eval={every_steps: 4, max_rows: 8}", "checkpoint={every_steps: 3, keep_last: 2}"],
         "not-best": ["eval={every_steps: 4, max_rows: 8}", "checkpoint={every_steps: 5, keep_last: 2, keep_best: false, keep_every: 10}"],
         "damaged": [damaged, "data.prefetch_steps=1", "data.max_damaged_fraction=0.1"],
+        "too-damaged": [damaged, "data.prefetch_steps=1", "data.max_damaged_fraction=0"],
         "held-out-damaged": [damaged.replace(str(code), str(held_out)), "eval={every_steps: 10}"],
         "undamaged": [damaged.replace(str(code), f"{tiny_config.parent}/shards/code")],
         "wsd": ["schedule={name: wsd, warmup_steps: 2, decay_steps: 5, final_lr_ratio: 0}"],
@@ -67,24 +67,6 @@ def runs(tiny_config, tmp_path_factory):
     ]
     outcomes = run_cases(tiny_config, listed, 1, folder / "ranks")
     return dict(zip(cases, outcomes, strict=True)), folder
-
-
-def damage_a_document(tiny_config, sources, folder):
-    """Flip a bit of the document that a run is the last to need, in a copy of the corpus `code`; return the step."""
-    config = load_config(tiny_config, [sources])
-    plan, corpora = open_plan(config, Manifest.load(folder).tokenizer_fingerprint)
-    size, needed = config.train.global_batch_size, {}
-    for t in range(20 * size):
-        number, _, block, row = plan.locate(t)
-        if plan.names[number] == "code":
-            for document, _, _ in corpora[number].rows[config.data.seq_len].row(block, row):
-                needed.setdefault((corpora[number].shards[block], document), t // size + 1)
-    (shard, document), step = max(needed.items(), key=lambda item: item[1])
-    path = folder / f"{shard.name}.tar"
-    content = bytearray(path.read_bytes())
-    content[int(load_index(folder, shard)["offset"][document]) + 2] ^= 16
-    path.write_bytes(content)
-    return step
 
 
 def evaluations(run):
@@ -140,6 +122,20 @@ def test_a_damaged_document_is_masked_counted_and_shifts_nothing(runs):
     lines = [line for line in metric_lines(folder / "damaged") if "loss" in line]
     assert [line["damaged_documents"] for line in lines] == [0] * (events[0] - 1) + [1] * (21 - events[0])
     assert lines[-1]["damaged_tokens"] > 2 and lines[0]["damaged_tokens"] == 0
+
+
+def test_the_documents_of_the_step_that_ends_a_run_are_recorded_and_in_its_checkpoint(runs):
+    outcomes, folder = runs
+    assert outcomes["too-damaged"].startswith("TooMuchDamageError")
+    run, lines = folder / "too-damaged", metric_lines(folder / "damaged")
+    first = next(line["step"] for line in lines if line.get("damaged_documents"))
+    (named,) = [line for line in metric_lines(run) if line.get("event") == "damaged_documents"]
+    assert named["step"] == first - 1 and len(named["documents"]) == 1
+    log = (run / "log.txt").read_text()
+    assert log.count(f"WARNING {named['documents'][0]}") == 1, log
+    assert list_steps(run / "checkpoints") == [first - 1]
+    ((shard, documents),) = newest(run).training["data"]["damaged"]["code"].items()
+    assert len(documents) == 1 and f"{shard}.tar document {documents[0][0]} " in named["documents"][0]
 
 
 def test_too_much_damage_of_held_out_documents_ends_the_run_after_saving(runs):

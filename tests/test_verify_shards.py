@@ -54,6 +54,15 @@ def test_sound_shards_are_passed(sound: Path, capsys: pytest.CaptureFixture[str]
     assert content["num_bytes"] == sum(sizes) and content["num_shards"] == len(manifest.train + manifest.val) > 4
 
 
+def test_of_a_link_the_file_that_is_gone_is_named(folder: Path) -> None:
+    _, path, _ = shard_of(folder)
+    path.unlink()
+    path.symlink_to("nowhere.tar")
+    assert [str(one) for one in problems(folder)] == [
+        f"{path.name}: it is missing (a link to {folder / 'nowhere.tar'})"
+    ]
+
+
 def test_wide_ids_and_pieces_smaller_than_documents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pretrain.verify_shards._READ_BYTES", 100)
     documents = [ids.astype("uint32") for ids in random_documents(200, 3)]
@@ -243,3 +252,20 @@ def test_wrong_use(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert stopped.value.code == 2 and message in capsys.readouterr().err
     assert main(["--verify", str(folder / "nothing")]) == 1
     assert "manifest.json is missing; expected a prepared corpus" in capsys.readouterr().err
+
+
+def test_damaged_rows_are_no_reason_to_delete_the_shards(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flip_bit(folder / "rows-32/train.segments.npy", 1000)
+    assert main(["--verify", str(folder)]) == 1
+    shown = capsys.readouterr().out
+    assert shown.rstrip().endswith(f"1 problems. Delete {folder}/rows-32 and run: python launch/prepare.py CONFIG")
+    flip_bit(next(folder.glob("train-*.tar")), 600)
+    assert main(["--verify", str(folder)]) == 1
+    assert f"and prepare it again. Delete {folder}/rows-32 and run: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("option", ["--inspect", "--verify"])
+def test_a_file_is_no_folder(folder: Path, option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([option, str(folder / "manifest.json")]) == 2
+    message = f"{option}: {folder}/manifest.json is a file; expected the folder of prepared shards. Name {folder}"
+    assert message in capsys.readouterr().err
