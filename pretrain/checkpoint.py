@@ -29,10 +29,10 @@ from pretrain.checkpoint_files import (
     list_steps,
     manifest_digest,
 )
-from pretrain.config import CheckpointSection
 from pretrain.distributed import Ranks
 from pretrain.engine import Engine
 from pretrain.errors import CheckpointError
+from pretrain.run_options import CheckpointSection
 from pretrain.share_writer import ShareWriter, Task, collect_shares
 from pretrain.tensor_files import sync_folder, write_text
 

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pretrain.config import LogSection
 from pretrain.console import LiveLine, format_count, format_duration
+from pretrain.run_options import LogSection
 from pretrain.tracking import Tracker
 
 logger = logging.getLogger("longhaul")

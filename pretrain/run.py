@@ -161,15 +161,11 @@ def open_run(
             folder.accept(config)
     clock.mark("checkpoint")
     open_log(run_path, ranks)
-    log, tracker = None, ranks.agree(lambda: start_tracking(config, folder, events.append))
+    tracker = ranks.agree(lambda: start_tracking(config, folder, events.append))
+    log = None
     if folder:
         drop_samples_after(folder.path, progress.step)
-        log = MetricLog(
-            folder.path, config.log, num_steps=plan.num_steps, tokens_per_step=plan.tokens_per_step,
-            world_size=ranks.world_size, first_step=progress.step, attempt=folder.attempt,
-            flops_per_token=flops_by_length(shape, config.data.seq_lens),
-            peak_flops=peak_flops(ranks.device, config.train.precision), tracker=tracker,
-        )  # fmt: skip
+        log = open_metrics(config, plan, shape, ranks, folder, progress, tracker)
         cleanup.push(lambda kind, *_: log.close(failed=kind is not None))
     guard = SkipGuard(config.guard.max_skipped_steps, progress.num_skipped)
     profiler = Profiler(
@@ -179,6 +175,19 @@ def open_run(
               log, stop, clock, progress)  # fmt: skip
     announce(run, events, is_resumed=training is not None)
     return run
+
+
+def open_metrics(
+    config: Config, plan: BatchPlan, shape: ModelShape, ranks: Ranks, folder: RunFolder, progress: Progress,
+    tracker: Tracker | None,
+) -> MetricLog:  # fmt: skip
+    """Open the metrics of the run folder, after the step that the run goes on from."""
+    return MetricLog(
+        folder.path, config.log, num_steps=plan.num_steps, tokens_per_step=plan.tokens_per_step,
+        world_size=ranks.world_size, first_step=progress.step, attempt=folder.attempt,
+        flops_per_token=flops_by_length(shape, config.data.seq_lens),
+        peak_flops=peak_flops(ranks.device, config.train.precision), tracker=tracker,
+    )  # fmt: skip
 
 
 def announce(run: Run, events: Sequence[tuple[str, str]], is_resumed: bool) -> None:

@@ -22,11 +22,11 @@ BENCHMARKS = sorted(path.relative_to(ROOT) for path in (ROOT / "benchmarks").glo
 # A module imports modules of lower tiers only. `kernels` is below all of them.
 TIERS = (
     "errors section spellings hardware start_clock text_index",
-    "model_options",
+    "model_options run_options",
     "config",
     "stores config_docs schedule batch_plan packing phases row_order families console tokenizer source_files matrix_exchange lion"
     " generate_options repetition personal_data near_duplicates languages wikipedia",
-    "checks mixture explain sentencepiece_model varied_texts table_files token_files shards tensor_files distributed layers recompute"
+    "checks mixture explain deepspeed_settings sentencepiece_model varied_texts table_files token_files shards tensor_files distributed layers recompute"
     " published model_card muon compiling filters dataset_files decoding tar_files",
     "node_cache row_table json_lines",
     "remote_corpus",
@@ -74,7 +74,7 @@ FILE_OF_LIBRARY = {
 }
 # Data is prepared on machines that have no use for torch, and its start-up is quick without it.
 WITHOUT_TORCH = (
-    "section model_options config settings checks families schedule batch_plan packing phases row_order mixture tokenizer sentencepiece_model sentencepiece_tokenizer"
+    "section model_options run_options config settings checks families schedule batch_plan packing phases row_order mixture tokenizer sentencepiece_model sentencepiece_tokenizer"
     " hf_tokenizer tokenizer_files tokenizer_trial tokenizer_export varied_texts source_files table_files token_files"
     " sources stores node_cache remote_corpus prefetch shards shard_reader row_table data_plan journal workers corpus source_sample"
     " prepare dry_run verify_shards inspect_shards store_check prepare_options repetition personal_data near_duplicates languages wikipedia"

@@ -7,8 +7,8 @@ import math
 
 import pytest
 
-from pretrain.config import LogSection
 from pretrain.metrics import MetricLog, StepMetrics, drop_lines_after
+from pretrain.run_options import LogSection
 
 REQUIRED = {
     "step", "tokens", "loss", "grad_norm", "lr", "tokens_per_second", "tokens_per_second_per_gpu", "step_seconds", "mfu",

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.config import LogSection
 from pretrain.errors import ConfigError
 from pretrain.metrics import MetricLog
+from pretrain.run_options import LogSection
 from pretrain.tracking import Tracker, check_tracking
 from tests.rank_helpers import losses, metric_lines, run_cases, run_command
 from tests.test_metrics import step_metrics

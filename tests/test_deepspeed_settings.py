@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from pretrain.batch_plan import BatchPlan
-from pretrain.engine import deepspeed_settings, effective_stage
+from pretrain.deepspeed_settings import deepspeed_settings, effective_stage
 from pretrain.settings import parse_config
 
 
