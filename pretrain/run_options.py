@@ -1,0 +1,82 @@
+"""Options of how a run is carried out: ranks, evaluation, checkpoints, guards and logs."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from pretrain.section import Bool, Count, CountOrZero, Section
+
+
+class ParallelSection(Section):
+    """How the model's states are divided over ranks."""
+
+    zero_stage: int = Field(
+        1,
+        ge=0,
+        le=3,
+        description="DeepSpeed ZeRO: 0 divides nothing, 1 optimizer states, 2 gradients too, 3 weights too.",
+    )
+    overlap_comm: Bool = Field(
+        False,
+        description="DeepSpeed sends gradients while the backward pass goes on. Off, because its versions had races: "
+        "NaN or wrong gradients, without an error (DeepSpeed #5545, #8061). Compare the losses of both first.",
+    )
+    timeout_seconds: Count = Field(1800, description="A rank that waits longer than this for the others fails.")
+
+
+class EvalSection(Section):
+    """Evaluation on held-out documents."""
+
+    every_steps: CountOrZero = Field(0, description="Steps between evaluations; one more at the end. 0: none.")
+    max_rows: CountOrZero = Field(0, description="Held-out rows used. 0: all.")
+    patience: CountOrZero = Field(
+        0, description="Stop early after this many evaluations without improvement. 0: never."
+    )
+    min_delta: float = Field(0.0, ge=0, description="Fall of the held-out loss that counts as improvement, in nats.")
+    sample_every_steps: CountOrZero = Field(
+        0, description="Steps between texts that the model writes into `samples/`; one more at the end. 0: none."
+    )
+    sample_prompts: list[str] = Field(
+        [""], min_length=1, description="What those texts go on from; an empty one is the beginning of a document."
+    )
+    sample_tokens: Count = Field(64, description="Tokens of such a text at most.")
+    sample_temperature: float = Field(1.0, ge=0, description="Divides the logits; 0 takes the most probable token.")
+
+
+class CheckpointSection(Section):
+    """Saving."""
+
+    every_steps: CountOrZero = Field(
+        0, description="Steps between checkpoints; one more at the end. 0: at the end only."
+    )
+    asynchronous: Bool = Field(
+        True,
+        description="Write checkpoints beside training, from a copy in memory.",
+    )
+    keep_last: int = Field(3, ge=2, description="Newest checkpoints that are kept. The one before the newest is needed "
+                           "where that is found damaged.")  # fmt: skip
+    keep_every: CountOrZero = Field(
+        0, description="Checkpoints of steps that are multiples of this are kept for ever. 0: none."
+    )
+    keep_best: Bool = Field(
+        True, description="Save whenever the held-out loss is the lowest so far, and keep that checkpoint."
+    )
+
+
+class GuardSection(Section):
+    """What happens when numbers go wrong."""
+
+    max_skipped_steps: CountOrZero = Field(
+        5, description="Updates skipped in a row for non-finite gradients before the run stops with an error."
+    )
+
+
+class LogSection(Section):
+    """What is shown and written."""
+
+    every_steps: Count = Field(10, description="Steps between lines where the output is not a terminal.")
+    tensorboard: Bool = Field(True, description="Write TensorBoard events beside `metrics.jsonl`.")
+    wandb: str | None = Field(
+        None, min_length=1, description="Project on Weights & Biases that gets the metrics too; needs its library "
+        "(`pip install 'longhaul[wandb]'`). Null: none."
+    )  # fmt: skip
