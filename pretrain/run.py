@@ -35,6 +35,7 @@ from pretrain.stream import TokenStream, ValRows
 from pretrain.tokenizer import Tokenizer
 from pretrain.tokenizer_files import keep_files, open_tokenizer
 from pretrain.tracking import Tracker, check_tracking
+from pretrain.watchdog import Watchdog
 
 
 @dataclass
@@ -92,6 +93,7 @@ class Run:
     folder: RunFolder | None
     log: MetricLog | None
     stop: StopRequest
+    watchdog: Watchdog
     clock: StartClock
     progress: Progress = field(default_factory=Progress)
     feed: Feed = field(init=False)
@@ -114,10 +116,12 @@ def open_run(
     ranks: Ranks,
     folder: RunFolder | None,
     stop: StopRequest,
+    watchdog: Watchdog,
     cleanup: ExitStack,
     clock: StartClock,
 ) -> Run:
     """Build everything, check it, and load the newest checkpoint; whatever is wrong is found here, on all ranks."""
+    clock.begin("data")
     if folder:
         folder.write_status("running", None, 0)
     ranks.agree(lambda: check_tracking(config.log.wandb) if folder else None)
@@ -133,22 +137,24 @@ def open_run(
     cleanup.callback(stream.close)
     val_rows = ranks.agree(lambda: ValRows(config, tokenizer.fingerprint, config.eval.max_rows, is_new)
                            if config.eval.every_steps else None)  # fmt: skip
-    clock.mark("data")
+    clock.begin("self-test")
     set_determinism(config.train.deterministic)
     check_optimizer(config, plan, ranks)
-    clock.mark("self-test")
+    clock.begin("model")
     objective = config.train.z_loss, config.train.label_smoothing
     model = Transformer(shape, config.run.seed, config.train.activation_checkpointing, *objective)
     if should_compile(config, ranks.device):
         model.compile_blocks()
     samples = ranks.agree(lambda: Samples(config, model, tokenizer, ranks))
-    clock.mark("model")
+    clock.begin("engine")
     engine = ranks.agree(lambda: Engine(model, config, plan, ranks))
-    clock.mark("engine")
+    watchdog.limit_collectives()  # of the groups that DeepSpeed has made
+    clock.begin("checkpoint")
     cleanup.callback(engine.close)
     events: list[tuple[str, str]] = []
     checkpoints = Checkpoints(run_path / "checkpoints", config.checkpoint, ranks, lambda *event: events.append(event))
     cleanup.callback(checkpoints.close)
+    watchdog.finish_save = checkpoints.close
     progress = Progress()
     training = checkpoints.load_newest(engine)
     if training is not None:
@@ -159,7 +165,7 @@ def open_run(
         stream.damage.check()
         if folder:
             folder.accept(config)
-    clock.mark("checkpoint")
+    clock.begin("first step")
     open_log(run_path, ranks)
     tracker = ranks.agree(lambda: start_tracking(config, folder, events.append))
     log = None
@@ -172,7 +178,7 @@ def open_run(
         run_path, config.train.profile_steps, ranks.rank, ranks.device, lambda *event: run.event(*event)
     )
     run = Run(config, ranks, plan, tokenizer, stream, val_rows, engine, checkpoints, samples, guard, profiler, folder,
-              log, stop, clock, progress)  # fmt: skip
+              log, stop, watchdog, clock, progress)  # fmt: skip
     announce(run, events, is_resumed=training is not None)
     return run
 

@@ -149,13 +149,18 @@ class RunFolder:
 
     def write_status(self, status: str, exit_status: int | None, step: int, reason: str = "") -> None:
         """Write `status.json`: `running`, `done`, `stopped` (resumable) or `failed`."""
-        content = {"status": status, "exit_status": exit_status, "step": step, "reason": reason,
-                   "pid": os.getpid(), "host": platform.node(), "timestamp": time.time()}  # fmt: skip
-        write_text(self.path / "status.json", json.dumps(content, indent=1))
+        write_status(self.path, status, exit_status, step, reason)
 
     def close(self) -> None:
         """Let another job have the folder."""
         self._lock.close()
+
+
+def write_status(folder: Path, status: str, exit_status: int | None, step: int, reason: str) -> None:
+    """Do what `RunFolder.write_status` does, on a rank that speaks for rank 0 when that is lost."""
+    content = {"status": status, "exit_status": exit_status, "step": step, "reason": reason,
+               "pid": os.getpid(), "host": platform.node(), "timestamp": time.time()}  # fmt: skip
+    write_text(folder / "status.json", json.dumps(content, indent=1))
 
 
 def environment() -> dict[str, Any]:
@@ -176,10 +181,14 @@ def environment() -> dict[str, Any]:
     }  # fmt: skip
 
 
+def log_path(folder: Path, ranks: Ranks) -> Path:
+    """The file of this rank's log."""
+    return folder / ("log.txt" if ranks.is_first else f"log-rank{ranks.rank:05d}.txt")
+
+
 def open_log(folder: Path, ranks: Ranks) -> None:
     """Send this rank's log to `log.txt`, other ranks' to files beside it."""
-    name = "log.txt" if ranks.is_first else f"log-rank{ranks.rank:05d}.txt"
-    handler = logging.FileHandler(folder / name, encoding="utf-8")
+    handler = logging.FileHandler(log_path(folder, ranks), encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     log = logging.getLogger("longhaul")
     log.setLevel(logging.INFO)

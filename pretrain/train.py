@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
+from pathlib import Path
 
 import torch
 
@@ -24,49 +25,65 @@ from pretrain.hardware import peak_memory_bytes
 from pretrain.metrics import StepMetrics
 from pretrain.profiling import PhaseClock
 from pretrain.run import PendingStep, Run, open_run
-from pretrain.run_folder import RunFolder
+from pretrain.run_folder import RunFolder, log_path, write_status
 from pretrain.samples import save_samples
 from pretrain.schedule import lr_at
 from pretrain.start_clock import StartClock
+from pretrain.watchdog import Watchdog
 
 logger = logging.getLogger("longhaul")
+OWN_PHASES = ("data", "forward", "backward", "optimizer")  # without the waiting for other ranks in them
 REPORT_SECONDS = 5.0  # that a failed run waits at most for the last step's loss
 
 
-def train(config: Config) -> int:
+def train(config: Config, stop: StopRequest) -> int:
     """Train to the end of the schedule, going on from the newest good checkpoint in the run folder.
 
+    Args:
+        config: of the run.
+        stop: installed already.
     Returns:
         The exit status: 0 done, 75 stopped by a signal after saving.
     Raises:
         LonghaulError: nothing was lost; the message says what to do.
     """
     clock = StartClock()
-    ranks = init_distributed(config.parallel.timeout_seconds)
-    clock.mark("process group")
-    status = train_on(config, ranks, clock)
+    clock.begin("process group")
+    ranks = init_distributed(config.parallel.start_timeout_seconds)
+    stop.ends_process = False  # from now on all ranks agree about it
+    status = train_on(config, ranks, stop, clock)
     leave_distributed()  # not after an error: the other ranks may be gone
     return status
 
 
-def train_on(config: Config, ranks: Ranks, clock: StartClock) -> int:
+def train_on(config: Config, ranks: Ranks, stop: StopRequest, clock: StartClock) -> int:
     """Do what `train` does in a process group that exists and goes on existing."""
     with ExitStack() as cleanup:
-        stop = cleanup.enter_context(StopRequest())
-        folder = ranks.agree(lambda: RunFolder(config) if ranks.is_first else None)
-        if folder:
-            cleanup.callback(folder.close)
-        run = None
+        limits, path = config.parallel, Path(config.run.dir)
+        watchdog = Watchdog(ranks, limits.timeout_seconds, limits.start_timeout_seconds, log_path(path, ranks))
+        cleanup.callback(watchdog.close)
+        clock.heartbeat = ranks.heartbeat
+        run = folder = None
         try:
-            run = open_run(config, ranks, folder, stop, cleanup, clock)
+            folder = ranks.agree(lambda: RunFolder(config) if ranks.is_first else None)
+            if folder:
+                cleanup.callback(folder.close)
+            watchdog.on_end = lambda found: write_status(
+                path, "failed", found.exit_status, found.num_done, found.reason
+            )
+            run = open_run(config, ranks, folder, stop, watchdog, cleanup, clock)
             status, exit_status, reason = run_steps(run)
         except BaseException as error:
+            failure = watchdog.end_by(error)
             if run:
                 report_after_failure(run)
-            if folder:
-                code = error.exit_status if isinstance(error, LonghaulError) else EXIT_FAILED
-                folder.write_status("failed", code, run.progress.step if run else 0, str(error) or type(error).__name__)
-            raise
+            if folder or (watchdog.speaks and not ranks.is_first):
+                code = failure.exit_status if isinstance(failure, LonghaulError) else EXIT_FAILED
+                step = run.progress.step if run else 0
+                write_status(path, "failed", code, step, str(failure) or type(failure).__name__)
+            if failure is error:
+                raise
+            raise failure from None
         if folder:
             folder.write_status(status, exit_status, run.progress.step, reason)
             run.event(status, reason)
@@ -79,6 +96,8 @@ def run_steps(run: Run) -> tuple[str, int, str]:
     run.engine.train()
     run.step_began = time.perf_counter()
     first_step = progress.step + 1
+    if run.ranks.sum([run.stop.received is not None])[0]:  # while it started
+        return stopped(run)
     while progress.step < run.plan.num_steps:
         try:
             with run.profiler.watch(progress.step + 1):
@@ -92,8 +111,11 @@ def run_steps(run: Run) -> tuple[str, int, str]:
         if run.feed.save_ended():
             finish_save(run)
         if progress.step == first_step:
-            run.clock.mark("first step")
+            run.clock.end()
             run.event("first_step", str(run.clock), seconds=run.clock.seconds)
+            run.watchdog.first_step_is_over()
+        for sentence in run.watchdog.take_stragglers():
+            run.event("straggler", sentence)
         at_end = progress.step == run.plan.num_steps
         if config.eval.every_steps and (progress.step % config.eval.every_steps == 0 or at_end):
             judge(run)
@@ -111,12 +133,17 @@ def run_steps(run: Run) -> tuple[str, int, str]:
             )  # fmt: skip
         if asked_to_stop and not at_end:
             save(run, last=True)
-            return "stopped", EXIT_STOPPED, (
-                f"a signal ({run.stop.received or 'on another rank'}) asked to stop after step {progress.step}; "
-                "the same command goes on from here"
-            )  # fmt: skip
+            return stopped(run)
     save(run, last=True)
     return "done", EXIT_DONE, f"trained {progress.step} steps"
+
+
+def stopped(run: Run) -> tuple[str, int, str]:
+    """Status, exit status and reason of a run that a signal has stopped."""
+    return "stopped", EXIT_STOPPED, (
+        f"a signal ({run.stop.received or 'on another rank'}) asked to stop after step {run.progress.step}; the same "
+        "command goes on from here"
+    )  # fmt: skip
 
 
 def train_step(run: Run) -> bool:
@@ -125,31 +152,33 @@ def train_step(run: Run) -> bool:
     The host runs ahead of a GPU and waits for it once, in the optimizer, to see whether the gradients are finite. What
     the step computed is read back and recorded while the next one runs, or at once where that takes no waiting.
     """
-    phases = PhaseClock(run.ranks.device)
+    run.ranks.heartbeat.step = run.progress.step + 1
+    phases = PhaseClock(run.ranks.device, run.ranks.heartbeat)
     run.engine.time_communication(phases)
+    phases.begin("data")
     rows = run.feed.take()
-    phases.mark("data")
     # DeepSpeed divides by micro-steps and ranks; what must remain is the sum over the step's targets / their number.
     scale = run.ranks.world_size * run.plan.num_micro_steps / max(rows.num_targets, 1)
     totals = torch.zeros(2, device=run.ranks.device)  # of the objective and of the cross-entropy
     for index, batch in enumerate(rows.micro_batches):
+        phases.begin("forward")
         objective, cross_entropy = run.engine.forward(*batch, run.progress.step)
-        phases.mark("forward")
+        phases.begin("backward")
         run.engine.backward(objective * scale)
         totals += torch.stack((objective.detach(), cross_entropy))
         if index < run.plan.num_micro_steps - 1:
             run.engine.end_micro_step()
-        phases.mark("backward")
         if index == 0:
+            phases.begin("others")
             report(run)  # the step before: its sums have arrived, or do while this micro-step runs
-            phases.mark("others")
     if run.progress.step + 1 < run.plan.num_steps:
+        phases.begin("data")
         run.feed.prepare(run.stop.received is not None, run.checkpoints.must_be_finished())
-        phases.mark("data")
+    phases.begin("optimizer")
     lr = lr_at(run.progress.step, run.plan.num_steps, run.config.optim.lr, run.config.schedule)
     run.checkpoints.wait_for_copy()
     result = run.engine.step(lr)
-    phases.mark("optimizer")
+    phases.end()
     run.engine.time_communication(None)
     sums = run.ranks.start_sum(torch.cat((totals, result.grad_norm.view(1))))
     finish_step(run, rows, result.applied, lr, sums, phases)
@@ -198,8 +227,11 @@ def name_damage(run: Run, damage: Sequence[str]) -> None:
 def report(run: Run) -> None:
     """Record the step whose sums have not been read back, if there is one."""
     pending, run.unreported = run.unreported, None
-    if pending and run.log:
-        run.log.step(pending.finish())
+    if pending:
+        metrics = pending.finish()
+        run.ranks.heartbeat.count_step(sum(metrics.phase_seconds.get(phase, 0.0) for phase in OWN_PHASES))
+        if run.log:
+            run.log.step(metrics)
 
 
 def report_after_failure(run: Run) -> None:
@@ -216,6 +248,7 @@ def judge(run: Run) -> Evaluation:
     """Evaluate on held-out documents; remember, and by choice save, the best so far."""
     assert run.val_rows is not None
     report(run)
+    run.ranks.heartbeat.enter("evaluation")
     run.engine.train(False)
     result = evaluate(
         run.engine.forward, run.val_rows, run.tokenizer.token_bytes(), run.plan.micro_batch_size, run.ranks
@@ -259,6 +292,7 @@ def count_held_out_damage(run: Run) -> None:
 def sample(run: Run) -> None:
     """Let the model write text. Neither what it computes nor a disk that fails ends the run, or changes it."""
     report(run)
+    run.ranks.heartbeat.enter("sampling")
     step = run.progress.step
     run.engine.train(False)
     try:
@@ -278,6 +312,7 @@ def save(run: Run, last: bool = False) -> None:
     """
     report(run)
     finish_save(run)
+    run.ranks.heartbeat.enter("saving", is_patient=True)
     run.saving_step = run.progress.step
     training = {"progress": asdict(run.progress), "num_tokens": run.progress.num_tokens, "data": run.stream.state()}
     about = {"config": run.config.model_dump(mode="json"), "longhaul": __version__, "torch": torch.__version__}
@@ -290,6 +325,7 @@ def save(run: Run, last: bool = False) -> None:
 
 def finish_save(run: Run, last: bool = False) -> None:
     """Wait for the save that is under way, if there is one."""
+    run.ranks.heartbeat.enter("saving", is_patient=True)
     with save_failures(run, last):
         if run.checkpoints.finish_save() and run.folder:
             run.folder.write_status("running", None, run.saving_step)

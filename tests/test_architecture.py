@@ -21,17 +21,17 @@ BENCHMARKS = sorted(path.relative_to(ROOT) for path in (ROOT / "benchmarks").glo
 
 # A module imports modules of lower tiers only. `kernels` is below all of them.
 TIERS = (
-    "errors section spellings hardware start_clock text_index",
-    "model_options run_options",
+    "errors section spellings heartbeat hardware text_index",
+    "model_options run_options start_clock",
     "config",
     "stores config_docs schedule batch_plan packing phases row_order families console tokenizer source_files matrix_exchange lion"
-    " generate_options repetition personal_data near_duplicates languages wikipedia",
-    "checks mixture explain deepspeed_settings sentencepiece_model varied_texts table_files token_files shards tensor_files distributed layers recompute"
+    " generate_options repetition stalls personal_data near_duplicates languages wikipedia",
+    "checks mixture explain deepspeed_settings sentencepiece_model varied_texts table_files token_files shards tensor_files distributed watch_links layers recompute"
     " published model_card muon compiling filters dataset_files decoding tar_files",
     "node_cache row_table json_lines",
     "remote_corpus",
     "prefetch settings sentencepiece_tokenizer model optim checkpoint_files shard_reader journal sources spills sampling"
-    " tracking family_table profiling",
+    " tracking family_table profiling watchdog",
     "communication metrics guard hf_tokenizer generate",
     "engine tokenizer_files tokenizer_trial",
     "text_shards",
