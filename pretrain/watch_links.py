@@ -154,6 +154,12 @@ class Hub(_Link):
                 if key.data.read() is None:
                     self._forget(key.data)
 
+    def close(self) -> None:
+        """Close all sockets."""
+        super().close()
+        if self._listener:
+            self._listener.close()
+
     def _accept(self) -> None:
         assert self._listener
         try:
