@@ -30,6 +30,7 @@ from pretrain.profiling import PhaseClock, Profiler
 from pretrain.run_folder import RunFolder, open_log
 from pretrain.samples import Samples, drop_samples_after
 from pretrain.self_test import check_optimizer
+from pretrain.spikes import Observation, SpikeGuard
 from pretrain.start_clock import StartClock
 from pretrain.stream import TokenStream, ValRows
 from pretrain.tokenizer import Tokenizer
@@ -45,6 +46,7 @@ class Progress:
     step: int = 0
     num_tokens: int = 0
     num_skipped: int = 0
+    num_clipped: int = 0  # updates whose gradients were longer than optim.clip_norm
     best_loss: float | None = None
     best_step: int | None = None
     best_counted_loss: float | None = None  # the best by more than eval.min_delta, for early stopping
@@ -55,21 +57,32 @@ class Progress:
 class PendingStep:
     """A step that is done but for reading back its sums, which takes until the device has come so far."""
 
-    metrics: StepMetrics  # without the losses, the norm and the phases
+    metrics: StepMetrics  # without the losses, the norm, the count of clipped ones and the phases
     num_targets: int
     sums: PendingSum  # of the objective, the cross-entropy, and the gradient norm, which is the same on all ranks
     phases: PhaseClock
     world_size: int
+    rows: tuple[int, int]
+    starts_phase: bool
 
-    def finish(self) -> StepMetrics:
+    def observe(self) -> Observation:
+        """Wait for the device, and return what all ranks know alike."""
+        _, loss_sum, norm_sum = self.sums.result()
+        return Observation(
+            self.metrics.step, *self.rows, loss_sum / max(self.num_targets, 1), norm_sum / self.world_size,
+            self.starts_phase,
+        )  # fmt: skip
+
+    def finish(self, num_clipped: int) -> StepMetrics:
         """Wait for the device, and return the whole metrics."""
-        objective_sum, loss_sum, norm_sum = self.sums.result()
+        objective_sum, *_ = self.sums.result()
+        observation = self.observe()
         num_targets = max(self.num_targets, 1)
         seconds = {"communication": 0.0} | self.phases.seconds()  # one rank may have none
         # What the phases leave. The device runs behind the host, so that their ends differ a little.
         rest = max(0.0, self.metrics.step_seconds - sum(seconds.values()))
         return replace(
-            self.metrics, loss=loss_sum / num_targets, grad_norm=norm_sum / self.world_size,
+            self.metrics, loss=observation.loss, grad_norm=observation.grad_norm, clipped_steps=num_clipped,
             objective=None if self.metrics.objective is None else objective_sum / num_targets,
             phase_seconds=seconds | {"others": seconds.get("others", 0.0) + rest},
         )  # fmt: skip
@@ -89,6 +102,7 @@ class Run:
     checkpoints: Checkpoints
     samples: Samples
     guard: SkipGuard
+    spikes: SpikeGuard
     profiler: Profiler
     folder: RunFolder | None
     log: MetricLog | None
@@ -121,7 +135,6 @@ def open_run(
     clock: StartClock,
 ) -> Run:
     """Build everything, check it, and load the newest checkpoint; whatever is wrong is found here, on all ranks."""
-    clock.begin("data")
     if folder:
         folder.write_status("running", None, 0)
     ranks.agree(lambda: check_tracking(config.log.wandb) if folder else None)
@@ -148,13 +161,11 @@ def open_run(
     samples = ranks.agree(lambda: Samples(config, model, tokenizer, ranks))
     clock.begin("engine")
     engine = ranks.agree(lambda: Engine(model, config, plan, ranks))
-    watchdog.limit_collectives()  # of the groups that DeepSpeed has made
     clock.begin("checkpoint")
     cleanup.callback(engine.close)
     events: list[tuple[str, str]] = []
     checkpoints = Checkpoints(run_path / "checkpoints", config.checkpoint, ranks, lambda *event: events.append(event))
     cleanup.callback(checkpoints.close)
-    watchdog.finish_save = checkpoints.close
     progress = Progress()
     training = checkpoints.load_newest(engine)
     if training is not None:
@@ -174,11 +185,13 @@ def open_run(
         log = open_metrics(config, plan, shape, ranks, folder, progress, tracker)
         cleanup.push(lambda kind, *_: log.close(failed=kind is not None))
     guard = SkipGuard(config.guard.max_skipped_steps, progress.num_skipped)
+    spikes = SpikeGuard(config.guard)
+    spikes.load_state((training or {}).get("spikes", {}))
     profiler = Profiler(
         run_path, config.train.profile_steps, ranks.rank, ranks.device, lambda *event: run.event(*event)
     )
-    run = Run(config, ranks, plan, tokenizer, stream, val_rows, engine, checkpoints, samples, guard, profiler, folder,
-              log, stop, watchdog, clock, progress)  # fmt: skip
+    run = Run(config, ranks, plan, tokenizer, stream, val_rows, engine, checkpoints, samples, guard, spikes, profiler,
+              folder, log, stop, watchdog, clock, progress)  # fmt: skip
     announce(run, events, is_resumed=training is not None)
     return run
 

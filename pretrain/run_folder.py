@@ -21,7 +21,7 @@ from pretrain import __version__
 from pretrain.checkpoint_files import CheckpointReader, folder_name, list_steps
 from pretrain.config import Config
 from pretrain.distributed import Ranks
-from pretrain.errors import CheckpointError, ConfigError
+from pretrain.errors import EXIT_FAILED, CheckpointError, ConfigError, LonghaulError
 from pretrain.families import resolve_shape
 from pretrain.model import Transformer
 from pretrain.settings import load_config, parse_config, resolved_yaml
@@ -149,15 +149,20 @@ class RunFolder:
 
     def write_status(self, status: str, exit_status: int | None, step: int, reason: str = "") -> None:
         """Write `status.json`: `running`, `done`, `stopped` (resumable) or `failed`."""
-        write_status(self.path, status, exit_status, step, reason)
+        _write_status(self.path, status, exit_status, step, reason)
 
     def close(self) -> None:
         """Let another job have the folder."""
         self._lock.close()
 
 
-def write_status(folder: Path, status: str, exit_status: int | None, step: int, reason: str) -> None:
-    """Do what `RunFolder.write_status` does, on a rank that speaks for rank 0 when that is lost."""
+def write_failure(folder: Path, error: BaseException, step: int) -> None:
+    """Write into `status.json` that the run failed after `step` steps; by the rank that speaks for all."""
+    code = error.exit_status if isinstance(error, LonghaulError) else EXIT_FAILED
+    _write_status(folder, "failed", code, step, str(error) or type(error).__name__)
+
+
+def _write_status(folder: Path, status: str, exit_status: int | None, step: int, reason: str) -> None:
     content = {"status": status, "exit_status": exit_status, "step": step, "reason": reason,
                "pid": os.getpid(), "host": platform.node(), "timestamp": time.time()}  # fmt: skip
     write_text(folder / "status.json", json.dumps(content, indent=1))

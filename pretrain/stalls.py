@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from pretrain.errors import EXIT_RETRY
+from pretrain.errors import EXIT_RETRY, PeerError
 from pretrain.heartbeat import Beat
 
 GO_ON = "The same command goes on from the newest checkpoint."
@@ -36,6 +36,12 @@ class Verdict:
     def num_done(self) -> int:
         """Steps that the run had done."""
         return max(self.step - 1, 0)
+
+    def error(self, is_shown: bool) -> PeerError:
+        """The same as an error; `is_shown`: this rank is the one to show it."""
+        error = PeerError(self.reason)
+        error.exit_status, error.agreed = self.exit_status, not is_shown
+        return error
 
 
 @dataclass

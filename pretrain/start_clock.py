@@ -27,11 +27,12 @@ class StartClock:
         self._part = part
         self.heartbeat.enter(part)
 
-    def end(self) -> None:
-        """Say that the last part is over."""
+    def end(self) -> dict[str, float]:
+        """Say that the last part is over; return the seconds by part."""
         now = time.monotonic()
         self.seconds[self._part] = now - self._last
         self._last = now
+        return self.seconds
 
     def __str__(self) -> str:
         parts = ", ".join(f"{part} {seconds:.1f}" for part, seconds in self.seconds.items())

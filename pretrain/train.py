@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,32 +17,29 @@ from pretrain import __version__
 from pretrain.config import Config
 from pretrain.damage import TooMuchDamageError, describe
 from pretrain.distributed import PendingSum, Ranks
-from pretrain.engine import init_distributed, leave_distributed
-from pretrain.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, CheckpointError, LonghaulError, TrainingError
+from pretrain.engine import StepResult, init_distributed, leave_distributed
+from pretrain.errors import EXIT_DONE, EXIT_STOPPED, CheckpointError, TrainingError
 from pretrain.evaluate import Evaluation, evaluate
 from pretrain.feed import StepInput
 from pretrain.guard import StopRequest
 from pretrain.hardware import peak_memory_bytes
 from pretrain.metrics import StepMetrics
 from pretrain.profiling import PhaseClock
+from pretrain.rollback import roll_back
 from pretrain.run import PendingStep, Run, open_run
-from pretrain.run_folder import RunFolder, log_path, write_status
+from pretrain.run_folder import RunFolder, log_path, write_failure
 from pretrain.samples import save_samples
 from pretrain.schedule import lr_at
 from pretrain.start_clock import StartClock
 from pretrain.watchdog import Watchdog
 
 logger = logging.getLogger("longhaul")
-OWN_PHASES = ("data", "forward", "backward", "optimizer")  # without the waiting for other ranks in them
 REPORT_SECONDS = 5.0  # that a failed run waits at most for the last step's loss
 
 
 def train(config: Config, stop: StopRequest) -> int:
     """Train to the end of the schedule, going on from the newest good checkpoint in the run folder.
 
-    Args:
-        config: of the run.
-        stop: installed already.
     Returns:
         The exit status: 0 done, 75 stopped by a signal after saving.
     Raises:
@@ -63,24 +61,22 @@ def train_on(config: Config, ranks: Ranks, stop: StopRequest, clock: StartClock)
         watchdog = Watchdog(ranks, limits.timeout_seconds, limits.start_timeout_seconds, log_path(path, ranks))
         cleanup.callback(watchdog.close)
         clock.heartbeat = ranks.heartbeat
+        clock.begin("data")
         run = folder = None
         try:
             folder = ranks.agree(lambda: RunFolder(config) if ranks.is_first else None)
             if folder:
                 cleanup.callback(folder.close)
-            watchdog.on_end = lambda found: write_status(
-                path, "failed", found.exit_status, found.num_done, found.reason
-            )
+            watchdog.on_end = partial(write_failure, path)
             run = open_run(config, ranks, folder, stop, watchdog, cleanup, clock)
+            watchdog.attend(run.checkpoints.close)
             status, exit_status, reason = run_steps(run)
         except BaseException as error:
             failure = watchdog.end_by(error)
             if run:
                 report_after_failure(run)
             if folder or (watchdog.speaks and not ranks.is_first):
-                code = failure.exit_status if isinstance(failure, LonghaulError) else EXIT_FAILED
-                step = run.progress.step if run else 0
-                write_status(path, "failed", code, step, str(failure) or type(failure).__name__)
+                write_failure(path, failure, run.progress.step if run else 0)
             if failure is error:
                 raise
             raise failure from None
@@ -92,13 +88,14 @@ def train_on(config: Config, ranks: Ranks, stop: StopRequest, clock: StartClock)
 
 def run_steps(run: Run) -> tuple[str, int, str]:
     """Step until the run is over or must stop; return its status, exit status and the reason in words."""
-    config, progress = run.config, run.progress
+    config = run.config
     run.engine.train()
     run.step_began = time.perf_counter()
-    first_step = progress.step + 1
+    first_step = run.progress.step + 1
     if run.ranks.sum([run.stop.received is not None])[0]:  # while it started
         return stopped(run)
-    while progress.step < run.plan.num_steps:
+    while not is_over(run):
+        progress = run.progress
         try:
             with run.profiler.watch(progress.step + 1):
                 asked_to_stop = train_step(run)
@@ -111,9 +108,9 @@ def run_steps(run: Run) -> tuple[str, int, str]:
         if run.feed.save_ended():
             finish_save(run)
         if progress.step == first_step:
-            run.clock.end()
-            run.event("first_step", str(run.clock), seconds=run.clock.seconds)
             run.watchdog.first_step_is_over()
+            seconds = run.clock.end()
+            run.event("first_step", str(run.clock), seconds=seconds)
         for sentence in run.watchdog.take_stragglers():
             run.event("straggler", sentence)
         at_end = progress.step == run.plan.num_steps
@@ -135,7 +132,29 @@ def run_steps(run: Run) -> tuple[str, int, str]:
             save(run, last=True)
             return stopped(run)
     save(run, last=True)
-    return "done", EXIT_DONE, f"trained {progress.step} steps"
+    return "done", EXIT_DONE, f"trained {run.progress.step} steps"
+
+
+def is_over(run: Run) -> bool:
+    """Whether all steps are done, after going back from those that must be done again."""
+    at_end = run.progress.step >= run.plan.num_steps
+    # Decided by steps whose numbers every rank has by now; of the newest one they may still be on their way.
+    judge_steps(run, up_to_step=run.progress.step - (not at_end))
+    if spike := run.spikes.spike():
+        finish_save(run)
+        run.ranks.heartbeat.enter("rollback", is_patient=True)
+        roll_back(run, spike)
+        run.step_began = time.perf_counter()
+        return is_over(run)
+    return at_end
+
+
+def judge_steps(run: Run, up_to_step: int) -> None:
+    """Look for bad steps among those up to this one."""
+    if run.unreported and run.unreported.metrics.step <= up_to_step:
+        report(run)
+    for event in run.spikes.judge(up_to_step):
+        run.event(*event)
 
 
 def stopped(run: Run) -> tuple[str, int, str]:
@@ -157,20 +176,7 @@ def train_step(run: Run) -> bool:
     run.engine.time_communication(phases)
     phases.begin("data")
     rows = run.feed.take()
-    # DeepSpeed divides by micro-steps and ranks; what must remain is the sum over the step's targets / their number.
-    scale = run.ranks.world_size * run.plan.num_micro_steps / max(rows.num_targets, 1)
-    totals = torch.zeros(2, device=run.ranks.device)  # of the objective and of the cross-entropy
-    for index, batch in enumerate(rows.micro_batches):
-        phases.begin("forward")
-        objective, cross_entropy = run.engine.forward(*batch, run.progress.step)
-        phases.begin("backward")
-        run.engine.backward(objective * scale)
-        totals += torch.stack((objective.detach(), cross_entropy))
-        if index < run.plan.num_micro_steps - 1:
-            run.engine.end_micro_step()
-        if index == 0:
-            phases.begin("others")
-            report(run)  # the step before: its sums have arrived, or do while this micro-step runs
+    totals = compute_gradients(run, rows, phases)
     if run.progress.step + 1 < run.plan.num_steps:
         phases.begin("data")
         run.feed.prepare(run.stop.received is not None, run.checkpoints.must_be_finished())
@@ -178,11 +184,48 @@ def train_step(run: Run) -> bool:
     lr = lr_at(run.progress.step, run.plan.num_steps, run.config.optim.lr, run.config.schedule)
     run.checkpoints.wait_for_copy()
     result = run.engine.step(lr)
+    if not result.applied and run.config.guard.rerun and run.config.train.precision != "fp16":
+        totals, result = compute_again(run, rows, totals, lr, phases)
     phases.end()
     run.engine.time_communication(None)
     sums = run.ranks.start_sum(torch.cat((totals, result.grad_norm.view(1))))
     finish_step(run, rows, result.applied, lr, sums, phases)
     return run.feed.stop_requested()
+
+
+def compute_gradients(run: Run, rows: StepInput, phases: PhaseClock) -> torch.Tensor:
+    """Do the forward and backward passes of a step; return this rank's sums of objective and cross-entropy."""
+    # DeepSpeed divides by micro-steps and ranks; what must remain is the sum over the step's targets / their number.
+    scale = run.ranks.world_size * run.plan.num_micro_steps / max(rows.num_targets, 1)
+    totals = torch.zeros(2, device=run.ranks.device)
+    for index, batch in enumerate(rows.micro_batches):
+        phases.begin("forward")
+        objective, cross_entropy = run.engine.forward(*batch, run.progress.step)
+        phases.begin("backward")
+        # A loss that is not finite may have finite gradients: they become NaN, which keeps every rank from updating.
+        run.engine.backward(objective * torch.where(objective.detach().isfinite(), scale, math.nan))
+        totals += torch.stack((objective.detach(), cross_entropy))
+        if index < run.plan.num_micro_steps - 1:
+            run.engine.end_micro_step()
+        if index == 0:
+            phases.begin("others")
+            report(run)  # the step before: its sums have arrived, or do while this micro-step runs
+    return totals
+
+
+def compute_again(
+    run: Run, rows: StepInput, totals: torch.Tensor, lr: float, phases: PhaseClock
+) -> tuple[torch.Tensor, StepResult]:
+    """Repeat a step that was not finite, to see whether the data or a machine is why; return what counts."""
+    again = compute_gradients(run, rows, phases)
+    result = run.engine.step(lr)
+    if result.applied:
+        finite = run.ranks.gather(bool(totals.isfinite().all()))
+        named = [str(rank) for rank, is_finite in enumerate(finite) if not is_finite]
+        where = f"on rank {', '.join(named)}" if named else "in gradients only, on a rank that is not known"
+        run.event("transient_fault", f"step {run.progress.step + 1} was not finite {where}, and is when computed again "
+                  "from the same weights and rows: a machine had erred")  # fmt: skip
+    return again, result
 
 
 def finish_step(run: Run, rows: StepInput, applied: bool, lr: float, sums: PendingSum, phases: PhaseClock) -> None:
@@ -194,8 +237,8 @@ def finish_step(run: Run, rows: StepInput, applied: bool, lr: float, sums: Pendi
         run.event("skipped_step", "a gradient is not finite; the weights were left as they were")
     # fp16's loss scale adapts by overflows, which count only where the loss is not a number itself
     is_overflow = config.train.precision == "fp16" and not applied and not math.isnan(sums.result()[1])
-    begin, end, plan = run.stream.step_begin, run.stream.cursor, run.stream.plan
-    if begin in plan.first_rows[1:]:
+    (begin, end), plan = run.stream.step_rows, run.stream.plan
+    if starts_phase := begin in plan.first_rows[1:]:
         run.event(
             "phase", f"phase {plan.first_rows.index(begin) + 1} of {len(plan.first_rows)} has begun with this step"
         )
@@ -208,10 +251,10 @@ def finish_step(run: Run, rows: StepInput, applied: bool, lr: float, sums: Pendi
             step=progress.step, tokens=progress.num_tokens, loss=math.nan,
             objective=math.nan if config.train.has_extra_terms else None, grad_norm=math.nan, lr=lr,
             step_seconds=now - run.step_began, memory_bytes=peak_memory_bytes(run.ranks.device),
-            skipped_steps=progress.num_skipped, damaged_documents=run.stream.damage.num_documents,
+            skipped_steps=progress.num_skipped, clipped_steps=0, damaged_documents=run.stream.damage.num_documents,
             damaged_tokens=run.stream.damage.num_tokens, seq_len=plan.seq_len_at(begin),
-            corpus_tokens=plan.tokens_per_corpus(end), epochs=plan.epochs(end), phase_seconds={},
-        ), rows.num_targets, sums, phases, run.ranks.world_size)  # fmt: skip
+            corpus_tokens=run.stream.tokens_per_corpus(), epochs=plan.epochs(end), phase_seconds={},
+        ), rows.num_targets, sums, phases, run.ranks.world_size, (begin, end), starts_phase)  # fmt: skip
         run.step_began = now
     if sums.is_ready():
         report(run)
@@ -227,11 +270,15 @@ def name_damage(run: Run, damage: Sequence[str]) -> None:
 def report(run: Run) -> None:
     """Record the step whose sums have not been read back, if there is one."""
     pending, run.unreported = run.unreported, None
-    if pending:
-        metrics = pending.finish()
-        run.ranks.heartbeat.count_step(sum(metrics.phase_seconds.get(phase, 0.0) for phase in OWN_PHASES))
-        if run.log:
-            run.log.step(metrics)
+    if pending is None:
+        return
+    observation = pending.observe()
+    run.progress.num_clipped += 0 < run.config.optim.clip_norm < observation.grad_norm
+    run.spikes.record(observation)
+    metrics = pending.finish(run.progress.num_clipped)
+    run.ranks.heartbeat.count_step(metrics.own_seconds)
+    if run.log:
+        run.log.step(metrics)
 
 
 def report_after_failure(run: Run) -> None:
@@ -310,11 +357,14 @@ def save(run: Run, last: bool = False) -> None:
 
     A failed save is reported and the run goes on, unless it is the last one, which is waited for.
     """
-    report(run)
+    judge_steps(run, up_to_step=run.progress.step)
     finish_save(run)
     run.ranks.heartbeat.enter("saving", is_patient=True)
     run.saving_step = run.progress.step
-    training = {"progress": asdict(run.progress), "num_tokens": run.progress.num_tokens, "data": run.stream.state()}
+    training = {
+        "progress": asdict(run.progress), "num_tokens": run.progress.num_tokens, "data": run.stream.state(),
+        "spikes": run.spikes.state(),
+    }  # fmt: skip
     about = {"config": run.config.model_dump(mode="json"), "longhaul": __version__, "torch": torch.__version__}
     with save_failures(run, last):
         run.checkpoints.start_save(run.engine, run.saving_step, training, about, run.progress.best_step)

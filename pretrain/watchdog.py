@@ -39,7 +39,8 @@ class Watchdog:
 
     Attributes:
         speaks: whether this rank speaks for all: rank 0, or rank 1 if that one is lost.
-        on_end: called with the verdict when the run is ended from here, on the rank that speaks for all.
+        on_end: called when the run is ended from here, on the rank that speaks for all, with the error and the number
+            of steps that were done.
         finish_save: called before a process ends because another rank was lost; waits for a save that is under way.
     """
 
@@ -58,7 +59,7 @@ class Watchdog:
         self._timeout, self._start_timeout = timeout_seconds, start_timeout_seconds
         self._heartbeat.step, self._heartbeat.is_starting = 0, True
         self.speaks = ranks.is_first
-        self.on_end: Callable[[Verdict], None] = lambda _: None
+        self.on_end: Callable[[PeerError, int], None] = lambda *_: None
         self.finish_save: Callable[[], None] = lambda: None
         address = os.environ["MASTER_ADDR"]
         hub = Hub(ranks.world_size, address) if ranks.is_first else None
@@ -80,6 +81,11 @@ class Watchdog:
         """Give collectives of all process groups that exist now the limit that holds now."""
         limit = self._start_timeout if self._heartbeat.is_starting else self._timeout
         set_timeouts(limit + _MARGIN_SECONDS)
+
+    def attend(self, finish_save: Callable[[], None]) -> None:
+        """Watch what has been built in the start: groups that were made since, and saves; see `finish_save`."""
+        self.finish_save = finish_save
+        self.limit_collectives()
 
     def first_step_is_over(self) -> None:
         """From now on the shorter limit holds."""
@@ -116,9 +122,7 @@ class Watchdog:
     def _peer_error(self, error: BaseException) -> PeerError:
         verdict, step = self._verdict, self._heartbeat.step
         if verdict:
-            found = PeerError(verdict.reason)
-            found.exit_status, found.agreed = verdict.exit_status, not self.speaks
-            return found
+            return verdict.error(is_shown=self.speaks)
         where = f"step {step}" if step else "start"
         text = str(error).strip().splitlines()[0]
         return PeerError(
@@ -206,7 +210,7 @@ class Watchdog:
             faulthandler.dump_traceback(file, all_threads=True)
         if self.speaks:
             with suppress(OSError):
-                self.on_end(verdict)
+                self.on_end(verdict.error(is_shown=True), verdict.num_done)
 
     def _say_farewell(self) -> None:
         if self._farewell is not None:

@@ -282,7 +282,7 @@ from pretrain.watchdog import Watchdog
 dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
 ranks = Ranks(0, 0, 1, torch.device("cpu"))
 dog = Watchdog(ranks, float(sys.argv[2]), 100.0, Path(sys.argv[1]) / "log.txt")
-dog.on_end = lambda found: (Path(sys.argv[1]) / "status").write_text(f"{found.exit_status} {found.num_done}")
+dog.on_end = lambda found, step: (Path(sys.argv[1]) / "status").write_text(f"{found.exit_status} {step}")
 ranks.heartbeat.step = 7
 ranks.heartbeat.enter("data")
 dog.first_step_is_over()
