@@ -17,7 +17,7 @@ class Beat:
         position: phases begun since the start, in an order that is the same on all ranks: who has fewer is behind.
         num_beats: signs of life so far; more of them is progress.
         is_waiting: in a collective, for other ranks.
-        is_patient: it may take as long as a start without another sign of life.
+        is_patient: it may take as long as a start without another sign of life, as a disk may.
         num_steps, own_seconds: steps that were timed, and what they took without waiting for other ranks.
     """
 
@@ -26,7 +26,7 @@ class Beat:
     position: int = 0
     num_beats: int = 0
     is_waiting: bool = False
-    is_patient: bool = True
+    is_patient: bool = False
     num_steps: int = 0
     own_seconds: float = 0.0
 
@@ -89,4 +89,4 @@ class Heartbeat:
     def read(self) -> Beat:
         """Return what is done now."""
         return Beat(self.step, self._phase, self._position, self._num_beats, self._is_waiting,
-                    self._is_patient or self.is_starting, self._num_steps, self._own_seconds)  # fmt: skip
+                    self._is_patient, self._num_steps, self._own_seconds)  # fmt: skip

@@ -63,6 +63,7 @@ class Judge:
 
     Attributes:
         step: that the run is at, from 1; 0 in its start.
+        is_starting: the first step is not over.
     """
 
     def __init__(self, hosts: Sequence[str], timeout_seconds: float, start_timeout_seconds: float) -> None:
@@ -74,8 +75,8 @@ class Judge:
             start_timeout_seconds: the same in the start and in phases that are patient.
         """
         self._seen = [_Seen(host) for host in hosts]
-        self.step = 0
-        self._limit, self._start_limit = timeout_seconds, start_timeout_seconds
+        self.step, self.is_starting = 0, True
+        self._limits = {False: timeout_seconds, True: max(timeout_seconds, start_timeout_seconds)}
 
     def hear(self, rank: int, beat: Beat) -> None:
         """Take note of a rank's beat."""
@@ -99,38 +100,37 @@ class Judge:
         """The newest beat of each rank."""
         return [seen.beat for seen in self._seen]
 
-    def limit(self, rank: int) -> float:
-        """The seconds that a rank may stay without a sign of life now."""
-        return max(self._limit, self._start_limit) if self._seen[rank].beat.is_patient else self._limit
-
     def name(self, rank: int) -> str:
         """A rank and where it runs."""
         return f"rank {rank} on {self._seen[rank].host}"
 
-    def silent(self, after_seconds: float) -> Verdict | None:
-        """Say who has been silent for longer than it may stay without a sign of life.
-
-        Args:
-            after_seconds: when a rank counts as silent, rather than as busy with one thing.
-        """
-        silent = [rank for rank in self._overdue() if self._seen[rank].silent_seconds >= after_seconds]
+    def silent(self) -> Verdict | None:
+        """Say who has not been heard of for longer than any rank may stay without a sign of life."""
+        limit = self._limits[self.is_starting]
+        silent = [rank for rank, seen in self._staying() if seen.silent_seconds >= limit]
         return self._silent(silent) if silent else None
 
-    def stalled(self) -> Verdict | None:
-        """Say who does not get on, if anybody has not for longer than it may; who waits for another is not blamed."""
-        overdue = self._overdue()
-        staying = [seen for seen in self._seen if not seen.has_left]
-        behind = min((seen.beat.position for seen in staying), default=0)
+    def stalled(self, silent_after_seconds: float) -> Verdict | None:
+        """Say who does not get on, if anybody has not for longer than it may; who waits for another is not blamed.
+
+        Args:
+            silent_after_seconds: from when on a rank is not busy with one thing but silent, which `silent` will say.
+        """
+        staying = list(self._staying())
+        if any(seen.silent_seconds >= silent_after_seconds for _, seen in staying):
+            return None
+        behind = min((seen.beat.position for _, seen in staying), default=0)
+        overdue = [rank for rank, seen in staying if seen.idle_seconds >= self._limit_of(seen)]
         stuck = [r for r in overdue if self._seen[r].beat.position == behind and not self._seen[r].beat.is_waiting]
         if stuck:
             return self._stuck(stuck)
         return self._stuck(overdue) if len(overdue) == len(staying) > 0 else None
 
-    def _overdue(self) -> list[int]:
-        return [
-            rank for rank, seen in enumerate(self._seen)
-            if seen.idle_seconds >= self.limit(rank) and not seen.has_left
-        ]  # fmt: skip
+    def _staying(self) -> Iterator[tuple[int, _Seen]]:
+        return ((rank, seen) for rank, seen in enumerate(self._seen) if not seen.has_left)
+
+    def _limit_of(self, seen: _Seen) -> float:
+        return self._limits[self.is_starting or seen.beat.is_patient]
 
     def ended(self, rank: int) -> Verdict:
         """Say that a rank's process has ended, or that its host closed the connection, without a word."""
@@ -149,7 +149,7 @@ class Judge:
         seen = self._seen[ranks[0]]
         return Verdict(
             f"{self._at()}: {self._names(ranks)} not been heard of for {seen.silent_seconds:.0f} s, last in phase "
-            f"'{seen.beat.phase}'; expected a sign of life within {self._limit_of(ranks[0])}. The process was stopped, "
+            f"'{seen.beat.phase}'; expected a sign of life within {self._option(self.is_starting)}. The process was stopped, "
             f"or its node or the network to it is down. {GO_ON}",
             step=self.step,
         )  # fmt: skip
@@ -162,7 +162,7 @@ class Judge:
             waits = "They wait for each other: the network between them, or a GPU. " if seen.beat.is_waiting else ""
         return Verdict(
             f"{self._at()}: {self._names(ranks)} not got on for {seen.idle_seconds:.0f} s, in phase "
-            f"'{seen.beat.phase}'; expected a sign of life within {self._limit_of(ranks[0])}. {waits}Each rank's "
+            f"'{seen.beat.phase}'; expected a sign of life within {self._option(self.is_starting or seen.beat.is_patient)}. {waits}Each rank's "
             f"log (log.txt, log-rank*.txt) says what it was doing. {GO_ON}",
             step=self.step,
         )  # fmt: skip
@@ -170,9 +170,8 @@ class Judge:
     def _at(self) -> str:
         return f"step {self.step}" if self.step else "start"
 
-    def _limit_of(self, rank: int) -> str:
-        option = "start_timeout_seconds" if self._seen[rank].beat.is_patient else "timeout_seconds"
-        return f"parallel.{option} ({self.limit(rank):g})"
+    def _option(self, is_long: bool) -> str:
+        return f"parallel.{'start_' if is_long else ''}timeout_seconds ({self._limits[is_long]:g})"
 
     def _names(self, ranks: list[int]) -> str:
         if len(ranks) == 1:

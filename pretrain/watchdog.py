@@ -161,7 +161,7 @@ class Watchdog:
         self._say_farewell()
 
     def _judge_by(self, news: News, silent_seconds: float) -> Verdict | None:
-        self._judge.step = self._heartbeat.step
+        self._judge.step, self._judge.is_starting = self._heartbeat.step, self._heartbeat.is_starting
         if self._ranks.is_first:
             self._judge.hear(0, self._heartbeat.read())
         for rank, beat in news.beats.items():
@@ -173,10 +173,10 @@ class Watchdog:
         if news.failed:
             rank = next(iter(news.failed))
             return self._judge.failed(rank, *news.failed[rank])
-        verdict = self._judge.ended(news.ended[0]) if news.ended else self._judge.silent(silent_seconds)
+        verdict = self._judge.ended(news.ended[0]) if news.ended else self._judge.silent()
         if self._ranks.is_first:
             self._sentences += self._stragglers.read()
-            return verdict or self._judge.stalled()
+            return verdict or self._judge.stalled(silent_seconds)
         self.speaks = verdict is not None and self._ranks.rank == 1
         return verdict
 

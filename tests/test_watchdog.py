@@ -27,6 +27,7 @@ def judge_of(*beats: Beat) -> Judge:
     for rank, beat in enumerate(beats):
         judge.hear(rank, beat)
     judge.step = max(beat.step for beat in beats)
+    judge.is_starting = judge.step == 0
     return judge
 
 
@@ -48,8 +49,8 @@ def pass_time(judge: Judge, seconds: float, *beats: Beat, silent: tuple[int, ...
 def test_a_heartbeat_says_what_the_main_thread_does():
     heart = Heartbeat()
     first = heart.read()
-    assert (first.step, first.is_patient, first.is_waiting) == (0, True, False)
-    heart.is_starting, heart.step = False, 3
+    assert (first.step, first.is_patient, first.is_waiting) == (0, False, False)
+    heart.step = 3
     heart.enter("saving", is_patient=True)
     with heart.waiting():
         assert heart.read().is_waiting
@@ -74,10 +75,10 @@ def test_who_hangs_is_blamed_and_who_waits_for_it_is_not():
     beats = [beat("data", 9, is_waiting=True), beat("data", 9), beat("optimizer", 12)]
     judge = judge_of(*beats)
     pass_time(judge, SECONDS - 1, *beats)
-    assert judge.silent(3) is None and judge.stalled() is None
+    assert judge.silent() is None and judge.stalled(3) is None
     pass_time(judge, 2, *beats)
-    verdict = judge.stalled()
-    assert judge.silent(3) is None and (verdict.exit_status, verdict.lost, verdict.num_done) == (69, None, 3)
+    verdict = judge.stalled(3)
+    assert judge.silent() is None and (verdict.exit_status, verdict.lost, verdict.num_done) == (69, None, 3)
     assert verdict.reason.startswith(
         "step 4: rank 1 on node1 has not got on for 11 s, in phase 'data'; expected a sign of life within "
         "parallel.timeout_seconds (10). The others wait for it. Each rank's log (log.txt, log-rank*.txt) says"
@@ -91,7 +92,7 @@ def test_a_rank_that_works_is_waited_for_however_long():
         judge.pass_time(1.0)
         judge.hear(0, waiting)
         judge.hear(1, beat("optimizer", 9, num_beats=50 + number))
-    assert judge.stalled() is None and judge.silent(3) is None
+    assert judge.stalled(3) is None and judge.silent() is None
 
 
 def test_who_only_waits_for_a_rank_that_is_long_allowed_to_work_is_not_blamed():
@@ -99,25 +100,25 @@ def test_who_only_waits_for_a_rank_that_is_long_allowed_to_work_is_not_blamed():
     waiting = beat("saving", 9, is_waiting=True)
     judge = judge_of(saving, waiting)
     pass_time(judge, START_SECONDS - 1, saving, waiting)
-    assert judge.stalled() is None
+    assert judge.stalled(3) is None
     pass_time(judge, 2, saving, waiting)
-    assert "rank 0 on node0 has not got on for 31 s, in phase 'saving'" in judge.stalled().reason
-    assert "within parallel.start_timeout_seconds (30)" in judge.stalled().reason
+    assert "rank 0 on node0 has not got on for 31 s, in phase 'saving'" in judge.stalled(3).reason
+    assert "within parallel.start_timeout_seconds (30)" in judge.stalled(3).reason
 
 
 def test_all_that_wait_for_each_other():
     waiting = beat("backward", 9, is_waiting=True)
     judge = judge_of(waiting, waiting, waiting, waiting)
     pass_time(judge, SECONDS, *[waiting] * 4)
-    assert "all 4 ranks have not got on for 10 s, in phase 'backward'" in judge.stalled().reason
-    assert "They wait for each other: the network between them, or a GPU." in judge.stalled().reason
+    assert "all 4 ranks have not got on for 10 s, in phase 'backward'" in judge.stalled(3).reason
+    assert "They wait for each other: the network between them, or a GPU." in judge.stalled(3).reason
 
 
 def test_a_silent_rank_is_called_silent_even_if_it_was_behind():
     beats = [beat("optimizer", 12, is_waiting=True), beat("forward", 9)]
     judge = judge_of(*beats)
     pass_time(judge, SECONDS + 2, *beats, silent=(1,))
-    assert judge.silent(3).reason.startswith(
+    assert judge.silent().reason.startswith(
         "step 4: rank 1 on node1 has not been heard of for 12 s, last in phase 'forward'; expected a sign of life within "
         "parallel.timeout_seconds (10). The process was stopped, or its node or the network to it is down. The same"
     )
@@ -127,9 +128,9 @@ def test_a_start_and_a_compiling_first_step_have_more_time():
     start = Beat(step=0, phase="engine", position=5, num_beats=7)
     judge = judge_of(start, start)
     pass_time(judge, START_SECONDS - 1, start, start)
-    assert judge.stalled() is None
+    assert judge.stalled(3) is None
     pass_time(judge, 1, start, start)
-    assert judge.stalled().reason.startswith("start: all 2 ranks have not got on for 30 s, in phase 'engine'")
+    assert judge.stalled(3).reason.startswith("start: all 2 ranks have not got on for 30 s, in phase 'engine'")
 
 
 def test_ranks_that_have_done_everything_are_not_missed():
@@ -139,7 +140,7 @@ def test_ranks_that_have_done_everything_are_not_missed():
     for number in range(40):
         judge.pass_time(1.0)
         judge.hear(0, beat("saving", 9, num_beats=number))
-    assert judge.silent(3) is None and judge.stalled() is None
+    assert judge.silent() is None and judge.stalled(3) is None
 
 
 def test_a_process_that_ended_and_an_error_of_its_own():
