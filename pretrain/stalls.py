@@ -146,24 +146,24 @@ class Judge:
         return Verdict(f"{self.name(rank)}: {reason}", exit_status, self.step, lost=rank)
 
     def _silent(self, ranks: list[int]) -> Verdict:
-        seen = self._seen[ranks[0]]
+        seen, option = self._seen[ranks[0]], self._option(self.is_starting)
         return Verdict(
             f"{self._at()}: {self._names(ranks)} not been heard of for {seen.silent_seconds:.0f} s, last in phase "
-            f"'{seen.beat.phase}'; expected a sign of life within {self._option(self.is_starting)}. The process was stopped, "
-            f"or its node or the network to it is down. {GO_ON}",
+            f"'{seen.beat.phase}'; expected a sign of life within {option}. The process was stopped, or its "
+            f"node or the network to it is down. {GO_ON}",
             step=self.step,
         )  # fmt: skip
 
     def _stuck(self, ranks: list[int]) -> Verdict:
         seen = self._seen[ranks[0]]
-        everybody = len(ranks) == len(self._seen) > 1
-        waits = "The others wait for it. " if 0 < len(self._seen) - len(ranks) else ""
-        if everybody:
-            waits = "They wait for each other: the network between them, or a GPU. " if seen.beat.is_waiting else ""
+        option = self._option(self.is_starting or seen.beat.is_patient)
+        waits = "The others wait for it. " if len(ranks) < len(self._seen) else ""
+        if len(ranks) == len(self._seen) > 1 and seen.beat.is_waiting:
+            waits = "They wait for each other: the network between them, or a GPU. "
         return Verdict(
             f"{self._at()}: {self._names(ranks)} not got on for {seen.idle_seconds:.0f} s, in phase "
-            f"'{seen.beat.phase}'; expected a sign of life within {self._option(self.is_starting or seen.beat.is_patient)}. {waits}Each rank's "
-            f"log (log.txt, log-rank*.txt) says what it was doing. {GO_ON}",
+            f"'{seen.beat.phase}'; expected a sign of life within {option}. {waits}Each rank's log (log.txt, "
+            f"log-rank*.txt) says what it was doing. {GO_ON}",
             step=self.step,
         )  # fmt: skip
 
