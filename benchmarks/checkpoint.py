@@ -196,7 +196,7 @@ def work(arguments: argparse.Namespace) -> None:
     engine = Engine(Transformer(shape, config.run.seed), config, BatchPlan.of(config, ranks.world_size), ranks)
     num_owned = sum(tensor.nbytes for tensor in tensors_of(engine).values())
     total = int(ranks.sum([num_owned])[0])
-    folder = Path(ranks.from_first(tempfile.mkdtemp(dir=arguments.folder)))
+    folder = Path(ranks.from_first(tempfile.mkdtemp(dir=arguments.folder) if ranks.is_first else ""))
     rows: list[dict[str, Any]] = []
     try:
         every, ours = subjects(engine, ranks, folder, config, arguments.only)

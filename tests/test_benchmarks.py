@@ -410,6 +410,8 @@ def test_calls_a_document_are_what_ours_is_measured_against() -> None:
     torch.testing.assert_close(attention_cpu.by_document(lengths)(*tensors), ours)
 
 
+@pytest.mark.slow
+@pytest.mark.launches
 def test_checkpoints_are_measured_beside_their_peers(tmp_path):
     arguments = [
         "configs/gpt2-124m.yaml",
