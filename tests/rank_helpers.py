@@ -91,6 +91,14 @@ def state_hash(reader: CheckpointReader) -> str:
     return digest.hexdigest()
 
 
+def good_steps(run: Path) -> list[int]:
+    """Steps of a run's complete checkpoints, each of which must verify."""
+    steps = list_steps(run / "checkpoints")
+    for step in steps:
+        CheckpointReader(run / "checkpoints" / folder_name(step)).verify()
+    return steps
+
+
 def newest(run: Path) -> CheckpointReader:
     """The newest checkpoint of a run."""
     return CheckpointReader(run / "checkpoints" / folder_name(list_steps(run / "checkpoints")[-1]))
