@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from pretrain import __version__
-from pretrain.checkpoint_files import CheckpointReader, folder_name, list_steps
+from pretrain.checkpoint_files import CheckpointReader, folder_name, has_checkpoints, list_steps
 from pretrain.config import Config
 from pretrain.distributed import Ranks
 from pretrain.errors import CheckpointError, ConfigError
@@ -102,7 +102,7 @@ class RunFolder:
 
     def _take_up(self, config: Config) -> int:
         saved = self.path / CONFIG_FILE
-        if list_steps(self.path / "checkpoints"):  # before the first checkpoint there is nothing to go on with
+        if has_checkpoints(self.path / "checkpoints"):  # before the first checkpoint there is nothing to go on with
             if not saved.exists():
                 raise ConfigError(
                     f"{self.path}: has checkpoints and no {CONFIG_FILE}; expected both. Restore it, or use another "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -26,7 +27,10 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Map
     try:
         save_file(dict(tensors), path, metadata=dict(metadata))
     except SafetensorError as error:  # it wraps the operating system's errors
-        raise OSError(str(error)) from None
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise OSError(str(error)) from None
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from None
     path.chmod(path.parent.stat().st_mode & 0o666)  # safetensors lets nobody but the owner read
     with open(path, "rb+") as file:
         os.fsync(file.fileno())
@@ -51,11 +55,15 @@ def sync_folder(path: Path) -> None:
 def write_text(path: Path, text: str) -> None:
     """Write a small file so that it is, at every moment, either the old one or the new one, whole."""
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
     sync_folder(path.parent)
 
 

@@ -134,4 +134,6 @@ def nothing_is_left(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[
     give_up = time.monotonic() + LEFT_SECONDS
     while (found := left()) and time.monotonic() < give_up:
         time.sleep(0.1)
+    for process in server.descendants() if server else []:
+        process.kill()
     assert found == []

@@ -83,7 +83,7 @@ def test_killed_at_random_moments_of_saving(start, tmp_path, undisturbed, repeat
 @pytest.mark.parametrize("rank", [None, 1])
 def test_sigterm_saves_once_and_all_ranks_say_resumable(start, tmp_path, undisturbed, rank):
     run, mark = tmp_path / "run", tmp_path / "mark"
-    ranks = start(run, hooks=at_call("hold", call="save_file", number=1, at_rank=0, mark=str(mark)))
+    ranks = start(run, hooks=at_call("hold", call="save_file", number=1, at_rank=0, path=str(mark)))
     wait_for(mark)  # in the middle of training, beside which it saves
     ranks.send(signal.SIGTERM, rank)
     mark.unlink()
@@ -98,7 +98,7 @@ def test_sigterm_saves_once_and_all_ranks_say_resumable(start, tmp_path, undistu
 
 def test_signals_in_the_middle_of_a_save_do_no_harm(start, tmp_path, undisturbed):
     run, mark = tmp_path / "run", tmp_path / "mark"
-    ranks = start(run, hooks=at_call("hold", call="rename", number=2, at_rank=0, mark=str(mark)))
+    ranks = start(run, hooks=at_call("hold", call="rename", number=2, at_rank=0, path=str(mark)))
     wait_for(mark)
     assert good_steps(run) == [3] and list((run / "checkpoints").glob(".tmp-*"))
     for rank in (0, 1, 1, 0):
@@ -113,7 +113,7 @@ def test_signals_in_the_middle_of_a_save_do_no_harm(start, tmp_path, undisturbed
 
 def test_a_save_that_takes_longer_than_the_grace_time(start, tmp_path, undisturbed):
     run, mark = tmp_path / "run", tmp_path / "mark"
-    ranks = start(run, hooks=at_call("hold", call="fsync", number=10, at_rank=0, mark=str(mark)))
+    ranks = start(run, hooks=at_call("hold", call="fsync", number=10, at_rank=0, path=str(mark)))
     wait_for(mark)
     ranks.send(signal.SIGTERM)
     time.sleep(1)
