@@ -211,18 +211,26 @@ class Checkpoints:
             return f"{error}; expected a writable folder with enough space. {_FIXES.get(error.errno or 0, _ANY_FIX)}"
         return None
 
-    def load_newest(self, engine: Engine) -> dict[str, Any] | None:
+    def steps(self) -> list[int]:
+        """Steps of the complete checkpoints, oldest first, as rank 0 sees them."""
+        return self.ranks.from_first(list_steps(self.folder))
+
+    def load_newest(self, engine: Engine, up_to_step: int | None = None) -> dict[str, Any] | None:
         """Fill the engine from the newest checkpoint that verifies, and return its `training` state.
 
         Newer ones, which are damaged, are renamed to `step-NNNNNNNN.damaged` and reported.
 
+        Args:
+            engine: whose masters and moments are filled.
+            up_to_step: leave out checkpoints of later steps.
         Returns:
-            None if the folder holds no checkpoint at all.
+            None if the folder holds no such checkpoint at all.
         Raises:
             CheckpointError: there are checkpoints and none is good. The run never begins anew by itself.
         """
         damaged: dict[Path, str] = {}  # what is wrong with each; they keep their names until a good one is found
-        for step in reversed(self.ranks.from_first(list_steps(self.folder, without_manifest=True))):
+        steps = self.ranks.from_first(list_steps(self.folder, without_manifest=True))
+        for step in reversed([step for step in steps if up_to_step is None or step <= up_to_step]):
             folder = self.folder / folder_name(step)
             problems = dict.fromkeys(problem for problem in self.ranks.gather(self._verify_share(folder)) if problem)
             if not problems:
@@ -243,6 +251,14 @@ class Checkpoints:
             error.agreed = True
             raise error
         return None
+
+    def discard_after(self, step: int) -> None:
+        """Remove the checkpoints of later steps, which are not to be gone on from."""
+        if self.ranks.is_first:
+            for later in list_steps(self.folder):
+                if later > step:
+                    self._remove(self.folder / folder_name(later))
+        self.ranks.barrier()
 
     def _set_aside(self, folder: Path) -> None:
         """Take a damaged checkpoint's name from it, so that its step can be saved again."""

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pretrain.console import LiveLine, format_count, format_duration
+from pretrain.console import LiveLine, format_count, format_duration, warn
 from pretrain.patient_file import PatientFile
 from pretrain.run_options import LogSection
 from pretrain.tracking import Tracker
@@ -45,6 +45,7 @@ class StepMetrics:
     step_seconds: float
     memory_bytes: int
     skipped_steps: int
+    clipped_steps: int
     damaged_documents: int
     damaged_tokens: int
     seq_len: int
@@ -69,8 +70,12 @@ def drop_lines_after(path: Path, step: int) -> None:
         except (ValueError, KeyError, TypeError):
             continue
     temporary = path.with_suffix(".tmp")
-    temporary.write_bytes(b"".join(kept))
-    os.replace(temporary, path)
+    try:
+        temporary.write_bytes(b"".join(kept))
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        warn(f"{path}: lines past step {step} cannot be removed ({error.strerror}); these steps will be there twice")
 
 
 class _Events:
@@ -92,7 +97,6 @@ class _Events:
         from torch.utils.tensorboard import summary  # imports tensorboard
 
         self._event, self._record_writer, self._summary = Event, RecordWriter, summary
-        folder.mkdir(exist_ok=True)
         name = f"events.out.tfevents.{time.time_ns() / 1e9:.6f}.{platform.node()}.{os.getpid()}"
         self._file = PatientFile(folder / name)
         self._add(file_version="brain.Event:2")
@@ -148,12 +152,20 @@ class MetricLog:
         self._flops_per_token, self._peak_flops = flops_per_token, peak_flops
         self._recent: deque[float] = deque(maxlen=20)
         self._line = LiveLine()
-        path = folder / "metrics.jsonl"
-        drop_lines_after(path, first_step)
-        self._file = PatientFile(path)
-        self._events = None
-        if section.tensorboard:
-            self._events = _Events(folder / "tensorboard", first_step + 1 if attempt > 1 or first_step else None)
+        self._folder = folder
+        self._open_files(first_step, is_first=attempt == 1 and first_step == 0)
+
+    def _open_files(self, after_step: int, is_first: bool) -> None:
+        path = self._folder / "metrics.jsonl"
+        drop_lines_after(path, after_step)
+        self._file, self._events = PatientFile(path), None
+        if self.section.tensorboard:
+            self._events = _Events(self._folder / "tensorboard", None if is_first else after_step + 1)
+
+    def rewind(self, step: int) -> None:
+        """Drop what was recorded of the steps after this one, which are done again."""
+        self._close_files()
+        self._open_files(step, is_first=False)
 
     def step(self, metrics: StepMetrics) -> None:
         """Record one training step."""
@@ -167,8 +179,9 @@ class MetricLog:
             "lr": metrics.lr, "tokens_per_second": rate, "tokens_per_second_per_gpu": rate / self.world_size,
             "step_seconds": metrics.step_seconds, "mfu": utilisation[0], "mfu_causal": utilisation[1],
             "memory_bytes": metrics.memory_bytes, "data_wait_seconds": metrics.phase_seconds["data"],
-            "skipped_steps": metrics.skipped_steps, "damaged_documents": metrics.damaged_documents,
-            "damaged_tokens": metrics.damaged_tokens, "timestamp": time.time(), "attempt": self.attempt,
+            "skipped_steps": metrics.skipped_steps, "clipped_steps": metrics.clipped_steps,
+            "damaged_documents": metrics.damaged_documents, "damaged_tokens": metrics.damaged_tokens,
+            "timestamp": time.time(), "attempt": self.attempt,
         }  # fmt: skip
         line |= {} if metrics.objective is None else {"objective": metrics.objective}
         line |= {f"epoch/{name}": epoch for name, epoch in metrics.epochs.items()}
@@ -246,8 +259,11 @@ class MetricLog:
     def close(self, failed: bool = False) -> None:
         """Flush and close everything; `failed` says how the run ended."""
         self._line.end()
+        self._close_files()
+        if self._tracker:
+            self._tracker.close(failed)
+
+    def _close_files(self) -> None:
         self._file.close()
         if self._events:
             self._events.close()
-        if self._tracker:
-            self._tracker.close(failed)

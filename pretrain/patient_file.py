@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+from io import FileIO
 from pathlib import Path
 
 from pretrain.console import warn
@@ -18,13 +18,9 @@ class PatientFile:
     """
 
     def __init__(self, path: Path) -> None:
-        """Open the file, which is made if it is not there.
-
-        Raises:
-            OSError: it cannot be opened.
-        """
+        """Open the file at the first record; it and its folder are made if they are not there."""
         self._path = path
-        self._file = open(path, "ab", buffering=0)
+        self._file: FileIO | None = None
         self._waiting = bytearray()
         self._num_dropped, self._is_failing = 0, False
 
@@ -38,8 +34,11 @@ class PatientFile:
 
     def _write(self) -> None:
         try:
+            if self._file is None:
+                self._path.parent.mkdir(exist_ok=True)
+                self._file = FileIO(self._path, "ab")
             while self._waiting:
-                del self._waiting[: os.write(self._file.fileno(), self._waiting)]
+                del self._waiting[: self._file.write(self._waiting)]
         except OSError as error:
             if not self._is_failing:
                 warn(
@@ -58,4 +57,5 @@ class PatientFile:
         self._write()
         if self._waiting:
             warn(f"{self._path}: its last {len(self._waiting):,} bytes could not be written, and are lost")
-        self._file.close()
+        if self._file:
+            self._file.close()

@@ -30,6 +30,7 @@ from pretrain.profiling import PhaseClock, Profiler
 from pretrain.run_folder import RunFolder, open_log, writable
 from pretrain.samples import Samples, drop_samples_after
 from pretrain.self_test import check_optimizer
+from pretrain.spikes import Observation, SpikeGuard
 from pretrain.start_clock import StartClock
 from pretrain.stream import TokenStream, ValRows
 from pretrain.tokenizer import Tokenizer
@@ -44,6 +45,7 @@ class Progress:
     step: int = 0
     num_tokens: int = 0
     num_skipped: int = 0
+    num_clipped: int = 0  # updates whose gradients were longer than optim.clip_norm
     best_loss: float | None = None
     best_step: int | None = None
     best_counted_loss: float | None = None  # the best by more than eval.min_delta, for early stopping
@@ -54,21 +56,32 @@ class Progress:
 class PendingStep:
     """A step that is done but for reading back its sums, which takes until the device has come so far."""
 
-    metrics: StepMetrics  # without the losses, the norm and the phases
+    metrics: StepMetrics  # without the losses, the norm, the count of clipped ones and the phases
     num_targets: int
     sums: PendingSum  # of the objective, the cross-entropy, and the gradient norm, which is the same on all ranks
     phases: PhaseClock
     world_size: int
+    rows: tuple[int, int]
+    starts_phase: bool
 
-    def finish(self) -> StepMetrics:
+    def observe(self) -> Observation:
+        """Wait for the device, and return what all ranks know alike."""
+        _, loss_sum, norm_sum = self.sums.result()
+        return Observation(
+            self.metrics.step, *self.rows, loss_sum / max(self.num_targets, 1), norm_sum / self.world_size,
+            self.starts_phase,
+        )  # fmt: skip
+
+    def finish(self, num_clipped: int) -> StepMetrics:
         """Wait for the device, and return the whole metrics."""
-        objective_sum, loss_sum, norm_sum = self.sums.result()
+        objective_sum, *_ = self.sums.result()
+        observation = self.observe()
         num_targets = max(self.num_targets, 1)
         seconds = {"communication": 0.0} | self.phases.seconds()  # one rank may have none
         # What the phases leave. The device runs behind the host, so that their ends differ a little.
         rest = max(0.0, self.metrics.step_seconds - sum(seconds.values()))
         return replace(
-            self.metrics, loss=loss_sum / num_targets, grad_norm=norm_sum / self.world_size,
+            self.metrics, loss=observation.loss, grad_norm=observation.grad_norm, clipped_steps=num_clipped,
             objective=None if self.metrics.objective is None else objective_sum / num_targets,
             phase_seconds=seconds | {"others": seconds.get("others", 0.0) + rest},
         )  # fmt: skip
@@ -88,6 +101,7 @@ class Run:
     checkpoints: Checkpoints
     samples: Samples
     guard: SkipGuard
+    spikes: SpikeGuard
     profiler: Profiler
     folder: RunFolder | None
     log: MetricLog | None
@@ -158,17 +172,20 @@ def open_run(
         stream.damage.check()
         ranks.agree(lambda: folder.accept(config) if folder else None)
     clock.mark("checkpoint")
-    ranks.agree(lambda: open_log(run_path, ranks))
+    open_log(run_path, ranks)
     tracker = ranks.agree(lambda: start_tracking(config, folder, events.append))
-    log = ranks.agree(lambda: open_metrics(config, plan, shape, ranks, folder, progress, tracker) if folder else None)
-    if log:
+    log = None
+    if folder:
+        log = open_metrics(config, plan, shape, ranks, folder, progress, tracker)
         cleanup.push(lambda kind, *_: log.close(failed=kind is not None))
     guard = SkipGuard(config.guard.max_skipped_steps, progress.num_skipped)
+    spikes = SpikeGuard(config.guard)
+    spikes.load_state((training or {}).get("spikes", {}))
     profiler = Profiler(
         run_path, config.train.profile_steps, ranks.rank, ranks.device, lambda *event: run.event(*event)
     )
-    run = Run(config, ranks, plan, tokenizer, stream, val_rows, engine, checkpoints, samples, guard, profiler, folder,
-              log, stop, clock, progress)  # fmt: skip
+    run = Run(config, ranks, plan, tokenizer, stream, val_rows, engine, checkpoints, samples, guard, spikes, profiler,
+              folder, log, stop, clock, progress)  # fmt: skip
     announce(run, events, is_resumed=training is not None)
     return run
 
@@ -186,8 +203,7 @@ def open_metrics(
 ) -> MetricLog:  # fmt: skip
     """Open the metrics of the run folder, after the step that the run goes on from."""
     drop_samples_after(folder.path, progress.step)
-    with writable(folder.path):
-        return MetricLog(
+    return MetricLog(
             folder.path, config.log, num_steps=plan.num_steps, tokens_per_step=plan.tokens_per_step,
             world_size=ranks.world_size, first_step=progress.step, attempt=folder.attempt,
             flops_per_token=flops_by_length(shape, config.data.seq_lens),

@@ -224,14 +224,9 @@ class _LogFile(logging.Handler):
 
 
 def open_log(folder: Path, ranks: Ranks) -> None:
-    """Send this rank's log to `log.txt`, other ranks' to files beside it.
-
-    Raises:
-        ConfigError: it cannot be written.
-    """
+    """Send this rank's log to `log.txt`, other ranks' to files beside it."""
     name = "log.txt" if ranks.is_first else f"log-rank{ranks.rank:05d}.txt"
-    with writable(folder):
-        handler = _LogFile(folder / name)
+    handler = _LogFile(folder / name)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     log = logging.getLogger("longhaul")
     log.setLevel(logging.INFO)

@@ -32,7 +32,7 @@ TIERS = (
     "remote_corpus",
     "prefetch settings sentencepiece_tokenizer model optim checkpoint_files shard_reader journal sources spills sampling"
     " tracking family_table profiling",
-    "communication metrics guard hf_tokenizer generate",
+    "communication metrics guard spikes hf_tokenizer generate",
     "engine tokenizer_files tokenizer_trial",
     "text_shards",
     "data_plan",
@@ -46,6 +46,7 @@ TIERS = (
     "corpus",
     "tar_index",
     "run prepare convert quickstart",
+    "rollback",
     "train",
     "dry_run",
     "prepare_options",

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import pytest
-
 from pretrain import patient_file
 from pretrain.patient_file import PatientFile
 from tests.data_helpers import file_size_limit
@@ -42,6 +40,13 @@ def test_what_waits_is_bounded_and_what_is_dropped_is_counted(tmp_path, capsys, 
     assert capsys.readouterr().err.endswith(f"{path}: its last 5 bytes could not be written, and are lost\n")
 
 
-def test_a_folder_that_is_not_there_is_an_error_at_the_start(tmp_path):
-    with pytest.raises(FileNotFoundError):
-        PatientFile(tmp_path / "absent" / "log.txt")
+def test_a_file_that_cannot_be_made_waits_too(tmp_path, capsys):
+    path = tmp_path / "tensorboard" / "events"
+    (tmp_path / "tensorboard").write_text("in the way")
+    file = PatientFile(path)
+    file.append(b"first\n")
+    assert "events: cannot be written (File exists); " in capsys.readouterr().err
+    (tmp_path / "tensorboard").unlink()
+    file.append(b"second\n")
+    file.close()
+    assert path.read_bytes() == b"first\nsecond\n"
