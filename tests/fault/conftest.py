@@ -39,6 +39,10 @@ class Starter:
         arguments = [self._config, *common, *overrides]
         return self._server.start(arguments, num_ranks, log, hooks, TMPDIR=str(self._temporary))
 
+    def processes(self) -> list[psutil.Process]:
+        """Ranks that run, and whatever ranks have left."""
+        return self._server.descendants()
+
     def finish(self, run: Path, *overrides: str, num_ranks: int = 2) -> None:
         """Take a run to its end."""
         ranks = self(run, *overrides, num_ranks=num_ranks)

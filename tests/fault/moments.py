@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import builtins
 import errno
+import gc
+import json
 import os
 import signal
 import threading
@@ -53,7 +55,8 @@ def act(action: str, path: str, after: float = 0.0) -> None:
 
     Args:
         action: `kill` this rank, `kill_all` ranks, `no_space` (the call fails as on a full disk), `hold` (wait until
-            the file `path`, which this makes, is gone), `fill` the disk of `path` by this file, or `free` it again.
+            the file `path`, which this makes, is gone), `fill` the disk of `path` by this file, or `free` it again, or `stop`
+            (SIGTERM to this rank).
         path: of a file.
         after: seconds for which a kill comes later.
     """
@@ -64,6 +67,8 @@ def act(action: str, path: str, after: float = 0.0) -> None:
         timer.run() if after == 0 else timer.start()
     elif action == "no_space":
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    elif action == "stop":
+        os.kill(os.getpid(), signal.SIGTERM)
     elif action == "hold":
         Path(path).touch()
         while os.path.exists(path):
@@ -109,7 +114,9 @@ def at_call(
     watch_calls(before)
 
 
-def at_step(rank: int, action: str, step: int, at_rank: int | None = None, path: str = "") -> None:
+def at_step(
+    rank: int, action: str, step: int, at_rank: int | None = None, after: float = 0.0, path: str = ""
+) -> None:  # fmt: skip
     """Do something just before an update, from 1; the rest as for `at_call`."""
     from pretrain import train
 
@@ -117,7 +124,28 @@ def at_step(rank: int, action: str, step: int, at_rank: int | None = None, path:
 
     def train_step(run: Any) -> bool:
         if run.progress.step + 1 == step and at_rank in (None, rank):
-            act(action, path)
+            act(action, path, after)
+        return original(run)
+
+    train.train_step = train_step
+
+
+def measure(rank: int, path: str, steps: list[int]) -> None:
+    """Write what this process holds just before some updates to `path-RANK`, as a line of JSON each."""
+    import psutil
+
+    from pretrain import train
+
+    original, process = train.train_step, psutil.Process()
+
+    def train_step(run: Any) -> bool:
+        if run.progress.step + 1 in steps:
+            run.checkpoints.finish_save()  # what saves hold is no leak
+            gc.collect()
+            held = {"descriptors": process.num_fds(), "threads": process.num_threads(),
+                    "resident_bytes": process.memory_info().rss}  # fmt: skip
+            with open(f"{path}-{rank}", "a") as file:
+                print(json.dumps(held), file=file)
         return original(run)
 
     train.train_step = train_step
