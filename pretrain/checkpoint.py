@@ -34,7 +34,7 @@ from pretrain.checkpoint_files import (
     manifest_digest,
 )
 from pretrain.distributed import Ranks
-from pretrain.engine import Engine
+from pretrain.engine import MASTER, Engine
 from pretrain.errors import CheckpointError
 from pretrain.run_options import CheckpointSection
 from pretrain.share_writer import ShareWriter, Task, collect_shares
@@ -232,33 +232,47 @@ class Checkpoints:
         steps = self.ranks.from_first(list_steps(self.folder, without_manifest=True))
         for step in reversed([step for step in steps if up_to_step is None or step <= up_to_step]):
             folder = self.folder / folder_name(step)
-            problems = dict.fromkeys(problem for problem in self.ranks.gather(self._verify_share(folder)) if problem)
+            problems = self.verify(folder)
             if not problems:
                 for bad, problem in damaged.items():
                     self.ranks.agree(partial(self._set_aside, bad))
                     if self.ranks.is_first:
                         self.report("checkpoint_damaged", f"{problem}. Going on from the one before.")
-                return self._fill(engine, CheckpointReader(folder))
+                reader = CheckpointReader(folder)
+                fill(engine, reader, self.ranks)
+                return reader.training
             damaged[folder] = "; ".join(problem.rstrip(".") for problem in problems)
         if self.ranks.from_first(has_checkpoints(self.folder)):
             found = f"has only checkpoints that are called step-…{DAMAGED}"
             if damaged:
                 found = f"none of its {len(damaged)} checkpoints is intact ({next(iter(damaged.values()))})"
             error = CheckpointError(
-                f"{self.folder}: {found}; expected one that is. Restore one from a backup, or start again with another "
-                "run.dir."
+                f"{self.folder}: {found}; expected one that is. Restore one from a backup, or begin anew with "
+                "resume.from_scratch=true or another run.dir."
             )
             error.agreed = True
             raise error
         return None
 
     def discard_after(self, step: int) -> None:
-        """Remove the checkpoints of later steps, which are not to be gone on from."""
-        if self.ranks.is_first:
-            for later in list_steps(self.folder):
+        """Remove the checkpoints of later steps, which are not to be gone on from.
+
+        Raises:
+            CheckpointError: on all ranks, one cannot be removed.
+        """
+        self.ranks.agree(partial(self._discard_after, step))
+
+    def _discard_after(self, step: int) -> None:
+        for later in list_steps(self.folder) if self.ranks.is_first else []:
+            folder = self.folder / folder_name(later)
+            try:
                 if later > step:
-                    self._remove(self.folder / folder_name(later))
-        self.ranks.barrier()
+                    self._remove(folder)
+            except OSError as error:
+                raise CheckpointError(
+                    f"{folder}: is past step {step}, to which the run goes back, and cannot be removed ({error}); "
+                    "expected a writable folder. Remove it."
+                ) from None
 
     def _set_aside(self, folder: Path) -> None:
         """Take a damaged checkpoint's name from it, so that its step can be saved again."""
@@ -274,6 +288,11 @@ class Checkpoints:
                 f"{folder}: is damaged and cannot be renamed ({error}); expected a writable folder. Move it away."
             ) from None
 
+    def verify(self, folder: Path) -> list[str]:
+        """Return what is wrong with a checkpoint; the ranks divide its files between them."""
+        found = self.ranks.gather(self._verify_share(folder))
+        return list(dict.fromkeys(problem for problem in found if problem))  # each once: all ranks read the manifest
+
     def _verify_share(self, folder: Path) -> str | None:
         try:
             reader = CheckpointReader(folder)
@@ -281,18 +300,6 @@ class Checkpoints:
             return "; ".join(problem for name in names if (problem := reader.verify_file(name))) or None
         except CheckpointError as error:
             return str(error)
-
-    def _fill(self, engine: Engine, reader: CheckpointReader) -> dict[str, Any]:
-        if reader.shapes != engine.parameter_shapes():
-            raise CheckpointError(
-                f"{reader.folder}: holds another model than the config's; use the config that wrote it."
-            )
-        for fragment in engine.replicated_fragments():
-            for state, view in fragment.tensors.items():
-                view.copy_(reader.read(fragment.name, state, fragment.start, fragment.length))
-        engine.finish_loading(reader.training["optimizer_step"])
-        engine.load_loss_scale_state(reader.training["loss_scale"])
-        return reader.training
 
     def _prune(self, best_step: int | None) -> None:
         """Remove all but the newest `keep_last` checkpoints, the multiples of `keep_every` and the best one."""
@@ -312,6 +319,46 @@ class Checkpoints:
         doomed = folder.with_name(f".tmp-removed-{folder.name}")  # renamed first: half a folder is never seen
         folder.rename(doomed)
         shutil.rmtree(doomed, ignore_errors=True)
+
+
+def fill(engine: Engine, reader: CheckpointReader, ranks: Ranks, with_optimizer: bool = True) -> None:
+    """Fill the engine from a checkpoint that was verified; each rank reads what it owns.
+
+    Args:
+        engine: whose masters and moments are filled.
+        reader: the checkpoint.
+        ranks: all ranks.
+        with_optimizer: the moments too, and the optimizer's own step; else they stay as they are before the first one.
+    Raises:
+        CheckpointError: on all ranks, it is of another model or of another optimizer, or cannot be read.
+    """
+    ranks.agree(lambda: _read_into(engine, reader, with_optimizer))
+    engine.finish_loading(reader.training["optimizer_step"] if with_optimizer else 0)
+    engine.load_loss_scale_state(reader.training["loss_scale"])
+
+
+def _read_into(engine: Engine, reader: CheckpointReader, with_optimizer: bool) -> None:
+    if reader.shapes != engine.parameter_shapes():
+        raise CheckpointError(
+            f"{reader.folder}: holds another model than the config's; expected the same parameters. Use the `model` of "
+            "the config that wrote it, or begin with another run.dir."
+        )
+    if with_optimizer and (lacking := _lacking(engine, reader)):
+        raise CheckpointError(
+            f"{reader.folder}: has no {lacking}; expected the states of optim.name. Use the `optim` of the config that "
+            "wrote it; a new run can do without by resume.from and resume.optimizer=false."
+        )
+    for fragment in engine.replicated_fragments():
+        for state, view in fragment.tensors.items():
+            if with_optimizer or state == MASTER:
+                view.copy_(reader.read(fragment.name, state, fragment.start, fragment.length))
+
+
+def _lacking(engine: Engine, reader: CheckpointReader) -> str:
+    """Name a state that the engine has and a checkpoint has not."""
+    missing = ((state, name) for name, states in engine.states.items() for state in states
+               if state not in reader.states[name])  # fmt: skip
+    return next((f"'{state}' of '{name}'" for state, name in missing), "")
 
 
 def _manifest(pending: _Pending, outcomes: list[dict]) -> dict[str, Any]:

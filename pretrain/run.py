@@ -27,6 +27,7 @@ from pretrain.metrics import MetricLog, StepMetrics
 from pretrain.model import Transformer
 from pretrain.phases import phases_of
 from pretrain.profiling import PhaseClock, Profiler
+from pretrain.resume import Progress, load_start
 from pretrain.run_folder import RunFolder, open_log, writable
 from pretrain.samples import Samples, drop_samples_after
 from pretrain.self_test import check_optimizer
@@ -36,20 +37,6 @@ from pretrain.stream import TokenStream, ValRows
 from pretrain.tokenizer import Tokenizer
 from pretrain.tokenizer_files import keep_files, open_tokenizer
 from pretrain.tracking import Tracker, check_tracking
-
-
-@dataclass
-class Progress:
-    """How far the run is; part of every checkpoint."""
-
-    step: int = 0
-    num_tokens: int = 0
-    num_skipped: int = 0
-    num_clipped: int = 0  # updates whose gradients were longer than optim.clip_norm
-    best_loss: float | None = None
-    best_step: int | None = None
-    best_counted_loss: float | None = None  # the best by more than eval.min_delta, for early stopping
-    evals_without_improvement: int = 0
 
 
 @dataclass
@@ -162,11 +149,10 @@ def open_run(
     events: list[tuple[str, str]] = []
     checkpoints = Checkpoints(run_path / "checkpoints", config.checkpoint, ranks, lambda *event: events.append(event))
     cleanup.callback(checkpoints.close)
-    progress = Progress()
-    training = checkpoints.load_newest(engine)
-    if training is not None:
-        progress = Progress(**training["progress"])
-        ranks.agree(lambda: stream.load_state(training["data"]))
+    start = load_start(config.resume, checkpoints, engine, stream, ranks, tokenizer.fingerprint,
+                       lambda *event: events.append(event))  # fmt: skip
+    progress = start.progress
+    if start.own:
         if num_mended := stream.damage.forget_mended(ranks):
             events.append(("damage_mended", f"{num_mended:,} documents that were damaged before are in order"))
         stream.damage.check()
@@ -180,13 +166,13 @@ def open_run(
         cleanup.push(lambda kind, *_: log.close(failed=kind is not None))
     guard = SkipGuard(config.guard.max_skipped_steps, progress.num_skipped)
     spikes = SpikeGuard(config.guard)
-    spikes.load_state((training or {}).get("spikes", {}))
+    spikes.load_state(start.spikes)
     profiler = Profiler(
         run_path, config.train.profile_steps, ranks.rank, ranks.device, lambda *event: run.event(*event)
     )
     run = Run(config, ranks, plan, tokenizer, stream, val_rows, engine, checkpoints, samples, guard, spikes, profiler,
               folder, log, stop, clock, progress)  # fmt: skip
-    announce(run, events, is_resumed=training is not None)
+    announce(run, events, is_resumed=start.own)
     return run
 
 
