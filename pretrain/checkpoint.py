@@ -7,7 +7,6 @@ it goes on beside training, one save at a time; only between steps do ranks talk
 
 from __future__ import annotations
 
-import errno
 import json
 import logging
 import math
@@ -38,20 +37,12 @@ from pretrain.engine import MASTER, Engine
 from pretrain.errors import CheckpointError
 from pretrain.run_options import CheckpointSection
 from pretrain.share_writer import ShareWriter, Task, collect_shares
-from pretrain.tensor_files import sync_folder, write_text
+from pretrain.tensor_files import check_space, explain, sync_folder, write_text
 
 logger = logging.getLogger("longhaul")
 _WRITE_SECONDS = 60.0  # for which a run that has failed waits for its disk
 _OTHERS_SECONDS = 5.0  # and then for other ranks' shares
 _FILES_A_RANK = 3  # at once: its share, a note of it, and one of these under a temporary name
-_ANY_FIX = "See the log of the machine that has this disk."
-_FIXES = {
-    errno.ENOSPC: "Free space or inodes on that file system, or lower checkpoint.keep_last.",
-    errno.EDQUOT: "Free space within this user's quota, or have it raised.",
-    errno.EROFS: "Have the file system mounted writable again; the machine's log says why it is not.",
-    errno.EACCES: "Give this user the right to write there.",
-    errno.EPERM: "Give this user the right to write there.",
-}
 
 
 @dataclass
@@ -133,14 +124,8 @@ class Checkpoints:
         needed = sum(
             4 * math.prod(shape) * len(engine.states[name]) for name, shape in engine.parameter_shapes().items()
         )
-        disk = os.statvfs(self.folder)
-        if (free := disk.f_bavail * disk.f_frsize) < needed:
-            raise CheckpointError(f"it takes {needed:,} bytes, and {free:,} are free. {_FIXES[errno.ENOSPC]}")
         num_files = _FILES_A_RANK * self.ranks.world_size + 2  # and the manifest, and the folder
-        if disk.f_files and disk.f_favail < num_files:  # some file systems have no limit, and say 0
-            raise CheckpointError(
-                f"it takes {num_files} inodes, and {disk.f_favail:,} are free. {_FIXES[errno.ENOSPC]}"
-            )
+        check_space(self.folder, needed, num_files)
         temporary.mkdir(parents=True)
 
     def wait_for_copy(self) -> None:
@@ -208,7 +193,7 @@ class Checkpoints:
         except CheckpointError as error:
             return str(error)
         except OSError as error:
-            return f"{error}; expected a writable folder with enough space. {_FIXES.get(error.errno or 0, _ANY_FIX)}"
+            return explain(error)
         return None
 
     def steps(self) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import re
@@ -14,6 +15,33 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from pretrain.errors import CheckpointError
+
+_FIXES = {
+    errno.ENOSPC: "Free space or inodes on that file system, or lower checkpoint.keep_last.",
+    errno.EDQUOT: "Free space within this user's quota, or have it raised.",
+    errno.EROFS: "Have the file system mounted writable again; the machine's log says why it is not.",
+    errno.EACCES: "Give this user the right to write there.",
+    errno.EPERM: "Give this user the right to write there.",
+}
+_ANY_FIX = "See the log of the machine that has this disk."
+
+
+def explain(error: OSError) -> str:
+    """Say why something could not be written, and how to mend it."""
+    return f"{error}; expected a writable folder with enough space. {_FIXES.get(error.errno or 0, _ANY_FIX)}"
+
+
+def check_space(folder: Path, num_bytes: int, num_files: int) -> None:
+    """Check that a file system has space: one that is filled takes other programs down too.
+
+    Raises:
+        CheckpointError: it has not.
+    """
+    disk = os.statvfs(folder)
+    if (free := disk.f_bavail * disk.f_frsize) < num_bytes:
+        raise CheckpointError(f"it takes {num_bytes:,} bytes, and {free:,} are free. {_FIXES[errno.ENOSPC]}")
+    if disk.f_files and disk.f_favail < num_files:  # some file systems have no limit, and say 0
+        raise CheckpointError(f"it takes {num_files} inodes, and {disk.f_favail:,} are free. {_FIXES[errno.ENOSPC]}")
 
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> tuple[int, str]:

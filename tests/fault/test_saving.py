@@ -55,6 +55,15 @@ def test_rank_0_killed_between_the_manifest_and_the_name(start, tmp_path, undist
     check_goes_on(start, undisturbed, run)
 
 
+def test_killed_while_an_old_checkpoint_is_removed(start, tmp_path, undisturbed):
+    """The newest two are good at that moment, and a folder that is half gone is no checkpoint."""
+    run = tmp_path / "run"
+    ranks = start(run, "checkpoint.keep_last=2", hooks=at_call("kill_all", call="rmdir", at_rank=0))
+    assert ranks.wait(30) == [KILLED, KILLED], ranks.log()
+    assert good_steps(run) == [6, 9] and (run / "checkpoints/.tmp-removed-step-00000003").is_dir()
+    check_goes_on(start, undisturbed, run)
+
+
 def test_killed_at_random_moments_of_saving(start, tmp_path, undisturbed, repeat):
     """All ranks at once, at or after a random call that a random rank's saves make, over and over in the same folder."""
     run, before = tmp_path / "run-0", 0
