@@ -11,7 +11,7 @@ import pytest
 
 from tests.rank_helpers import good_steps, losses, newest, state_hash
 
-pytestmark = [pytest.mark.slow, pytest.mark.launches]
+pytestmark = [pytest.mark.slow, pytest.mark.launches, pytest.mark.timeout(1200)]
 KILLED = -signal.SIGKILL
 
 
