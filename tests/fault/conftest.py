@@ -30,14 +30,14 @@ class Starter:
 
     def __call__(
         self, run: Path, *overrides: str, num_ranks: int = 2, hooks: Sequence[tuple[str, dict[str, Any]]] = (),
-        log: Path | None = None,
+        log: Path | None = None, **environment: str,
     ) -> ForkedRanks:  # fmt: skip
         """Start a run, or let it go on; what it writes is added to `log`."""
         common = [f"run.dir={run}", f"train.micro_batch_size={8 // num_ranks}", f"train.num_steps={NUM_STEPS}",
                   f"checkpoint={{every_steps: {EVERY}, keep_last: 9}}"]  # fmt: skip
         log = log or self._folder / f"{run.name}.log"
         arguments = [self._config, *common, *overrides]
-        return self._server.start(arguments, num_ranks, log, hooks, TMPDIR=str(self._temporary))
+        return self._server.start(arguments, num_ranks, log, hooks, TMPDIR=str(self._temporary), **environment)
 
     def processes(self) -> list[psutil.Process]:
         """Ranks that run, and whatever ranks have left."""

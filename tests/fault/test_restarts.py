@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.fault.test_saving import KILLED, wait_for
+from tests.fault.test_saving import KILLED, check_goes_on, wait_for
 from tests.rank_helpers import good_steps, losses, metric_lines, newest, state_hash
 
 pytestmark = [pytest.mark.slow, pytest.mark.launches, pytest.mark.timeout(1200)]
@@ -26,27 +26,24 @@ def test_killed_at_random_moments_of_a_run(start, tmp_path, undisturbed, repeat)
         run = runs.setdefault(stage, tmp_path / f"stage-{stage}-{number}")
         begin, done = time.monotonic(), max(good_steps(run), default=0)
         step, after = repeat.random.randint(done + 1, 12), repeat.random.uniform(0, 0.05)
-        action, rank = repeat.random.choice(["kill", "kill_all"]), repeat.random.randrange(2)
-        if repeat.random.random() < 0.25:
-            ranks, moment = start(run, f"parallel.zero_stage={stage}"), repeat.random.uniform(0, 1.5)
+        if repeat.random.random() < 0.25:  # in the start, where nobody but a launcher ends the rank that is left
+            moment = repeat.random.uniform(0, 1.5)
+            ranks = start(run, f"parallel.zero_stage={stage}")
             time.sleep(moment)
-            ranks.send(signal.SIGKILL, rank if action == "kill" else None)
-            where = f"{moment:.2f} s after the start"
+            ranks.send(signal.SIGKILL)
+            where = f"all, {moment:.2f} s after the start"
         else:
+            action, rank = repeat.random.choice(["kill", "kill_all"]), repeat.random.randrange(2)
             details = {"action": action, "step": step, "at_rank": rank, "after": after}
             ranks = start(run, f"parallel.zero_stage={stage}", hooks=[(f"{MOMENTS}:at_step", details)])
-            where = f"step {step} + {1000 * after:.0f} ms"
+            where = f"{f'rank {rank}' if action == 'kill' else 'all'}, step {step} + {1000 * after:.0f} ms"
         statuses = ranks.wait(30)
-        repeat.done(f"ZeRO {stage}, {action} by rank {rank}, {where}: {statuses}, {time.monotonic() - begin:.1f} s")
-        if statuses == [0, 0]:  # it was over before
-            assert (state_hash(newest(run)), losses(run)) == undisturbed(f"parallel.zero_stage={stage}")
-            del runs[stage]
-        else:
-            assert KILLED in statuses and 0 not in statuses, ranks.log()
+        repeat.done(f"ZeRO {stage}, {where}: {statuses}, {time.monotonic() - begin:.1f} s")
+        assert statuses == [0, 0] or KILLED in statuses, ranks.log()
+        if max(good_steps(run), default=0) == 12:  # all is saved: the next one begins another run
+            check_goes_on(start, undisturbed, runs.pop(stage), f"parallel.zero_stage={stage}")
     for stage, run in runs.items():
-        start.finish(run, f"parallel.zero_stage={stage}")
-        assert (state_hash(newest(run)), losses(run)) == undisturbed(f"parallel.zero_stage={stage}")
-        assert good_steps(run) == [3, 6, 9, 12]
+        check_goes_on(start, undisturbed, run, f"parallel.zero_stage={stage}")
 
 
 def test_restarts_leave_nothing_behind(start, tmp_path, repeat):
