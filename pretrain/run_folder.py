@@ -103,6 +103,8 @@ class RunFolder:
             raise
 
     def _take_up(self, config: Config) -> int:
+        for leftover in self.path.glob(".*.tmp-*"):  # of a file that was being written when a start was killed
+            leftover.unlink(missing_ok=True)
         saved = self.path / CONFIG_FILE
         if config.resume.from_scratch and saved.exists() and not load_config(saved).resume.from_scratch:
             self._abandon_checkpoints()

@@ -104,6 +104,7 @@ def test_what_is_no_checkpoint_is_left_alone(start, run, undisturbed):
     (folder / ".tmp-step-00000015").mkdir()
     (folder / ".tmp-step-00000015/rank-00000.safetensors").write_bytes(b"half")
     (run / "environment.json").write_text("{")
+    (run / ".status.json.tmp-77").write_text("{")  # by a start that was killed while it wrote this
     with open(run / "metrics.jsonl", "ab") as file:
         file.write(b"\xff\xfe\n{")
     shutil.rmtree(checkpoint(run, 12))
