@@ -11,7 +11,7 @@ from pathlib import Path
 if sys.path[0] == str(Path(__file__).resolve().parent):  # run as a file: launch/ would shadow the package `pretrain`
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from pretrain.console import ends_at_closed_pipe
+from pretrain.console import ends_at_closed_pipe, write_patiently
 from pretrain.guard import StopRequest
 
 EXAMPLES = """examples:
@@ -58,12 +58,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         except LonghaulError as error:
             if rank == "0" or not (is_everybodys or error.agreed):
                 where = "error" if rank == "0" else f"error on rank {rank}"
-                print(f"{where}: {error}", file=sys.stderr, flush=True)
+                write_patiently(sys.stderr, f"{where}: {error}\n")
             return error.exit_status
 
 
 if __name__ == "__main__":
     status = main()
-    sys.stderr.flush()
+    write_patiently(sys.stderr, "")
     # threads of gloo can abort a process that is done ("terminate called without an active exception")
     os._exit(status)

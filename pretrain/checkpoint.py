@@ -11,6 +11,7 @@ import json
 import logging
 import math
 import os
+import secrets
 import shutil
 import time
 from collections.abc import Callable
@@ -20,26 +21,29 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.checkpoint_files import (
+    DAMAGED,
     FORMAT_VERSION,
     MANIFEST,
     CheckpointReader,
     Piece,
     find_uncovered,
     folder_name,
+    has_checkpoints,
     list_steps,
     manifest_digest,
 )
 from pretrain.distributed import Ranks
-from pretrain.engine import Engine
+from pretrain.engine import MASTER, Engine
 from pretrain.errors import CheckpointError
 from pretrain.run_options import CheckpointSection
 from pretrain.share_writer import ShareWriter, Task, collect_shares
-from pretrain.tensor_files import sync_folder, write_text
+from pretrain.tensor_files import check_space, explain, sync_folder, write_text
 
 logger = logging.getLogger("longhaul")
 _WRITE_SECONDS = 60.0  # for which a run that has failed waits for its disk
 _POLL_SECONDS = 5.0  # for which ranks whose share is written wait for the others, before they ask again
 _OTHERS_SECONDS = 5.0  # and then for other ranks' shares
+_FILES_A_RANK = 3  # at once: its share, a note of it, and one of these under a temporary name
 
 
 @dataclass
@@ -76,7 +80,8 @@ class Checkpoints:
         self.report = report
         self._writer = ShareWriter(ranks.device, ranks.rank)
         self._pending: _Pending | None = None
-        self._closed_at: float | None = None
+        # A rank that outlives its job, on another node, must not write into the save of the job that follows.
+        self._start = ranks.from_first(secrets.token_hex(4))
         if ranks.is_first:
             folder.mkdir(parents=True, exist_ok=True)
             for leftover in folder.glob(".tmp-*"):
@@ -101,12 +106,12 @@ class Checkpoints:
         """
         assert self._pending is None
         final = self.folder / folder_name(step)
-        if self.ranks.from_first(final.exists()):
+        if self.ranks.from_first((final / MANIFEST).is_file()):
             return
-        temporary = self.folder / f".tmp-{final.name}"
+        temporary = self.folder / f".tmp-{self._start}-{final.name}"
         problem = self._try(lambda: self._make_folder(temporary, engine)) if self.ranks.is_first else None
         if problem := self.ranks.from_first(problem):
-            raise self._failure(problem)
+            raise self._failure(final, problem)
         training = training | {"optimizer_step": engine.optimizer_step(), "loss_scale": engine.loss_scale_state()}
         about = about | {"world_size": self.ranks.world_size, "zero_stage": engine.stage}
         content = {"format_version": FORMAT_VERSION, "step": step, "training": training, "about": about}
@@ -120,9 +125,8 @@ class Checkpoints:
         needed = sum(
             4 * math.prod(shape) * len(engine.states[name]) for name, shape in engine.parameter_shapes().items()
         )
-        free = shutil.disk_usage(self.folder).free
-        if free < needed:
-            raise CheckpointError(f"it takes {needed:,} bytes, and {free:,} are free")
+        num_files = _FILES_A_RANK * self.ranks.world_size + 2  # and the manifest, and the folder
+        check_space(self.folder, needed, num_files)
         temporary.mkdir(parents=True)
 
     def wait_for_copy(self) -> None:
@@ -154,7 +158,7 @@ class Checkpoints:
         if problems and self.ranks.is_first:
             shutil.rmtree(pending.temporary, ignore_errors=True)
         if problem := self.ranks.from_first(problems[0] if problems else whole):
-            raise self._failure(problem)
+            raise self._failure(pending.final, problem)
         return True
 
     def _await(self, task: Task | None) -> None:
@@ -186,18 +190,19 @@ class Checkpoints:
             raise
         self._prune(best_step)
 
-    def _failure(self, problem: str) -> CheckpointError:
-        return CheckpointError(
-            f"{self.folder}: a checkpoint could not be written ({problem}); expected a writable folder with enough "
-            "space. Earlier checkpoints are untouched."
-        )
+    @staticmethod
+    def _failure(final: Path, problem: str) -> CheckpointError:
+        return CheckpointError(f"{final}: could not be written: {problem} Earlier checkpoints are untouched.")
 
     @staticmethod
     def _try(action: Callable[[], object]) -> str | None:
+        """Return why an action failed, and the fix; None if it did not."""
         try:
             action()
-        except (OSError, CheckpointError) as error:
+        except CheckpointError as error:
             return str(error)
+        except OSError as error:
+            return explain(error)
         return None
 
     def steps(self) -> list[int]:
@@ -207,7 +212,7 @@ class Checkpoints:
     def load_newest(self, engine: Engine, up_to_step: int | None = None) -> dict[str, Any] | None:
         """Fill the engine from the newest checkpoint that verifies, and return its `training` state.
 
-        Damaged ones are renamed to `step-NNNNNNNN.damaged` and reported.
+        Newer ones, which are damaged, are renamed to `step-NNNNNNNN.damaged` and reported.
 
         Args:
             engine: whose masters and moments are filled.
@@ -217,36 +222,58 @@ class Checkpoints:
         Raises:
             CheckpointError: there are checkpoints and none is good. The run never begins anew by itself.
         """
-        steps = [step for step in self.steps() if up_to_step is None or step <= up_to_step]
-        for step in reversed(steps):
+        damaged: dict[Path, str] = {}  # what is wrong with each; they keep their names until a good one is found
+        steps = self.ranks.from_first(list_steps(self.folder, without_manifest=True))
+        for step in reversed([step for step in steps if up_to_step is None or step <= up_to_step]):
             folder = self.folder / folder_name(step)
-            problems = [problem for problem in self.ranks.gather(self._verify_share(folder)) if problem]
+            problems = self.verify(folder)
             if not problems:
-                return self._fill(engine, CheckpointReader(folder))
-            if self.ranks.is_first:
-                self.report("checkpoint_damaged", f"{'; '.join(problems)}. Going on from the one before.")
-            self.ranks.agree(partial(self._set_aside, folder))
-        if steps:
-            raise CheckpointError(
-                f"{self.folder}: none of its {len(steps)} checkpoints is intact; expected one. Restore one from a "
-                "backup, or start again with another run.dir."
+                for bad, problem in damaged.items():
+                    self.ranks.agree(partial(self._set_aside, bad))
+                    if self.ranks.is_first:
+                        self.report("checkpoint_damaged", f"{problem}. Going on from the one before.")
+                reader = CheckpointReader(folder)
+                fill(engine, reader, self.ranks)
+                return reader.training
+            damaged[folder] = "; ".join(problem.rstrip(".") for problem in problems)
+        if self.ranks.from_first(has_checkpoints(self.folder)):
+            found = f"has only checkpoints that are called step-…{DAMAGED}"
+            if damaged:
+                found = f"none of its {len(damaged)} checkpoints is intact ({next(iter(damaged.values()))})"
+            error = CheckpointError(
+                f"{self.folder}: {found}; expected one that is. Restore one from a backup, or begin anew with "
+                "resume.from_scratch=true or another run.dir."
             )
+            error.agreed = True
+            raise error
         return None
 
     def discard_after(self, step: int) -> None:
-        """Remove the checkpoints of later steps, which are not to be gone on from."""
-        if self.ranks.is_first:
-            for later in list_steps(self.folder):
+        """Remove the checkpoints of later steps, which are not to be gone on from.
+
+        Raises:
+            CheckpointError: on all ranks, one cannot be removed.
+        """
+        self.ranks.agree(partial(self._discard_after, step))
+
+    def _discard_after(self, step: int) -> None:
+        for later in list_steps(self.folder) if self.ranks.is_first else []:
+            folder = self.folder / folder_name(later)
+            try:
                 if later > step:
-                    self._remove(self.folder / folder_name(later))
-        self.ranks.barrier()
+                    self._remove(folder)
+            except OSError as error:
+                raise CheckpointError(
+                    f"{folder}: is past step {step}, to which the run goes back, and cannot be removed ({error}); "
+                    "expected a writable folder. Remove it."
+                ) from None
 
     def _set_aside(self, folder: Path) -> None:
         """Take a damaged checkpoint's name from it, so that its step can be saved again."""
         if not self.ranks.is_first:
             return
         number = 1
-        while (aside := folder.with_name(f"{folder.name}.damaged{'' if number == 1 else f'-{number}'}")).exists():
+        while (aside := folder.with_name(f"{folder.name}{DAMAGED}{'' if number == 1 else f'-{number}'}")).exists():
             number += 1
         try:
             folder.rename(aside)
@@ -254,6 +281,11 @@ class Checkpoints:
             raise CheckpointError(
                 f"{folder}: is damaged and cannot be renamed ({error}); expected a writable folder. Move it away."
             ) from None
+
+    def verify(self, folder: Path) -> list[str]:
+        """Return what is wrong with a checkpoint; the ranks divide its files between them."""
+        found = self.ranks.gather(self._verify_share(folder))
+        return list(dict.fromkeys(problem for problem in found if problem))  # each once: all ranks read the manifest
 
     def _verify_share(self, folder: Path) -> str | None:
         try:
@@ -266,19 +298,6 @@ class Checkpoints:
             return "; ".join(problem for problem in problems if problem) or None
         except CheckpointError as error:
             return str(error)
-
-    def _fill(self, engine: Engine, reader: CheckpointReader) -> dict[str, Any]:
-        if reader.shapes != engine.parameter_shapes():
-            raise CheckpointError(
-                f"{reader.folder}: holds another model than the config's; use the config that wrote it."
-            )
-        for fragment in engine.replicated_fragments():
-            for state, view in fragment.tensors.items():
-                view.copy_(reader.read(fragment.name, state, fragment.start, fragment.length))
-            self.ranks.heartbeat.beat()
-        engine.finish_loading(reader.training["optimizer_step"])
-        engine.load_loss_scale_state(reader.training["loss_scale"])
-        return reader.training
 
     def _prune(self, best_step: int | None) -> None:
         """Remove all but the newest `keep_last` checkpoints, the multiples of `keep_every` and the best one."""
@@ -300,6 +319,47 @@ class Checkpoints:
         shutil.rmtree(doomed, ignore_errors=True)
 
 
+def fill(engine: Engine, reader: CheckpointReader, ranks: Ranks, with_optimizer: bool = True) -> None:
+    """Fill the engine from a checkpoint that was verified; each rank reads what it owns.
+
+    Args:
+        engine: whose masters and moments are filled.
+        reader: the checkpoint.
+        ranks: all ranks.
+        with_optimizer: the moments too, and the optimizer's own step; else they stay as they are before the first one.
+    Raises:
+        CheckpointError: on all ranks, it is of another model or of another optimizer, or cannot be read.
+    """
+    ranks.agree(lambda: _read_into(engine, reader, with_optimizer))
+    engine.finish_loading(reader.training["optimizer_step"] if with_optimizer else 0)
+    engine.load_loss_scale_state(reader.training["loss_scale"])
+
+
+def _read_into(engine: Engine, reader: CheckpointReader, with_optimizer: bool) -> None:
+    if reader.shapes != engine.parameter_shapes():
+        raise CheckpointError(
+            f"{reader.folder}: holds another model than the config's; expected the same parameters. Use the `model` of "
+            "the config that wrote it, or begin with another run.dir."
+        )
+    if with_optimizer and (lacking := _lacking(engine, reader)):
+        raise CheckpointError(
+            f"{reader.folder}: has no {lacking}; expected the states of optim.name. Use the `optim` of the config that "
+            "wrote it; a new run can do without by resume.from and resume.optimizer=false."
+        )
+    for fragment in engine.replicated_fragments():
+        for state, view in fragment.tensors.items():
+            if with_optimizer or state == MASTER:
+                view.copy_(reader.read(fragment.name, state, fragment.start, fragment.length))
+        engine.ranks.heartbeat.beat()
+
+
+def _lacking(engine: Engine, reader: CheckpointReader) -> str:
+    """Name a state that the engine has and a checkpoint has not."""
+    missing = ((state, name) for name, states in engine.states.items() for state in states
+               if state not in reader.states[name])  # fmt: skip
+    return next((f"'{state}' of '{name}'" for state, name in missing), "")
+
+
 def _manifest(pending: _Pending, outcomes: list[dict]) -> dict[str, Any]:
     """What the ranks' shares are together.
 
@@ -314,7 +374,10 @@ def _manifest(pending: _Pending, outcomes: list[dict]) -> dict[str, Any]:
             problems += [f"'{name}' has no '{state}'" for state in pending.states[name] if state not in states]
     if problems := problems + find_uncovered(pending.shapes, pieces):
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise CheckpointError(f"state is missing: {'; '.join(problems[:3])}{more}")
+        raise CheckpointError(
+            f"state is missing: {'; '.join(problems[:3])}{more}; expected all that the optimizer keeps. It is lost in "
+            "this process: stop it, and start it again from the last checkpoint."
+        )
     parameters = {
         name: {
             "shape": list(shape),

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from pretrain.errors import TrainingError
-from pretrain.run import Progress, Run
+from pretrain.resume import Progress
+from pretrain.run import Run
 from pretrain.samples import drop_samples_after
 from pretrain.spikes import Spike, describe_ranges
 

@@ -27,7 +27,8 @@ from pretrain.metrics import MetricLog, StepMetrics
 from pretrain.model import Transformer
 from pretrain.phases import phases_of
 from pretrain.profiling import PhaseClock, Profiler
-from pretrain.run_folder import RunFolder, open_log
+from pretrain.resume import Progress, load_start
+from pretrain.run_folder import RunFolder, open_log, writable
 from pretrain.samples import Samples, drop_samples_after
 from pretrain.self_test import check_optimizer
 from pretrain.spikes import Observation, SpikeGuard
@@ -37,20 +38,6 @@ from pretrain.tokenizer import Tokenizer
 from pretrain.tokenizer_files import keep_files, open_tokenizer
 from pretrain.tracking import Tracker, check_tracking
 from pretrain.watchdog import Watchdog
-
-
-@dataclass
-class Progress:
-    """How far the run is; part of every checkpoint."""
-
-    step: int = 0
-    num_tokens: int = 0
-    num_skipped: int = 0
-    num_clipped: int = 0  # updates whose gradients were longer than optim.clip_norm
-    best_loss: float | None = None
-    best_step: int | None = None
-    best_counted_loss: float | None = None  # the best by more than eval.min_delta, for early stopping
-    evals_without_improvement: int = 0
 
 
 @dataclass
@@ -140,8 +127,7 @@ def open_run(
     ranks.agree(lambda: check_tracking(config.log.wandb) if folder else None)
     plan = ranks.agree(lambda: BatchPlan.of(config, ranks.world_size))
     tokenizer = ranks.agree(lambda: open_tokenizer(config.tokenizer))
-    if folder:
-        keep_files(tokenizer, folder.path)
+    ranks.agree(lambda: keep_tokenizer(tokenizer, folder))
     shape = resolve_shape(config.model, tokenizer.vocab_size, config.data.max_seq_len)
     run_path = ranks.from_first(folder.path if folder else None)
     # A run that goes on puts up with what was lost meanwhile, within data.max_damaged_fraction.
@@ -166,34 +152,38 @@ def open_run(
     events: list[tuple[str, str]] = []
     checkpoints = Checkpoints(run_path / "checkpoints", config.checkpoint, ranks, lambda *event: events.append(event))
     cleanup.callback(checkpoints.close)
-    progress = Progress()
-    training = checkpoints.load_newest(engine)
-    if training is not None:
-        progress = Progress(**training["progress"])
-        ranks.agree(lambda: stream.load_state(training["data"]))
+    start = load_start(config.resume, checkpoints, engine, stream, ranks, tokenizer.fingerprint,
+                       lambda *event: events.append(event))  # fmt: skip
+    progress = start.progress
+    if start.own:
         if num_mended := stream.damage.forget_mended(ranks):
             events.append(("damage_mended", f"{num_mended:,} documents that were damaged before are in order"))
         stream.damage.check()
-        if folder:
-            folder.accept(config)
+        ranks.agree(lambda: folder.accept(config) if folder else None)
     clock.begin("first step")
     open_log(run_path, ranks)
     tracker = ranks.agree(lambda: start_tracking(config, folder, events.append))
     log = None
     if folder:
-        drop_samples_after(folder.path, progress.step)
         log = open_metrics(config, plan, shape, ranks, folder, progress, tracker)
         cleanup.push(lambda kind, *_: log.close(failed=kind is not None))
     guard = SkipGuard(config.guard.max_skipped_steps, progress.num_skipped)
     spikes = SpikeGuard(config.guard)
-    spikes.load_state((training or {}).get("spikes", {}))
+    spikes.load_state(start.spikes)
     profiler = Profiler(
         run_path, config.train.profile_steps, ranks.rank, ranks.device, lambda *event: run.event(*event)
     )
     run = Run(config, ranks, plan, tokenizer, stream, val_rows, engine, checkpoints, samples, guard, spikes, profiler,
               folder, log, stop, watchdog, clock, progress)  # fmt: skip
-    announce(run, events, is_resumed=training is not None)
+    announce(run, events, is_resumed=start.own)
     return run
+
+
+def keep_tokenizer(tokenizer: Tokenizer, folder: RunFolder | None) -> None:
+    """Keep the tokenizer in the run folder, which is all that a model needs beside its weights."""
+    if folder:
+        with writable(folder.path):
+            keep_files(tokenizer, folder.path)
 
 
 def open_metrics(
@@ -201,12 +191,13 @@ def open_metrics(
     tracker: Tracker | None,
 ) -> MetricLog:  # fmt: skip
     """Open the metrics of the run folder, after the step that the run goes on from."""
+    drop_samples_after(folder.path, progress.step)
     return MetricLog(
-        folder.path, config.log, num_steps=plan.num_steps, tokens_per_step=plan.tokens_per_step,
-        world_size=ranks.world_size, first_step=progress.step, attempt=folder.attempt,
-        flops_per_token=flops_by_length(shape, config.data.seq_lens),
-        peak_flops=peak_flops(ranks.device, config.train.precision), tracker=tracker,
-    )  # fmt: skip
+            folder.path, config.log, num_steps=plan.num_steps, tokens_per_step=plan.tokens_per_step,
+            world_size=ranks.world_size, first_step=progress.step, attempt=folder.attempt,
+            flops_per_token=flops_by_length(shape, config.data.seq_lens),
+            peak_flops=peak_flops(ranks.device, config.train.precision), tracker=tracker,
+        )  # fmt: skip
 
 
 def announce(run: Run, events: Sequence[tuple[str, str]], is_resumed: bool) -> None:

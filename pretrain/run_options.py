@@ -68,6 +68,26 @@ class CheckpointSection(Section):
     )
 
 
+class ResumeSection(Section):
+    """What a run begins with. One whose folder has checkpoints goes on from its own newest."""
+
+    from_: str = Field(
+        "", alias="from", description="Run folder, or checkpoint in one, whose weights a new run begins with; the "
+        "model must be the same. Empty: fresh ones."
+    )  # fmt: skip
+    optimizer: Bool = Field(True, description="Take the optimizer's moments along.")
+    schedule: Bool = Field(
+        True, description="Take the number of steps and tokens along, and so the place in the learning rate's schedule."
+    )
+    data: Bool = Field(
+        True, description="Go on behind the rows that were trained on; the data up to there must be the same."
+    )
+    from_scratch: Bool = Field(
+        False, description="Set the checkpoints of the run folder aside and begin anew. Only where the last start did "
+        "not have this option yet, so that the same command can be started again."
+    )  # fmt: skip
+
+
 class GuardSection(Section):
     """What happens when numbers go wrong."""
 

@@ -365,7 +365,8 @@ def save(run: Run, last: bool = False) -> None:
         "progress": asdict(run.progress), "num_tokens": run.progress.num_tokens, "data": run.stream.state(),
         "spikes": run.spikes.state(),
     }  # fmt: skip
-    about = {"config": run.config.model_dump(mode="json"), "longhaul": __version__, "torch": torch.__version__}
+    about = {"config": run.config.model_dump(mode="json"), "tokenizer": run.tokenizer.fingerprint,
+             "longhaul": __version__, "torch": torch.__version__}  # fmt: skip
     with save_failures(run, last):
         run.checkpoints.start_save(run.engine, run.saving_step, training, about, run.progress.best_step)
     if last or not run.config.checkpoint.asynchronous:

@@ -19,6 +19,7 @@ from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
+from pretrain.console import write_patiently
 from pretrain.distributed import Ranks, is_communication_failure, set_timeouts
 from pretrain.errors import EXIT_FAILED, LonghaulError, PeerError, TrainingError
 from pretrain.stalls import GO_ON, Judge, Stragglers, Verdict
@@ -203,7 +204,7 @@ class Watchdog:
     def _say_last_words(self, verdict: Verdict) -> None:
         if self.speaks:
             who = "error" if self._ranks.is_first else f"error on rank {self._ranks.rank}"
-            print(f"{who}: {verdict.reason}", file=sys.stderr, flush=True)
+            write_patiently(sys.stderr, f"{who}: {verdict.reason}\n")
         with suppress(OSError), open(self._log, "a", encoding="utf-8") as file:
             file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} ERROR {verdict.reason}\nThis rank's threads:\n")
             file.flush()

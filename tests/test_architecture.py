@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from pretrain.config_docs import options
+from pretrain.section import option_of
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("kernels", "pretrain", "launch")
@@ -26,7 +27,7 @@ TIERS = (
     "config",
     "stores config_docs schedule batch_plan packing phases row_order families console tokenizer source_files matrix_exchange lion"
     " generate_options repetition stalls personal_data near_duplicates languages wikipedia",
-    "checks mixture explain deepspeed_settings sentencepiece_model varied_texts table_files token_files shards tensor_files distributed watch_links layers recompute"
+    "checks mixture explain patient_file deepspeed_settings sentencepiece_model varied_texts table_files token_files shards tensor_files distributed watch_links layers recompute"
     " published model_card muon compiling filters dataset_files decoding tar_files",
     "node_cache row_table json_lines",
     "remote_corpus",
@@ -45,7 +46,8 @@ TIERS = (
     "shares store_check tar_documents tar_folder",
     "corpus",
     "tar_index",
-    "run prepare convert quickstart",
+    "resume prepare convert quickstart",
+    "run",
     "rollback",
     "train",
     "dry_run",
@@ -183,7 +185,7 @@ def test_every_option_is_read() -> None:
             if isinstance(node, ast.Attribute):
                 base = node.value
                 word = base.attr if isinstance(base, ast.Attribute) else base.id if isinstance(base, ast.Name) else ""
-                reads.add((word.lstrip("_").removesuffix("_section"), node.attr))
+                reads.add((word.lstrip("_").removesuffix("_section"), option_of(node.attr)))
     keys = Counter(name.rpartition(".")[2] for name, option in options().items() if not option.section)
     dead = []
     for name, option in options().items():

@@ -39,6 +39,10 @@ class Starter:
         arguments = [self._config, *common, *overrides]
         return self._server.start(arguments, num_ranks, log, hooks, TMPDIR=str(self._temporary), **environment)
 
+    def processes(self) -> list[psutil.Process]:
+        """Ranks that run, and whatever ranks have left."""
+        return self._server.descendants()
+
     def finish(self, run: Path, *overrides: str, num_ranks: int = 2) -> None:
         """Take a run to its end."""
         ranks = self(run, *overrides, num_ranks=num_ranks)
@@ -108,7 +112,7 @@ def repeat(request: pytest.FixtureRequest) -> Iterator[Repetitions]:
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """What `make soak` ends with."""
-    for line in terminalreporter.config.stash.get(SUMMARY, []):
+    for line in terminalreporter.config.stash.get(SUMMARY, []) if "LONGHAUL_SOAK" in os.environ else []:
         terminalreporter.write_line(f"soak: {line}")
 
 
