@@ -78,6 +78,12 @@ class Judge:
         self.step, self.is_starting = 0, True
         self._limits = {False: timeout_seconds, True: max(timeout_seconds, start_timeout_seconds)}
 
+    def end_start(self) -> None:
+        """Let the shorter limit hold from now on: what passed before does not count."""
+        self.is_starting = False
+        for seen in self._seen:
+            seen.silent_seconds = seen.idle_seconds = 0.0
+
     def hear(self, rank: int, beat: Beat) -> None:
         """Take note of a rank's beat."""
         seen = self._seen[rank]

@@ -162,7 +162,9 @@ class Watchdog:
         self._say_farewell()
 
     def _judge_by(self, news: News, silent_seconds: float) -> Verdict | None:
-        self._judge.step, self._judge.is_starting = self._heartbeat.step, self._heartbeat.is_starting
+        self._judge.step = self._heartbeat.step
+        if self._judge.is_starting and not self._heartbeat.is_starting:
+            self._judge.end_start()
         if self._ranks.is_first:
             self._judge.hear(0, self._heartbeat.read())
         for rank, beat in news.beats.items():

@@ -133,6 +133,17 @@ def test_a_start_and_a_compiling_first_step_have_more_time():
     assert judge.stalled(3).reason.startswith("start: all 2 ranks have not got on for 30 s, in phase 'engine'")
 
 
+def test_a_long_start_does_not_count_after_it():
+    start = Beat(step=1, phase="optimizer", position=5, num_beats=7)
+    judge = judge_of(start, start)
+    judge.is_starting = True
+    pass_time(judge, START_SECONDS - 1, start, start, silent=(1,))
+    judge.end_start()
+    assert judge.silent() is None and judge.stalled(3) is None  # rank 1's next beat is on its way
+    pass_time(judge, SECONDS, start, start, silent=(1,))
+    assert "rank 1 on node1 has not been heard of for 10 s" in judge.silent().reason
+
+
 def test_ranks_that_have_done_everything_are_not_missed():
     busy = beat("saving", 9)
     judge = judge_of(busy, busy)
