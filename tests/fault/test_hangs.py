@@ -138,12 +138,12 @@ def test_a_network_that_goes_down_ends_both_sides(start, tmp_path):
         wait_for_step(run, 5, ranks)
         began = time.monotonic()
         subprocess.run(["ip", "-n", names[1], "link", "set", "link0", "down"], check=True)
-        reason = (
-            r"^step \d+: rank [01] on \S+ has not been heard of for [345] s.* its node or the network to it is down"
-        )
-        check_end(run, ranks, began, 0, reason, within=LIMIT + 10)
-        assert ranks.statuses() == [69, 69]
-        assert "error on rank 1: step" in ranks.log(1) and "rank 0 on" in ranks.log(1)
+        assert ranks.wait(LIMIT + 10) == [69, 69]
+        print(f"ended after {time.monotonic() - began:.1f} s")
+        words = r" on \S+ has not been heard of for [345] s.* its node or the network to it is down"
+        assert re.search(rf"error: step \d+: rank 1{words}", ranks.log(0))  # each side blames the other
+        assert re.search(rf"error on rank 1: step \d+: rank 0{words}", ranks.log(1))
+        assert json.loads((run / "status.json").read_text())["exit_status"] == 69
 
 
 def test_a_slow_rank_is_named_and_not_killed(start, tmp_path):
@@ -269,12 +269,12 @@ def test_a_clock_that_is_set_is_no_hang(tiny_config, tmp_path):
         "LD_PRELOAD": str(library), "FAKETIME_TIMESTAMP_FILE": str(clock), "FAKETIME_CACHE_DURATION": "1",
         "FAKETIME_DONT_FAKE_MONOTONIC": "1", "DONT_FAKE_MONOTONIC": "1", "OMP_NUM_THREADS": "1",
     }  # fmt: skip
-    command = [sys.executable, "launch/pretrain.py", str(tiny_config), f"run.dir={run}", "train.num_steps=120",
-               "checkpoint.every_steps=60", f"parallel.timeout_seconds={LIMIT}"]  # fmt: skip
+    command = [sys.executable, "launch/pretrain.py", str(tiny_config), f"run.dir={run}", "train.num_steps=60",
+               "checkpoint.every_steps=20", f"parallel.timeout_seconds={LIMIT}"]  # fmt: skip
     with open(tmp_path / "output", "w") as output:
         process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=output)
     try:
-        for step, offset in ((10, "+3600"), (40, "-3600"), (70, "+0")):
+        for step, offset in ((10, "+3600"), (25, "-3600"), (40, "+0")):
             while not (run / "metrics.jsonl").exists() or not losses_of(run)[step:]:
                 assert process.poll() is None, (tmp_path / "output").read_text()
                 time.sleep(0.05)
@@ -283,6 +283,8 @@ def test_a_clock_that_is_set_is_no_hang(tiny_config, tmp_path):
     finally:
         process.kill()
         process.wait()
+        for left in Path("/dev/shm").glob(f"*faketime_*_{process.pid}"):  # it stays where os._exit ends a process
+            left.unlink()
     stamps = [line["timestamp"] for line in metric_lines(run) if "loss" in line]
     jumps = [after - before for before, after in zip(stamps, stamps[1:], strict=False)]
     assert max(jumps) > 3000 and min(jumps) < -3000  # it did see them
