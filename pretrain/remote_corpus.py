@@ -24,7 +24,8 @@ from pretrain.errors import DataError
 from pretrain.node_cache import CacheFile, NodeCache, is_at
 from pretrain.row_table import IDENTITY_NAME, array_paths, listed_file, table_folder
 from pretrain.shards import MANIFEST_NAME, Manifest, Shard, file_sha256, index_path
-from pretrain.stores import STALL_SECONDS, LostFileError, Store, StoreError, WrongContentError, is_remote, shown
+from pretrain.store_errors import LostFileError, StoreError, WrongContentError
+from pretrain.stores import STALL_SECONDS, Store, is_remote, shown
 
 _MAX_TRIES = 5  # to hold a file that other processes evict as soon as it is there
 
