@@ -1,8 +1,8 @@
 """Saving and resuming by all ranks together: complete or absent, never half.
 
-Every rank writes the fragments that it owns into a temporary folder and syncs it; when all have, rank 0 writes the
-manifest and renames the folder. Whatever is killed at whatever moment, a folder named `step-NNNNNNNN` is whole. All of
-it goes on beside training, one save at a time; only between steps do ranks talk about it.
+Every rank writes the fragments that it owns to the run's place, a folder or a store; when all have, rank 0 writes the
+manifest, with which the checkpoint is complete. Whatever is killed at whatever moment, one that counts is whole. All
+of it goes on beside training, one save at a time; only between steps do ranks talk about it.
 """
 
 from __future__ import annotations
@@ -10,8 +10,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -19,22 +17,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pretrain.checkpoint_files import (
-    FORMAT_VERSION,
-    MANIFEST,
-    CheckpointReader,
-    Piece,
-    find_uncovered,
-    folder_name,
-    list_steps,
-    manifest_digest,
-)
+from pretrain.checkpoint_files import FORMAT_VERSION, CheckpointReader, Piece, find_uncovered, manifest_digest
+from pretrain.checkpoint_places import Place
 from pretrain.distributed import Ranks
 from pretrain.engine import Engine
-from pretrain.errors import CheckpointError
+from pretrain.errors import CheckpointError, StoreAccessError
 from pretrain.run_options import CheckpointSection
 from pretrain.share_writer import ShareWriter, Task, collect_shares
-from pretrain.tensor_files import sync_folder, write_text
 
 logger = logging.getLogger("longhaul")
 _WRITE_SECONDS = 60.0  # for which a run that has failed waits for its disk
@@ -45,8 +34,7 @@ _OTHERS_SECONDS = 5.0  # and then for other ranks' shares
 class _Pending:
     """A save that is under way."""
 
-    final: Path
-    temporary: Path
+    step: int
     content: dict[str, Any]  # of the manifest, but for parameters and files
     shapes: dict[str, tuple[int, ...]]
     states: dict[str, tuple[str, ...]]
@@ -59,28 +47,35 @@ class Checkpoints:
     """The checkpoints of one run folder."""
 
     def __init__(
-        self, folder: Path, section: CheckpointSection, ranks: Ranks, report: Callable[[str, str], None]
+        self,
+        place: Place,
+        section: CheckpointSection,
+        ranks: Ranks,
+        report: Callable[[str, str], None],
+        run_path: Path,
+        run_id: str,
     ) -> None:
-        """Clean up what a killed save left behind.
+        """Take the place for this start, and clean up what a killed save left behind.
 
         Args:
-            folder: the run's `checkpoints` folder.
+            place: that the checkpoints are written to.
             section: the config's `checkpoint`.
             ranks: all ranks call every method together.
             report: called on rank 0 with (event, message).
+            run_path: the run folder.
+            run_id: what tells the run from others; rank 0's counts.
+        Raises:
+            ConfigError: the place is another run's, or cannot be used.
+            StoreAccessError: it cannot be reached.
         """
-        self.folder = folder
+        self.place = place
         self.section = section
         self.ranks = ranks
         self.report = report
         self._writer = ShareWriter(ranks.device, ranks.rank)
         self._pending: _Pending | None = None
-        self._closed_at: float | None = None
-        if ranks.is_first:
-            folder.mkdir(parents=True, exist_ok=True)
-            for leftover in folder.glob(".tmp-*"):
-                shutil.rmtree(leftover, ignore_errors=True)
-        ranks.barrier()
+        record = ranks.agree(lambda: place.claim(run_id, run_path) if ranks.is_first else "")
+        place.join(ranks.from_first(record))
 
     def start_save(
         self, engine: Engine, step: int, training: dict[str, Any], about: dict[str, Any], best_step: int | None
@@ -99,30 +94,18 @@ class Checkpoints:
             CheckpointError: on all ranks, if any rank failed; nothing is left behind.
         """
         assert self._pending is None
-        final = self.folder / folder_name(step)
-        if self.ranks.from_first(final.exists()):
+        if self.ranks.from_first(self.ranks.is_first and self.place.has(step)):
             return
-        temporary = self.folder / f".tmp-{final.name}"
-        problem = self._try(lambda: self._make_folder(temporary, engine)) if self.ranks.is_first else None
+        problem = self._try(lambda: self.place.begin(step, _num_bytes(engine))) if self.ranks.is_first else None
         if problem := self.ranks.from_first(problem):
             raise self._failure(problem)
         training = training | {"optimizer_step": engine.optimizer_step(), "loss_scale": engine.loss_scale_state()}
         about = about | {"world_size": self.ranks.world_size, "zero_stage": engine.stage}
         content = {"format_version": FORMAT_VERSION, "step": step, "training": training, "about": about}
-        share = self._writer.start(list(engine.fragments()), temporary)
-        self._pending = pending = _Pending(final, temporary, content, engine.parameter_shapes(), engine.states, share)
+        share = self._writer.start(list(engine.fragments()), self.place, step)
+        self._pending = pending = _Pending(step, content, engine.parameter_shapes(), engine.states, share)
         if self.ranks.is_first:
             pending.whole = Task(lambda: self._complete(pending, best_step))
-
-    def _make_folder(self, temporary: Path, engine: Engine) -> None:
-        """Make the folder of a save, if there is space for it: a disk that is filled takes other programs down too."""
-        needed = sum(
-            4 * math.prod(shape) * len(engine.states[name]) for name, shape in engine.parameter_shapes().items()
-        )
-        free = shutil.disk_usage(self.folder).free
-        if free < needed:
-            raise CheckpointError(f"it takes {needed:,} bytes, and {free:,} are free")
-        temporary.mkdir(parents=True)
 
     def wait_for_copy(self) -> None:
         """Wait until a save that was started no longer needs the engine's tensors."""
@@ -149,7 +132,7 @@ class Checkpoints:
             pending.give_up_at = 0.0  # a rank whose disk is full may not even be able to say so there
         whole = self._try(pending.whole.result) if pending.whole else None
         if problems and self.ranks.is_first:
-            shutil.rmtree(pending.temporary, ignore_errors=True)
+            self.place.abandon(pending.step)
         if problem := self.ranks.from_first(problems[0] if problems else whole):
             raise self._failure(problem)
         return True
@@ -166,74 +149,62 @@ class Checkpoints:
         """Rank 0's part, beside training too: the manifest, the name, and the removal of what is not kept."""
         try:
             pending.share.result()
-            shares = collect_shares(pending.temporary, self.ranks.world_size, lambda: pending.give_up_at)
+            shares = collect_shares(self.place, pending.step, self.ranks.world_size, lambda: pending.give_up_at)
             manifest = _manifest(pending, shares)
             sealed = manifest | {"sha256": manifest_digest(manifest)}
-            write_text(pending.temporary / MANIFEST, json.dumps(sealed, indent=1, allow_nan=False))
-            os.rename(pending.temporary, pending.final)
-            sync_folder(self.folder)
+            self.place.complete(pending.step, json.dumps(sealed, indent=1, allow_nan=False))
         except BaseException:
-            shutil.rmtree(pending.temporary, ignore_errors=True)
+            self.place.abandon(pending.step)
             raise
         self._prune(best_step)
 
     def _failure(self, problem: str) -> CheckpointError:
         return CheckpointError(
-            f"{self.folder}: a checkpoint could not be written ({problem}); expected a writable folder with enough "
-            "space. Earlier checkpoints are untouched."
+            f"{self.place}: a checkpoint could not be written ({problem}); expected {self.place.expects}. "
+            "Earlier checkpoints are untouched."
         )
 
     @staticmethod
     def _try(action: Callable[[], object]) -> str | None:
         try:
             action()
-        except (OSError, CheckpointError) as error:
+        except (OSError, CheckpointError, StoreAccessError) as error:
             return str(error)
         return None
 
     def load_newest(self, engine: Engine) -> dict[str, Any] | None:
         """Fill the engine from the newest checkpoint that verifies, and return its `training` state.
 
-        Damaged ones are renamed to `step-NNNNNNNN.damaged` and reported.
+        Damaged ones are set aside and reported.
 
         Returns:
             None if the folder holds no checkpoint at all.
         Raises:
             CheckpointError: there are checkpoints and none is good. The run never begins anew by itself.
         """
-        steps = self.ranks.from_first(list_steps(self.folder))
+        steps = list_together(self.place, self.ranks)
         for step in reversed(steps):
-            folder = self.folder / folder_name(step)
-            problems = [problem for problem in self.ranks.gather(self._verify_share(folder)) if problem]
+            found = self.ranks.agree(partial(self._verify_share, step))
+            problems = [problem for problem in self.ranks.gather(found) if problem]
             if not problems:
-                return self._fill(engine, CheckpointReader(folder))
+                return self._fill(engine, self.ranks.agree(partial(self.place.open, step)))
             if self.ranks.is_first:
                 self.report("checkpoint_damaged", f"{'; '.join(problems)}. Going on from the one before.")
-            self.ranks.agree(partial(self._set_aside, folder))
+            self.ranks.agree(partial(self._set_aside, step))
         if steps:
             raise CheckpointError(
-                f"{self.folder}: none of its {len(steps)} checkpoints is intact; expected one. Restore one from a "
+                f"{self.place}: none of its {len(steps)} checkpoints is intact; expected one. Restore one from a "
                 "backup, or start again with another run.dir."
             )
         return None
 
-    def _set_aside(self, folder: Path) -> None:
-        """Take a damaged checkpoint's name from it, so that its step can be saved again."""
-        if not self.ranks.is_first:
-            return
-        number = 1
-        while (aside := folder.with_name(f"{folder.name}.damaged{'' if number == 1 else f'-{number}'}")).exists():
-            number += 1
-        try:
-            folder.rename(aside)
-        except OSError as error:
-            raise CheckpointError(
-                f"{folder}: is damaged and cannot be renamed ({error}); expected a writable folder. Move it away."
-            ) from None
+    def _set_aside(self, step: int) -> None:
+        if self.ranks.is_first:
+            self.place.set_aside(step)
 
-    def _verify_share(self, folder: Path) -> str | None:
+    def _verify_share(self, step: int) -> str | None:
         try:
-            reader = CheckpointReader(folder)
+            reader = self.place.open(step)
             names = sorted(reader.manifest["files"])[self.ranks.rank :: self.ranks.world_size]
             return "; ".join(problem for name in names if (problem := reader.verify_file(name))) or None
         except CheckpointError as error:
@@ -244,31 +215,48 @@ class Checkpoints:
             raise CheckpointError(
                 f"{reader.folder}: holds another model than the config's; use the config that wrote it."
             )
-        for fragment in engine.replicated_fragments():
-            for state, view in fragment.tensors.items():
-                view.copy_(reader.read(fragment.name, state, fragment.start, fragment.length))
+        self.ranks.agree(lambda: _read_into(engine, reader))
         engine.finish_loading(reader.training["optimizer_step"])
         engine.load_loss_scale_state(reader.training["loss_scale"])
         return reader.training
 
     def _prune(self, best_step: int | None) -> None:
         """Remove all but the newest `keep_last` checkpoints, the multiples of `keep_every` and the best one."""
-        steps = list_steps(self.folder)
+        try:
+            steps = self.place.list_steps()
+        except StoreAccessError as error:
+            logger.warning("checkpoints could not be removed: %s", error)
+            return
         keep = {*steps[-self.section.keep_last :], best_step}
         if self.section.keep_every:
             keep |= {step for step in steps if step % self.section.keep_every == 0}
         for step in steps:
             if step not in keep:
                 try:
-                    self._remove(self.folder / folder_name(step))
-                except OSError as error:  # too many checkpoints are no reason to end a run
+                    self.place.remove(step)
+                except (OSError, StoreAccessError) as error:  # too many checkpoints are no reason to end a run
                     logger.warning("checkpoint %d could not be removed: %s", step, error)
 
-    @staticmethod
-    def _remove(folder: Path) -> None:
-        doomed = folder.with_name(f".tmp-removed-{folder.name}")  # renamed first: half a folder is never seen
-        folder.rename(doomed)
-        shutil.rmtree(doomed, ignore_errors=True)
+
+def list_together(place: Place, ranks: Ranks) -> list[int]:
+    """Return the steps of the complete checkpoints, oldest first, as rank 0 sees them.
+
+    Raises:
+        StoreAccessError: on all ranks, the place cannot be reached.
+    """
+    return ranks.from_first(ranks.agree(lambda: place.list_steps() if ranks.is_first else []))
+
+
+def _num_bytes(engine: Engine) -> int:
+    """Size of a checkpoint, without what describes it."""
+    return sum(4 * math.prod(shape) * len(engine.states[name]) for name, shape in engine.parameter_shapes().items())
+
+
+def _read_into(engine: Engine, reader: CheckpointReader) -> None:
+    for fragment in engine.replicated_fragments():
+        for state, view in fragment.tensors.items():
+            view.copy_(reader.read(fragment.name, state, fragment.start, fragment.length))
+    reader.close()
 
 
 def _manifest(pending: _Pending, outcomes: list[dict]) -> dict[str, Any]:

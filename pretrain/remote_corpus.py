@@ -38,9 +38,17 @@ def open_remote(shards: str, data: DataSection) -> RemoteCorpus | None:
     """
     if not is_remote(shards):
         return None
+    return RemoteCorpus(Store(shards, data.retry_seconds), open_cache(data))
+
+
+def open_cache(data: DataSection) -> NodeCache:
+    """Open the node's cache of files from elsewhere, which all processes of the node share.
+
+    Raises:
+        DataError: Its folder cannot be used.
+    """
     folder = Path(data.cache_dir or Path(tempfile.gettempdir(), f"longhaul-cache-{os.getuid()}"))
-    cache = NodeCache(folder.absolute(), data.cache_bytes, data.retry_seconds + 2 * STALL_SECONDS)
-    return RemoteCorpus(Store(shards, data.retry_seconds), cache)
+    return NodeCache(folder.absolute(), data.cache_bytes, data.retry_seconds + 2 * STALL_SECONDS)
 
 
 class RemoteCorpus:

@@ -54,6 +54,11 @@ def shown(url: str) -> str:
     return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, query, ""))
 
 
+def has_credentials(url: str) -> bool:
+    """Whether a URL has a password, or a query, which may be a signature."""
+    return "?" in url or urlsplit(url).password is not None
+
+
 class Patience:
     """How long what fails is tried again: with growing pauses, and from the first failure on for a limited time.
 

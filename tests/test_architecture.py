@@ -22,7 +22,7 @@ BENCHMARKS = sorted(path.relative_to(ROOT) for path in (ROOT / "benchmarks").glo
 # A module imports modules of lower tiers only. `kernels` is below all of them.
 TIERS = (
     "errors section spellings hardware start_clock text_index",
-    "model_options run_options store_errors",
+    "model_options run_options store_errors checkpoint_owner",
     "config",
     "stores config_docs schedule batch_plan packing phases row_order families console tokenizer source_files matrix_exchange lion"
     " generate_options repetition personal_data near_duplicates languages wikipedia",
@@ -30,10 +30,10 @@ TIERS = (
     " published model_card muon compiling filters dataset_files decoding tar_files",
     "node_cache row_table json_lines",
     "remote_corpus",
-    "prefetch settings sentencepiece_tokenizer model optim checkpoint_files shard_reader journal sources spills sampling"
+    "prefetch settings sentencepiece_tokenizer model optim checkpoint_files writable_store shard_reader journal sources spills sampling"
     " tracking family_table profiling",
-    "communication metrics guard hf_tokenizer generate",
-    "engine tokenizer_files tokenizer_trial",
+    "communication metrics guard hf_tokenizer generate checkpoint_folder checkpoint_store",
+    "engine tokenizer_files tokenizer_trial checkpoint_places",
     "text_shards",
     "data_plan",
     "damage",

@@ -49,7 +49,7 @@ def test_shards_from_elsewhere_are_not_prepared_and_have_options_of_their_own() 
          "which the other ranks give up. Use 600, or raise the other."),
     ]  # fmt: skip
     (problem,) = texts_of(config_of(), "data.cache_dir")
-    assert "It is for shards that are read from elsewhere" in problem[1]
+    assert "It is for shards and checkpoints elsewhere, and all" in problem[1]
 
 
 def test_compiled_blocks_and_zero_3_exclude_each_other() -> None:

@@ -186,8 +186,7 @@ def test_errors_of_libraries_become_sentences() -> None:
         status = 429
 
     verdicts = [
-        as_store_error(error)
-        for error in (ServerError(), NoCredentialsError("none"), Slow(), OSError(5, "I/O"))
+        as_store_error(error) for error in (ServerError(), NoCredentialsError("none"), Slow(), OSError(5, "I/O"))
     ]
     assert [error.is_final for error in verdicts] == [True, True, False, False]
     assert all(isinstance(error, StoreError) for error in verdicts)
