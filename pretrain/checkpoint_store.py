@@ -89,6 +89,7 @@ class StorePlace:
     def begin(self, step: int, num_bytes: int) -> None:
         """As `Place` says; the store is asked only if something is known to be in the way."""
         if step in self._unclean:
+            self._check_idle(step)
             self._ownership.check()
             self._clear(step, self._save_seconds)
             self._unclean.discard(step)
@@ -97,6 +98,7 @@ class StorePlace:
         self, step: int, name: str, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]
     ) -> tuple[int, str]:
         """As `Place` says."""
+        self._check_idle(step)
         self._ownership.check()
         content = TensorBytes(tensors, metadata)
         self._store.upload(f"{folder_name(step)}/{name}", content.num_bytes, content.chunks, self._save_seconds)
@@ -148,6 +150,14 @@ class StorePlace:
         self._unclean.add(step)
         self._clear(step, self._save_seconds)
         self._unclean.discard(step)
+
+    def _check_idle(self, step: int) -> None:
+        """Make sure that no request of an earlier save of this step hangs: done late, it would spoil this one."""
+        if self._store.is_busy(folder_name(step)):
+            raise StoreAccessError(
+                f"{self._store.location(folder_name(step))}: requests of an earlier save of this step still hang; "
+                "expected none. A later step can be saved."
+            )
 
     def _clear(self, step: int, limit_seconds: float) -> None:
         self._store.remove([f"{folder_name(step)}/{MANIFEST}"], limit_seconds)  # first: half a checkpoint is never seen

@@ -1,7 +1,7 @@
 """A store that is written to: checkpoints go there, in chunks out of memory, and are removed again.
 
 As in reading, what fails for a while is tried again, what stalls counts as failed, and what cannot succeed fails at
-once. Here an attempt may be left behind while it still hangs; whatever it may yet do is the same as what was asked for.
+once. An attempt that hangs is left behind, and may yet do what it was to do: `is_busy` tells where.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ class WritableStore(Store):
             DataError: The URL is of no kind that is installed.
         """
         super().__init__(url, limit_seconds, stall_seconds, option)
+        self._left_behind: list[tuple[str, _Attempt]] = []
 
     def list_files(self, folder: str = "", limit_seconds: float | None = None) -> dict[str, int]:
         """Return the size of each file in a folder of the store and below, by its path in the store.
@@ -114,10 +115,10 @@ class WritableStore(Store):
                 for chunk in chunks():
                     attempt.go_on()
                     file.write(chunk)
+                file.close()
             except BaseException:
                 _discard(file)
                 raise
-            file.close()
             attempt.go_on()
             if (size := self._filesystem.info(path)["size"]) != num_bytes:
                 raise StoreError(f"{size} bytes have arrived, not {num_bytes}")
@@ -172,6 +173,11 @@ class WritableStore(Store):
 
         self._do(folder, "removed", remove_all, limit_seconds)
 
+    def is_busy(self, folder: str) -> bool:
+        """Whether something that was left behind may still change a file in a folder."""
+        self._left_behind = [(name, attempt) for name, attempt in self._left_behind if not attempt.is_done()]
+        return any(f"{name}/".startswith(f"{folder}/") for name, _ in self._left_behind)
+
     def _do(self, name: str, done: str, action: Callable[[_Attempt], _T], limit_seconds: float | None = None) -> _T:
         """Do something, as often as it takes."""
         patience = Patience(self._limit if limit_seconds is None else limit_seconds)
@@ -180,6 +186,8 @@ class WritableStore(Store):
             try:
                 return attempt.run(action)
             except StoreError as error:
+                if not attempt.is_done():
+                    self._left_behind.append((name, attempt))
                 pause = patience.pause_after(error, attempt.progress_at)
                 if pause is None or self._closing.is_set():
                     raise self._refusal(name, done, error, patience) from error
@@ -209,6 +217,10 @@ class _Attempt:
         if self._is_over.is_set():
             raise StoreError("the attempt was left behind", is_final=True)
         self.progress_at = time.monotonic()
+
+    def is_done(self) -> bool:
+        """Whether it has ended, well or not."""
+        return self._is_done.is_set()
 
     def run(self, action: Callable[[_Attempt], _T]) -> _T:
         """Return what the action returns.
