@@ -20,7 +20,7 @@ from typing import Any
 from pretrain.checkpoint_files import FORMAT_VERSION, CheckpointReader, Piece, find_uncovered, manifest_digest
 from pretrain.checkpoint_places import Place
 from pretrain.distributed import Ranks
-from pretrain.engine import Engine
+from pretrain.engine import MASTER, Engine
 from pretrain.errors import CheckpointError, StoreAccessError
 from pretrain.run_options import CheckpointSection
 from pretrain.share_writer import ShareWriter, Task, collect_shares
@@ -69,6 +69,7 @@ class Checkpoints:
             StoreAccessError: it cannot be reached.
         """
         self.place = place
+        self.run_path = run_path
         self.section = section
         self.ranks = ranks
         self.report = report
@@ -172,22 +173,30 @@ class Checkpoints:
             return str(error)
         return None
 
-    def load_newest(self, engine: Engine) -> dict[str, Any] | None:
+    def steps(self) -> list[int]:
+        """Steps of the complete checkpoints, oldest first, as rank 0 sees them."""
+        return list_together(self.place, self.ranks)
+
+    def load_newest(self, engine: Engine, up_to_step: int | None = None) -> dict[str, Any] | None:
         """Fill the engine from the newest checkpoint that verifies, and return its `training` state.
 
         Damaged ones are set aside and reported.
 
+        Args:
+            engine: whose masters and moments are filled.
+            up_to_step: leave out checkpoints of later steps.
         Returns:
-            None if the folder holds no checkpoint at all.
+            None if the folder holds no such checkpoint at all.
         Raises:
             CheckpointError: there are checkpoints and none is good. The run never begins anew by itself.
         """
-        steps = list_together(self.place, self.ranks)
+        steps = [step for step in self.steps() if up_to_step is None or step <= up_to_step]
         for step in reversed(steps):
-            found = self.ranks.agree(partial(self._verify_share, step))
-            problems = [problem for problem in self.ranks.gather(found) if problem]
+            problems = self.verify(partial(self.place.open, step))
             if not problems:
-                return self._fill(engine, self.ranks.agree(partial(self.place.open, step)))
+                reader = self.ranks.agree(partial(self.place.open, step))
+                fill(engine, reader, self.ranks)
+                return reader.training
             if self.ranks.is_first:
                 self.report("checkpoint_damaged", f"{'; '.join(problems)}. Going on from the one before.")
             self.ranks.agree(partial(self._set_aside, step))
@@ -198,27 +207,35 @@ class Checkpoints:
             )
         return None
 
+    def discard_after(self, step: int) -> None:
+        """Remove the checkpoints of later steps, which are not to be gone on from."""
+        self.ranks.agree(lambda: self._discard_after(step) if self.ranks.is_first else None)
+
+    def _discard_after(self, step: int) -> None:
+        for later in self.place.list_steps():
+            if later > step:
+                self.place.remove(later)
+
     def _set_aside(self, step: int) -> None:
         if self.ranks.is_first:
             self.place.set_aside(step)
 
-    def _verify_share(self, step: int) -> str | None:
+    def verify(self, open_reader: Callable[[], CheckpointReader]) -> list[str]:
+        """Return what is wrong with a checkpoint; the ranks divide its files between them.
+
+        Raises:
+            LonghaulError: on all ranks, that cannot be found out: the store does not answer.
+        """
+        found = self.ranks.agree(partial(self._verify_share, open_reader))
+        return [problem for problem in self.ranks.gather(found) if problem]
+
+    def _verify_share(self, open_reader: Callable[[], CheckpointReader]) -> str | None:
         try:
-            reader = self.place.open(step)
+            reader = open_reader()
             names = sorted(reader.manifest["files"])[self.ranks.rank :: self.ranks.world_size]
             return "; ".join(problem for name in names if (problem := reader.verify_file(name))) or None
         except CheckpointError as error:
             return str(error)
-
-    def _fill(self, engine: Engine, reader: CheckpointReader) -> dict[str, Any]:
-        if reader.shapes != engine.parameter_shapes():
-            raise CheckpointError(
-                f"{reader.folder}: holds another model than the config's; use the config that wrote it."
-            )
-        self.ranks.agree(lambda: _read_into(engine, reader))
-        engine.finish_loading(reader.training["optimizer_step"])
-        engine.load_loss_scale_state(reader.training["loss_scale"])
-        return reader.training
 
     def _prune(self, best_step: int | None) -> None:
         """Remove all but the newest `keep_last` checkpoints, the multiples of `keep_every` and the best one."""
@@ -252,11 +269,45 @@ def _num_bytes(engine: Engine) -> int:
     return sum(4 * math.prod(shape) * len(engine.states[name]) for name, shape in engine.parameter_shapes().items())
 
 
-def _read_into(engine: Engine, reader: CheckpointReader) -> None:
+def fill(engine: Engine, reader: CheckpointReader, ranks: Ranks, with_optimizer: bool = True) -> None:
+    """Fill the engine from a checkpoint that was verified; each rank reads what it owns.
+
+    Args:
+        engine: whose masters and moments are filled.
+        reader: the checkpoint.
+        ranks: all ranks.
+        with_optimizer: the moments too, and the optimizer's own step; else they stay as they are before the first one.
+    Raises:
+        CheckpointError: on all ranks, it is of another model or of another optimizer, or cannot be read.
+    """
+    ranks.agree(lambda: _read_into(engine, reader, with_optimizer))
+    reader.close()
+    engine.finish_loading(reader.training["optimizer_step"] if with_optimizer else 0)
+    engine.load_loss_scale_state(reader.training["loss_scale"])
+
+
+def _read_into(engine: Engine, reader: CheckpointReader, with_optimizer: bool) -> None:
+    if reader.shapes != engine.parameter_shapes():
+        raise CheckpointError(
+            f"{reader.folder}: holds another model than the config's; expected the same parameters. Use the `model` of "
+            "the config that wrote it, or begin with another run.dir."
+        )
+    if with_optimizer and (lacking := _lacking(engine, reader)):
+        raise CheckpointError(
+            f"{reader.folder}: has no {lacking}; expected the states of optim.name. Use the `optim` of the config that "
+            "wrote it; a new run can do without by resume.from and resume.optimizer=false."
+        )
     for fragment in engine.replicated_fragments():
         for state, view in fragment.tensors.items():
-            view.copy_(reader.read(fragment.name, state, fragment.start, fragment.length))
-    reader.close()
+            if with_optimizer or state == MASTER:
+                view.copy_(reader.read(fragment.name, state, fragment.start, fragment.length))
+
+
+def _lacking(engine: Engine, reader: CheckpointReader) -> str:
+    """Name a state that the engine has and a checkpoint has not."""
+    missing = ((state, name) for name, states in engine.states.items() for state in states
+               if state not in reader.states[name])  # fmt: skip
+    return next((f"'{state}' of '{name}'" for state, name in missing), "")
 
 
 def _manifest(pending: _Pending, outcomes: list[dict]) -> dict[str, Any]:

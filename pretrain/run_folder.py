@@ -39,8 +39,8 @@ CONFIG_FILE = "config.yaml"
 # `data.phases` cannot be changed either: a checkpoint is compared with the plan of the rows up to it.
 FREE_TO_CHANGE = (
     "parallel.", "train.micro_batch_size", "train.num_steps", "train.num_tokens", "eval.", "checkpoint.", "log.",
-    "guard.", "run.allow_changes", "run.dir", "data.prefetch_steps", "data.prepare_processes", "train.compile",
-    "data.sources", "data.phases",
+    "guard.", "resume.", "run.allow_changes", "run.dir", "data.prefetch_steps", "data.prepare_processes",
+    "train.compile", "data.sources", "data.phases",
     "data.cache_dir", "data.cache_bytes", "data.retry_seconds", "data.max_damaged_fraction",
 )  # fmt: skip
 # Changing these would make other rows of what is already done, which no checkpoint can follow; phases can.
@@ -116,6 +116,9 @@ class RunFolder:
         saved = self.path / CONFIG_FILE
         old = load_config(saved) if saved.exists() else None
         place = open_place(config.checkpoint, self.path, config.data)
+        begins_anew = config.resume.from_scratch and old is not None and not old.resume.from_scratch
+        if begins_anew:
+            self._abandon_checkpoints(place, bool(config.checkpoint.dir))
         steps = place.list_steps()
         if steps:  # before the first checkpoint there is nothing to go on with
             if old is None and config.checkpoint.dir:
@@ -127,7 +130,7 @@ class RunFolder:
                 )
             self._compare(old, config)  # what else does not fit is found when the checkpoint is loaded
         else:
-            if old is not None and old.checkpoint.dir != config.checkpoint.dir:
+            if old is not None and old.checkpoint.dir != config.checkpoint.dir and not begins_anew:
                 self._check_moved(open_place(old.checkpoint, self.path, old.data), place)
             self.accept(config)
         return self._write_environment()
@@ -139,6 +142,21 @@ class RunFolder:
                 f"checkpoint.dir is {now}, which holds no checkpoint; expected the run's {len(steps)} checkpoints. "
                 f"Copy {before} there, or set checkpoint.dir back, or start a new run with run.dir=…"
             )
+
+    def _abandon_checkpoints(self, place: Place, is_elsewhere: bool) -> None:
+        """Set the checkpoints aside, as `resume.from_scratch` says."""
+        if is_elsewhere and place.list_steps():
+            raise ConfigError(
+                f"resume.from_scratch is true, and checkpoint.dir is {place}, which holds checkpoints; expected none: "
+                "only those in the run folder can be set aside. Use another checkpoint.dir, or move them away."
+            )
+        checkpoints, number = self.path / "checkpoints", 1
+        if not checkpoints.exists():
+            return
+        while (aside := self.path / f"checkpoints.abandoned-{number}").exists():
+            number += 1
+        checkpoints.rename(aside)
+        print(f"resume.from_scratch: the checkpoints of before are in {aside}", file=sys.stderr)
 
     def accept(self, config: Config) -> None:
         """Write the config that the run goes on with: once it does, for a refused one must not lock out the old one."""
