@@ -100,9 +100,9 @@ class FolderPlace:
 
     def complete(self, step: int, manifest: str) -> None:
         """As `Place` says."""
-        write_text(self._unfinished(step) / MANIFEST, manifest)
         if self._ownership:
             self._ownership.check()
+        write_text(self._unfinished(step) / MANIFEST, manifest)
         os.rename(self._unfinished(step), self._path(step))
         sync_folder(self.folder)
 

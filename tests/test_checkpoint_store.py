@@ -20,10 +20,12 @@ from safetensors import safe_open
 
 from pretrain import checkpoint_store, stores, writable_store
 from pretrain.checkpoint_files import FORMAT_VERSION, CheckpointReader, manifest_digest, tensor_key
+from pretrain.checkpoint_places import open_place
 from pretrain.checkpoint_store import StorePlace
 from pretrain.config import DataSection
 from pretrain.errors import CheckpointError, ConfigError, StoreAccessError
 from pretrain.run_folder import RunFolder
+from pretrain.run_options import CheckpointSection
 from pretrain.settings import load_config
 from pretrain.tensor_files import TensorBytes
 from tests.conftest import write_tiny_corpus
@@ -92,10 +94,10 @@ def write_shares(place: StorePlace, step: int, factor: float) -> dict[str, dict]
     return {name: file for note in notes for name, file in json.loads(note).items()}
 
 
-def save(place: StorePlace, step: int, factor: float = 1.0) -> None:
+def save(place: StorePlace, step: int, factor: float = 1.0, about: dict | None = None) -> None:
     files = write_shares(place, step, factor)
     pieces = [[f"{name}.safetensors", start, length] for name, (start, length) in CUTS.items()]
-    manifest = {"format_version": FORMAT_VERSION, "step": step, "training": {}, "about": {}, "files": files,
+    manifest = {"format_version": FORMAT_VERSION, "step": step, "training": {}, "about": about or {}, "files": files,
                 "parameters": {"w": {"shape": [4, 6], "states": ["master"], "fragments": pieces}}}  # fmt: skip
     place.complete(step, json.dumps(manifest | {"sha256": manifest_digest(manifest)}))
 
@@ -423,3 +425,50 @@ def test_a_run_never_begins_anew_because_its_checkpoints_are_elsewhere(tmp_path:
     moved = RunFolder(load_config(config, [run, f"checkpoint.dir={new}"]))
     moved.close()
     assert moved.run_id == folder.run_id
+
+
+def test_a_run_whose_folder_was_lost_goes_on_with_the_config_of_its_checkpoints(tmp_path: Path) -> None:
+    path, url = write_tiny_corpus(tmp_path / "corpus"), f"file://{tmp_path}/far"
+    overrides = [f"run.dir={tmp_path}/new", f"checkpoint.dir={url}"]
+    config = load_config(path, overrides)
+    save(open_store(url, tmp_path), 5, about={"config": config.model_dump(mode="json")})
+    with pytest.raises(ConfigError, match=r"optim\.lr: 0\.003 in the run folder, 0\.5 now"):
+        RunFolder(load_config(path, [*overrides, "optim.lr=0.5"]))
+    folder = RunFolder(config)
+    folder.close()
+    with pytest.raises(
+        ConfigError, match=r"If that run's folder is lost and no job of it is left, remove file://.*/owner"
+    ):
+        StorePlace(url, section(tmp_path / "cache")).claim(folder.run_id, folder.path)
+
+
+def test_from_scratch_sets_nothing_aside_that_is_elsewhere(tmp_path: Path) -> None:
+    path, url = write_tiny_corpus(tmp_path / "corpus"), f"file://{tmp_path}/far"
+    overrides = [f"run.dir={tmp_path}/run", f"checkpoint.dir={url}"]
+    RunFolder(load_config(path, overrides)).close()
+    save(open_store(url, tmp_path), 5)
+    with pytest.raises(ConfigError, match=r"resume\.from_scratch is true, and checkpoint\.dir is file://.*Use another"):
+        RunFolder(load_config(path, [*overrides, "resume.from_scratch=true"]))
+    empty = f"checkpoint.dir=file://{tmp_path}/empty"
+    RunFolder(load_config(path, [overrides[0], empty, "resume.from_scratch=true"])).close()
+
+
+def test_a_folder_elsewhere_is_of_one_run_and_its_newest_start(tmp_path: Path) -> None:
+    data = section(tmp_path / "cache")
+    dead, alive, other = (open_place(CheckpointSection(dir=f"{tmp_path}/far"), tmp_path, data) for _ in range(3))
+    dead.claim("this", tmp_path / "run")
+    dead.begin(5, 1)
+    alive.claim("this", tmp_path / "run")
+    with pytest.raises(StoreAccessError, match=r"far/owner\.json is of a start on .*which therefore writes no more"):
+        dead.complete(5, "{}")
+    with pytest.raises(StoreAccessError, match=r"far/owner\.json is of a start on"):
+        dead.begin(10, 1)
+    with pytest.raises(ConfigError, match=r"checkpoint\.dir is .*/far; expected a place of this run alone"):
+        other.claim("other", tmp_path / "run")
+    assert alive.list_steps() == []
+    own = open_place(CheckpointSection(), tmp_path / "run", data)
+    assert own.claim("any", tmp_path / "run") == "" and str(own) == f"{tmp_path}/run/checkpoints"
+    (tmp_path / "file").write_text("")
+    blocked = open_place(CheckpointSection(dir=f"{tmp_path}/file/x"), tmp_path, data)
+    with pytest.raises(ConfigError, match=r"checkpoint\.dir is .*/file/x; expected a folder that can be written"):
+        blocked.claim("this", tmp_path)
