@@ -57,13 +57,15 @@ class Ownership:
         """Take part in what another rank has claimed."""
         self._record = record
 
-    def check(self) -> None:
+    def check(self, read: Callable[[], str | None] | None = None) -> None:
         """Make sure that no other start has claimed the place since.
 
+        Args:
+            read: reads `owner.json`, if not what was given does.
         Raises:
             StoreAccessError: one has.
         """
-        found = self._read()
+        found = (read or self._read)()
         if found is None:  # removed by somebody, and nobody has claimed it: it still is this start's
             self._write(self._record)
         elif (owner := _parse(found)).get("start") != _parse(self._record)["start"]:

@@ -28,7 +28,8 @@ from pretrain.writable_store import WritableStore
 
 logger = logging.getLogger("longhaul")
 DAMAGED_MANIFEST = "manifest.damaged.json"
-SAVE_SECONDS = 120.0  # that a request of a save which fails is tried again: the run goes on, and so does the next save
+SAVE_SECONDS = 120.0  # that a request which fails is tried again: without the save the run goes on, and the next comes
+HASTY_SECONDS = 10.0  # likewise, where training waits
 _MAX_TRIES = 5  # to hold a file that other processes evict as soon as it is there
 
 
@@ -47,9 +48,12 @@ class StorePlace:
         Raises:
             DataError: the URL is of no kind that is installed.
         """
-        self._store = WritableStore(url, data.retry_seconds, option="checkpoint.dir")
-        self._data, self._save_seconds = data, min(SAVE_SECONDS, data.retry_seconds)
-        self._ownership = Ownership(str(self), self._read_owner, self._write_owner)
+        option = "checkpoint.dir"
+        self._store = WritableStore(url, min(SAVE_SECONDS, data.retry_seconds), option)
+        self._hasty = WritableStore(url, min(HASTY_SECONDS, data.retry_seconds), option)
+        self._patient = WritableStore(url, data.retry_seconds, option)
+        self._data = data
+        self._ownership = Ownership(str(self), partial(_read_owner, self._store), self._write_owner)
         self._complete: set[int] = set()
         self._unclean: set[int] = set()  # steps whose folders hold something, but no manifest
         self._whole: set[tuple[int, int]] = set()  # files of the cache that this process has checked: device, inode
@@ -84,14 +88,14 @@ class StorePlace:
 
     def open(self, step: int) -> CheckpointReader:
         """As `Place` says."""
-        return CheckpointReader(StoredFiles(self._store, self._cache, folder_name(step), self._whole))
+        return CheckpointReader(StoredFiles(self._patient, self._cache, folder_name(step), self._whole))
 
     def begin(self, step: int, num_bytes: int) -> None:
         """As `Place` says; the store is asked only if something is known to be in the way."""
         if step in self._unclean:
             self._check_idle(step)
-            self._ownership.check()
-            self._clear(step, self._save_seconds)
+            self._ownership.check(partial(_read_owner, self._hasty))
+            self._clear(step, self._hasty)
             self._unclean.discard(step)
 
     def write_tensors(
@@ -101,37 +105,37 @@ class StorePlace:
         self._check_idle(step)
         self._ownership.check()
         content = TensorBytes(tensors, metadata)
-        self._store.upload(f"{folder_name(step)}/{name}", content.num_bytes, content.chunks, self._save_seconds)
+        self._store.upload(f"{folder_name(step)}/{name}", content.num_bytes, content.chunks)
         return content.num_bytes, content.sha256
 
     def write_note(self, step: int, name: str, text: str) -> None:
         """As `Place` says."""
-        self._store.write(f"{folder_name(step)}/{name}", text.encode(), self._save_seconds)
+        self._store.write(f"{folder_name(step)}/{name}", text.encode())
 
     def list_notes(self, step: int, suffix: str) -> list[str]:
         """As `Place` says."""
-        names = self._store.list_files(folder_name(step), self._save_seconds)
+        names = self._store.list_files(folder_name(step))
         return sorted(name.rpartition("/")[2] for name in names if name.endswith(suffix))
 
     def take_notes(self, step: int, names: Sequence[str]) -> list[str]:
         """As `Place` says."""
         paths = [f"{folder_name(step)}/{name}" for name in names]
         notes = self._store.read_all(paths)
-        self._store.remove(paths, self._save_seconds)
+        self._store.remove(paths)
         return [notes[path].decode() for path in paths]
 
     def complete(self, step: int, manifest: str) -> None:
         """As `Place` says."""
         self._ownership.check()
-        self._store.write(f"{folder_name(step)}/{MANIFEST}", manifest.encode(), self._save_seconds)
+        self._store.write(f"{folder_name(step)}/{MANIFEST}", manifest.encode())
         self._complete.add(step)
 
     def abandon(self, step: int) -> None:
         """As `Place` says; what cannot be removed now is when the step is saved again, or at the next start."""
         self._unclean.add(step)
         try:
-            self._ownership.check()
-            self._clear(step, limit_seconds=0.0)
+            self._ownership.check(partial(_read_owner, self._hasty))
+            self._clear(step, self._hasty)
             self._unclean.discard(step)
         except LonghaulError as error:
             logger.warning("what a failed save left is still there: %s", error)
@@ -148,28 +152,24 @@ class StorePlace:
         """As `Place` says."""
         self._complete.discard(step)
         self._unclean.add(step)
-        self._clear(step, self._save_seconds)
+        self._clear(step, self._store)
         self._unclean.discard(step)
 
     def _check_idle(self, step: int) -> None:
         """Make sure that no request of an earlier save of this step hangs: done late, it would spoil this one."""
-        if self._store.is_busy(folder_name(step)):
+        if self._store.is_busy(folder_name(step)) or self._hasty.is_busy(folder_name(step)):
             raise StoreAccessError(
                 f"{self._store.location(folder_name(step))}: requests of an earlier save of this step still hang; "
                 "expected none. A later step can be saved."
             )
 
-    def _clear(self, step: int, limit_seconds: float) -> None:
-        self._store.remove([f"{folder_name(step)}/{MANIFEST}"], limit_seconds)  # first: half a checkpoint is never seen
-        self._store.remove_folder(folder_name(step), limit_seconds)
+    def _clear(self, step: int, store: WritableStore) -> None:
+        store.remove([f"{folder_name(step)}/{MANIFEST}"])  # first: half a checkpoint is never seen
+        store.remove_folder(folder_name(step))
 
     @cached_property
     def _cache(self) -> NodeCache:
         return open_cache(self._data)
-
-    def _read_owner(self) -> str | None:
-        content = self._store.read_if_there(OWNER)
-        return None if content is None else content.decode(errors="replace")
 
     def _write_owner(self, record: str) -> None:
         self._store.write(OWNER, record.encode())
@@ -261,6 +261,11 @@ class StoredFiles:
             raise StoreAccessError(str(error)) from error
         state = os.stat(file.path)
         self._whole.add((state.st_dev, state.st_ino))
+
+
+def _read_owner(store: WritableStore) -> str | None:
+    content = store.read_if_there(OWNER)
+    return None if content is None else content.decode(errors="replace")
 
 
 def _steps_with(name: str, files: Mapping[str, int]) -> set[int]:

@@ -104,6 +104,8 @@ class Store:
     """
 
     _caches_listings = True
+    _limit_option = "data.retry_seconds"
+    _remedy = "Upload the corpus again, whole, as `prepare` made it"  # of a file that comes wrong
 
     def __init__(
         self,
@@ -203,11 +205,11 @@ class Store:
         if error.is_final:
             advice = f"Correct {self._option or 'the URL'}, or the rights to read it"
         elif isinstance(error, WrongContentError):
-            advice = "Upload the corpus again, whole, as `prepare` made it"
+            advice = self._remedy
         else:
             advice = "Mend the store or the network"
-            if self._option:
-                advice += f", or raise data.retry_seconds ({self._limit:.0f})"
+            if self._option and self._limit_option:
+                advice += f", or raise {self._limit_option} ({self._limit:.0f})"
         text = f"{self.location(name)} cannot be read: {error}; {patience}. {advice}, and run again."
         return LostFileError(text, name, str(error)) if is_lost else DataError(text)
 

@@ -25,13 +25,15 @@ class WritableStore(Store):
     """A store that this process may write to; any number of threads may at a time."""
 
     _caches_listings = False  # other ranks write too
+    _limit_option = ""
+    _remedy = "Look for what changes it on the way"
 
     def __init__(self, url: str, limit_seconds: float, option: str, stall_seconds: float | None = None) -> None:
         """Open the store; nothing is read or written.
 
         Args:
             url: A URL of fsspec's.
-            limit_seconds: How long what fails is tried again, if a call does not say otherwise.
+            limit_seconds: How long what fails is tried again.
             option: Of the config, that gives the URL.
             stall_seconds: After so long without progress an attempt has failed.
 
@@ -41,13 +43,13 @@ class WritableStore(Store):
         super().__init__(url, limit_seconds, stall_seconds, option)
         self._left_behind: list[tuple[str, _Attempt]] = []
 
-    def list_files(self, folder: str = "", limit_seconds: float | None = None) -> dict[str, int]:
+    def list_files(self, folder: str = "") -> dict[str, int]:
         """Return the size of each file in a folder of the store and below, by its path in the store.
 
         Raises:
             StoreAccessError: The store cannot be read.
         """
-        return self._do(folder, "listed", lambda _: self._list(folder), limit_seconds)
+        return self._do(folder, "listed", lambda _: self._list(folder))
 
     def _list(self, folder: str) -> dict[str, int]:
         found = self._filesystem.find(join(self._root, folder) if folder else self._root, detail=True)
@@ -77,7 +79,7 @@ class WritableStore(Store):
         found = self._do("", "read", lambda _: self._filesystem.cat(list(paths.values())))
         return {name: found[path] for name, path in paths.items()}
 
-    def write(self, name: str, content: bytes, limit_seconds: float | None = None) -> None:
+    def write(self, name: str, content: bytes) -> None:
         """Write a small file; on object stores it is there whole or not at all.
 
         Raises:
@@ -87,14 +89,13 @@ class WritableStore(Store):
         def put(_: _Attempt) -> None:
             self._filesystem.pipe_file(join(self._root, name), content)
 
-        self._do(name, "written", put, limit_seconds)
+        self._do(name, "written", put)
 
     def upload(
         self,
         name: str,
         num_bytes: int,
         chunks: Callable[[], Iterable[memoryview]],
-        limit_seconds: float | None = None,
     ) -> None:
         """Write a file of any size, a part at a time, and compare the size that it has there.
 
@@ -102,7 +103,6 @@ class WritableStore(Store):
             name: Its path in the store.
             num_bytes: Its size.
             chunks: Yields its content, anew for every attempt, no more at a time than memory has room for twice.
-            limit_seconds: How long it is tried again.
 
         Raises:
             StoreAccessError: It cannot be written.
@@ -123,7 +123,7 @@ class WritableStore(Store):
             if (size := self._filesystem.info(path)["size"]) != num_bytes:
                 raise StoreError(f"{size} bytes have arrived, not {num_bytes}")
 
-        self._do(name, "written", send, limit_seconds)
+        self._do(name, "written", send)
 
     def size(self, name: str) -> int | None:
         """Return a file's size; None if the store has no such file.
@@ -140,7 +140,7 @@ class WritableStore(Store):
 
         return self._do(name, "read", ask)
 
-    def remove(self, names: Iterable[str], limit_seconds: float | None = None) -> None:
+    def remove(self, names: Iterable[str]) -> None:
         """Remove files; those that are not there are no error.
 
         Raises:
@@ -154,9 +154,9 @@ class WritableStore(Store):
                 with suppress(FileNotFoundError):
                     self._filesystem.rm_file(join(self._root, name))
 
-        self._do(names[0] if names else "", "removed", remove_all, limit_seconds)
+        self._do(names[0] if names else "", "removed", remove_all)
 
-    def remove_folder(self, folder: str, limit_seconds: float | None = None) -> None:
+    def remove_folder(self, folder: str) -> None:
         """Remove a folder with all that is in it.
 
         Raises:
@@ -171,16 +171,16 @@ class WritableStore(Store):
             if left := self._list(folder):  # S3's library does not say which of many it could not remove
                 raise StoreError(f"{len(left)} of its files are still there")
 
-        self._do(folder, "removed", remove_all, limit_seconds)
+        self._do(folder, "removed", remove_all)
 
     def is_busy(self, folder: str) -> bool:
         """Whether something that was left behind may still change a file in a folder."""
         self._left_behind = [(name, attempt) for name, attempt in self._left_behind if not attempt.is_done()]
         return any(f"{name}/".startswith(f"{folder}/") for name, _ in self._left_behind)
 
-    def _do(self, name: str, done: str, action: Callable[[_Attempt], _T], limit_seconds: float | None = None) -> _T:
+    def _do(self, name: str, done: str, action: Callable[[_Attempt], _T]) -> _T:
         """Do something, as often as it takes."""
-        patience = Patience(self._limit if limit_seconds is None else limit_seconds)
+        patience = Patience(self._limit)
         while True:
             attempt = _Attempt(self._stall)
             try:
