@@ -17,13 +17,21 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pretrain.checkpoint_files import FORMAT_VERSION, CheckpointReader, Piece, find_uncovered, manifest_digest
+from pretrain.checkpoint_files import (
+    FORMAT_VERSION,
+    CheckpointReader,
+    Piece,
+    find_uncovered,
+    folder_name,
+    manifest_digest,
+)
 from pretrain.checkpoint_places import Place
 from pretrain.distributed import Ranks
 from pretrain.engine import MASTER, Engine
 from pretrain.errors import CheckpointError, StoreAccessError
 from pretrain.run_options import CheckpointSection
 from pretrain.share_writer import ShareWriter, Task, collect_shares
+from pretrain.tensor_files import explain
 
 logger = logging.getLogger("longhaul")
 _WRITE_SECONDS = 60.0  # for which a run that has failed waits for its disk
@@ -97,9 +105,10 @@ class Checkpoints:
         assert self._pending is None
         if self.ranks.from_first(self.ranks.is_first and self.place.has(step)):
             return
-        problem = self._try(lambda: self.place.begin(step, _num_bytes(engine))) if self.ranks.is_first else None
+        begin = partial(self.place.begin, step, _num_bytes(engine), self.ranks.world_size)
+        problem = self._try(begin) if self.ranks.is_first else None
         if problem := self.ranks.from_first(problem):
-            raise self._failure(problem)
+            raise self._failure(step, problem)
         training = training | {"optimizer_step": engine.optimizer_step(), "loss_scale": engine.loss_scale_state()}
         about = about | {"world_size": self.ranks.world_size, "zero_stage": engine.stage}
         content = {"format_version": FORMAT_VERSION, "step": step, "training": training, "about": about}
@@ -135,7 +144,7 @@ class Checkpoints:
         if problems and self.ranks.is_first:
             self.place.abandon(pending.step)
         if problem := self.ranks.from_first(problems[0] if problems else whole):
-            raise self._failure(problem)
+            raise self._failure(pending.step, problem)
         return True
 
     def close(self) -> None:
@@ -159,18 +168,20 @@ class Checkpoints:
             raise
         self._prune(best_step)
 
-    def _failure(self, problem: str) -> CheckpointError:
+    def _failure(self, step: int, problem: str) -> CheckpointError:
         return CheckpointError(
-            f"{self.place}: a checkpoint could not be written ({problem}); expected {self.place.expects}. "
-            "Earlier checkpoints are untouched."
+            f"{self.place}/{folder_name(step)}: could not be written: {problem} Earlier checkpoints are untouched."
         )
 
     @staticmethod
     def _try(action: Callable[[], object]) -> str | None:
+        """Return why an action failed, and the fix; None if it did not."""
         try:
             action()
-        except (OSError, CheckpointError, StoreAccessError) as error:
+        except (CheckpointError, StoreAccessError) as error:
             return str(error)
+        except OSError as error:
+            return explain(error)
         return None
 
     def steps(self) -> list[int]:
@@ -180,7 +191,7 @@ class Checkpoints:
     def load_newest(self, engine: Engine, up_to_step: int | None = None) -> dict[str, Any] | None:
         """Fill the engine from the newest checkpoint that verifies, and return its `training` state.
 
-        Damaged ones are set aside and reported.
+        Newer ones, which are damaged, are set aside and reported.
 
         Args:
             engine: whose masters and moments are filled.
@@ -190,31 +201,51 @@ class Checkpoints:
         Raises:
             CheckpointError: there are checkpoints and none is good. The run never begins anew by itself.
         """
-        steps = [step for step in self.steps() if up_to_step is None or step <= up_to_step]
-        for step in reversed(steps):
+        damaged: dict[int, str] = {}  # what is wrong with each; they keep their names until a good one is found
+        steps = self.ranks.agree(lambda: self.place.list_claimed() if self.ranks.is_first else [])
+        steps = self.ranks.from_first(steps)
+        for step in reversed([step for step in steps if up_to_step is None or step <= up_to_step]):
             problems = self.verify(partial(self.place.open, step))
             if not problems:
+                for bad, problem in damaged.items():
+                    self.ranks.agree(partial(self._set_aside, bad))
+                    if self.ranks.is_first:
+                        self.report("checkpoint_damaged", f"{problem}. Going on from the one before.")
                 reader = self.ranks.agree(partial(self.place.open, step))
                 fill(engine, reader, self.ranks)
                 return reader.training
-            if self.ranks.is_first:
-                self.report("checkpoint_damaged", f"{'; '.join(problems)}. Going on from the one before.")
-            self.ranks.agree(partial(self._set_aside, step))
-        if steps:
-            raise CheckpointError(
-                f"{self.place}: none of its {len(steps)} checkpoints is intact; expected one. Restore one from a "
-                "backup, or start again with another run.dir."
+            damaged[step] = "; ".join(problem.rstrip(".") for problem in problems)
+        if self.ranks.from_first(self.ranks.agree(lambda: self.ranks.is_first and self.place.has_any())):
+            found = "has only checkpoints that are damaged"
+            if damaged:
+                found = f"none of its {len(damaged)} checkpoints is intact ({next(iter(damaged.values()))})"
+            error = CheckpointError(
+                f"{self.place}: {found}; expected one that is. Restore one from a backup, or begin anew with "
+                "resume.from_scratch=true or another run.dir."
             )
+            error.agreed = True
+            raise error
         return None
 
     def discard_after(self, step: int) -> None:
-        """Remove the checkpoints of later steps, which are not to be gone on from."""
-        self.ranks.agree(lambda: self._discard_after(step) if self.ranks.is_first else None)
+        """Remove the checkpoints of later steps, which are not to be gone on from.
+
+        Raises:
+            CheckpointError: on all ranks, one cannot be removed.
+            StoreAccessError: likewise.
+        """
+        self.ranks.agree(partial(self._discard_after, step))
 
     def _discard_after(self, step: int) -> None:
-        for later in self.place.list_steps():
-            if later > step:
-                self.place.remove(later)
+        for later in self.place.list_steps() if self.ranks.is_first else []:
+            try:
+                if later > step:
+                    self.place.remove(later)
+            except OSError as error:
+                raise CheckpointError(
+                    f"{self.place}/{folder_name(later)}: is past step {step}, to which the run goes back, and cannot "
+                    f"be removed ({error}); expected a writable folder. Remove it."
+                ) from None
 
     def _set_aside(self, step: int) -> None:
         if self.ranks.is_first:
@@ -226,8 +257,8 @@ class Checkpoints:
         Raises:
             LonghaulError: on all ranks, that cannot be found out: the store does not answer.
         """
-        found = self.ranks.agree(partial(self._verify_share, open_reader))
-        return [problem for problem in self.ranks.gather(found) if problem]
+        found = self.ranks.gather(self.ranks.agree(partial(self._verify_share, open_reader)))
+        return list(dict.fromkeys(problem for problem in found if problem))  # each once: all ranks read the manifest
 
     def _verify_share(self, open_reader: Callable[[], CheckpointReader]) -> str | None:
         try:
@@ -324,7 +355,10 @@ def _manifest(pending: _Pending, outcomes: list[dict]) -> dict[str, Any]:
             problems += [f"'{name}' has no '{state}'" for state in pending.states[name] if state not in states]
     if problems := problems + find_uncovered(pending.shapes, pieces):
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise CheckpointError(f"state is missing: {'; '.join(problems[:3])}{more}")
+        raise CheckpointError(
+            f"state is missing: {'; '.join(problems[:3])}{more}; expected all that the optimizer keeps. It is lost in "
+            "this process: stop it, and start it again from the last checkpoint."
+        )
     parameters = {
         name: {
             "shape": list(shape),

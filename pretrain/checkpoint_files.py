@@ -22,6 +22,7 @@ from pretrain.tensor_files import TensorFile, sha256_of
 
 FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
+DAMAGED = ".damaged"  # behind the name of a checkpoint that did not verify at a start
 _NAME = re.compile(r"step-(\d{8,})")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -31,11 +32,19 @@ def folder_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
-def list_steps(checkpoints: Path) -> list[int]:
-    """Return the steps of the complete checkpoints in a folder, oldest first."""
+def list_steps(checkpoints: Path, *, without_manifest: bool = False) -> list[int]:
+    """Return the steps of the complete checkpoints in a folder, oldest first.
+
+    Args:
+        checkpoints: the folder.
+        without_manifest: also of those that are damaged so; no save leaves such a folder.
+    """
     if not checkpoints.is_dir():
         return []
-    steps = (step_of(entry.name) for entry in checkpoints.iterdir() if (entry / MANIFEST).is_file())
+    steps = (
+        step_of(entry.name) for entry in checkpoints.iterdir()
+        if (entry.is_dir() if without_manifest else (entry / MANIFEST).is_file())
+    )  # fmt: skip
     return sorted(step for step in steps if step is not None)
 
 
@@ -43,6 +52,11 @@ def step_of(name: str) -> int | None:
     """The update number that a checkpoint's folder is named by; None for other names."""
     match = _NAME.fullmatch(name)
     return int(match.group(1)) if match else None
+
+
+def has_checkpoints(checkpoints: Path) -> bool:
+    """Whether a folder holds any checkpoint, be it damaged: a run that has some never begins anew by itself."""
+    return bool(list_steps(checkpoints, without_manifest=True)) or any(checkpoints.glob(f"step-*{DAMAGED}*"))
 
 
 def tensor_key(parameter: str, state: str, start: int) -> str:
@@ -127,12 +141,15 @@ class FolderFiles:
     def find_problem(self, name: str, num_bytes: int, sha256: str) -> str | None:
         """As `Files` says."""
         path = self._folder / name
-        if not path.is_file():
-            return f"{path} is missing"
-        if path.stat().st_size != num_bytes:
-            return f"{path} has {path.stat().st_size} bytes, not {num_bytes}"
-        if sha256_of(path) != sha256:
-            return f"{path} has another sha256 than when it was written"
+        try:
+            if not path.is_file():
+                return f"{path} is missing"
+            if path.stat().st_size != num_bytes:
+                return f"{path} has {path.stat().st_size} bytes, not {num_bytes}"
+            if sha256_of(path) != sha256:
+                return f"{path} has another sha256 than when it was written"
+        except OSError as error:
+            return f"{path} cannot be read ({error.strerror})"
         return None
 
     def open_tensors(self, name: str, num_bytes: int, sha256: str) -> TensorFile:

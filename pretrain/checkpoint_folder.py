@@ -5,23 +5,26 @@ Whatever is killed at whatever moment, a folder named `step-NNNNNNNN` is whole.
 
 from __future__ import annotations
 
+import hashlib
 import os
+import secrets
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 
-from pretrain.checkpoint_files import MANIFEST, CheckpointReader, folder_name, list_steps
+from pretrain.checkpoint_files import DAMAGED, MANIFEST, CheckpointReader, folder_name, has_checkpoints, list_steps
 from pretrain.checkpoint_owner import OWNER, Ownership
 from pretrain.errors import CheckpointError, ConfigError
-from pretrain.tensor_files import sync_folder, write_tensors, write_text
+from pretrain.tensor_files import check_space, sync_folder, write_tensors, write_text
+
+_FILES_A_RANK = 3  # at once: its share, a note of it, and one of these under a temporary name
 
 
 class FolderPlace:
     """A folder of this machine, or one that all nodes share; as `Place` says."""
 
-    expects = "a writable folder with enough space"
     longest_poll_seconds = 0.05
 
     def __init__(self, folder: Path, is_in_run: bool = True) -> None:
@@ -33,6 +36,7 @@ class FolderPlace:
         """
         self.folder = folder
         self._ownership = None if is_in_run else Ownership(str(folder), self._read_owner, self._write_owner)
+        self._start = ""
 
     def __str__(self) -> str:
         return str(self.folder)
@@ -41,17 +45,20 @@ class FolderPlace:
         """As `Place` says."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            record = self._ownership.claim(run_id, run_path) if self._ownership else ""
+            record = self._ownership.claim(run_id, run_path) if self._ownership else secrets.token_hex(8)
         except OSError as error:
             raise ConfigError(
                 f"checkpoint.dir is {self.folder}; expected a folder that can be written ({error}). Use another one."
             ) from None
         for leftover in self.folder.glob(".tmp-*"):
             shutil.rmtree(leftover, ignore_errors=True)
+        self.join(record)
         return record
 
     def join(self, record: str) -> None:
         """As `Place` says."""
+        # A rank that outlives its job, on another node, must not write into the save of the job that follows.
+        self._start = hashlib.sha256(record.encode()).hexdigest()[:8]
         if self._ownership:
             self._ownership.join(record)
 
@@ -59,19 +66,26 @@ class FolderPlace:
         """As `Place` says."""
         return list_steps(self.folder)
 
+    def list_claimed(self) -> list[int]:
+        """As `Place` says: a folder that has lost its manifest, too."""
+        return list_steps(self.folder, without_manifest=True)
+
+    def has_any(self) -> bool:
+        """As `Place` says."""
+        return has_checkpoints(self.folder)
+
     def has(self, step: int) -> bool:
         """As `Place` says."""
-        return self._path(step).exists()
+        return (self._path(step) / MANIFEST).is_file()
 
     def open(self, step: int) -> CheckpointReader:
         """As `Place` says."""
         return CheckpointReader(self._path(step))
 
-    def begin(self, step: int, num_bytes: int) -> None:
-        """As `Place` says: if there is space, for a disk that is filled takes other programs down too."""
-        free = shutil.disk_usage(self.folder).free
-        if free < num_bytes:
-            raise CheckpointError(f"it takes {num_bytes:,} bytes, and {free:,} are free")
+    def begin(self, step: int, num_bytes: int, num_ranks: int) -> None:
+        """As `Place` says, if there is space."""
+        num_files = _FILES_A_RANK * num_ranks + 2  # and the manifest, and the folder
+        check_space(self.folder, num_bytes, num_files)
         if self._ownership:
             self._ownership.check()
         self._unfinished(step).mkdir(parents=True)
@@ -114,7 +128,7 @@ class FolderPlace:
         """As `Place` says: it is renamed to `step-NNNNNNNN.damaged`."""
         folder = self._path(step)
         number = 1
-        while (aside := folder.with_name(f"{folder.name}.damaged{'' if number == 1 else f'-{number}'}")).exists():
+        while (aside := folder.with_name(f"{folder.name}{DAMAGED}{'' if number == 1 else f'-{number}'}")).exists():
             number += 1
         try:
             folder.rename(aside)
@@ -134,7 +148,7 @@ class FolderPlace:
         return self.folder / folder_name(step)
 
     def _unfinished(self, step: int) -> Path:
-        return self.folder / f".tmp-{folder_name(step)}"
+        return self.folder / f".tmp-{self._start}-{folder_name(step)}"
 
     def _read_owner(self) -> str | None:
         path = self.folder / OWNER

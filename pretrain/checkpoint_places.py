@@ -23,11 +23,9 @@ class Place(Protocol):
     CheckpointError or StoreAccessError; that the place is another run's, ConfigError.
 
     Attributes:
-        expects: what a save that fails had expected, in words.
         longest_poll_seconds: between looks for other ranks' notes.
     """
 
-    expects: str
     longest_poll_seconds: float
 
     def claim(self, run_id: str, run_path: Path) -> str:
@@ -39,14 +37,20 @@ class Place(Protocol):
     def list_steps(self) -> list[int]:
         """Return the steps of the complete checkpoints, oldest first."""
 
+    def list_claimed(self) -> list[int]:
+        """Return the steps that a checkpoint seems to be of, even one that has lost its manifest, oldest first."""
+
+    def has_any(self) -> bool:
+        """Whether there is any checkpoint, be it damaged: a run that has some never begins anew by itself."""
+
     def has(self, step: int) -> bool:
         """Whether the checkpoint of a step is complete; quick, on the rank that begins saves."""
 
     def open(self, step: int) -> CheckpointReader:
         """Open a checkpoint."""
 
-    def begin(self, step: int, num_bytes: int) -> None:
-        """Begin a save of about so many bytes; quick, for training waits."""
+    def begin(self, step: int, num_bytes: int, num_ranks: int) -> None:
+        """Begin a save of about so many bytes by so many ranks; quick, for training waits."""
 
     def write_tensors(
         self, step: int, name: str, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]

@@ -36,7 +36,6 @@ _MAX_TRIES = 5  # to hold a file that other processes evict as soon as it is the
 class StorePlace:
     """A URL of an object store; as `Place` says."""
 
-    expects = "a store that can be reached and written"
     longest_poll_seconds = 5.0
 
     def __init__(self, url: str, data: DataSection) -> None:
@@ -82,6 +81,15 @@ class StorePlace:
         self._complete = _steps_with(MANIFEST, self._store.list_files())
         return sorted(self._complete)
 
+    def list_claimed(self) -> list[int]:
+        """As `Place` says: what has no manifest is a leftover here."""
+        return self.list_steps()
+
+    def has_any(self) -> bool:
+        """As `Place` says."""
+        files = self._store.list_files()
+        return bool(_steps_with(MANIFEST, files) | _steps_with(DAMAGED_MANIFEST, files))
+
     def has(self, step: int) -> bool:
         """As `Place` says; known without asking the store, for a step of training waits for the answer."""
         return step in self._complete
@@ -90,7 +98,7 @@ class StorePlace:
         """As `Place` says."""
         return CheckpointReader(StoredFiles(self._patient, self._cache, folder_name(step), self._whole))
 
-    def begin(self, step: int, num_bytes: int) -> None:
+    def begin(self, step: int, num_bytes: int, num_ranks: int) -> None:
         """As `Place` says; the store is asked only if something is known to be in the way."""
         if step in self._unclean:
             self._check_idle(step)

@@ -11,8 +11,8 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -25,10 +25,12 @@ from pretrain.checkpoint_files import CheckpointReader
 from pretrain.checkpoint_folder import FolderPlace
 from pretrain.checkpoint_places import Place, open_place
 from pretrain.config import Config
+from pretrain.console import warn
 from pretrain.distributed import Ranks
 from pretrain.errors import CheckpointError, ConfigError
 from pretrain.families import resolve_shape
 from pretrain.model import Transformer
+from pretrain.patient_file import PatientFile
 from pretrain.settings import load_config, parse_config, resolved_yaml
 from pretrain.tensor_files import write_text
 from pretrain.tokenizer import Tokenizer
@@ -92,16 +94,14 @@ class RunFolder:
             StoreAccessError: the store of its checkpoints cannot be reached.
         """
         self.path = Path(config.run.dir)
-        try:
+        self._status_problem = ""
+        with writable(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = open(self.path / ".lock", "a+", encoding="utf-8")
-        except OSError as error:
-            raise ConfigError(
-                f"run.dir is {self.path}; expected a folder that can be written ({error}). Use another run.dir."
-            ) from None
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self.attempt = self._take_up(config)
+            with writable(self.path):
+                self.attempt = self._take_up(config)
         except BlockingIOError:
             self.close()
             raise ConfigError(
@@ -113,16 +113,17 @@ class RunFolder:
             raise
 
     def _take_up(self, config: Config) -> int:
+        for leftover in self.path.glob(".*.tmp-*"):  # of a file that was being written when a start was killed
+            leftover.unlink(missing_ok=True)
         saved = self.path / CONFIG_FILE
         old = load_config(saved) if saved.exists() else None
         place = open_place(config.checkpoint, self.path, config.data)
         begins_anew = config.resume.from_scratch and old is not None and not old.resume.from_scratch
         if begins_anew:
             self._abandon_checkpoints(place, bool(config.checkpoint.dir))
-        steps = place.list_steps()
-        if steps:  # before the first checkpoint there is nothing to go on with
+        if place.has_any():  # before the first checkpoint there is nothing to go on with
             if old is None and config.checkpoint.dir:
-                old = _config_in(place, steps)  # the run folder was lost, and its checkpoints were not
+                old = _config_in(place)  # the run folder was lost, and its checkpoints were not
             if old is None:
                 raise ConfigError(
                     f"{self.path}: has checkpoints and no {CONFIG_FILE}; expected both. Restore it, or use another "
@@ -145,7 +146,7 @@ class RunFolder:
 
     def _abandon_checkpoints(self, place: Place, is_elsewhere: bool) -> None:
         """Set the checkpoints aside, as `resume.from_scratch` says."""
-        if is_elsewhere and place.list_steps():
+        if is_elsewhere and place.has_any():
             raise ConfigError(
                 f"resume.from_scratch is true, and checkpoint.dir is {place}, which holds checkpoints; expected none: "
                 "only those in the run folder can be set aside. Use another checkpoint.dir, or move them away."
@@ -159,8 +160,13 @@ class RunFolder:
         print(f"resume.from_scratch: the checkpoints of before are in {aside}", file=sys.stderr)
 
     def accept(self, config: Config) -> None:
-        """Write the config that the run goes on with: once it does, for a refused one must not lock out the old one."""
-        write_text(self.path / CONFIG_FILE, resolved_yaml(config))
+        """Write the config that the run goes on with: once it does, for a refused one must not lock out the old one.
+
+        Raises:
+            ConfigError: it cannot be written.
+        """
+        with writable(self.path):
+            write_text(self.path / CONFIG_FILE, resolved_yaml(config))
 
     def _compare(self, old: Config, new: Config) -> None:
         refused = [
@@ -187,21 +193,51 @@ class RunFolder:
 
     def _write_environment(self) -> int:
         path = self.path / "environment.json"
-        content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"starts": []}
-        self.run_id = content.setdefault("run_id", uuid.uuid4().hex)
-        content["starts"].append(environment())
-        write_text(path, json.dumps(content, indent=1))
-        return len(content["starts"])
+        try:
+            content = dict(json.loads(path.read_bytes())) if path.exists() else {"starts": []}
+            starts = list(content["starts"])
+        except (ValueError, KeyError, TypeError) as error:  # nothing that training needs
+            aside = path.with_suffix(".damaged.json")
+            warn(f"{path}: is not readable ({error!r}); kept as {aside.name}. Starts are counted from 1 again.")
+            path.replace(aside)
+            content, starts = {}, []
+        self.run_id = str(content.get("run_id") or uuid.uuid4().hex)
+        starts.append(environment())
+        write_text(path, json.dumps({"run_id": self.run_id, "starts": starts}, indent=1))
+        return len(starts)
 
     def write_status(self, status: str, exit_status: int | None, step: int, reason: str = "") -> None:
-        """Write `status.json`: `running`, `done`, `stopped` (resumable) or `failed`."""
+        """Write `status.json`: `running`, `done`, `stopped` (resumable) or `failed`; a disk that fails is a warning."""
         content = {"status": status, "exit_status": exit_status, "step": step, "reason": reason,
                    "pid": os.getpid(), "host": platform.node(), "timestamp": time.time()}  # fmt: skip
-        write_text(self.path / "status.json", json.dumps(content, indent=1))
+        problem = ""
+        try:
+            write_text(self.path / "status.json", json.dumps(content, indent=1))
+        except OSError as error:
+            problem = str(error.strerror)
+            if problem != self._status_problem:
+                warn(f"{self.path / 'status.json'}: cannot be written ({problem}); it does not say '{status}'.")
+        self._status_problem = problem
 
     def close(self) -> None:
         """Let another job have the folder."""
         self._lock.close()
+
+
+@contextmanager
+def writable(folder: Path) -> Iterator[None]:
+    """Enclose what is written to a run folder before the first step.
+
+    Raises:
+        ConfigError: it cannot be written.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(
+            f"run.dir is {folder}; expected a folder that can be written ({error}). Free space there, or use another "
+            "run.dir."
+        ) from None
 
 
 def environment() -> dict[str, Any]:
@@ -222,10 +258,21 @@ def environment() -> dict[str, Any]:
     }  # fmt: skip
 
 
+class _LogFile(logging.Handler):
+    """A log that a full disk delays."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self._file = PatientFile(path)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._file.append(f"{self.format(record)}\n".encode(errors="backslashreplace"))
+
+
 def open_log(folder: Path, ranks: Ranks) -> None:
     """Send this rank's log to `log.txt`, other ranks' to files beside it."""
     name = "log.txt" if ranks.is_first else f"log-rank{ranks.rank:05d}.txt"
-    handler = logging.FileHandler(folder / name, encoding="utf-8")
+    handler = _LogFile(folder / name)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     log = logging.getLogger("longhaul")
     log.setLevel(logging.INFO)
@@ -259,9 +306,9 @@ def place_of_run(run: Path) -> Place:
     return open_place(config.checkpoint, run, config.data)
 
 
-def _config_in(place: Place, steps: Sequence[int]) -> Config | None:
+def _config_in(place: Place) -> Config | None:
     """Return the config in the newest checkpoint that can be read."""
-    for step in reversed(steps):
+    for step in reversed(place.list_steps()):
         with suppress(CheckpointError):
             return parse_config(place.open(step).manifest["about"]["config"])
     return None

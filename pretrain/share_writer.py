@@ -136,7 +136,9 @@ def collect_shares(place: Place, step: int, world_size: int, give_up_at: Callabl
     pause = _FIRST_POLL_SECONDS
     while len(names := place.list_notes(step, _SHARE_SUFFIX)) < world_size:
         if time.monotonic() > give_up_at():
-            raise CheckpointError(f"only {len(names)} of {world_size} ranks have written their share")
+            raise CheckpointError(
+                f"only {len(names)} of {world_size} ranks have written their share; expected all. See the others' logs."
+            )
         time.sleep(pause)
         pause = min(1.5 * pause, place.longest_poll_seconds)
     return [json.loads(note) for note in place.take_notes(step, names)]

@@ -82,7 +82,7 @@ def names_in(url: str) -> set[str]:
 
 def write_shares(place: StorePlace, step: int, factor: float) -> dict[str, dict]:
     """What the ranks write, and leave in notes."""
-    place.begin(step, 1000)
+    place.begin(step, 1000, 2)
     for name, (start, length) in CUTS.items():
         tensors = {tensor_key("w", "master", start): WHOLE[start : start + length].clone() * factor}
         num_bytes, sha256 = place.write_tensors(step, f"{name}.safetensors", tensors, {"rank": name})
@@ -460,17 +460,17 @@ def test_a_folder_elsewhere_is_of_one_run_and_its_newest_start(tmp_path: Path) -
     data = section(tmp_path / "cache")
     dead, alive, other = (open_place(CheckpointSection(dir=f"{tmp_path}/far"), tmp_path, data) for _ in range(3))
     dead.claim("this", tmp_path / "run")
-    dead.begin(5, 1)
+    dead.begin(5, 1, 2)
     alive.claim("this", tmp_path / "run")
     with pytest.raises(StoreAccessError, match=r"far/owner\.json is of a start on .*which therefore writes no more"):
         dead.complete(5, "{}")
     with pytest.raises(StoreAccessError, match=r"far/owner\.json is of a start on"):
-        dead.begin(10, 1)
+        dead.begin(10, 1, 2)
     with pytest.raises(ConfigError, match=r"checkpoint\.dir is .*/far; expected a place of this run alone"):
         other.claim("other", tmp_path / "run")
     assert alive.list_steps() == []
     own = open_place(CheckpointSection(), tmp_path / "run", data)
-    assert own.claim("any", tmp_path / "run") == "" and str(own) == f"{tmp_path}/run/checkpoints"
+    assert own.claim("any", tmp_path / "run") and str(own) == f"{tmp_path}/run/checkpoints"
     (tmp_path / "file").write_text("")
     blocked = open_place(CheckpointSection(dir=f"{tmp_path}/file/x"), tmp_path, data)
     with pytest.raises(ConfigError, match=r"checkpoint\.dir is .*/file/x; expected a folder that can be written"):
