@@ -24,7 +24,8 @@ from pretrain.errors import DataError
 from pretrain.node_cache import CacheFile, NodeCache, is_at
 from pretrain.row_table import IDENTITY_NAME, array_paths, listed_file, table_folder
 from pretrain.shards import MANIFEST_NAME, Manifest, Shard, file_sha256, index_path
-from pretrain.stores import STALL_SECONDS, LostFileError, Store, StoreError, WrongContentError, is_remote, shown
+from pretrain.store_errors import LostFileError, StoreError, WrongContentError
+from pretrain.stores import STALL_SECONDS, Store, is_remote, shown
 
 _MAX_TRIES = 5  # to hold a file that other processes evict as soon as it is there
 
@@ -37,9 +38,17 @@ def open_remote(shards: str, data: DataSection) -> RemoteCorpus | None:
     """
     if not is_remote(shards):
         return None
+    return RemoteCorpus(Store(shards, data.retry_seconds), open_cache(data))
+
+
+def open_cache(data: DataSection) -> NodeCache:
+    """Open the node's cache of files from elsewhere, which all processes of the node share.
+
+    Raises:
+        DataError: Its folder cannot be used.
+    """
     folder = Path(data.cache_dir or Path(tempfile.gettempdir(), f"longhaul-cache-{os.getuid()}"))
-    cache = NodeCache(folder.absolute(), data.cache_bytes, data.retry_seconds + 2 * STALL_SECONDS)
-    return RemoteCorpus(Store(shards, data.retry_seconds), cache)
+    return NodeCache(folder.absolute(), data.cache_bytes, data.retry_seconds + 2 * STALL_SECONDS)
 
 
 class RemoteCorpus:
