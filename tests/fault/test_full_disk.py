@@ -44,7 +44,7 @@ def test_a_disk_that_fills_while_a_checkpoint_is_written(start, tmp_path, undist
     """Which no check before foresees; what was written is removed at once."""
     run = tmp_path / "run"
     with small_disk(run / "checkpoints", 9000) as disk:
-        hook = at_call("fill", call="save_file", number=2, at_rank=1, path=str(disk / "others"))
+        hook = at_call("fill", call="write_tensors", number=2, at_rank=1, path=str(disk / "others"))
         check_failed_at_the_end(start(run, hooks=hook), run)
         assert good_steps(run) == [3]
         assert sorted(path.name for path in disk.iterdir()) == ["others", "step-00000003"]
@@ -55,7 +55,7 @@ def test_a_disk_that_fills_while_a_checkpoint_is_written(start, tmp_path, undist
 
 def test_one_ranks_disk_is_full(start, tmp_path, undisturbed):
     run = tmp_path / "run"
-    ranks = start(run, hooks=at_call("no_space", call="save_file", number=2, at_rank=1))
+    ranks = start(run, hooks=at_call("no_space", call="write_tensors", number=2, at_rank=1))
     assert ranks.wait() == [0, 0], ranks.log()
     assert list(failed_saves(run)) == [6] and good_steps(run) == [3, 9, 12]
     assert (state_hash(newest(run)), losses(run)) == undisturbed()
@@ -64,7 +64,9 @@ def test_one_ranks_disk_is_full(start, tmp_path, undisturbed):
 def test_a_disk_that_becomes_read_only(start, tmp_path, undisturbed):
     """One try a save, no more."""
     run, marks = tmp_path / "run", [tmp_path / "mark-0", tmp_path / "mark-1"]
-    hooks = [at_call("hold", call="save_file", number=2, at_rank=n, path=str(mark))[0] for n, mark in enumerate(marks)]
+    hooks = [
+        at_call("hold", call="write_tensors", number=2, at_rank=n, path=str(mark))[0] for n, mark in enumerate(marks)
+    ]
     with small_disk(run / "checkpoints", 9000) as disk:
         ranks = start(run, hooks=hooks)
         for mark in marks:  # where no file is open, as a remount wants it
