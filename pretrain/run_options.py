@@ -69,6 +69,12 @@ class GuardSection(Section):
     max_skipped_steps: CountOrZero = Field(
         5, description="Updates skipped in a row for non-finite gradients before the run stops with an error."
     )
+    check_replicas_every: CountOrZero = Field(
+        100,
+        description="Steps between comparisons, bit for bit, of what ranks hold alike, and of weights with their fp32 "
+        "masters; one more before each checkpoint. A difference is corrupted memory and ends the run with status 69; "
+        "the same command goes on from the newest checkpoint. 0: none.",
+    )
 
 
 class LogSection(Section):

@@ -23,6 +23,7 @@ from pretrain.guard import StopRequest
 from pretrain.hardware import peak_memory_bytes
 from pretrain.metrics import StepMetrics
 from pretrain.profiling import PhaseClock
+from pretrain.replicas import check_replicas
 from pretrain.run import PendingStep, Run, open_run
 from pretrain.run_folder import RunFolder
 from pretrain.samples import save_samples
@@ -147,6 +148,10 @@ def train_step(run: Run) -> bool:
         run.feed.prepare(run.stop.received is not None, run.checkpoints.must_be_finished())
         phases.mark("data")
     lr = lr_at(run.progress.step, run.plan.num_steps, run.config.optim.lr, run.config.schedule)
+    every = run.config.guard.check_replicas_every
+    if every and (run.progress.step + 1) % every == 0:
+        check_replicas(run.engine, run.ranks, run.progress.step)  # before corrupted weights' gradients are applied
+        phases.mark("others")
     run.checkpoints.wait_for_copy()
     result = run.engine.step(lr)
     phases.mark("optimizer")
@@ -280,6 +285,8 @@ def save(run: Run, last: bool = False) -> None:
     finish_save(run)
     run.saving_step = run.progress.step
     training = {"progress": asdict(run.progress), "num_tokens": run.progress.num_tokens, "data": run.stream.state()}
+    if run.config.guard.check_replicas_every:
+        check_replicas(run.engine, run.ranks, run.saving_step)
     about = {"config": run.config.model_dump(mode="json"), "longhaul": __version__, "torch": torch.__version__}
     with save_failures(run, last):
         run.checkpoints.start_save(run.engine, run.saving_step, training, about, run.progress.best_step)

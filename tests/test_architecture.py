@@ -39,7 +39,7 @@ TIERS = (
     "damage",
     "row_reader",
     "stream",
-    "share_writer feed source_sample",
+    "share_writer feed source_sample replicas",
     "checkpoint run_folder tokenizer_export workers",
     "evaluate hf_export self_test samples refining verify_shards inspect_shards",
     "shares store_check tar_documents tar_folder",
