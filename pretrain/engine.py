@@ -141,7 +141,7 @@ class Engine:
         if config.train.precision == "fp16" and ranks.device.type == "cpu":
             raise ConfigError("train.precision is fp16; expected bf16 or fp32 on a CPU. Use train.precision=fp32.")
         self.ranks = ranks
-        self.stage = effective_stage(config.parallel.zero_stage, config.train.precision, plan.world_size)
+        self.stage = effective_stage(config.parallel, config.train.precision, plan.world_size)
         self.optim = config.optim
         self.precision = config.train.precision
         self._names = {id(parameter): name for name, parameter in model.named_parameters()}
@@ -163,7 +163,7 @@ class Engine:
         self._parameters = list(self._engine.module.named_parameters())
         self._num_updates = 0
         if isinstance(optimizer, Muon):
-            optimizer.place(self._flat_masters(), ranks.gather(self._held()), ranks.rank)
+            optimizer.place(self._flat_masters(), ranks.gather(self._held()), ranks.rank, ranks.device)
         for group in list(dist.distributed_c10d._world.pg_map):
             dist.distributed_c10d._set_pg_timeout(timedelta(seconds=config.parallel.timeout_seconds), group)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field
 
 from pretrain.section import Bool, Count, CountOrZero, Section
@@ -15,6 +17,11 @@ class ParallelSection(Section):
         ge=0,
         le=3,
         description="DeepSpeed ZeRO: 0 divides nothing, 1 optimizer states, 2 gradients too, 3 weights too.",
+    )
+    offload: Literal["none", "optimizer", "parameters"] = Field(
+        "none",
+        description="What is kept in the host's memory instead of the GPU's: `optimizer`, fp32 master weights and "
+        "moments, which the CPU updates (stages 1 to 3); `parameters`, the divided weights too (stage 3).",
     )
     overlap_comm: Bool = Field(
         False,

@@ -2,7 +2,8 @@
 
 Started by the tests on every rank: `cases.py CONFIG CASES.json`. CASES.json holds a list of
 {"overrides": [...], and by choice "signal_at", "signal_rank", "poison", "out_of_memory", "damage", "fail_save",
-"slow_save", "lose_state", "flip": [step, rank or -1 for all, name]}. What a case leaves behind is in its run folder.
+"slow_save", "lose_state", "flip": [step, rank or -1 for all, name],
+"watch_loading"}. What a case leaves behind is in its run folder.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from pretrain.optim import make_optimizer
 from pretrain.settings import load_config
 from pretrain.start_clock import StartClock
 from tests.host_reads import HostReads
+from tests.ranks import loading
 
 
 def run_case(case: dict, config_path: str, ranks) -> str:
@@ -143,6 +145,9 @@ def run_case(case: dict, config_path: str, ranks) -> str:
             return original(run)
 
         train_module.train_step = step_with_flip
+    open_run = train_module.open_run
+    if case.get("watch_loading"):
+        train_module.open_run = loading.watched(open_run)
     if "count_reads" in case:  # what the host reads from the device in this step
 
         def watched_step(run):
@@ -160,6 +165,7 @@ def run_case(case: dict, config_path: str, ranks) -> str:
         return f"{type(error).__name__}: {error}"
     finally:
         train_module.train_step = original
+        train_module.open_run = open_run
         Checkpoints.start_save, share_writer.write_tensors = save, write
         share_writer.ShareWriter._copy = copy
         train_module.sample = sample
