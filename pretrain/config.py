@@ -166,6 +166,11 @@ class DataSection(Section):
     cache_bytes: Count = Field(
         100_000_000_000, description="Size of that folder at most; what was used longest ago makes room."
     )
+    allow_pipe: Bool = Field(
+        False,
+        description="Run the shell commands of sources whose `shards` are `pipe:` and a command. Whoever writes the "
+        "config then runs programs as you.",
+    )
     retry_seconds: Count = Field(
         600, description="How long a file from elsewhere that cannot be read is tried again before the run fails."
     )

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.console import LiveLine, format_count, format_duration
+from pretrain.redaction import redact, storable
 from pretrain.run_options import LogSection
 from pretrain.tracking import Tracker
 
@@ -158,7 +159,8 @@ class MetricLog:
 
     def event(self, step: int, event: str, message: str, **details: Any) -> None:
         """Record that something happened: a start, a save, a skipped step, a damaged document."""
-        self._write({"step": step, "event": event, "message": message, **details})
+        message = redact(message)
+        self._write({"step": step, "event": event, "message": message, **storable(details)})
         if self._writer:
             self._writer.add_text(event, message, step)
         if self._tracker:

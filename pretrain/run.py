@@ -27,6 +27,7 @@ from pretrain.metrics import MetricLog, StepMetrics
 from pretrain.model import Transformer
 from pretrain.phases import phases_of
 from pretrain.profiling import PhaseClock, Profiler
+from pretrain.redaction import storable
 from pretrain.run_folder import RunFolder, open_log
 from pretrain.samples import Samples, drop_samples_after
 from pretrain.self_test import check_optimizer
@@ -220,7 +221,9 @@ def start_tracking(
     """Start the run on Weights & Biases, on rank 0 and if the config names a project."""
     if folder is None or config.log.wandb is None:
         return None
-    return Tracker(config.log.wandb, folder.path, config.model_dump(mode="json"), lambda *event: report(event))
+    return Tracker(
+        config.log.wandb, folder.path, storable(config.model_dump(mode="json")), lambda *event: report(event)
+    )
 
 
 def set_determinism(wanted: bool) -> None:

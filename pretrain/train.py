@@ -23,6 +23,7 @@ from pretrain.guard import StopRequest
 from pretrain.hardware import peak_memory_bytes
 from pretrain.metrics import StepMetrics
 from pretrain.profiling import PhaseClock
+from pretrain.redaction import storable
 from pretrain.replicas import check_replicas
 from pretrain.run import PendingStep, Run, open_run
 from pretrain.run_folder import RunFolder
@@ -287,7 +288,11 @@ def save(run: Run, last: bool = False) -> None:
     training = {"progress": asdict(run.progress), "num_tokens": run.progress.num_tokens, "data": run.stream.state()}
     if run.config.guard.check_replicas_every:
         check_replicas(run.engine, run.ranks, run.saving_step)
-    about = {"config": run.config.model_dump(mode="json"), "longhaul": __version__, "torch": torch.__version__}
+    about = {
+        "config": storable(run.config.model_dump(mode="json")),
+        "longhaul": __version__,
+        "torch": torch.__version__,
+    }
     with save_failures(run, last):
         run.checkpoints.start_save(run.engine, run.saving_step, training, about, run.progress.best_step)
     if last or not run.config.checkpoint.asynchronous:
