@@ -26,7 +26,7 @@ setup(
         "fsspec[http]>=2024.6",  # http is aiohttp; no upper bound: s3fs and gcsfs want the version of their own date
         "numpy>=1.26,<3",
         "pyarrow>=18,<30",
-        "pydantic>=2.10,<3",
+        "pydantic>=2.11,<3",
         "ruamel.yaml>=0.18,<0.20",
         "safetensors>=0.5,<1",
         "sentencepiece>=0.2.1,<0.3",

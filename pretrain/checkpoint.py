@@ -30,7 +30,7 @@ from pretrain.checkpoint_files import (
     manifest_digest,
 )
 from pretrain.distributed import Ranks
-from pretrain.engine import Engine
+from pretrain.engine import MASTER, Engine
 from pretrain.errors import CheckpointError
 from pretrain.run_options import CheckpointSection
 from pretrain.share_writer import ShareWriter, Task, collect_shares
@@ -191,22 +191,31 @@ class Checkpoints:
             return str(error)
         return None
 
-    def load_newest(self, engine: Engine) -> dict[str, Any] | None:
+    def steps(self) -> list[int]:
+        """Steps of the complete checkpoints, oldest first, as rank 0 sees them."""
+        return self.ranks.from_first(list_steps(self.folder))
+
+    def load_newest(self, engine: Engine, up_to_step: int | None = None) -> dict[str, Any] | None:
         """Fill the engine from the newest checkpoint that verifies, and return its `training` state.
 
         Damaged ones are renamed to `step-NNNNNNNN.damaged` and reported.
 
+        Args:
+            engine: whose masters and moments are filled.
+            up_to_step: leave out checkpoints of later steps.
         Returns:
-            None if the folder holds no checkpoint at all.
+            None if the folder holds no such checkpoint at all.
         Raises:
             CheckpointError: there are checkpoints and none is good. The run never begins anew by itself.
         """
-        steps = self.ranks.from_first(list_steps(self.folder))
+        steps = [step for step in self.steps() if up_to_step is None or step <= up_to_step]
         for step in reversed(steps):
             folder = self.folder / folder_name(step)
-            problems = [problem for problem in self.ranks.gather(self._verify_share(folder)) if problem]
+            problems = self.verify(folder)
             if not problems:
-                return self._fill(engine, CheckpointReader(folder))
+                reader = CheckpointReader(folder)
+                fill(engine, reader, self.ranks)
+                return reader.training
             if self.ranks.is_first:
                 self.report("checkpoint_damaged", f"{'; '.join(problems)}. Going on from the one before.")
             self.ranks.agree(partial(self._set_aside, folder))
@@ -216,6 +225,14 @@ class Checkpoints:
                 "backup, or start again with another run.dir."
             )
         return None
+
+    def discard_after(self, step: int) -> None:
+        """Remove the checkpoints of later steps, which are not to be gone on from."""
+        if self.ranks.is_first:
+            for later in list_steps(self.folder):
+                if later > step:
+                    self._remove(self.folder / folder_name(later))
+        self.ranks.barrier()
 
     def _set_aside(self, folder: Path) -> None:
         """Take a damaged checkpoint's name from it, so that its step can be saved again."""
@@ -231,6 +248,10 @@ class Checkpoints:
                 f"{folder}: is damaged and cannot be renamed ({error}); expected a writable folder. Move it away."
             ) from None
 
+    def verify(self, folder: Path) -> list[str]:
+        """Return what is wrong with a checkpoint; the ranks divide its files between them."""
+        return [problem for problem in self.ranks.gather(self._verify_share(folder)) if problem]
+
     def _verify_share(self, folder: Path) -> str | None:
         try:
             reader = CheckpointReader(folder)
@@ -238,18 +259,6 @@ class Checkpoints:
             return "; ".join(problem for name in names if (problem := reader.verify_file(name))) or None
         except CheckpointError as error:
             return str(error)
-
-    def _fill(self, engine: Engine, reader: CheckpointReader) -> dict[str, Any]:
-        if reader.shapes != engine.parameter_shapes():
-            raise CheckpointError(
-                f"{reader.folder}: holds another model than the config's; use the config that wrote it."
-            )
-        for fragment in engine.replicated_fragments():
-            for state, view in fragment.tensors.items():
-                view.copy_(reader.read(fragment.name, state, fragment.start, fragment.length))
-        engine.finish_loading(reader.training["optimizer_step"])
-        engine.load_loss_scale_state(reader.training["loss_scale"])
-        return reader.training
 
     def _prune(self, best_step: int | None) -> None:
         """Remove all but the newest `keep_last` checkpoints, the multiples of `keep_every` and the best one."""
@@ -269,6 +278,46 @@ class Checkpoints:
         doomed = folder.with_name(f".tmp-removed-{folder.name}")  # renamed first: half a folder is never seen
         folder.rename(doomed)
         shutil.rmtree(doomed, ignore_errors=True)
+
+
+def fill(engine: Engine, reader: CheckpointReader, ranks: Ranks, with_optimizer: bool = True) -> None:
+    """Fill the engine from a checkpoint that was verified; each rank reads what it owns.
+
+    Args:
+        engine: whose masters and moments are filled.
+        reader: the checkpoint.
+        ranks: all ranks.
+        with_optimizer: the moments too, and the optimizer's own step; else they stay as they are before the first one.
+    Raises:
+        CheckpointError: on all ranks, it is of another model or of another optimizer, or cannot be read.
+    """
+    ranks.agree(lambda: _read_into(engine, reader, with_optimizer))
+    engine.finish_loading(reader.training["optimizer_step"] if with_optimizer else 0)
+    engine.load_loss_scale_state(reader.training["loss_scale"])
+
+
+def _read_into(engine: Engine, reader: CheckpointReader, with_optimizer: bool) -> None:
+    if reader.shapes != engine.parameter_shapes():
+        raise CheckpointError(
+            f"{reader.folder}: holds another model than the config's; expected the same parameters. Use the `model` of "
+            "the config that wrote it, or begin with another run.dir."
+        )
+    if with_optimizer and (lacking := _lacking(engine, reader)):
+        raise CheckpointError(
+            f"{reader.folder}: has no {lacking}; expected the states of optim.name. Use the `optim` of the config that "
+            "wrote it; a new run can do without by resume.from and resume.optimizer=false."
+        )
+    for fragment in engine.replicated_fragments():
+        for state, view in fragment.tensors.items():
+            if with_optimizer or state == MASTER:
+                view.copy_(reader.read(fragment.name, state, fragment.start, fragment.length))
+
+
+def _lacking(engine: Engine, reader: CheckpointReader) -> str:
+    """Name a state that the engine has and a checkpoint has not."""
+    missing = ((state, name) for name, states in engine.states.items() for state in states
+               if state not in reader.states[name])  # fmt: skip
+    return next((f"'{state}' of '{name}'" for state, name in missing), "")
 
 
 def _manifest(pending: _Pending, outcomes: list[dict]) -> dict[str, Any]:

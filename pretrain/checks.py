@@ -98,6 +98,9 @@ def idle_options(config: Config) -> dict[str, str]:
     if config.eval.sample_every_steps == 0:
         for name in ("sample_prompts", "sample_tokens", "sample_temperature"):
             idle[f"eval.{name}"] = "It is for text sampled during training, and eval.sample_every_steps is 0."
+    if not config.resume.from_:
+        for name in ("optimizer", "schedule", "data"):
+            idle[f"resume.{name}"] = "It is for beginning from another run, and resume.from is empty."
     if not any(is_remote(source.shards) for source in config.data.sources):
         for name in ("cache_dir", "cache_bytes", "retry_seconds"):
             idle[f"data.{name}"] = (
@@ -132,8 +135,12 @@ def _value(config: Config, name: str) -> object:
     """Return the value of the option with a dotted name."""
     value: object = config
     for segment in name.split("."):
-        value = value[int(segment)] if isinstance(value, list) else getattr(value, segment)
+        value = value[int(segment)] if isinstance(value, list) else _field(value, segment)
     return value
+
+
+def _field(section: object, option: str) -> object:
+    return getattr(section, option if hasattr(section, option) else f"{option}_")  # as section.option_of
 
 
 def _length_problems(config: Config) -> Iterator[Problem]:

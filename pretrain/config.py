@@ -12,7 +12,14 @@ from typing import Literal
 from pydantic import Field
 
 from pretrain.model_options import ModelSection
-from pretrain.run_options import CheckpointSection, EvalSection, GuardSection, LogSection, ParallelSection
+from pretrain.run_options import (
+    CheckpointSection,
+    EvalSection,
+    GuardSection,
+    LogSection,
+    ParallelSection,
+    ResumeSection,
+)
 from pretrain.section import Amount, Bool, Count, CountOrZero, Probability, Section
 
 
@@ -306,6 +313,7 @@ class Config(Section):
     train: TrainSection
     eval: EvalSection = EvalSection()
     checkpoint: CheckpointSection = CheckpointSection()
+    resume: ResumeSection = ResumeSection()
     parallel: ParallelSection = ParallelSection()
     guard: GuardSection = GuardSection()
     log: LogSection = LogSection()

@@ -87,6 +87,12 @@ class Feed:
         sums = self._ranks.start_sum(counts)
         self._next = _Prepared(rows, micro_batches, copied, sums, failure)
 
+    def discard(self) -> None:
+        """Forget a step that is prepared and will not be taken."""
+        if self._next is not None:
+            self._next.sums.result()
+            self._next = None
+
     def stop_requested(self) -> bool:
         """Whether any rank was asked to stop when it prepared the next step; False if none is prepared."""
         return self._next is not None and self._next.sums.result()[4] > 0

@@ -41,6 +41,10 @@ class SkipGuard:
         self.num_skipped = num_skipped
         self._in_a_row = 0
 
+    def restart(self, num_skipped: int) -> None:
+        """Go on from a checkpoint before which so many updates were skipped."""
+        self.num_skipped, self._in_a_row = num_skipped, 0
+
     def record(self, applied: bool, step: int, rows: tuple[int, int]) -> None:
         """Count one step's outcome.
 

@@ -43,6 +43,7 @@ class StepMetrics:
     step_seconds: float
     memory_bytes: int
     skipped_steps: int
+    clipped_steps: int
     damaged_documents: int
     damaged_tokens: int
     seq_len: int
@@ -99,15 +100,24 @@ class MetricLog:
         self._flops_per_token, self._peak_flops = flops_per_token, peak_flops
         self._recent: deque[float] = deque(maxlen=20)
         self._line = LiveLine()
-        path = folder / "metrics.jsonl"
-        drop_lines_after(path, first_step)
+        self._folder = folder
+        self._open_files(first_step, is_first=attempt == 1)
+
+    def _open_files(self, after_step: int, is_first: bool) -> None:
+        path = self._folder / "metrics.jsonl"
+        drop_lines_after(path, after_step)
         self._file = open(path, "a", encoding="utf-8", buffering=1)
         self._writer = None
-        if section.tensorboard:
+        if self.section.tensorboard:
             from torch.utils.tensorboard import SummaryWriter  # imports tensorboard
 
-            purge_step = first_step + 1 if attempt > 1 else None
-            self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=purge_step, flush_secs=10)
+            purge_step = None if is_first else after_step + 1
+            self._writer = SummaryWriter(str(self._folder / "tensorboard"), purge_step=purge_step, flush_secs=10)
+
+    def rewind(self, step: int) -> None:
+        """Drop what was recorded of the steps after this one, which are done again."""
+        self._close_files()
+        self._open_files(step, is_first=False)
 
     def step(self, metrics: StepMetrics) -> None:
         """Record one training step."""
@@ -121,8 +131,9 @@ class MetricLog:
             "lr": metrics.lr, "tokens_per_second": rate, "tokens_per_second_per_gpu": rate / self.world_size,
             "step_seconds": metrics.step_seconds, "mfu": utilisation[0], "mfu_causal": utilisation[1],
             "memory_bytes": metrics.memory_bytes, "data_wait_seconds": metrics.phase_seconds["data"],
-            "skipped_steps": metrics.skipped_steps, "damaged_documents": metrics.damaged_documents,
-            "damaged_tokens": metrics.damaged_tokens, "timestamp": time.time(), "attempt": self.attempt,
+            "skipped_steps": metrics.skipped_steps, "clipped_steps": metrics.clipped_steps,
+            "damaged_documents": metrics.damaged_documents, "damaged_tokens": metrics.damaged_tokens,
+            "timestamp": time.time(), "attempt": self.attempt,
         }  # fmt: skip
         line |= {} if metrics.objective is None else {"objective": metrics.objective}
         line |= {f"epoch/{name}": epoch for name, epoch in metrics.epochs.items()}
@@ -202,8 +213,11 @@ class MetricLog:
     def close(self, failed: bool = False) -> None:
         """Flush and close everything; `failed` says how the run ended."""
         self._line.end()
+        self._close_files()
+        if self._tracker:
+            self._tracker.close(failed)
+
+    def _close_files(self) -> None:
         self._file.close()
         if self._writer:
             self._writer.close()
-        if self._tracker:
-            self._tracker.close(failed)

@@ -69,16 +69,28 @@ def _signed(number: int) -> int:
     return number - (1 << 64) if number >> 63 else number
 
 
-def check_replicas(engine: Engine, ranks: Ranks, step: int) -> None:
-    """Compare what should be equal bit for bit; all ranks call it between two updates, when no save copies.
+def check_when_due(engine: Engine, ranks: Ranks, step: int, every: int) -> None:
+    """Do `check_replicas` before update number `step` + 1 if that is a multiple of `every`.
+
+    Before it, and not after: what corrupted weights gave as gradients is not applied then.
+    """
+    if every and (step + 1) % every == 0:
+        check_replicas(engine, ranks, step, every)
+
+
+def check_replicas(engine: Engine, ranks: Ranks, step: int, every: int) -> None:
+    """Compare what should be equal bit for bit; all ranks call it together, between two updates.
 
     Args:
         engine: whose tensors.
         ranks: all.
         step: updates done, for the message.
+        every: `guard.check_replicas_every`; 0 compares nothing.
     Raises:
         CorruptionError: on all ranks, naming what differs and where.
     """
+    if not every:
+        return
     replicas = dict(engine.replicas()) if ranks.world_size > 1 else {}
     rounded = [fragment for fragment in engine.fragments() if fragment.weight is not None]
     if ranks.world_size == 1 and not rounded:

@@ -28,9 +28,11 @@ from pretrain.model import Transformer
 from pretrain.phases import phases_of
 from pretrain.profiling import PhaseClock, Profiler
 from pretrain.redaction import storable
+from pretrain.resume import Progress, load_start
 from pretrain.run_folder import RunFolder, open_log
 from pretrain.samples import Samples, drop_samples_after
 from pretrain.self_test import check_optimizer
+from pretrain.spikes import Observation, SpikeGuard
 from pretrain.start_clock import StartClock
 from pretrain.stream import TokenStream, ValRows
 from pretrain.tokenizer import Tokenizer
@@ -39,37 +41,35 @@ from pretrain.tracking import Tracker, check_tracking
 
 
 @dataclass
-class Progress:
-    """How far the run is; part of every checkpoint."""
-
-    step: int = 0
-    num_tokens: int = 0
-    num_skipped: int = 0
-    best_loss: float | None = None
-    best_step: int | None = None
-    best_counted_loss: float | None = None  # the best by more than eval.min_delta, for early stopping
-    evals_without_improvement: int = 0
-
-
-@dataclass
 class PendingStep:
     """A step that is done but for reading back its sums, which takes until the device has come so far."""
 
-    metrics: StepMetrics  # without the losses, the norm and the phases
+    metrics: StepMetrics  # without the losses, the norm, the count of clipped ones and the phases
     num_targets: int
     sums: PendingSum  # of the objective, the cross-entropy, and the gradient norm, which is the same on all ranks
     phases: PhaseClock
     world_size: int
+    rows: tuple[int, int]
+    starts_phase: bool
 
-    def finish(self) -> StepMetrics:
+    def observe(self) -> Observation:
+        """Wait for the device, and return what all ranks know alike."""
+        _, loss_sum, norm_sum = self.sums.result()
+        return Observation(
+            self.metrics.step, *self.rows, loss_sum / max(self.num_targets, 1), norm_sum / self.world_size,
+            self.starts_phase,
+        )  # fmt: skip
+
+    def finish(self, num_clipped: int) -> StepMetrics:
         """Wait for the device, and return the whole metrics."""
-        objective_sum, loss_sum, norm_sum = self.sums.result()
+        objective_sum, *_ = self.sums.result()
+        observation = self.observe()
         num_targets = max(self.num_targets, 1)
         seconds = {"communication": 0.0} | self.phases.seconds()  # one rank may have none
         # What the phases leave. The device runs behind the host, so that their ends differ a little.
         rest = max(0.0, self.metrics.step_seconds - sum(seconds.values()))
         return replace(
-            self.metrics, loss=loss_sum / num_targets, grad_norm=norm_sum / self.world_size,
+            self.metrics, loss=observation.loss, grad_norm=observation.grad_norm, clipped_steps=num_clipped,
             objective=None if self.metrics.objective is None else objective_sum / num_targets,
             phase_seconds=seconds | {"others": seconds.get("others", 0.0) + rest},
         )  # fmt: skip
@@ -89,6 +89,7 @@ class Run:
     checkpoints: Checkpoints
     samples: Samples
     guard: SkipGuard
+    spikes: SpikeGuard
     profiler: Profiler
     folder: RunFolder | None
     log: MetricLog | None
@@ -150,11 +151,10 @@ def open_run(
     events: list[tuple[str, str]] = []
     checkpoints = Checkpoints(run_path / "checkpoints", config.checkpoint, ranks, lambda *event: events.append(event))
     cleanup.callback(checkpoints.close)
-    progress = Progress()
-    training = checkpoints.load_newest(engine)
-    if training is not None:
-        progress = Progress(**training["progress"])
-        ranks.agree(lambda: stream.load_state(training["data"]))
+    start = load_start(config.resume, checkpoints, engine, stream, ranks, tokenizer.fingerprint,
+                       lambda *event: events.append(event))  # fmt: skip
+    progress = start.progress
+    if start.own:
         if num_mended := stream.damage.forget_mended(ranks):
             events.append(("damage_mended", f"{num_mended:,} documents that were damaged before are in order"))
         stream.damage.check()
@@ -169,12 +169,14 @@ def open_run(
         log = open_metrics(config, plan, shape, ranks, folder, progress, tracker)
         cleanup.push(lambda kind, *_: log.close(failed=kind is not None))
     guard = SkipGuard(config.guard.max_skipped_steps, progress.num_skipped)
+    spikes = SpikeGuard(config.guard)
+    spikes.load_state(start.spikes)
     profiler = Profiler(
         run_path, config.train.profile_steps, ranks.rank, ranks.device, lambda *event: run.event(*event)
     )
-    run = Run(config, ranks, plan, tokenizer, stream, val_rows, engine, checkpoints, samples, guard, profiler, folder,
-              log, stop, clock, progress)  # fmt: skip
-    announce(run, events, is_resumed=training is not None)
+    run = Run(config, ranks, plan, tokenizer, stream, val_rows, engine, checkpoints, samples, guard, spikes, profiler,
+              folder, log, stop, clock, progress)  # fmt: skip
+    announce(run, events, is_resumed=start.own)
     return run
 
 

@@ -35,8 +35,8 @@ CONFIG_FILE = "config.yaml"
 # `data.phases` cannot be changed either: a checkpoint is compared with the plan of the rows up to it.
 FREE_TO_CHANGE = (
     "parallel.", "train.micro_batch_size", "train.num_steps", "train.num_tokens", "eval.", "checkpoint.", "log.",
-    "guard.", "run.allow_changes", "run.dir", "data.prefetch_steps", "data.prepare_processes", "train.compile",
-    "data.sources", "data.phases",
+    "guard.", "resume.", "run.allow_changes", "run.dir", "data.prefetch_steps", "data.prepare_processes",
+    "train.compile", "data.sources", "data.phases",
     "data.allow_pipe", "data.cache_dir", "data.cache_bytes", "data.retry_seconds", "data.max_damaged_fraction",
 )  # fmt: skip
 # Changing these would make other rows of what is already done, which no checkpoint can follow; phases can.
@@ -103,6 +103,8 @@ class RunFolder:
 
     def _take_up(self, config: Config) -> int:
         saved = self.path / CONFIG_FILE
+        if config.resume.from_scratch and saved.exists() and not load_config(saved).resume.from_scratch:
+            self._abandon_checkpoints()
         if list_steps(self.path / "checkpoints"):  # before the first checkpoint there is nothing to go on with
             if not saved.exists():
                 raise ConfigError(
@@ -113,6 +115,16 @@ class RunFolder:
         else:
             self.accept(config)
         return self._write_environment()
+
+    def _abandon_checkpoints(self) -> None:
+        """Set the checkpoints aside, as `resume.from_scratch` says."""
+        checkpoints, number = self.path / "checkpoints", 1
+        if not checkpoints.exists():
+            return
+        while (aside := self.path / f"checkpoints.abandoned-{number}").exists():
+            number += 1
+        checkpoints.rename(aside)
+        print(f"resume.from_scratch: the checkpoints of before are in {aside}", file=sys.stderr)
 
     def accept(self, config: Config) -> None:
         """Write the config that the run goes on with: once it does, for a refused one must not lock out the old one."""

@@ -70,6 +70,26 @@ class CheckpointSection(Section):
     )
 
 
+class ResumeSection(Section):
+    """What a run begins with. One whose folder has checkpoints goes on from its own newest."""
+
+    from_: str = Field(
+        "", alias="from", description="Run folder, or checkpoint in one, whose weights a new run begins with; the "
+        "model must be the same. Empty: fresh ones."
+    )  # fmt: skip
+    optimizer: Bool = Field(True, description="Take the optimizer's moments along.")
+    schedule: Bool = Field(
+        True, description="Take the number of steps and tokens along, and so the place in the learning rate's schedule."
+    )
+    data: Bool = Field(
+        True, description="Go on behind the rows that were trained on; the data up to there must be the same."
+    )
+    from_scratch: Bool = Field(
+        False, description="Set the checkpoints of the run folder aside and begin anew. Only where the last start did "
+        "not have this option yet, so that the same command can be started again."
+    )  # fmt: skip
+
+
 class GuardSection(Section):
     """What happens when numbers go wrong."""
 
@@ -82,6 +102,24 @@ class GuardSection(Section):
         "masters; one more before each checkpoint. A difference is corrupted memory and ends the run with status 69; "
         "the same command goes on from the newest checkpoint. 0: none.",
     )
+    spike_sigmas: float = Field(
+        8.0, ge=0, description="A step is bad if its loss or gradient norm is so many deviations above the median of "
+        "the last 128 good steps; bad ones become the event `spike`. 0: no step is."
+    )  # fmt: skip
+    spike_steps: int = Field(
+        5, ge=1, le=128, description="Bad steps in a row for which the run goes back to a checkpoint before them and "
+        "leaves their rows out."
+    )  # fmt: skip
+    rollback_steps: int = Field(
+        50, ge=0, le=1000, description="Steps before the bad ones whose rows are left out with theirs."
+    )
+    max_rollbacks: CountOrZero = Field(
+        3, description="How often it goes back before it stops with an error, unless 128 good steps come between."
+    )
+    rerun: Bool = Field(
+        False, description="Compute what is suspicious once more before anything is left out: a step whose gradients "
+        "are not finite, and the steps from the checkpoint to a spike. If it does not come again, a machine had erred."
+    )  # fmt: skip
 
 
 class LogSection(Section):

@@ -17,5 +17,11 @@ class Section(BaseModel):
     """Base of every section: immutable, no unknown keys, no NaN."""
 
     model_config = ConfigDict(
-        frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True, protected_namespaces=()
-    )
+        frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True, protected_namespaces=(),
+        serialize_by_alias=True,
+    )  # fmt: skip
+
+
+def option_of(field: str) -> str:
+    """Name of the option of a section's field: one that is a word of Python's has an underscore behind it there."""
+    return field.removesuffix("_")

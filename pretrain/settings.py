@@ -21,10 +21,11 @@ from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
 from pretrain.checks import check_options, idle_options
-from pretrain.config import Config, Section
+from pretrain.config import Config
 from pretrain.config_docs import options, yaml_value
 from pretrain.errors import ConfigError
 from pretrain.explain import OptionPath, dotted, explain, pattern, short
+from pretrain.section import Section, option_of
 
 _COMMAND_LINE = 10**9  # places on the command line sort behind all lines of a file
 _LARGEST_EXACT = 2**53  # a float up to here that is a whole number is that number
@@ -130,7 +131,7 @@ def resolved_yaml(config: Config) -> str:
         lines.append(f"{section_name}:")
         section = getattr(config, section_name)
         for key in type(section).model_fields:
-            value, name = getattr(section, key), f"{section_name}.{key}"
+            value, name = getattr(section, key), f"{section_name}.{option_of(key)}"
             if isinstance(value, list) and value and isinstance(value[0], Section):
                 lines.append(f"  {key}:")
                 for number, item in enumerate(value):
@@ -144,7 +145,8 @@ def _option_lines(section: Section, prefix: str, idle: Mapping[str, str]) -> lis
     """Write the plain options of one section, one a line."""
     lines = []
     for key in type(section).model_fields:
-        value, name = getattr(section, key), f"{prefix}.{key}"
+        value, key = getattr(section, key), option_of(key)
+        name = f"{prefix}.{key}"
         if isinstance(value, list) and value and isinstance(value[0], Section):
             continue
         if isinstance(value, Section):

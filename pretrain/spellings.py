@@ -131,6 +131,9 @@ _SPELLINGS_OF = {
     "checkpoint.keep_last": "save_total_limit keep_last_n_checkpoints keep_latest_k max_checkpoints keep"
     " num_checkpoints_to_keep",
     "checkpoint.keep_best": "load_best_model_at_end save_best always_save_checkpoint",
+    "resume.from": "init_from resume_from resume_from_checkpoint initial_load_path load_path pretrained_checkpoint",
+    "resume.optimizer": "no_load_optim load_optimizer reset_optimizer_state load_optim_state",
+    "resume.schedule": "no_load_scheduler load_scheduler override_opt_param_scheduler load_trainer_state",
     "log.every_steps": "log_interval logging_steps log_freq steps_per_print log_every log_every_n_steps",
     "log.tensorboard": "tensorboard_dir enable_tensorboard report_to tensorboard_writer use_tensorboard",
     "log.wandb": "wandb_project wandb_log use_wandb enable_wandb wandb_name wandb_project_name",

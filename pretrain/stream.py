@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -50,9 +50,9 @@ class _ReadAhead:
     """Reads steps on a thread of its own, a bounded number ahead of who takes them."""
 
     def __init__(
-        self, read_step: Callable[[int], StepRows], cursor: int, rows_in_step: Callable[[int], int], depth: int
+        self, read_step: Callable[[int], StepRows], cursor: int, next_cursor: Callable[[int], int], depth: int
     ) -> None:
-        self._read_step, self._cursor, self._rows_in_step, self._depth = read_step, cursor, rows_in_step, depth
+        self._read_step, self._cursor, self._next_cursor, self._depth = read_step, cursor, next_cursor, depth
         self._steps: deque[StepRows] = deque()
         self._failure: BaseException | None = None
         self._stopped = False
@@ -87,7 +87,7 @@ class _ReadAhead:
                     if self._stopped:
                         return
                 step = self._read_step(self._cursor)
-                self._cursor += self._rows_in_step(self._cursor)
+                self._cursor = self._next_cursor(self._cursor)
                 with self._changed:
                     self._steps.append(step)
                     self._changed.notify_all()
@@ -102,6 +102,7 @@ class _StepReader:
 
     def __init__(self, plan: DataPlan, corpora: list[Corpus], batch_plan: BatchPlan, rank: int) -> None:
         self._plan, self.corpora, self._batch_plan, self._rank = plan, corpora, batch_plan, rank
+        self.skipped: list[tuple[int, int]] = []
         self._rows = RowReader()
         self._prefetcher: Prefetcher | None = None
         self._is_local = not any(corpus.remote for corpus in corpora)
@@ -125,6 +126,12 @@ class _StepReader:
 
     def rows_in_step(self, cursor: int) -> int:
         return self._batch_plan.for_seq_len(self._plan.seq_len_at(cursor)).global_batch_size
+
+    def next_cursor(self, cursor: int) -> int:
+        return self.past_skipped(cursor + self.rows_in_step(cursor))
+
+    def past_skipped(self, cursor: int) -> int:
+        return next((end for begin, end in self.skipped if begin <= cursor < end), cursor)
 
     def stop_prefetch(self) -> None:
         if self._prefetcher:
@@ -159,8 +166,8 @@ class TokenStream:
     """The training rows of one rank, step by step.
 
     Attributes:
-        cursor: Rows of the run that all ranks together have consumed; what is read ahead does not count.
-        step_begin: The cursor before the step that was consumed last.
+        cursor: Row of the run at which the next step begins; what is read ahead does not count.
+        step_rows: The first row of the step that was consumed last, and the one past its last.
         plan: The order of the rows.
         damage: Documents that cannot be read; who takes the steps adds them, so that all ranks have the same.
     """
@@ -189,11 +196,11 @@ class TokenStream:
         """
         self.plan, corpora = open_plan(config, tokenizer_fingerprint, is_new)
         self.damage = DamageLedger(corpora, config.data.max_damaged_fraction)
-        self.cursor = self.step_begin = cursor
+        self.cursor = cursor
+        self.step_rows = cursor, cursor
         self._depth = config.data.prefetch_steps
         self._read_step = _StepReader(self.plan, corpora, batch_plan, rank)
         self._rows_in_step = self._read_step.rows_in_step
-        self._stop_prefetch = self._read_step.stop_prefetch
         self._ahead: _ReadAhead | None = None
         self._stop_reading: Callable[[], Any] = lambda: None
         self._closed = False
@@ -217,26 +224,55 @@ class TokenStream:
         if self._closed:
             raise RuntimeError("the token stream was closed")
         if self._ahead is None:
-            self._ahead = _ReadAhead(self._read_step, self.cursor, self._rows_in_step, self._depth)
+            self._ahead = _ReadAhead(self._read_step, self.cursor, self._read_step.next_cursor, self._depth)
             # Runs at close, when the stream is collected, or at exit, before daemon threads are frozen.
             # The reader ends first: it is what starts downloads ahead.
-            self._stop_reading = weakref.finalize(self, _stop, self._ahead.stop, self._stop_prefetch)
+            self._stop_reading = weakref.finalize(self, _stop, self._ahead.stop, self._read_step.stop_prefetch)
         return self._ahead.take()
 
     def advance(self) -> None:
         """Move the cursor past the oldest step that was read and not yet counted."""
-        self.step_begin, self.cursor = self.cursor, self.cursor + self._rows_in_step(self.cursor)
+        self.step_rows = self.cursor, self.cursor + self._rows_in_step(self.cursor)
+        self.cursor = self._read_step.next_cursor(self.cursor)
+
+    @property
+    def skipped(self) -> list[tuple[int, int]]:
+        """Ranges [begin, end) of rows that are left out, in order and apart from each other."""
+        return self._read_step.skipped
+
+    def skip(self, ranges: Iterable[tuple[int, int]]) -> None:
+        """Leave out rows from the cursor on, of whole steps; what is read ahead is read anew."""
+        merged: list[tuple[int, int]] = []
+        for begin, end in sorted([*self.skipped, *ranges]):
+            if merged and begin <= merged[-1][1]:
+                begin, end = merged[-1][0], max(end, merged.pop()[1])
+            merged.append((begin, end))
+        self._go_to(self.cursor, merged)
+
+    def tokens_per_corpus(self) -> dict[str, int]:
+        """Tokens of each corpus that were consumed, padding included."""
+        return self._consumed(self.plan.tokens_per_corpus)
+
+    def _consumed(self, amounts: Callable[[int], dict[str, int]]) -> dict[str, int]:
+        """Amounts of the rows before the cursor, given those of all rows before one, without what was left out."""
+        total = amounts(self.cursor)
+        for begin, end in self.skipped:
+            if end <= self.cursor:
+                before, after = amounts(begin), amounts(end)
+                total = {name: number - after[name] + before[name] for name, number in total.items()}
+        return total
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps, JSON: cursor, identity of the plan, amounts by corpus, damaged documents."""
+        """What a checkpoint keeps, JSON: cursor, identity of the plan, amounts by corpus, damaged and skipped data."""
         return {
             "cursor": self.cursor,
             "plan_hash": self.plan.hash,
             "plan": self.plan.pieces,
-            "rows_per_corpus": self.plan.rows_per_corpus(self.cursor),
-            "tokens_per_corpus": self.plan.tokens_per_corpus(self.cursor),
+            "rows_per_corpus": self._consumed(self.plan.rows_per_corpus),
+            "tokens_per_corpus": self.tokens_per_corpus(),
             "epochs": self.plan.epochs(self.cursor),
             "damaged": self.damage.state(),
+            "skipped_rows": [list(one) for one in self.skipped],
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -253,10 +289,15 @@ class TokenStream:
                     "Put back what changed, or begin another run with run.dir=…"
                 )
         self._check_steps(cursor)
+        self._go_to(cursor, [(begin, end) for begin, end in state.get("skipped_rows", ())])
+        self.damage.load_state(state.get("damaged", {}))
+
+    def _go_to(self, cursor: int, skipped: list[tuple[int, int]]) -> None:
         self._stop_reading()
         self._ahead = None
-        self.cursor = self.step_begin = cursor
-        self.damage.load_state(state.get("damaged", {}))
+        self._read_step.skipped = skipped
+        self.cursor = self._read_step.past_skipped(cursor)
+        self.step_rows = self.cursor, self.cursor
 
     def _check_steps(self, cursor: int) -> None:
         """Check that no step from the cursor on has rows of two lengths."""

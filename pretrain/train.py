@@ -15,7 +15,7 @@ from pretrain import __version__
 from pretrain.config import Config
 from pretrain.damage import TooMuchDamageError, describe
 from pretrain.distributed import PendingSum, Ranks
-from pretrain.engine import init_distributed, leave_distributed
+from pretrain.engine import StepResult, init_distributed, leave_distributed
 from pretrain.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, CheckpointError, LonghaulError, TrainingError
 from pretrain.evaluate import Evaluation, evaluate
 from pretrain.feed import StepInput
@@ -24,7 +24,8 @@ from pretrain.hardware import peak_memory_bytes
 from pretrain.metrics import StepMetrics
 from pretrain.profiling import PhaseClock
 from pretrain.redaction import storable
-from pretrain.replicas import check_replicas
+from pretrain.replicas import check_replicas, check_when_due
+from pretrain.rollback import roll_back
 from pretrain.run import PendingStep, Run, open_run
 from pretrain.run_folder import RunFolder
 from pretrain.samples import save_samples
@@ -77,11 +78,12 @@ def train_on(config: Config, ranks: Ranks, clock: StartClock) -> int:
 
 def run_steps(run: Run) -> tuple[str, int, str]:
     """Step until the run is over or must stop; return its status, exit status and the reason in words."""
-    config, progress = run.config, run.progress
+    config = run.config
     run.engine.train()
     run.step_began = time.perf_counter()
-    first_step = progress.step + 1
-    while progress.step < run.plan.num_steps:
+    first_step = run.progress.step + 1
+    while not is_over(run):
+        progress = run.progress
         try:
             with run.profiler.watch(progress.step + 1):
                 asked_to_stop = train_step(run)
@@ -118,7 +120,28 @@ def run_steps(run: Run) -> tuple[str, int, str]:
                 "the same command goes on from here"
             )  # fmt: skip
     save(run, last=True)
-    return "done", EXIT_DONE, f"trained {progress.step} steps"
+    return "done", EXIT_DONE, f"trained {run.progress.step} steps"
+
+
+def is_over(run: Run) -> bool:
+    """Whether all steps are done, after going back from those that must be done again."""
+    at_end = run.progress.step >= run.plan.num_steps
+    # Decided by steps whose numbers every rank has by now; of the newest one they may still be on their way.
+    judge_steps(run, up_to_step=run.progress.step - (not at_end))
+    if spike := run.spikes.spike():
+        finish_save(run)
+        roll_back(run, spike)
+        run.step_began = time.perf_counter()
+        return is_over(run)
+    return at_end
+
+
+def judge_steps(run: Run, up_to_step: int) -> None:
+    """Look for bad steps among those up to this one."""
+    if run.unreported and run.unreported.metrics.step <= up_to_step:
+        report(run)
+    for event in run.spikes.judge(up_to_step):
+        run.event(*event)
 
 
 def train_step(run: Run) -> bool:
@@ -131,13 +154,33 @@ def train_step(run: Run) -> bool:
     run.engine.time_communication(phases)
     rows = run.feed.take()
     phases.mark("data")
+    totals = compute_gradients(run, rows, phases)
+    if run.progress.step + 1 < run.plan.num_steps:
+        run.feed.prepare(run.stop.received is not None, run.checkpoints.must_be_finished())
+        phases.mark("data")
+    lr = lr_at(run.progress.step, run.plan.num_steps, run.config.optim.lr, run.config.schedule)
+    check_when_due(run.engine, run.ranks, run.progress.step, run.config.guard.check_replicas_every)
+    run.checkpoints.wait_for_copy()
+    result = run.engine.step(lr)
+    if not result.applied and run.config.guard.rerun and run.config.train.precision != "fp16":
+        totals, result = compute_again(run, rows, totals, lr, phases)
+    phases.mark("optimizer")
+    run.engine.time_communication(None)
+    sums = run.ranks.start_sum(torch.cat((totals, result.grad_norm.view(1))))
+    finish_step(run, rows, result.applied, lr, sums, phases)
+    return run.feed.stop_requested()
+
+
+def compute_gradients(run: Run, rows: StepInput, phases: PhaseClock) -> torch.Tensor:
+    """Do the forward and backward passes of a step; return this rank's sums of objective and cross-entropy."""
     # DeepSpeed divides by micro-steps and ranks; what must remain is the sum over the step's targets / their number.
     scale = run.ranks.world_size * run.plan.num_micro_steps / max(rows.num_targets, 1)
-    totals = torch.zeros(2, device=run.ranks.device)  # of the objective and of the cross-entropy
+    totals = torch.zeros(2, device=run.ranks.device)
     for index, batch in enumerate(rows.micro_batches):
         objective, cross_entropy = run.engine.forward(*batch, run.progress.step)
         phases.mark("forward")
-        run.engine.backward(objective * scale)
+        # A loss that is not finite may have finite gradients: they become NaN, which keeps every rank from updating.
+        run.engine.backward(objective * torch.where(objective.detach().isfinite(), scale, math.nan))
         totals += torch.stack((objective.detach(), cross_entropy))
         if index < run.plan.num_micro_steps - 1:
             run.engine.end_micro_step()
@@ -145,21 +188,22 @@ def train_step(run: Run) -> bool:
         if index == 0:
             report(run)  # the step before: its sums have arrived, or do while this micro-step runs
             phases.mark("others")
-    if run.progress.step + 1 < run.plan.num_steps:
-        run.feed.prepare(run.stop.received is not None, run.checkpoints.must_be_finished())
-        phases.mark("data")
-    lr = lr_at(run.progress.step, run.plan.num_steps, run.config.optim.lr, run.config.schedule)
-    every = run.config.guard.check_replicas_every
-    if every and (run.progress.step + 1) % every == 0:
-        check_replicas(run.engine, run.ranks, run.progress.step)  # before corrupted weights' gradients are applied
-        phases.mark("others")
-    run.checkpoints.wait_for_copy()
+    return totals
+
+
+def compute_again(
+    run: Run, rows: StepInput, totals: torch.Tensor, lr: float, phases: PhaseClock
+) -> tuple[torch.Tensor, StepResult]:
+    """Repeat a step that was not finite, to see whether the data or a machine is why; return what counts."""
+    again = compute_gradients(run, rows, phases)
     result = run.engine.step(lr)
-    phases.mark("optimizer")
-    run.engine.time_communication(None)
-    sums = run.ranks.start_sum(torch.cat((totals, result.grad_norm.view(1))))
-    finish_step(run, rows, result.applied, lr, sums, phases)
-    return run.feed.stop_requested()
+    if result.applied:
+        finite = run.ranks.gather(bool(totals.isfinite().all()))
+        named = [str(rank) for rank, is_finite in enumerate(finite) if not is_finite]
+        where = f"on rank {', '.join(named)}" if named else "in gradients only, on a rank that is not known"
+        run.event("transient_fault", f"step {run.progress.step + 1} was not finite {where}, and is when computed again "
+                  "from the same weights and rows: a machine had erred")  # fmt: skip
+    return again, result
 
 
 def finish_step(run: Run, rows: StepInput, applied: bool, lr: float, sums: PendingSum, phases: PhaseClock) -> None:
@@ -171,8 +215,8 @@ def finish_step(run: Run, rows: StepInput, applied: bool, lr: float, sums: Pendi
         run.event("skipped_step", "a gradient is not finite; the weights were left as they were")
     # fp16's loss scale adapts by overflows, which count only where the loss is not a number itself
     is_overflow = config.train.precision == "fp16" and not applied and not math.isnan(sums.result()[1])
-    begin, end, plan = run.stream.step_begin, run.stream.cursor, run.stream.plan
-    if begin in plan.first_rows[1:]:
+    (begin, end), plan = run.stream.step_rows, run.stream.plan
+    if starts_phase := begin in plan.first_rows[1:]:
         run.event(
             "phase", f"phase {plan.first_rows.index(begin) + 1} of {len(plan.first_rows)} has begun with this step"
         )
@@ -185,10 +229,10 @@ def finish_step(run: Run, rows: StepInput, applied: bool, lr: float, sums: Pendi
             step=progress.step, tokens=progress.num_tokens, loss=math.nan,
             objective=math.nan if config.train.has_extra_terms else None, grad_norm=math.nan, lr=lr,
             step_seconds=now - run.step_began, memory_bytes=peak_memory_bytes(run.ranks.device),
-            skipped_steps=progress.num_skipped, damaged_documents=run.stream.damage.num_documents,
+            skipped_steps=progress.num_skipped, clipped_steps=0, damaged_documents=run.stream.damage.num_documents,
             damaged_tokens=run.stream.damage.num_tokens, seq_len=plan.seq_len_at(begin),
-            corpus_tokens=plan.tokens_per_corpus(end), epochs=plan.epochs(end), phase_seconds={},
-        ), rows.num_targets, sums, phases, run.ranks.world_size)  # fmt: skip
+            corpus_tokens=run.stream.tokens_per_corpus(), epochs=plan.epochs(end), phase_seconds={},
+        ), rows.num_targets, sums, phases, run.ranks.world_size, (begin, end), starts_phase)  # fmt: skip
         run.step_began = now
     if sums.is_ready():
         report(run)
@@ -204,8 +248,13 @@ def name_damage(run: Run, damage: Sequence[str]) -> None:
 def report(run: Run) -> None:
     """Record the step whose sums have not been read back, if there is one."""
     pending, run.unreported = run.unreported, None
-    if pending and run.log:
-        run.log.step(pending.finish())
+    if pending is None:
+        return
+    observation = pending.observe()
+    run.progress.num_clipped += 0 < run.config.optim.clip_norm < observation.grad_norm
+    run.spikes.record(observation)
+    if run.log:
+        run.log.step(pending.finish(run.progress.num_clipped))
 
 
 def report_after_failure(run: Run) -> None:
@@ -282,17 +331,16 @@ def save(run: Run, last: bool = False) -> None:
 
     A failed save is reported and the run goes on, unless it is the last one, which is waited for.
     """
-    report(run)
+    judge_steps(run, up_to_step=run.progress.step)
     finish_save(run)
     run.saving_step = run.progress.step
-    training = {"progress": asdict(run.progress), "num_tokens": run.progress.num_tokens, "data": run.stream.state()}
-    if run.config.guard.check_replicas_every:
-        check_replicas(run.engine, run.ranks, run.saving_step)
-    about = {
-        "config": storable(run.config.model_dump(mode="json")),
-        "longhaul": __version__,
-        "torch": torch.__version__,
-    }
+    check_replicas(run.engine, run.ranks, run.saving_step, run.config.guard.check_replicas_every)
+    training = {
+        "progress": asdict(run.progress), "num_tokens": run.progress.num_tokens, "data": run.stream.state(),
+        "spikes": run.spikes.state(),
+    }  # fmt: skip
+    about = {"config": storable(run.config.model_dump(mode="json")), "tokenizer": run.tokenizer.fingerprint,
+             "longhaul": __version__, "torch": torch.__version__}  # fmt: skip
     with save_failures(run, last):
         run.checkpoints.start_save(run.engine, run.saving_step, training, about, run.progress.best_step)
     if last or not run.config.checkpoint.asynchronous:

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from pretrain.config_docs import options
+from pretrain.section import option_of
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("kernels", "pretrain", "launch")
@@ -32,7 +33,7 @@ TIERS = (
     "remote_corpus",
     "prefetch settings sentencepiece_tokenizer model optim checkpoint_files shard_reader journal sources spills sampling"
     " tracking family_table profiling",
-    "communication metrics guard hf_tokenizer generate",
+    "communication metrics guard spikes hf_tokenizer generate",
     "engine tokenizer_files tokenizer_trial",
     "text_shards",
     "data_plan",
@@ -45,7 +46,9 @@ TIERS = (
     "shares store_check tar_documents tar_folder",
     "corpus",
     "tar_index",
-    "run prepare convert quickstart",
+    "resume prepare convert quickstart",
+    "run",
+    "rollback",
     "train",
     "dry_run",
     "prepare_options",
@@ -182,7 +185,7 @@ def test_every_option_is_read() -> None:
             if isinstance(node, ast.Attribute):
                 base = node.value
                 word = base.attr if isinstance(base, ast.Attribute) else base.id if isinstance(base, ast.Name) else ""
-                reads.add((word.lstrip("_").removesuffix("_section"), node.attr))
+                reads.add((word.lstrip("_").removesuffix("_section"), option_of(node.attr)))
     keys = Counter(name.rpartition(".")[2] for name, option in options().items() if not option.section)
     dead = []
     for name, option in options().items():

@@ -12,7 +12,7 @@ from pretrain.run_options import LogSection
 
 REQUIRED = {
     "step", "tokens", "loss", "grad_norm", "lr", "tokens_per_second", "tokens_per_second_per_gpu", "step_seconds", "mfu",
-    "mfu_causal", "memory_bytes", "data_wait_seconds", "skipped_steps", "damaged_documents",
+    "mfu_causal", "memory_bytes", "data_wait_seconds", "skipped_steps", "clipped_steps", "damaged_documents",
     "damaged_tokens", "timestamp", "attempt",
 }  # fmt: skip
 
@@ -26,7 +26,7 @@ def make_log(folder, first_step=0, attempt=1, tensorboard=True):
 
 def step_metrics(step, loss=2.0):
     return StepMetrics(step=step, tokens=1000 * step, loss=loss, objective=None, grad_norm=1.5, lr=1e-3, step_seconds=0.5,
-                       memory_bytes=123, skipped_steps=0, damaged_documents=2, damaged_tokens=90, seq_len=32, corpus_tokens={"code": 64}, epochs={"code": 0.25},
+                       memory_bytes=123, skipped_steps=0, clipped_steps=0, damaged_documents=2, damaged_tokens=90, seq_len=32, corpus_tokens={"code": 64}, epochs={"code": 0.25},
                        phase_seconds={"data": 0.01, "forward": 0.2, "backward": 0.3})  # fmt: skip
 
 

@@ -132,7 +132,7 @@ def test_wrong_values(tmp_path: Path, line: str, message: str) -> None:
          "checkpoint.every_steps or log.every_steps?"),
         ("log: {xyz: 3}", "log.xyz is unknown; expected an option. log has every_steps, tensorboard, wandb."),
         ("3: 3", "3 is unknown; expected an option. A config has checkpoint, data, eval, guard, log, model, optim, "
-         "parallel, run, schedule, tokenizer, train."),
+         "parallel, resume, run, schedule, tokenizer, train."),
     ],
 )  # fmt: skip
 def test_unknown_options(tmp_path: Path, line: str, message: str) -> None:
@@ -338,8 +338,10 @@ def test_spellings_lead_to_options() -> None:
     own_words = {name.rpartition(".")[2] for name in known}
     # DeepSpeed's and NeoX's `type` is an optimizer's or a schedule's name; model.rope_scaling has one of its own.
     # Others' `epochs` are the length of the run; those of data.sources are of one corpus.
+    # An `optimizer` elsewhere is the section; resume.optimizer is whether its moments are taken along.
     assert sorted(own_words & set(SPELLINGS)) == [
         "epochs",
+        "optimizer",
         "type",
     ]  # others would never be looked up, or hide the option itself
 

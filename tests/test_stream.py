@@ -119,6 +119,26 @@ def test_any_split_of_a_run_gives_the_same_global_batches(folders, reference, pa
     assert_same_steps(steps, reference[: len(steps)])
 
 
+def test_rows_that_are_left_out_are_so_ever_after_and_count_as_never_consumed(folders, reference):
+    stream = make_stream(folders)
+    steps = [concatenate(stream.next_step().micro_batches) for _ in range(2)]
+    before, start = stream.tokens_per_corpus(), stream.state()
+    stream.skip([(3 * GLOBAL_BATCH, 4 * GLOBAL_BATCH)])
+    stream.skip([(4 * GLOBAL_BATCH, 5 * GLOBAL_BATCH), (2 * GLOBAL_BATCH, 3 * GLOBAL_BATCH)])
+    assert stream.skipped == [(2 * GLOBAL_BATCH, 5 * GLOBAL_BATCH)]
+    assert stream.tokens_per_corpus() == before and start["skipped_rows"] == []
+    steps += [concatenate(stream.next_step().micro_batches) for _ in range(2)]
+    assert stream.step_rows == (6 * GLOBAL_BATCH, 7 * GLOBAL_BATCH)
+    assert sum(stream.tokens_per_corpus().values()) == 4 * GLOBAL_BATCH * 32
+    assert_same_steps(steps, [*reference[:2], *reference[5:7]])
+    state = stream.state()
+    stream.close()
+    assert state["skipped_rows"] == [[2 * GLOBAL_BATCH, 5 * GLOBAL_BATCH]]
+    assert_same_steps(global_steps(folders, 2, state, world_size=2)[0], reference[7:9])
+    again = {**start, "skipped_rows": state["skipped_rows"]}
+    assert_same_steps(global_steps(folders, 2, again)[0], reference[5:7])
+
+
 def test_seeking_equals_iterating_and_a_state_is_small(folders, reference):
     stream = make_stream(folders, cursor=7 * GLOBAL_BATCH)
     assert_same_steps([concatenate(stream.next_step().micro_batches)], reference[7:8])
@@ -311,14 +331,14 @@ def test_errors_of_the_thread_surface_in_order_and_stay(tmp_path):
 
 def test_steps_read_before_an_error_are_delivered_first(folders, monkeypatch):
     stream = make_stream(folders, prefetch_steps=3)
-    read = stream._read_step
+    read, call = stream._read_step, type(stream._read_step).__call__
 
-    def fail_at_the_third(cursor):
+    def fail_at_the_third(_reader, cursor):
         if cursor == 2 * GLOBAL_BATCH:
             raise OSError("the disk is gone")
-        return read(cursor)
+        return call(read, cursor)
 
-    monkeypatch.setattr(stream, "_read_step", fail_at_the_third)
+    monkeypatch.setattr(type(read), "__call__", fail_at_the_third)
     stream.next_step()
     time.sleep(0.1)
     stream.next_step()
@@ -331,8 +351,9 @@ def test_steps_read_before_an_error_are_delivered_first(folders, monkeypatch):
 def test_reading_ahead_is_bounded(folders, monkeypatch):
     stream = make_stream(folders, prefetch_steps=2)
     cursors = []
-    read = stream._read_step
-    monkeypatch.setattr(stream, "_read_step", lambda cursor: cursors.append(cursor) or read(cursor))
+    reader = type(stream._read_step)
+    read = reader.__call__
+    monkeypatch.setattr(reader, "__call__", lambda self, cursor: cursors.append(cursor) or read(self, cursor))
     stream.next_step()
     time.sleep(0.2)
     assert cursors == [0, GLOBAL_BATCH, 2 * GLOBAL_BATCH]

@@ -2,8 +2,8 @@
 
 Started by the tests on every rank: `cases.py CONFIG CASES.json`. CASES.json holds a list of
 {"overrides": [...], and by choice "signal_at", "signal_rank", "poison", "out_of_memory", "damage", "fail_save",
-"slow_save", "lose_state", "flip": [step, rank or -1 for all, name],
-"watch_loading"}. What a case leaves behind is in its run folder.
+"slow_save", "lose_state", "flip": [step, rank or -1 for all, name], "watch_loading",
+"window", "bad_rows"}. What a case leaves behind is in its run folder.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[2])
 import torch
 
 from pretrain import engine as engine_module
-from pretrain import share_writer
+from pretrain import share_writer, spikes
 from pretrain import train as train_module
 from pretrain.checkpoint import Checkpoints
 from pretrain.engine import init_distributed, leave_distributed
@@ -114,13 +114,16 @@ def run_case(case: dict, config_path: str, ranks) -> str:
 
         train_module.train_step = step_without_memory
     if "poison" in case:  # gradients of these steps are not finite on the last rank
+        poisoned: list[int] = []
 
         def poisoned_step(run):
             forward = run.engine.forward
 
             def bad_forward(*args):
                 objective, loss = forward(*args)
-                factor = float("nan") if ranks.rank == ranks.world_size - 1 else 1.0
+                is_bad = ranks.rank == ranks.world_size - 1 and run.progress.step + 1 not in poisoned
+                poisoned.extend([run.progress.step + 1] if is_bad and case.get("poison_once") else [])
+                factor = float("nan") if is_bad else 1.0
                 return objective * factor, loss * factor
 
             if run.progress.step + 1 in case["poison"]:
@@ -148,6 +151,24 @@ def run_case(case: dict, config_path: str, ranks) -> str:
     open_run = train_module.open_run
     if case.get("watch_loading"):
         train_module.open_run = loading.watched(open_run)
+    window = spikes.WINDOW
+    spikes.WINDOW = case.get("window", window)
+    forward = engine_module.Engine.forward
+    if "bad_rows" in case:  # the targets of these rows are nonsense, the first so many times that they are met
+        begin, end, num_times = case["bad_rows"]
+        met = []
+
+        def forward_nonsense(self, *args):
+            if torch.is_grad_enabled() and len(args) == 5:  # not the self-test's
+                tokens_BT, targets_BT, doc_start_BT, row_ids_B, step = args
+                bad = (row_ids_B >= begin) & (row_ids_B < end)
+                if bad.any() and met.count(key := row_ids_B.tolist()) < num_times:
+                    met.append(key)
+                    nonsense = torch.where(bad[:, None] & (targets_BT >= 0), (targets_BT * 31 + 7) % 300, targets_BT)
+                    args = tokens_BT, nonsense, doc_start_BT, row_ids_B, step
+            return forward(self, *args)
+
+        engine_module.Engine.forward = forward_nonsense
     if "count_reads" in case:  # what the host reads from the device in this step
 
         def watched_step(run):
@@ -166,6 +187,7 @@ def run_case(case: dict, config_path: str, ranks) -> str:
     finally:
         train_module.train_step = original
         train_module.open_run = open_run
+        spikes.WINDOW, engine_module.Engine.forward = window, forward
         Checkpoints.start_save, share_writer.write_tensors = save, write
         share_writer.ShareWriter._copy = copy
         train_module.sample = sample

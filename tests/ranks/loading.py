@@ -43,7 +43,7 @@ def watched(open_run: Callable[..., Run]) -> Callable[..., Run]:
 
 def note_load(run: Run, num_elements: int) -> None:
     """Save what is loaded, and note how much each rank has read."""
-    check_replicas(run.engine, run.ranks, run.progress.step)
+    check_replicas(run.engine, run.ranks, run.progress.step, every=1)
     folder = Path(run.config.run.dir) / f"reloaded-{run.ranks.world_size}"
     again = Checkpoints(folder, run.config.checkpoint, run.ranks, print)
     again.start_save(run.engine, run.progress.step, {}, {}, None)

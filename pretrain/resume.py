@@ -1,0 +1,129 @@
+"""With what a run begins: its own newest checkpoint, another run's, or nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from pretrain.checkpoint import Checkpoints, fill
+from pretrain.checkpoint_files import MANIFEST, CheckpointReader, folder_name, list_steps
+from pretrain.distributed import Ranks
+from pretrain.engine import Engine
+from pretrain.errors import CheckpointError, ConfigError
+from pretrain.run_options import ResumeSection
+from pretrain.stream import TokenStream
+
+
+@dataclass
+class Progress:
+    """How far the run is; part of every checkpoint."""
+
+    step: int = 0
+    num_tokens: int = 0
+    num_skipped: int = 0
+    num_clipped: int = 0  # updates whose gradients were longer than optim.clip_norm
+    best_loss: float | None = None
+    best_step: int | None = None
+    best_counted_loss: float | None = None  # the best by more than eval.min_delta, for early stopping
+    evals_without_improvement: int = 0
+
+
+@dataclass
+class Start:
+    """What a run goes on with.
+
+    Args:
+        progress: how far it is.
+        spikes: state of its `SpikeGuard`.
+        own: whether it has a checkpoint of its own.
+    """
+
+    progress: Progress
+    spikes: dict[str, Any]
+    own: bool
+
+
+def load_start(
+    section: ResumeSection,
+    checkpoints: Checkpoints,
+    engine: Engine,
+    stream: TokenStream,
+    ranks: Ranks,
+    fingerprint: str,
+    report: Callable[[str, str], None],
+) -> Start:
+    """Fill engine and stream with what the run begins with; all ranks together.
+
+    Args:
+        section: the config's `resume`.
+        checkpoints: of the run folder; the newest good one of them wins.
+        engine: filled with weights and moments.
+        stream: moved to the rows that come next.
+        ranks: all ranks.
+        fingerprint: of the tokenizer.
+        report: called on rank 0 with (event, message).
+    Raises:
+        ConfigError: `resume.from` is not a run or a checkpoint.
+        CheckpointError: no checkpoint is good, or it does not fit the config.
+        DataError: rows up to the checkpoint would be others.
+    """
+    own = checkpoints.load_newest(engine)
+    if own is not None:
+        ranks.agree(lambda: stream.load_state(own["data"]))
+        return Start(Progress(**own["progress"]), own.get("spikes", {}), own=True)
+    if not section.from_:
+        return Start(Progress(), {}, own=False)
+    reader = _open_other(Path(section.from_), checkpoints, ranks, report)
+    other = reader.manifest["about"].get("tokenizer", fingerprint)
+    if other != fingerprint:
+        raise ConfigError(
+            f"resume.from is {section.from_}, whose tokenizer is another one; expected the one of tokenizer.model, "
+            "since the ids of its embedding mean other pieces. Use the tokenizer of that run's folder."
+        )
+    fill(engine, reader, ranks, section.optimizer)
+    training, progress = reader.training, Progress()
+    spikes: dict[str, Any] = {}
+    if section.data:
+        ranks.agree(lambda: stream.load_state(reader.training["data"]))
+    if section.schedule:  # but which of its checkpoints was the best means nothing in another folder
+        progress = replace(Progress(**training["progress"]), best_loss=None, best_step=None, best_counted_loss=None,
+                           evals_without_improvement=0)  # fmt: skip
+        spikes = training.get("spikes", {}) if section.data else {}
+    if ranks.is_first:
+        taken = [name for name in ("optimizer", "schedule", "data") if getattr(section, name)]
+        report("resumed_from", f"{reader.folder}: {', '.join(['weights', *taken])}")
+    return Start(progress, spikes, own=False)
+
+
+def _open_other(
+    path: Path, checkpoints: Checkpoints, ranks: Ranks, report: Callable[[str, str], None]
+) -> CheckpointReader:
+    """Open the checkpoint that `resume.from` names, or the newest good one of the run that it names."""
+    if path.resolve() == checkpoints.folder.parent.resolve():
+        raise ConfigError(f"resume.from is {path}, the run folder itself; expected another one. Leave it out.")
+    folders = ranks.from_first(_candidates(path))
+    if not folders:
+        raise ConfigError(
+            f"resume.from is {path}; expected a run folder with checkpoints, or a folder with a {MANIFEST}. Name one, "
+            "such as runs/other or runs/other/checkpoints/step-00001000."
+        )
+    damaged = []
+    for folder in folders:
+        if not (problems := checkpoints.verify(folder)):
+            return CheckpointReader(folder)
+        damaged += problems
+        if ranks.is_first:
+            report("checkpoint_damaged", f"{'; '.join(problems)}. Looking at the one before.")
+    raise CheckpointError(
+        f"resume.from is {path}; expected a checkpoint that is intact ({damaged[0]}). Restore it from a backup, or "
+        "name another one."
+    )
+
+
+def _candidates(path: Path) -> list[Path]:
+    if (path / MANIFEST).is_file():
+        return [path]
+    folder = path / "checkpoints"
+    return [folder / folder_name(step) for step in reversed(list_steps(folder))]

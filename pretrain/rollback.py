@@ -1,0 +1,62 @@
+"""Going back to a checkpoint before a spike, and leaving out the rows around it."""
+
+from __future__ import annotations
+
+from pretrain.errors import TrainingError
+from pretrain.resume import Progress
+from pretrain.run import Run
+from pretrain.samples import drop_samples_after
+from pretrain.spikes import Spike, describe_ranges
+
+
+def roll_back(run: Run, spike: Spike) -> None:
+    """Go back to the newest checkpoint that lies `guard.rollback_steps` before a spike, or else nearer before it.
+
+    The rows from there on that led to the spike are left out from now on, as every later checkpoint records. What the
+    steps in between left behind is removed: metrics, samples and checkpoints. No save may be under way.
+
+    Raises:
+        TrainingError: on all ranks, it went back `guard.max_rollbacks` times already.
+        CheckpointError: on all ranks, no checkpoint from before the spike is good.
+    """
+    earlier = [step for step in run.checkpoints.steps() if step < spike.first_step]
+    if not earlier:
+        run.event("no_rollback", f"steps {spike.first_step} to {spike.last_step} are bad, and there is no checkpoint "
+                  "from before them to go back to (checkpoint.every_steps); going on")  # fmt: skip
+        run.spikes.forgive()
+        return
+    if run.spikes.num_rollbacks >= run.config.guard.max_rollbacks:
+        raise _give_up(run, spike)
+    repeat = run.spikes.must_repeat(spike)
+    left_out = list(run.stream.skipped)
+    run.unreported = None
+    run.feed.discard()
+    go_back_to = max([step for step in earlier if step <= spike.go_back_to], default=earlier[-1])
+    training = run.checkpoints.load_newest(run.engine, go_back_to)
+    assert training is not None
+    run.progress = Progress(**training["progress"])
+    run.guard.restart(run.progress.num_skipped)
+    run.stream.load_state(training["data"])
+    run.spikes.went_back(training.get("spikes", {}), spike)
+    ranges = [] if repeat else [(max(spike.begin, run.stream.cursor), spike.end)]
+    run.stream.skip([*left_out, *ranges])
+    step = run.progress.step
+    run.checkpoints.discard_after(step)
+    if run.folder and run.log:
+        drop_samples_after(run.folder.path, step)
+        run.log.rewind(step)
+    done = "to compute the same steps again" if repeat else f"rows {describe_ranges(ranges)} are left out"
+    losses = ", ".join(f"{loss:.4g}" for loss in spike.losses)
+    run.event("rollback", f"steps {spike.first_step} to {spike.last_step} were bad (losses {losses}); back to step "
+              f"{step}, {done}", rows=ranges, bad_steps=[spike.first_step, spike.last_step])  # fmt: skip
+
+
+def _give_up(run: Run, spike: Spike) -> TrainingError:
+    left_out = f", though rows {describe_ranges(run.stream.skipped)} were left out" if run.stream.skipped else ""
+    return TrainingError(
+        f"steps {spike.first_step} to {spike.last_step}: the loss or the gradient norm spikes for the "
+        f"{run.spikes.num_rollbacks + 1}. time{left_out}; expected at most guard.max_rollbacks "
+        f"({run.config.guard.max_rollbacks}) rollbacks. Earlier checkpoints are untouched. Look at the samples and at "
+        "the data of these rows, lower optim.lr (run.allow_changes=[optim.lr]), or raise guard.spike_sigmas if this is "
+        "how the data is."
+    )
