@@ -281,7 +281,9 @@ class TrainSection(Section):
         "activations again in the backward pass; `full` keeps each block's input only and computes all of it again.",
     )
     deterministic: Bool = Field(
-        False, description="On a GPU, choose algorithms that give the same bits on every run. A CPU's always do."
+        False,
+        description="On a GPU, have attention's backward pass too give the same bits on every run, for a second "
+        "pass over the keys; all the rest does anyway, and so does a CPU.",
     )
     compile: Bool | None = Field(
         None,

@@ -229,9 +229,9 @@ def start_tracking(
 
 
 def set_determinism(wanted: bool) -> None:
-    """Make torch choose deterministic algorithms, or the fastest."""
-    if wanted:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with this
+    """Have the same bits come out on every run, as far as that is free; or, if wanted, whatever it costs."""
+    # cuBLAS is deterministic only with a workspace for each stream, here 32 MiB; it is read at the first product.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(wanted)
     # Else every torch.empty is filled, DeepSpeed's gradient buckets too, which are up to 2 GB a micro-step.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
