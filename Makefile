@@ -7,7 +7,7 @@ BIN := .venv/bin
 SYSTEM_TORCH ?= $(if $(wildcard .venv/.installed-with-system-torch),1)
 STAMP := .venv/.installed-with-$(if $(SYSTEM_TORCH),system,own)-torch
 
-.PHONY: help setup quickstart test check bench clean
+.PHONY: help setup quickstart test check soak bench clean
 .DEFAULT_GOAL := help
 
 help: ## list the commands
@@ -45,6 +45,9 @@ check: setup ## check format, lint and types, then run the tests
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
 	@$(MAKE) test
+
+soak: setup ## the tests of faults with all their repetitions; a line each, a summary last
+	@LONGHAUL_SOAK=$(or $(LONGHAUL_SOAK),1) $(BIN)/python -m pytest tests/fault -s
 
 bench: setup ## measure speed beside plain PyTorch and transformers; a table, and JSON in bench-results
 	@PYTHON=$(BIN)/python bash benchmarks/gpu.sh

@@ -19,6 +19,7 @@ ATTENTION_TARGETS = {
 MFU_TARGETS = {"gpt2-124m": 0.45, "llama-350m": 0.52, "llama-1.3b": 0.58}  # likewise, at MFU_SEQ_LEN, by config
 MFU_SEQ_LEN = 2048
 BARE_RATE = 0.97  # of a bare torch loop's tokens/s that ours must reach with the same operators
+BLOCKED = 0.10  # of the time of a save, which an asynchronous one may hold up the step
 DOCUMENTS_RATIO = 1.15  # that a scored pair may take in packed documents, in causal rows of that length
 
 
@@ -286,6 +287,26 @@ def _startup(record: dict[str, Any]) -> str:
     return _aligned(lines)
 
 
+def _checkpoint(record: dict[str, Any]) -> str:
+    lines = [["save or load", "seconds", "MB/s", "of the disk"]]
+    seconds = {row["what"]: row["seconds"] for row in record["rows"] if "seconds" in row}
+    for row in record["rows"]:
+        if "seconds" in row:
+            disk = seconds.get(f"disk {'load' if row['what'].endswith('load') else 'save'}")
+            rate = "" if disk is None else f"{disk / row['seconds']:.2f}"
+            lines.append([row["what"], f"{row['seconds']:.2f}", f"{row['megabytes_per_second']:.0f}", rate])
+    settings = record["settings"]
+    text = f"checkpoints of {settings['bytes']:,} bytes, {settings['ranks']} ranks, ZeRO stage {settings['stage']}\n"
+    text += _aligned(lines)
+    if {"longhaul blocked", "longhaul save"} <= seconds.keys():
+        share = seconds["longhaul blocked"] / seconds["longhaul save"]
+        text += "\n" + _verdict(share <= BLOCKED, f"at most {BLOCKED:.0%} of a save holds up the step", f"{share:.1%}")
+    for row in record["rows"]:
+        if "share_bytes" in row:
+            text += f"\n  loading takes {row['bytes']:,} bytes beside a rank's share of {row['share_bytes']:,}"
+    return text
+
+
 def _attention_cpu(record: dict[str, Any]) -> str:
     lines = [["forward and backward", "ours ms", "masked ms", "best SDPA ms", "ours/best", "cutting ms"]]
     for row in record["rows"]:
@@ -306,6 +327,7 @@ _TABLES = {
     "data": _data,
     "overhead": _overhead,
     "startup": _startup,
+    "checkpoint": _checkpoint,
     "prepare": _prepare,
     "filters": _filters,
     "tars": _tars,

@@ -11,7 +11,7 @@ from pathlib import Path
 if sys.path[0] == str(Path(__file__).resolve().parent):  # run as a file: launch/ would shadow the package `pretrain`
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from pretrain.console import ends_at_closed_pipe
+from pretrain.console import ends_at_closed_pipe, write_patiently
 
 EXAMPLES = """examples:
   deepspeed launch/pretrain.py configs/gpt2-124m.yaml
@@ -65,6 +65,6 @@ def limit_threads() -> None:
 
 if __name__ == "__main__":
     status = main()
-    sys.stderr.flush()
+    write_patiently(sys.stderr, "")
     # threads of gloo can abort a process that is done ("terminate called without an active exception")
     os._exit(status)

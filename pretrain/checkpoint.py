@@ -11,6 +11,7 @@ import json
 import logging
 import math
 import os
+import secrets
 import shutil
 import time
 from collections.abc import Callable
@@ -20,12 +21,14 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.checkpoint_files import (
+    DAMAGED,
     FORMAT_VERSION,
     MANIFEST,
     CheckpointReader,
     Piece,
     find_uncovered,
     folder_name,
+    has_checkpoints,
     list_steps,
     manifest_digest,
 )
@@ -34,11 +37,12 @@ from pretrain.engine import MASTER, Engine
 from pretrain.errors import CheckpointError
 from pretrain.run_options import CheckpointSection
 from pretrain.share_writer import ShareWriter, Task, collect_shares
-from pretrain.tensor_files import sync_folder, write_text
+from pretrain.tensor_files import check_space, explain, sync_folder, write_text
 
 logger = logging.getLogger("longhaul")
 _WRITE_SECONDS = 60.0  # for which a run that has failed waits for its disk
 _OTHERS_SECONDS = 5.0  # and then for other ranks' shares
+_FILES_A_RANK = 3  # at once: its share, a note of it, and one of these under a temporary name
 
 
 @dataclass
@@ -75,7 +79,8 @@ class Checkpoints:
         self.report = report
         self._writer = ShareWriter(ranks.device, ranks.rank)
         self._pending: _Pending | None = None
-        self._closed_at: float | None = None
+        # A rank that outlives its job, on another node, must not write into the save of the job that follows.
+        self._start = ranks.from_first(secrets.token_hex(4))
         if ranks.is_first:
             folder.mkdir(parents=True, exist_ok=True)
             for leftover in folder.glob(".tmp-*"):
@@ -100,12 +105,12 @@ class Checkpoints:
         """
         assert self._pending is None
         final = self.folder / folder_name(step)
-        if self.ranks.from_first(final.exists()):
+        if self.ranks.from_first((final / MANIFEST).is_file()):
             return
-        temporary = self.folder / f".tmp-{final.name}"
+        temporary = self.folder / f".tmp-{self._start}-{final.name}"
         problem = self._try(lambda: self._make_folder(temporary, engine)) if self.ranks.is_first else None
         if problem := self.ranks.from_first(problem):
-            raise self._failure(problem)
+            raise self._failure(final, problem)
         training = training | {"optimizer_step": engine.optimizer_step(), "loss_scale": engine.loss_scale_state()}
         about = about | {"world_size": self.ranks.world_size, "zero_stage": engine.stage}
         content = {"format_version": FORMAT_VERSION, "step": step, "training": training, "about": about}
@@ -119,9 +124,8 @@ class Checkpoints:
         needed = sum(
             4 * math.prod(shape) * len(engine.states[name]) for name, shape in engine.parameter_shapes().items()
         )
-        free = shutil.disk_usage(self.folder).free
-        if free < needed:
-            raise CheckpointError(f"it takes {needed:,} bytes, and {free:,} are free")
+        num_files = _FILES_A_RANK * self.ranks.world_size + 2  # and the manifest, and the folder
+        check_space(self.folder, needed, num_files)
         temporary.mkdir(parents=True)
 
     def wait_for_copy(self) -> None:
@@ -151,7 +155,7 @@ class Checkpoints:
         if problems and self.ranks.is_first:
             shutil.rmtree(pending.temporary, ignore_errors=True)
         if problem := self.ranks.from_first(problems[0] if problems else whole):
-            raise self._failure(problem)
+            raise self._failure(pending.final, problem)
         return True
 
     def close(self) -> None:
@@ -177,18 +181,19 @@ class Checkpoints:
             raise
         self._prune(best_step)
 
-    def _failure(self, problem: str) -> CheckpointError:
-        return CheckpointError(
-            f"{self.folder}: a checkpoint could not be written ({problem}); expected a writable folder with enough "
-            "space. Earlier checkpoints are untouched."
-        )
+    @staticmethod
+    def _failure(final: Path, problem: str) -> CheckpointError:
+        return CheckpointError(f"{final}: could not be written: {problem} Earlier checkpoints are untouched.")
 
     @staticmethod
     def _try(action: Callable[[], object]) -> str | None:
+        """Return why an action failed, and the fix; None if it did not."""
         try:
             action()
-        except (OSError, CheckpointError) as error:
+        except CheckpointError as error:
             return str(error)
+        except OSError as error:
+            return explain(error)
         return None
 
     def steps(self) -> list[int]:
@@ -198,7 +203,7 @@ class Checkpoints:
     def load_newest(self, engine: Engine, up_to_step: int | None = None) -> dict[str, Any] | None:
         """Fill the engine from the newest checkpoint that verifies, and return its `training` state.
 
-        Damaged ones are renamed to `step-NNNNNNNN.damaged` and reported.
+        Newer ones, which are damaged, are renamed to `step-NNNNNNNN.damaged` and reported.
 
         Args:
             engine: whose masters and moments are filled.
@@ -208,38 +213,58 @@ class Checkpoints:
         Raises:
             CheckpointError: there are checkpoints and none is good. The run never begins anew by itself.
         """
-        steps = [step for step in self.steps() if up_to_step is None or step <= up_to_step]
-        for step in reversed(steps):
+        damaged: dict[Path, str] = {}  # what is wrong with each; they keep their names until a good one is found
+        steps = self.ranks.from_first(list_steps(self.folder, without_manifest=True))
+        for step in reversed([step for step in steps if up_to_step is None or step <= up_to_step]):
             folder = self.folder / folder_name(step)
             problems = self.verify(folder)
             if not problems:
+                for bad, problem in damaged.items():
+                    self.ranks.agree(partial(self._set_aside, bad))
+                    if self.ranks.is_first:
+                        self.report("checkpoint_damaged", f"{problem}. Going on from the one before.")
                 reader = CheckpointReader(folder)
                 fill(engine, reader, self.ranks)
                 return reader.training
-            if self.ranks.is_first:
-                self.report("checkpoint_damaged", f"{'; '.join(problems)}. Going on from the one before.")
-            self.ranks.agree(partial(self._set_aside, folder))
-        if steps:
-            raise CheckpointError(
-                f"{self.folder}: none of its {len(steps)} checkpoints is intact; expected one. Restore one from a "
-                "backup, or start again with another run.dir."
+            damaged[folder] = "; ".join(problem.rstrip(".") for problem in problems)
+        if self.ranks.from_first(has_checkpoints(self.folder)):
+            found = f"has only checkpoints that are called step-…{DAMAGED}"
+            if damaged:
+                found = f"none of its {len(damaged)} checkpoints is intact ({next(iter(damaged.values()))})"
+            error = CheckpointError(
+                f"{self.folder}: {found}; expected one that is. Restore one from a backup, or begin anew with "
+                "resume.from_scratch=true or another run.dir."
             )
+            error.agreed = True
+            raise error
         return None
 
     def discard_after(self, step: int) -> None:
-        """Remove the checkpoints of later steps, which are not to be gone on from."""
-        if self.ranks.is_first:
-            for later in list_steps(self.folder):
+        """Remove the checkpoints of later steps, which are not to be gone on from.
+
+        Raises:
+            CheckpointError: on all ranks, one cannot be removed.
+        """
+        self.ranks.agree(partial(self._discard_after, step))
+
+    def _discard_after(self, step: int) -> None:
+        for later in list_steps(self.folder) if self.ranks.is_first else []:
+            folder = self.folder / folder_name(later)
+            try:
                 if later > step:
-                    self._remove(self.folder / folder_name(later))
-        self.ranks.barrier()
+                    self._remove(folder)
+            except OSError as error:
+                raise CheckpointError(
+                    f"{folder}: is past step {step}, to which the run goes back, and cannot be removed ({error}); "
+                    "expected a writable folder. Remove it."
+                ) from None
 
     def _set_aside(self, folder: Path) -> None:
         """Take a damaged checkpoint's name from it, so that its step can be saved again."""
         if not self.ranks.is_first:
             return
         number = 1
-        while (aside := folder.with_name(f"{folder.name}.damaged{'' if number == 1 else f'-{number}'}")).exists():
+        while (aside := folder.with_name(f"{folder.name}{DAMAGED}{'' if number == 1 else f'-{number}'}")).exists():
             number += 1
         try:
             folder.rename(aside)
@@ -250,7 +275,8 @@ class Checkpoints:
 
     def verify(self, folder: Path) -> list[str]:
         """Return what is wrong with a checkpoint; the ranks divide its files between them."""
-        return [problem for problem in self.ranks.gather(self._verify_share(folder)) if problem]
+        found = self.ranks.gather(self._verify_share(folder))
+        return list(dict.fromkeys(problem for problem in found if problem))  # each once: all ranks read the manifest
 
     def _verify_share(self, folder: Path) -> str | None:
         try:
@@ -334,7 +360,10 @@ def _manifest(pending: _Pending, outcomes: list[dict]) -> dict[str, Any]:
             problems += [f"'{name}' has no '{state}'" for state in pending.states[name] if state not in states]
     if problems := problems + find_uncovered(pending.shapes, pieces):
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise CheckpointError(f"state is missing: {'; '.join(problems[:3])}{more}")
+        raise CheckpointError(
+            f"state is missing: {'; '.join(problems[:3])}{more}; expected all that the optimizer keeps. It is lost in "
+            "this process: stop it, and start it again from the last checkpoint."
+        )
     parameters = {
         name: {
             "shape": list(shape),

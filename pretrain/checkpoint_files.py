@@ -22,6 +22,7 @@ from pretrain.tensor_files import TensorFile, sha256_of
 
 FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
+DAMAGED = ".damaged"  # behind the name of a checkpoint that did not verify at a start
 _NAME = re.compile(r"step-(\d{8,})")
 
 
@@ -30,12 +31,25 @@ def folder_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
-def list_steps(checkpoints: Path) -> list[int]:
-    """Return the steps of the complete checkpoints in a folder, oldest first."""
+def list_steps(checkpoints: Path, *, without_manifest: bool = False) -> list[int]:
+    """Return the steps of the complete checkpoints in a folder, oldest first.
+
+    Args:
+        checkpoints: the folder.
+        without_manifest: also of those that are damaged so; no save leaves such a folder.
+    """
     if not checkpoints.is_dir():
         return []
-    matches = (_NAME.fullmatch(entry.name) for entry in checkpoints.iterdir() if (entry / MANIFEST).is_file())
+    matches = (
+        _NAME.fullmatch(entry.name) for entry in checkpoints.iterdir()
+        if (entry.is_dir() if without_manifest else (entry / MANIFEST).is_file())
+    )  # fmt: skip
     return sorted(int(match.group(1)) for match in matches if match)
+
+
+def has_checkpoints(checkpoints: Path) -> bool:
+    """Whether a folder holds any checkpoint, be it damaged: a run that has some never begins anew by itself."""
+    return bool(list_steps(checkpoints, without_manifest=True)) or any(checkpoints.glob(f"step-*{DAMAGED}*"))
 
 
 def tensor_key(parameter: str, state: str, start: int) -> str:
@@ -109,12 +123,15 @@ class CheckpointReader:
     def verify_file(self, name: str) -> str | None:
         """Return what is wrong with one of the files, or None if its bytes are those that were written."""
         expected, path = self.manifest["files"][name], self.folder / name
-        if not path.is_file():
-            return f"{path} is missing"
-        if path.stat().st_size != expected["bytes"]:
-            return f"{path} has {path.stat().st_size} bytes, not {expected['bytes']}"
-        if sha256_of(path) != expected["sha256"]:
-            return f"{path} has another sha256 than when it was written"
+        try:
+            if not path.is_file():
+                return f"{path} is missing"
+            if path.stat().st_size != expected["bytes"]:
+                return f"{path} has {path.stat().st_size} bytes, not {expected['bytes']}"
+            if sha256_of(path) != expected["sha256"]:
+                return f"{path} has another sha256 than when it was written"
+        except OSError as error:
+            return f"{path} cannot be read ({error.strerror})"
         return None
 
     def verify(self) -> None:

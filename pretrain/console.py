@@ -50,6 +50,22 @@ def _is_closed_pipe(stream: TextIO) -> bool:
     return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
+def warn(text: str) -> None:
+    """Print a warning on stderr."""
+    write_patiently(sys.stderr, f"warning: {text}\n")
+
+
+def write_patiently(stream: TextIO, text: str) -> None:
+    """Print at once. Where a stream is a file on a disk that is full, text is lost: no reason to end a program."""
+    try:
+        stream.write(text)
+        stream.flush()
+    except BrokenPipeError:  # nobody reads on, which `ends_at_closed_pipe` sees to
+        raise
+    except OSError:
+        pass
+
+
 class LiveLine:
     """Shows progress: rewrites one line on a terminal, prints every so often elsewhere."""
 
@@ -62,8 +78,7 @@ class LiveLine:
         """Show `text` now on a terminal; elsewhere print it only if `plain`."""
         if self.is_terminal:
             width = shutil.get_terminal_size().columns - 1
-            self.stream.write("\r\x1b[K" + text[:width])
-            self.stream.flush()
+            write_patiently(self.stream, "\r\x1b[K" + text[:width])
             self._shown = True
         elif plain:
             self.say(text)
@@ -71,13 +86,12 @@ class LiveLine:
     def say(self, text: str) -> None:
         """Print a line that stays."""
         self.end()
-        self.stream.write(text + "\n")
-        self.stream.flush()
+        write_patiently(self.stream, text + "\n")
 
     def end(self) -> None:
         """Leave the live line as it is and go to the next one."""
         if self._shown:
-            self.stream.write("\n")
+            write_patiently(self.stream, "\n")
             self._shown = False
 
 

@@ -5,10 +5,12 @@ Weights & Biases, where it is wanted, gets what TensorBoard gets.
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import math
 import os
+import platform
 import time
 from collections import deque
 from collections.abc import Mapping
@@ -16,7 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pretrain.console import LiveLine, format_count, format_duration
+from pretrain.console import LiveLine, format_count, format_duration, warn
+from pretrain.patient_file import PatientFile
 from pretrain.redaction import redact, storable
 from pretrain.run_options import LogSection
 from pretrain.tracking import Tracker
@@ -61,15 +64,65 @@ def drop_lines_after(path: Path, step: int) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+    for line in path.read_bytes().splitlines(keepends=True):
         try:
-            if line.endswith("\n") and json.loads(line)["step"] <= step:
+            if line.endswith(b"\n") and json.loads(line)["step"] <= step:
                 kept.append(line)
         except (ValueError, KeyError, TypeError):
             continue
     temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(kept), encoding="utf-8")
-    os.replace(temporary, path)
+    try:
+        temporary.write_bytes(b"".join(kept))
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        warn(f"{path}: lines past step {step} cannot be removed ({error.strerror}); these steps will be there twice")
+
+
+class _Events:
+    """TensorBoard's file of one start.
+
+    Written here, event by event: torch's `SummaryWriter` does it on a thread that ends, and all later calls fail, when
+    a disk is full.
+    """
+
+    def __init__(self, folder: Path, purge_step: int | None) -> None:
+        """Begin a file.
+
+        Args:
+            folder: for TensorBoard.
+            purge_step: values of this step and later ones, of earlier starts, are not to be shown.
+        """
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+        from tensorboard.summary.writer.record_writer import RecordWriter
+        from torch.utils.tensorboard import summary  # imports tensorboard
+
+        self._event, self._record_writer, self._summary = Event, RecordWriter, summary
+        name = f"events.out.tfevents.{time.time_ns() / 1e9:.6f}.{platform.node()}.{os.getpid()}"
+        self._file = PatientFile(folder / name)
+        self._add(file_version="brain.Event:2")
+        if purge_step is not None:
+            self._add(step=purge_step, session_log=SessionLog(status=SessionLog.START))
+
+    def add_scalars(self, values: Mapping[str, float], step: int) -> None:
+        """Add the values of a step."""
+        merged = type(self._summary.scalar("", 0))()
+        for key, value in values.items():
+            merged.MergeFrom(self._summary.scalar(key, value))
+        self._add(step=step, summary=merged)
+
+    def add_text(self, key: str, text: str, step: int) -> None:
+        """Add a text of a step."""
+        self._add(step=step, summary=self._summary.text(key, text))
+
+    def _add(self, **content: Any) -> None:
+        record = io.BytesIO()  # framed with checksums
+        self._record_writer(record).write(self._event(wall_time=time.time(), **content).SerializeToString())
+        self._file.append(record.getvalue())
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
 
 
 class MetricLog:
@@ -101,18 +154,14 @@ class MetricLog:
         self._recent: deque[float] = deque(maxlen=20)
         self._line = LiveLine()
         self._folder = folder
-        self._open_files(first_step, is_first=attempt == 1)
+        self._open_files(first_step, is_first=attempt == 1 and first_step == 0)
 
     def _open_files(self, after_step: int, is_first: bool) -> None:
         path = self._folder / "metrics.jsonl"
         drop_lines_after(path, after_step)
-        self._file = open(path, "a", encoding="utf-8", buffering=1)
-        self._writer = None
+        self._file, self._events = PatientFile(path), None
         if self.section.tensorboard:
-            from torch.utils.tensorboard import SummaryWriter  # imports tensorboard
-
-            purge_step = None if is_first else after_step + 1
-            self._writer = SummaryWriter(str(self._folder / "tensorboard"), purge_step=purge_step, flush_secs=10)
+            self._events = _Events(self._folder / "tensorboard", None if is_first else after_step + 1)
 
     def rewind(self, step: int) -> None:
         """Drop what was recorded of the steps after this one, which are done again."""
@@ -172,16 +221,16 @@ class MetricLog:
         """Record that something happened: a start, a save, a skipped step, a damaged document."""
         message = redact(message)
         self._write({"step": step, "event": event, "message": message, **storable(details)})
-        if self._writer:
-            self._writer.add_text(event, message, step)
+        if self._events:
+            self._events.add_text(event, message, step)
         if self._tracker:
             self._track(self._tracker.log({f"event/{event}": message}, step), step)
         self.say(f"step {step}  {event}: {message}")
 
     def samples(self, step: int, path: Path, text: str) -> None:
         """Record text that the model wrote."""
-        if self._writer:
-            self._writer.add_text("samples", "    " + text.replace("\n", "\n    "), step)  # indented: as it is
+        if self._events:
+            self._events.add_text("samples", "    " + text.replace("\n", "\n    "), step)  # indented: as it is
         if self._tracker:
             self._track(self._tracker.log_text("samples", text, step), step)
         self.say(f"step {step}  samples in {path}")
@@ -192,16 +241,15 @@ class MetricLog:
         logger.info(text)
 
     def _write(self, line: dict[str, Any]) -> None:
-        self._file.write(json.dumps({key: _json_number(value) for key, value in line.items()}) + "\n")
+        self._file.append(json.dumps({key: _json_number(value) for key, value in line.items()}).encode() + b"\n")
 
     def _add_scalars(self, line: dict[str, Any], prefix: str, step: int) -> None:
         scalars = {
             prefix + key: value for key, value in line.items()
             if key not in ("step", "timestamp", "attempt") and _json_number(value) is not None
         }  # fmt: skip
-        if self._writer:
-            for key, value in scalars.items():
-                self._writer.add_scalar(key, value, step)
+        if self._events:
+            self._events.add_scalars(scalars, step)
         if self._tracker:
             self._track(self._tracker.log(scalars, step), step)
 
@@ -219,5 +267,5 @@ class MetricLog:
 
     def _close_files(self) -> None:
         self._file.close()
-        if self._writer:
-            self._writer.close()
+        if self._events:
+            self._events.close()

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
+from pretrain.console import write_patiently
 from pretrain.personal_data import SECRETS, mask
 
 HIDDEN = "…"
@@ -48,7 +49,7 @@ def storable(tree: Any) -> Any:
 
 def print_error(error: Exception, where: str = "") -> None:
     """Print an error that a user is to read, redacted, on stderr."""
-    print(f"error{where}: {redact(str(error))}", file=sys.stderr, flush=True)
+    write_patiently(sys.stderr, f"error{where}: {redact(str(error))}\n")
 
 
 class RedactingFormatter(logging.Formatter):

@@ -29,7 +29,7 @@ from pretrain.phases import phases_of
 from pretrain.profiling import PhaseClock, Profiler
 from pretrain.redaction import storable
 from pretrain.resume import Progress, load_start
-from pretrain.run_folder import RunFolder, open_log
+from pretrain.run_folder import RunFolder, open_log, writable
 from pretrain.samples import Samples, drop_samples_after
 from pretrain.self_test import check_optimizer
 from pretrain.spikes import Observation, SpikeGuard
@@ -125,8 +125,7 @@ def open_run(
     ranks.agree(lambda: check_tracking(config.log.wandb) if folder else None)
     plan = ranks.agree(lambda: BatchPlan.of(config, ranks.world_size))
     tokenizer = ranks.agree(lambda: open_tokenizer(config.tokenizer))
-    if folder:
-        keep_files(tokenizer, folder.path)
+    ranks.agree(lambda: keep_tokenizer(tokenizer, folder))
     shape = resolve_shape(config.model, tokenizer.vocab_size, config.data.max_seq_len)
     run_path = ranks.from_first(folder.path if folder else None)
     # A run that goes on puts up with what was lost meanwhile, within data.max_damaged_fraction.
@@ -158,14 +157,12 @@ def open_run(
         if num_mended := stream.damage.forget_mended(ranks):
             events.append(("damage_mended", f"{num_mended:,} documents that were damaged before are in order"))
         stream.damage.check()
-        if folder:
-            folder.accept(config)
+        ranks.agree(lambda: folder.accept(config) if folder else None)
     clock.mark("checkpoint")
     open_log(run_path, ranks)
     tracker = ranks.agree(lambda: start_tracking(config, folder, events.append))
     log = None
     if folder:
-        drop_samples_after(folder.path, progress.step)
         log = open_metrics(config, plan, shape, ranks, folder, progress, tracker)
         cleanup.push(lambda kind, *_: log.close(failed=kind is not None))
     guard = SkipGuard(config.guard.max_skipped_steps, progress.num_skipped)
@@ -180,17 +177,25 @@ def open_run(
     return run
 
 
+def keep_tokenizer(tokenizer: Tokenizer, folder: RunFolder | None) -> None:
+    """Keep the tokenizer in the run folder, which is all that a model needs beside its weights."""
+    if folder:
+        with writable(folder.path):
+            keep_files(tokenizer, folder.path)
+
+
 def open_metrics(
     config: Config, plan: BatchPlan, shape: ModelShape, ranks: Ranks, folder: RunFolder, progress: Progress,
     tracker: Tracker | None,
 ) -> MetricLog:  # fmt: skip
     """Open the metrics of the run folder, after the step that the run goes on from."""
+    drop_samples_after(folder.path, progress.step)
     return MetricLog(
-        folder.path, config.log, num_steps=plan.num_steps, tokens_per_step=plan.tokens_per_step,
-        world_size=ranks.world_size, first_step=progress.step, attempt=folder.attempt,
-        flops_per_token=flops_by_length(shape, config.data.seq_lens),
-        peak_flops=peak_flops(ranks.device, config.train.precision), tracker=tracker,
-    )  # fmt: skip
+            folder.path, config.log, num_steps=plan.num_steps, tokens_per_step=plan.tokens_per_step,
+            world_size=ranks.world_size, first_step=progress.step, attempt=folder.attempt,
+            flops_per_token=flops_by_length(shape, config.data.seq_lens),
+            peak_flops=peak_flops(ranks.device, config.train.precision), tracker=tracker,
+        )  # fmt: skip
 
 
 def announce(run: Run, events: Sequence[tuple[str, str]], is_resumed: bool) -> None:

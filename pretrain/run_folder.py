@@ -10,6 +10,8 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -18,12 +20,14 @@ from typing import Any
 import torch
 
 from pretrain import __version__
-from pretrain.checkpoint_files import CheckpointReader, folder_name, list_steps
+from pretrain.checkpoint_files import CheckpointReader, folder_name, has_checkpoints, list_steps
 from pretrain.config import Config
+from pretrain.console import warn
 from pretrain.distributed import Ranks
 from pretrain.errors import CheckpointError, ConfigError
 from pretrain.families import resolve_shape
 from pretrain.model import Transformer
+from pretrain.patient_file import PatientFile
 from pretrain.redaction import RedactingFormatter, redact, storable
 from pretrain.settings import load_config, parse_config, resolved_yaml
 from pretrain.tensor_files import write_text
@@ -81,16 +85,14 @@ class RunFolder:
             ConfigError: another job holds it, or it belongs to another config.
         """
         self.path = Path(config.run.dir)
-        try:
+        self._status_problem = ""
+        with writable(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = open(self.path / ".lock", "a+", encoding="utf-8")
-        except OSError as error:
-            raise ConfigError(
-                f"run.dir is {self.path}; expected a folder that can be written ({error}). Use another run.dir."
-            ) from None
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self.attempt = self._take_up(config)
+            with writable(self.path):
+                self.attempt = self._take_up(config)
         except BlockingIOError:
             self.close()
             raise ConfigError(
@@ -102,10 +104,12 @@ class RunFolder:
             raise
 
     def _take_up(self, config: Config) -> int:
+        for leftover in self.path.glob(".*.tmp-*"):  # of a file that was being written when a start was killed
+            leftover.unlink(missing_ok=True)
         saved = self.path / CONFIG_FILE
         if config.resume.from_scratch and saved.exists() and not load_config(saved).resume.from_scratch:
             self._abandon_checkpoints()
-        if list_steps(self.path / "checkpoints"):  # before the first checkpoint there is nothing to go on with
+        if has_checkpoints(self.path / "checkpoints"):  # before the first checkpoint there is nothing to go on with
             if not saved.exists():
                 raise ConfigError(
                     f"{self.path}: has checkpoints and no {CONFIG_FILE}; expected both. Restore it, or use another "
@@ -127,9 +131,14 @@ class RunFolder:
         print(f"resume.from_scratch: the checkpoints of before are in {aside}", file=sys.stderr)
 
     def accept(self, config: Config) -> None:
-        """Write the config that the run goes on with: once it does, for a refused one must not lock out the old one."""
-        stored = Config.model_validate_json(json.dumps(storable(config.model_dump(mode="json"))))
-        write_text(self.path / CONFIG_FILE, resolved_yaml(stored))
+        """Write the config that the run goes on with: once it does, for a refused one must not lock out the old one.
+
+        Raises:
+            ConfigError: it cannot be written.
+        """
+        with writable(self.path):
+            stored = Config.model_validate_json(json.dumps(storable(config.model_dump(mode="json"))))
+            write_text(self.path / CONFIG_FILE, resolved_yaml(stored))
 
     def _compare(self, old: Config, new: Config) -> None:
         refused = [
@@ -156,20 +165,49 @@ class RunFolder:
 
     def _write_environment(self) -> int:
         path = self.path / "environment.json"
-        starts = json.loads(path.read_text(encoding="utf-8"))["starts"] if path.exists() else []
+        try:
+            starts = list(json.loads(path.read_bytes())["starts"]) if path.exists() else []
+        except (ValueError, KeyError, TypeError) as error:  # nothing that training needs
+            aside = path.with_suffix(".damaged.json")
+            warn(f"{path}: is not readable ({error!r}); kept as {aside.name}. Starts are counted from 1 again.")
+            path.replace(aside)
+            starts = []
         starts.append(environment())
         write_text(path, json.dumps({"starts": starts}, indent=1))
         return len(starts)
 
     def write_status(self, status: str, exit_status: int | None, step: int, reason: str = "") -> None:
-        """Write `status.json`: `running`, `done`, `stopped` (resumable) or `failed`."""
+        """Write `status.json`: `running`, `done`, `stopped` (resumable) or `failed`; a disk that fails is a warning."""
         content = {"status": status, "exit_status": exit_status, "step": step, "reason": redact(reason),
                    "pid": os.getpid(), "host": platform.node(), "timestamp": time.time()}  # fmt: skip
-        write_text(self.path / "status.json", json.dumps(content, indent=1))
+        problem = ""
+        try:
+            write_text(self.path / "status.json", json.dumps(content, indent=1))
+        except OSError as error:
+            problem = str(error.strerror)
+            if problem != self._status_problem:
+                warn(f"{self.path / 'status.json'}: cannot be written ({problem}); it does not say '{status}'.")
+        self._status_problem = problem
 
     def close(self) -> None:
         """Let another job have the folder."""
         self._lock.close()
+
+
+@contextmanager
+def writable(folder: Path) -> Iterator[None]:
+    """Enclose what is written to a run folder before the first step.
+
+    Raises:
+        ConfigError: it cannot be written.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(
+            f"run.dir is {folder}; expected a folder that can be written ({error}). Free space there, or use another "
+            "run.dir."
+        ) from None
 
 
 def environment() -> dict[str, Any]:
@@ -191,10 +229,25 @@ def environment() -> dict[str, Any]:
     }  # fmt: skip
 
 
+class _LogFile(logging.Handler):
+    """A log that a full disk delays."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self._file = PatientFile(path)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._file.append(f"{self.format(record)}\n".encode(errors="backslashreplace"))
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
 def open_log(folder: Path, ranks: Ranks) -> None:
     """Send this rank's log to `log.txt`, other ranks' to files beside it."""
     name = "log.txt" if ranks.is_first else f"log-rank{ranks.rank:05d}.txt"
-    handler = logging.FileHandler(folder / name, encoding="utf-8")
+    handler = _LogFile(folder / name)
     handler.setFormatter(RedactingFormatter("%(asctime)s %(levelname)s %(message)s"))
     log = logging.getLogger("longhaul")
     log.setLevel(logging.INFO)

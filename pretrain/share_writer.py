@@ -135,7 +135,9 @@ def collect_shares(folder: Path, world_size: int, give_up_at: Callable[[], float
     """
     while len(paths := sorted(folder.glob(f"rank-*{_SHARE_SUFFIX}"))) < world_size:
         if time.monotonic() > give_up_at():
-            raise CheckpointError(f"only {len(paths)} of {world_size} ranks have written their share")
+            raise CheckpointError(
+                f"only {len(paths)} of {world_size} ranks have written their share; expected all. See the others' logs."
+            )
         time.sleep(_POLL_SECONDS)
     shares = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
     for path in paths:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -13,6 +15,33 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from pretrain.errors import CheckpointError
+
+_FIXES = {
+    errno.ENOSPC: "Free space or inodes on that file system, or lower checkpoint.keep_last.",
+    errno.EDQUOT: "Free space within this user's quota, or have it raised.",
+    errno.EROFS: "Have the file system mounted writable again; the machine's log says why it is not.",
+    errno.EACCES: "Give this user the right to write there.",
+    errno.EPERM: "Give this user the right to write there.",
+}
+_ANY_FIX = "See the log of the machine that has this disk."
+
+
+def explain(error: OSError) -> str:
+    """Say why something could not be written, and how to mend it."""
+    return f"{error}; expected a writable folder with enough space. {_FIXES.get(error.errno or 0, _ANY_FIX)}"
+
+
+def check_space(folder: Path, num_bytes: int, num_files: int) -> None:
+    """Check that a file system has space: one that is filled takes other programs down too.
+
+    Raises:
+        CheckpointError: it has not.
+    """
+    disk = os.statvfs(folder)
+    if (free := disk.f_bavail * disk.f_frsize) < num_bytes:
+        raise CheckpointError(f"it takes {num_bytes:,} bytes, and {free:,} are free. {_FIXES[errno.ENOSPC]}")
+    if disk.f_files and disk.f_favail < num_files:  # some file systems have no limit, and say 0
+        raise CheckpointError(f"it takes {num_files} inodes, and {disk.f_favail:,} are free. {_FIXES[errno.ENOSPC]}")
 
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> tuple[int, str]:
@@ -26,7 +55,10 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Map
     try:
         save_file(dict(tensors), path, metadata=dict(metadata))
     except SafetensorError as error:  # it wraps the operating system's errors
-        raise OSError(str(error)) from None
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise OSError(str(error)) from None
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from None
     path.chmod(path.parent.stat().st_mode & 0o666)  # safetensors lets nobody but the owner read
     with open(path, "rb+") as file:
         os.fsync(file.fileno())
@@ -51,11 +83,15 @@ def sync_folder(path: Path) -> None:
 def write_text(path: Path, text: str) -> None:
     """Write a small file so that it is, at every moment, either the old one or the new one, whole."""
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
     sync_folder(path.parent)
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.fork_server import ForkServer
 from tests.rank_helpers import prepare
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -61,3 +63,11 @@ def tiny_config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = write_tiny_corpus(tmp_path_factory.mktemp("tiny") / "corpus")
     prepare(config)
     return config
+
+
+@pytest.fixture(scope="session")
+def fork_server() -> Iterator[ForkServer]:
+    """What starts ranks in a second."""
+    server = ForkServer()
+    yield server
+    server.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import socket
@@ -79,6 +80,23 @@ def metric_lines(run: Path) -> list[dict]:
 def losses(run: Path) -> list[float]:
     """Training losses of a run, step by step."""
     return [line["loss"] for line in metric_lines(run) if "loss" in line]
+
+
+def state_hash(reader: CheckpointReader) -> str:
+    """The sha256 of all weights and moments of a checkpoint, however they are divided into files."""
+    digest = hashlib.sha256()
+    for name in sorted(reader.shapes):
+        for state in sorted(reader.states[name]):
+            digest.update(f"{name}/{state}".encode() + reader.read_whole(name, state).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def good_steps(run: Path) -> list[int]:
+    """Steps of a run's complete checkpoints, each of which must verify."""
+    steps = list_steps(run / "checkpoints")
+    for step in steps:
+        CheckpointReader(run / "checkpoints" / folder_name(step)).verify()
+    return steps
 
 
 def newest(run: Path) -> CheckpointReader:

@@ -27,7 +27,7 @@ TIERS = (
     "config",
     "stores config_docs schedule batch_plan packing phases row_order families console tokenizer source_files matrix_exchange lion"
     " generate_options repetition personal_data near_duplicates languages wikipedia",
-    "redaction checks mixture explain deepspeed_settings sentencepiece_model varied_texts table_files token_files shards tensor_files distributed layers recompute"
+    "redaction checks mixture explain patient_file deepspeed_settings sentencepiece_model varied_texts table_files token_files shards tensor_files distributed layers recompute"
     " published model_card muon compiling filters dataset_files decoding tar_files",
     "node_cache row_table json_lines",
     "remote_corpus",

@@ -408,3 +408,29 @@ def test_calls_a_document_are_what_ours_is_measured_against() -> None:
     tensors = [torch.randn(2, 40, heads, 8) for heads in (4, 2, 2)]
     ours = attention(*tensors, visibility(starts_BT, 40, torch.float32))
     torch.testing.assert_close(attention_cpu.by_document(lengths)(*tensors), ours)
+
+
+@pytest.mark.slow
+@pytest.mark.launches
+def test_checkpoints_are_measured_beside_their_peers(tmp_path):
+    arguments = [
+        "configs/gpt2-124m.yaml",
+        "--shrink",
+        "--rounds",
+        "1",
+        "--ranks",
+        "2",
+        "--out",
+        str(tmp_path / "c.json"),
+    ]
+    done = run_command("benchmarks/checkpoint.py", *arguments, "--folder", tmp_path)
+    assert done.returncode == 0, done.stderr
+    content = json.loads((tmp_path / "c.json").read_text())
+    rows = {row["what"]: row for row in content["rows"]}
+    names = [f"{name} {what}" for name in ("longhaul", "deepspeed", "torch dcp", "disk") for what in ("save", "load")]
+    assert set(rows) == {*names, "longhaul blocked", "longhaul asynchronous", "memory of loading"}
+    assert content["settings"]["bytes"] % 12 == 0
+    assert 0 < rows["longhaul blocked"]["seconds"] < rows["longhaul asynchronous"]["seconds"]
+    assert rows["memory of loading"]["share_bytes"] >= content["settings"]["bytes"] // 2
+    assert "of the disk" in done.stdout and "holds up the step" in done.stdout
+    assert not [path for path in tmp_path.iterdir() if path.is_dir()]  # nothing is left behind

@@ -6,7 +6,7 @@ import io
 
 import pytest
 
-from pretrain.console import LiveLine, format_count, format_duration
+from pretrain.console import LiveLine, format_count, format_duration, warn, write_patiently
 
 
 class Terminal(io.StringIO):
@@ -44,3 +44,19 @@ def test_durations(seconds, text):
 )
 def test_counts(value, text):
     assert format_count(value) == text
+
+
+def test_a_full_disk_under_stderr_ends_nothing(monkeypatch):
+    with open("/dev/full", "w") as full:
+        write_patiently(full, "lost\n")
+        LiveLine(full).say("lost")
+        monkeypatch.setattr("sys.stderr", full)
+        warn("lost")
+        full.buffer.raw.close()  # what is buffered cannot be written either
+    with pytest.raises(BrokenPipeError):
+        write_patiently(Closed(), "nobody reads")
+
+
+class Closed(io.StringIO):
+    def write(self, text: str) -> int:
+        raise BrokenPipeError

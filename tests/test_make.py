@@ -39,7 +39,7 @@ def python(folder: Path, body: str) -> str:
 
 def test_help_lists_every_target(project: Path) -> None:
     shown = make(project).stdout
-    for target in ("setup", "quickstart", "test", "check", "clean"):
+    for target in ("setup", "quickstart", "test", "check", "soak", "clean"):
         assert f"  make {target} " in shown
 
 

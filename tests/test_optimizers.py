@@ -128,6 +128,7 @@ def test_muon_resumes_bitwise_and_moves_between_stages(tiny_config, tmp_path):
     outcomes = run_cases(tiny_config, [*cases, *moves, lost], 2, tmp_path / "ranks")
     assert outcomes[:-1] == ["done", "stopped", "done"] * len(KINDS) + ["stopped"] * 5 + ["done"]
     assert "state is missing: 'blocks.1.ffn.gate_up.weight' has no 'momentum_buffer'" in outcomes[-1]
+    assert "stop it, and start it again from the last checkpoint" in outcomes[-1] and "space" not in outcomes[-1]
     assert list((tmp_path / "lost" / "checkpoints").iterdir()) == []
     for precision, stage in KINDS:
         whole, cut = tmp_path / f"{precision}-{stage}-whole", tmp_path / f"{precision}-{stage}-cut"

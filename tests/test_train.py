@@ -270,7 +270,7 @@ def test_a_full_disk_loses_no_run(tiny_config, tmp_path):
         ]
         outcome = run_cases(tiny_config, cases, 2, tmp_path / "ranks", overrides=["train.micro_batch_size=8"])[0]
         run = disk / "run"
-        assert outcome.startswith("CheckpointError:") and "a checkpoint could not be written" in outcome
+        assert outcome.startswith("CheckpointError:") and "could not be written: " in outcome
         failed = [line["step"] for line in metric_lines(run) if line.get("event") == "save_failed"]
         saved = list_steps(run / "checkpoints")
         assert saved and failed and saved[-1] < failed[0]
