@@ -167,8 +167,8 @@ class DataSection(Section):
         "run: up to it they are masked in place, named and counted, beyond it the run ends."
     )  # fmt: skip
     cache_dir: str = Field(
-        "", description="Folder on a disk of each node that keeps shards from elsewhere, for all its processes. Empty: "
-        "`longhaul-cache-<user id>` in the folder for temporary files (`TMPDIR`)."
+        "", description="Folder on a disk of each node that keeps shards and checkpoints from elsewhere, for all "
+        "its processes. Empty: `longhaul-cache-<user id>` in the folder for temporary files (`TMPDIR`)."
     )  # fmt: skip
     cache_bytes: Count = Field(
         100_000_000_000, description="Size of that folder at most; what was used longest ago makes room."
@@ -179,7 +179,9 @@ class DataSection(Section):
         "config then runs programs as you.",
     )
     retry_seconds: Count = Field(
-        600, description="How long a file from elsewhere that cannot be read is tried again before the run fails."
+        600,
+        description="How long a file from elsewhere that cannot be read is tried again before the run fails. A "
+        "checkpoint that cannot be written there fails after two minutes at most, and the run goes on.",
     )
 
     @property

@@ -34,6 +34,10 @@ class CheckpointError(LonghaulError):
     """A checkpoint is missing, damaged or does not fit the run."""
 
 
+class StoreAccessError(LonghaulError):
+    """A store of checkpoints cannot be reached, or does not let this run read or write; what is in it is untouched."""
+
+
 class ExportError(LonghaulError):
     """A conversion could not be made or did not verify."""
 

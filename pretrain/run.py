@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from pretrain.batch_plan import BatchPlan
-from pretrain.checkpoint import Checkpoints
-from pretrain.checkpoint_files import list_steps
+from pretrain.checkpoint import Checkpoints, list_together
+from pretrain.checkpoint_places import open_place
 from pretrain.compiling import should_compile
 from pretrain.config import Config
 from pretrain.data_plan import describe_phases
@@ -128,8 +128,9 @@ def open_run(
     ranks.agree(lambda: keep_tokenizer(tokenizer, folder))
     shape = resolve_shape(config.model, tokenizer.vocab_size, config.data.max_seq_len)
     run_path = ranks.from_first(folder.path if folder else None)
+    place = ranks.agree(lambda: open_place(config.checkpoint, run_path, config.data))
     # A run that goes on puts up with what was lost meanwhile, within data.max_damaged_fraction.
-    is_new = ranks.from_first(not list_steps(run_path / "checkpoints"))
+    is_new = not list_together(place, ranks)
     stream = ranks.agree(lambda: TokenStream(config, plan, ranks.rank, tokenizer.fingerprint, is_new=is_new))
     cleanup.callback(stream.close)
     val_rows = ranks.agree(lambda: ValRows(config, tokenizer.fingerprint, config.eval.max_rows, is_new)
@@ -148,7 +149,8 @@ def open_run(
     clock.mark("engine")
     cleanup.callback(engine.close)
     events: list[tuple[str, str]] = []
-    checkpoints = Checkpoints(run_path / "checkpoints", config.checkpoint, ranks, lambda *event: events.append(event))
+    checkpoints = Checkpoints(place, config.checkpoint, ranks, lambda *event: events.append(event), run_path,
+                              folder.run_id if folder else "")  # fmt: skip
     cleanup.callback(checkpoints.close)
     start = load_start(config.resume, checkpoints, engine, stream, ranks, tokenizer.fingerprint,
                        lambda *event: events.append(event))  # fmt: skip

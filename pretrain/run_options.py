@@ -53,6 +53,10 @@ class EvalSection(Section):
 class CheckpointSection(Section):
     """Saving."""
 
+    dir: str = Field(
+        "", description="Where checkpoints are written: a folder, or a URL of an object store (`s3://`, `gs://`), for "
+        "this run alone. Empty: `checkpoints` in the run folder."
+    )  # fmt: skip
     every_steps: CountOrZero = Field(
         0, description="Steps between checkpoints; one more at the end. 0: at the end only."
     )

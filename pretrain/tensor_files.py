@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import safetensors
@@ -24,6 +25,7 @@ _FIXES = {
     errno.EPERM: "Give this user the right to write there.",
 }
 _ANY_FIX = "See the log of the machine that has this disk."
+_CHUNK_BYTES = 16 << 20
 
 
 def explain(error: OSError) -> str:
@@ -63,6 +65,42 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Map
     with open(path, "rb+") as file:
         os.fsync(file.fileno())
     return path.stat().st_size, sha256_of(path)
+
+
+class TensorBytes:
+    """The bytes of a safetensors file of tensors in memory, which are not copied.
+
+    The library makes all of a file at once, in memory that a rank does not have a second time, or on a disk.
+
+    Attributes:
+        num_bytes: Size of the file.
+        sha256: Of what was last taken from `chunks`, once all was.
+    """
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
+        """Take flat fp32 tensors on the CPU, which must not change any more."""
+        self._tensors = [tensors[key] for key in sorted(tensors)]
+        assert all(one.dtype == torch.float32 and one.is_contiguous() for one in self._tensors)
+        header: dict[str, object] = {"__metadata__": dict(metadata)}
+        end = 0
+        for key, tensor in zip(sorted(tensors), self._tensors, strict=True):
+            begin, end = end, end + tensor.nbytes
+            header[key] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [begin, end]}
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)  # so that the tensors are aligned
+        self._head = len(text).to_bytes(8, "little") + text
+        self.num_bytes, self.sha256 = len(self._head) + end, ""
+
+    def chunks(self) -> Iterator[memoryview]:
+        """Yield the file from its beginning."""
+        digest = hashlib.sha256()
+        buffers = [memoryview(self._head), *(one.numpy().data.cast("B") for one in self._tensors if one.numel())]
+        for buffer in buffers:
+            for begin in range(0, len(buffer), _CHUNK_BYTES):
+                part = buffer[begin : begin + _CHUNK_BYTES]
+                digest.update(part)
+                yield part
+        self.sha256 = digest.hexdigest()
 
 
 def sha256_of(path: Path) -> str:

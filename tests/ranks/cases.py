@@ -21,8 +21,8 @@ sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 import torch
 
+from pretrain import checkpoint_folder, share_writer, spikes
 from pretrain import engine as engine_module
-from pretrain import share_writer, spikes
 from pretrain import train as train_module
 from pretrain.checkpoint import Checkpoints
 from pretrain.engine import init_distributed, leave_distributed
@@ -45,7 +45,7 @@ def run_case(case: dict, config_path: str, ranks) -> str:
             content[len(content) // 2] ^= 1
             path.write_bytes(content)
         ranks.barrier()
-    save, write = Checkpoints.start_save, share_writer.write_tensors
+    save, write = Checkpoints.start_save, checkpoint_folder.write_tensors
     if "fail_save" in case:  # the last rank's disk is full when it writes these steps
 
         def failing_write(path, *rest):
@@ -53,7 +53,7 @@ def run_case(case: dict, config_path: str, ranks) -> str:
                 raise OSError(errno.ENOSPC, "no space")
             return write(path, *rest)
 
-        share_writer.write_tensors = failing_write
+        checkpoint_folder.write_tensors = failing_write
     copy = share_writer.ShareWriter._copy
     if "slow_save" in case:  # both the copy in memory and the writing take so many seconds
 
@@ -65,7 +65,7 @@ def run_case(case: dict, config_path: str, ranks) -> str:
             time.sleep(case["slow_save"])
             return write(*args)
 
-        share_writer.ShareWriter._copy, share_writer.write_tensors = slow_copy, slow_write
+        share_writer.ShareWriter._copy, checkpoint_folder.write_tensors = slow_copy, slow_write
     if "lose_state" in case:  # the last rank's optimizer lacks a state when it saves
 
         def incomplete_save(self, engine, *rest):
@@ -188,7 +188,7 @@ def run_case(case: dict, config_path: str, ranks) -> str:
         train_module.train_step = original
         train_module.open_run = open_run
         spikes.WINDOW, engine_module.Engine.forward = window, forward
-        Checkpoints.start_save, share_writer.write_tensors = save, write
+        Checkpoints.start_save, checkpoint_folder.write_tensors = save, write
         share_writer.ShareWriter._copy = copy
         train_module.sample = sample
         engine_module.deepspeed_settings = settings
