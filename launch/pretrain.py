@@ -37,10 +37,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     limit_threads()
     from pretrain.errors import LonghaulError
+    from pretrain.redaction import print_error
     from pretrain.settings import load_config
 
-    rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
-    is_everybodys = True  # all ranks read the same config
+    rank, is_everybodys = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")), True  # all read the same config
     try:
         config = load_config(arguments.config, arguments.overrides)
         if arguments.check:
@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return train(config)
     except LonghaulError as error:
         if rank == "0" or not (is_everybodys or error.agreed):
-            write_patiently(sys.stderr, f"error: {error}\n" if rank == "0" else f"error on rank {rank}: {error}\n")
+            print_error(error, "" if rank == "0" else f" on rank {rank}")
         return error.exit_status
 
 

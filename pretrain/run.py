@@ -27,6 +27,7 @@ from pretrain.metrics import MetricLog, StepMetrics
 from pretrain.model import Transformer
 from pretrain.phases import phases_of
 from pretrain.profiling import PhaseClock, Profiler
+from pretrain.redaction import storable
 from pretrain.resume import Progress, load_start
 from pretrain.run_folder import RunFolder, open_log, writable
 from pretrain.samples import Samples, drop_samples_after
@@ -229,13 +230,15 @@ def start_tracking(
     """Start the run on Weights & Biases, on rank 0 and if the config names a project."""
     if folder is None or config.log.wandb is None:
         return None
-    return Tracker(config.log.wandb, folder.path, config.model_dump(mode="json"), lambda *event: report(event))
+    return Tracker(
+        config.log.wandb, folder.path, storable(config.model_dump(mode="json")), lambda *event: report(event)
+    )
 
 
 def set_determinism(wanted: bool) -> None:
-    """Make torch choose deterministic algorithms, or the fastest."""
-    if wanted:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with this
+    """Have the same bits come out on every run, as far as that is free; or, if wanted, whatever it costs."""
+    # cuBLAS is deterministic only with a workspace for each stream, here 32 MiB; it is read at the first product.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(wanted)
     # Else every torch.empty is filled, DeepSpeed's gradient buckets too, which are up to 2 GB a micro-step.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]

@@ -23,6 +23,8 @@ from pretrain.guard import StopRequest
 from pretrain.hardware import peak_memory_bytes
 from pretrain.metrics import StepMetrics
 from pretrain.profiling import PhaseClock
+from pretrain.redaction import storable
+from pretrain.replicas import check_replicas, check_when_due
 from pretrain.rollback import roll_back
 from pretrain.run import PendingStep, Run, open_run
 from pretrain.run_folder import RunFolder
@@ -157,6 +159,7 @@ def train_step(run: Run) -> bool:
         run.feed.prepare(run.stop.received is not None, run.checkpoints.must_be_finished())
         phases.mark("data")
     lr = lr_at(run.progress.step, run.plan.num_steps, run.config.optim.lr, run.config.schedule)
+    check_when_due(run.engine, run.ranks, run.progress.step, run.config.guard.check_replicas_every)
     run.checkpoints.wait_for_copy()
     result = run.engine.step(lr)
     if not result.applied and run.config.guard.rerun and run.config.train.precision != "fp16":
@@ -331,11 +334,12 @@ def save(run: Run, last: bool = False) -> None:
     judge_steps(run, up_to_step=run.progress.step)
     finish_save(run)
     run.saving_step = run.progress.step
+    check_replicas(run.engine, run.ranks, run.saving_step, run.config.guard.check_replicas_every)
     training = {
         "progress": asdict(run.progress), "num_tokens": run.progress.num_tokens, "data": run.stream.state(),
         "spikes": run.spikes.state(),
     }  # fmt: skip
-    about = {"config": run.config.model_dump(mode="json"), "tokenizer": run.tokenizer.fingerprint,
+    about = {"config": storable(run.config.model_dump(mode="json")), "tokenizer": run.tokenizer.fingerprint,
              "longhaul": __version__, "torch": torch.__version__}  # fmt: skip
     with save_failures(run, last):
         run.checkpoints.start_save(run.engine, run.saving_step, training, about, run.progress.best_step)

@@ -63,6 +63,21 @@ def test_compiled_blocks_and_zero_3_exclude_each_other() -> None:
     )]  # fmt: skip
 
 
+def test_only_what_is_divided_is_offloaded() -> None:
+    for stage, offload in ((0, "none"), (1, "optimizer"), (3, "optimizer"), (3, "parameters")):
+        assert texts_of(config_of(parallel__zero_stage=stage, parallel__offload=offload)) == []
+    assert texts_of(config_of(parallel__zero_stage=0, parallel__offload="optimizer")) == [(
+        "parallel.offload",
+        "parallel.offload is optimizer; expected none with parallel.zero_stage 0, which does not divide anything. Use "
+        "parallel.zero_stage=1.",
+    )]  # fmt: skip
+    assert texts_of(config_of(parallel__zero_stage=2, parallel__offload="parameters")) == [(
+        "parallel.offload",
+        "parallel.offload is parameters; expected none with parallel.zero_stage 2, which does not divide weights. Use "
+        "parallel.zero_stage=3.",
+    )]  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("changes", "option", "reason"),
     [

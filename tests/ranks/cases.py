@@ -2,7 +2,8 @@
 
 Started by the tests on every rank: `cases.py CONFIG CASES.json`. CASES.json holds a list of
 {"overrides": [...], and by choice "signal_at", "signal_rank", "poison", "out_of_memory", "damage", "fail_save",
-"slow_save", "lose_state", "window", "bad_rows"}. What a case leaves behind is in its run folder.
+"slow_save", "lose_state", "flip": [step, rank or -1 for all, name], "watch_loading",
+"window", "bad_rows"}. What a case leaves behind is in its run folder.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from pretrain.optim import make_optimizer
 from pretrain.settings import load_config
 from pretrain.start_clock import StartClock
 from tests.host_reads import HostReads
+from tests.ranks import loading
 
 
 def run_case(case: dict, config_path: str, ranks) -> str:
@@ -132,6 +134,23 @@ def run_case(case: dict, config_path: str, ranks) -> str:
                 run.engine.forward = forward
 
         train_module.train_step = poisoned_step
+    if "flip" in case:  # a bit of a tensor's middle is another before this step
+        step_to_flip, on_rank, name_to_flip = case["flip"]
+
+        def step_with_flip(run):
+            if run.progress.step + 1 == step_to_flip and on_rank in (-1, ranks.rank):
+                tensors = dict(run.engine.replicas())
+                for fragment in run.engine.fragments():
+                    tensors |= {f"{fragment.name}/{state}": tensor for state, tensor in fragment.tensors.items()}
+                if name_to_flip in tensors:  # else another rank has it
+                    flat = tensors[name_to_flip].detach().view(-1)
+                    flat.view(torch.int16)[len(flat) // 2 | 1] ^= 1 << 6  # of a significand, its first bit
+            return original(run)
+
+        train_module.train_step = step_with_flip
+    open_run = train_module.open_run
+    if case.get("watch_loading"):
+        train_module.open_run = loading.watched(open_run)
     window = spikes.WINDOW
     spikes.WINDOW = case.get("window", window)
     forward = engine_module.Engine.forward
@@ -167,6 +186,7 @@ def run_case(case: dict, config_path: str, ranks) -> str:
         return f"{type(error).__name__}: {error}"
     finally:
         train_module.train_step = original
+        train_module.open_run = open_run
         spikes.WINDOW, engine_module.Engine.forward = window, forward
         Checkpoints.start_save, checkpoint_folder.write_tensors = save, write
         share_writer.ShareWriter._copy = copy
