@@ -35,6 +35,7 @@ from benchmarks.record import ROOT, Record
 from benchmarks.step import SHRINK
 from pretrain.batch_plan import BatchPlan
 from pretrain.checkpoint import Checkpoints
+from pretrain.checkpoint_folder import FolderPlace
 from pretrain.distributed import Ranks
 from pretrain.engine import Engine, init_distributed, leave_distributed
 from pretrain.families import resolve_shape
@@ -64,7 +65,9 @@ class Longhaul:
     def __init__(self, engine: Engine, ranks: Ranks, folder: Path, config: Any) -> None:
         """Keep them in a folder."""
         self.engine, self.folder, self.step = engine, folder, 0
-        self.checkpoints = Checkpoints(folder, config.checkpoint, ranks, lambda *_: None)
+        self.checkpoints = Checkpoints(
+            FolderPlace(folder), config.checkpoint, ranks, lambda *_: None, folder.parent, "benchmark"
+        )
 
     def start(self) -> None:
         """Begin to save, and wait for the copy."""

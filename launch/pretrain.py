@@ -44,6 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     is_everybodys = True  # all ranks read the same config
     with StopRequest(ends_process=True, speaks=rank == "0") as stop:  # before the imports, which take long
         from pretrain.errors import LonghaulError
+        from pretrain.redaction import print_error
         from pretrain.settings import load_config
 
         try:
@@ -57,8 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return train(config, stop)
         except LonghaulError as error:
             if rank == "0" or not (is_everybodys or error.agreed):
-                where = "error" if rank == "0" else f"error on rank {rank}"
-                write_patiently(sys.stderr, f"{where}: {error}\n")
+                print_error(error, "" if rank == "0" else f" on rank {rank}")
             return error.exit_status
 
 

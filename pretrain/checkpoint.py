@@ -1,8 +1,8 @@
 """Saving and resuming by all ranks together: complete or absent, never half.
 
-Every rank writes the fragments that it owns into a temporary folder and syncs it; when all have, rank 0 writes the
-manifest and renames the folder. Whatever is killed at whatever moment, a folder named `step-NNNNNNNN` is whole. All of
-it goes on beside training, one save at a time; only between steps do ranks talk about it.
+Every rank writes the fragments that it owns to the run's place, a folder or a store; when all have, rank 0 writes the
+manifest, with which the checkpoint is complete. Whatever is killed at whatever moment, one that counts is whole. All
+of it goes on beside training, one save at a time; only between steps do ranks talk about it.
 """
 
 from __future__ import annotations
@@ -10,9 +10,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
-import secrets
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -23,35 +20,31 @@ from typing import Any
 from pretrain.checkpoint_files import (
     DAMAGED,
     FORMAT_VERSION,
-    MANIFEST,
     CheckpointReader,
     Piece,
     find_uncovered,
     folder_name,
-    has_checkpoints,
-    list_steps,
     manifest_digest,
 )
+from pretrain.checkpoint_places import Place
 from pretrain.distributed import Ranks
 from pretrain.engine import MASTER, Engine
-from pretrain.errors import CheckpointError
+from pretrain.errors import CheckpointError, StoreAccessError
 from pretrain.run_options import CheckpointSection
 from pretrain.share_writer import ShareWriter, Task, collect_shares
-from pretrain.tensor_files import check_space, explain, sync_folder, write_text
+from pretrain.tensor_files import explain
 
 logger = logging.getLogger("longhaul")
 _WRITE_SECONDS = 60.0  # for which a run that has failed waits for its disk
 _POLL_SECONDS = 5.0  # for which ranks whose share is written wait for the others, before they ask again
 _OTHERS_SECONDS = 5.0  # and then for other ranks' shares
-_FILES_A_RANK = 3  # at once: its share, a note of it, and one of these under a temporary name
 
 
 @dataclass
 class _Pending:
     """A save that is under way."""
 
-    final: Path
-    temporary: Path
+    step: int
     content: dict[str, Any]  # of the manifest, but for parameters and files
     shapes: dict[str, tuple[int, ...]]
     states: dict[str, tuple[str, ...]]
@@ -64,29 +57,36 @@ class Checkpoints:
     """The checkpoints of one run folder."""
 
     def __init__(
-        self, folder: Path, section: CheckpointSection, ranks: Ranks, report: Callable[[str, str], None]
+        self,
+        place: Place,
+        section: CheckpointSection,
+        ranks: Ranks,
+        report: Callable[[str, str], None],
+        run_path: Path,
+        run_id: str,
     ) -> None:
-        """Clean up what a killed save left behind.
+        """Take the place for this start, and clean up what a killed save left behind.
 
         Args:
-            folder: the run's `checkpoints` folder.
+            place: that the checkpoints are written to.
             section: the config's `checkpoint`.
             ranks: all ranks call every method together.
             report: called on rank 0 with (event, message).
+            run_path: the run folder.
+            run_id: what tells the run from others; rank 0's counts.
+        Raises:
+            ConfigError: the place is another run's, or cannot be used.
+            StoreAccessError: it cannot be reached.
         """
-        self.folder = folder
+        self.place = place
+        self.run_path = run_path
         self.section = section
         self.ranks = ranks
         self.report = report
         self._writer = ShareWriter(ranks.device, ranks.rank)
         self._pending: _Pending | None = None
-        # A rank that outlives its job, on another node, must not write into the save of the job that follows.
-        self._start = ranks.from_first(secrets.token_hex(4))
-        if ranks.is_first:
-            folder.mkdir(parents=True, exist_ok=True)
-            for leftover in folder.glob(".tmp-*"):
-                shutil.rmtree(leftover, ignore_errors=True)
-        ranks.barrier()
+        record = ranks.agree(lambda: place.claim(run_id, run_path) if ranks.is_first else "")
+        place.join(ranks.from_first(record))
 
     def start_save(
         self, engine: Engine, step: int, training: dict[str, Any], about: dict[str, Any], best_step: int | None
@@ -105,29 +105,19 @@ class Checkpoints:
             CheckpointError: on all ranks, if any rank failed; nothing is left behind.
         """
         assert self._pending is None
-        final = self.folder / folder_name(step)
-        if self.ranks.from_first((final / MANIFEST).is_file()):
+        if self.ranks.from_first(self.ranks.is_first and self.place.has(step)):
             return
-        temporary = self.folder / f".tmp-{self._start}-{final.name}"
-        problem = self._try(lambda: self._make_folder(temporary, engine)) if self.ranks.is_first else None
+        begin = partial(self.place.begin, step, _num_bytes(engine), self.ranks.world_size)
+        problem = self._try(begin) if self.ranks.is_first else None
         if problem := self.ranks.from_first(problem):
-            raise self._failure(final, problem)
+            raise self._failure(step, problem)
         training = training | {"optimizer_step": engine.optimizer_step(), "loss_scale": engine.loss_scale_state()}
         about = about | {"world_size": self.ranks.world_size, "zero_stage": engine.stage}
         content = {"format_version": FORMAT_VERSION, "step": step, "training": training, "about": about}
-        share = self._writer.start(list(engine.fragments()), temporary)
-        self._pending = pending = _Pending(final, temporary, content, engine.parameter_shapes(), engine.states, share)
+        share = self._writer.start(list(engine.fragments()), self.place, step)
+        self._pending = pending = _Pending(step, content, engine.parameter_shapes(), engine.states, share)
         if self.ranks.is_first:
             pending.whole = Task(lambda: self._complete(pending, best_step))
-
-    def _make_folder(self, temporary: Path, engine: Engine) -> None:
-        """Make the folder of a save, if there is space for it: a disk that is filled takes other programs down too."""
-        needed = sum(
-            4 * math.prod(shape) * len(engine.states[name]) for name, shape in engine.parameter_shapes().items()
-        )
-        num_files = _FILES_A_RANK * self.ranks.world_size + 2  # and the manifest, and the folder
-        check_space(self.folder, needed, num_files)
-        temporary.mkdir(parents=True)
 
     def wait_for_copy(self) -> None:
         """Wait until a save that was started no longer needs the engine's tensors."""
@@ -156,9 +146,9 @@ class Checkpoints:
         self._await(pending.whole)
         whole = self._try(pending.whole.result) if pending.whole else None
         if problems and self.ranks.is_first:
-            shutil.rmtree(pending.temporary, ignore_errors=True)
+            self.place.abandon(pending.step)
         if problem := self.ranks.from_first(problems[0] if problems else whole):
-            raise self._failure(pending.final, problem)
+            raise self._failure(pending.step, problem)
         return True
 
     def _await(self, task: Task | None) -> None:
@@ -179,27 +169,26 @@ class Checkpoints:
         """Rank 0's part, beside training too: the manifest, the name, and the removal of what is not kept."""
         try:
             pending.share.result()
-            shares = collect_shares(pending.temporary, self.ranks.world_size, lambda: pending.give_up_at)
+            shares = collect_shares(self.place, pending.step, self.ranks.world_size, lambda: pending.give_up_at)
             manifest = _manifest(pending, shares)
             sealed = manifest | {"sha256": manifest_digest(manifest)}
-            write_text(pending.temporary / MANIFEST, json.dumps(sealed, indent=1, allow_nan=False))
-            os.rename(pending.temporary, pending.final)
-            sync_folder(self.folder)
+            self.place.complete(pending.step, json.dumps(sealed, indent=1, allow_nan=False))
         except BaseException:
-            shutil.rmtree(pending.temporary, ignore_errors=True)
+            self.place.abandon(pending.step)
             raise
         self._prune(best_step)
 
-    @staticmethod
-    def _failure(final: Path, problem: str) -> CheckpointError:
-        return CheckpointError(f"{final}: could not be written: {problem} Earlier checkpoints are untouched.")
+    def _failure(self, step: int, problem: str) -> CheckpointError:
+        return CheckpointError(
+            f"{self.place}/{folder_name(step)}: could not be written: {problem} Earlier checkpoints are untouched."
+        )
 
     @staticmethod
     def _try(action: Callable[[], object]) -> str | None:
         """Return why an action failed, and the fix; None if it did not."""
         try:
             action()
-        except CheckpointError as error:
+        except (CheckpointError, StoreAccessError) as error:
             return str(error)
         except OSError as error:
             return explain(error)
@@ -207,12 +196,12 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Steps of the complete checkpoints, oldest first, as rank 0 sees them."""
-        return self.ranks.from_first(list_steps(self.folder))
+        return list_together(self.place, self.ranks)
 
     def load_newest(self, engine: Engine, up_to_step: int | None = None) -> dict[str, Any] | None:
         """Fill the engine from the newest checkpoint that verifies, and return its `training` state.
 
-        Newer ones, which are damaged, are renamed to `step-NNNNNNNN.damaged` and reported.
+        Newer ones, which are damaged, are set aside and reported.
 
         Args:
             engine: whose masters and moments are filled.
@@ -222,26 +211,26 @@ class Checkpoints:
         Raises:
             CheckpointError: there are checkpoints and none is good. The run never begins anew by itself.
         """
-        damaged: dict[Path, str] = {}  # what is wrong with each; they keep their names until a good one is found
-        steps = self.ranks.from_first(list_steps(self.folder, without_manifest=True))
+        damaged: dict[int, str] = {}  # what is wrong with each; they keep their names until a good one is found
+        steps = self.ranks.agree(lambda: self.place.list_claimed() if self.ranks.is_first else [])
+        steps = self.ranks.from_first(steps)
         for step in reversed([step for step in steps if up_to_step is None or step <= up_to_step]):
-            folder = self.folder / folder_name(step)
-            problems = self.verify(folder)
+            problems = self.verify(partial(self.place.open, step))
             if not problems:
                 for bad, problem in damaged.items():
                     self.ranks.agree(partial(self._set_aside, bad))
                     if self.ranks.is_first:
                         self.report("checkpoint_damaged", f"{problem}. Going on from the one before.")
-                reader = CheckpointReader(folder)
+                reader = self.ranks.agree(partial(self.place.open, step))
                 fill(engine, reader, self.ranks)
                 return reader.training
-            damaged[folder] = "; ".join(problem.rstrip(".") for problem in problems)
-        if self.ranks.from_first(has_checkpoints(self.folder)):
-            found = f"has only checkpoints that are called step-…{DAMAGED}"
+            damaged[step] = "; ".join(problem.rstrip(".") for problem in problems)
+        if self.ranks.from_first(self.ranks.agree(lambda: self.ranks.is_first and self.place.has_any())):
+            found = f"has only checkpoints that are called step-…{DAMAGED}, or whose manifests are"
             if damaged:
                 found = f"none of its {len(damaged)} checkpoints is intact ({next(iter(damaged.values()))})"
             error = CheckpointError(
-                f"{self.folder}: {found}; expected one that is. Restore one from a backup, or begin anew with "
+                f"{self.place}: {found}; expected one that is. Restore one from a backup, or begin anew with "
                 "resume.from_scratch=true or another run.dir."
             )
             error.agreed = True
@@ -253,43 +242,37 @@ class Checkpoints:
 
         Raises:
             CheckpointError: on all ranks, one cannot be removed.
+            StoreAccessError: likewise.
         """
         self.ranks.agree(partial(self._discard_after, step))
 
     def _discard_after(self, step: int) -> None:
-        for later in list_steps(self.folder) if self.ranks.is_first else []:
-            folder = self.folder / folder_name(later)
+        for later in self.place.list_steps() if self.ranks.is_first else []:
             try:
                 if later > step:
-                    self._remove(folder)
+                    self.place.remove(later)
             except OSError as error:
                 raise CheckpointError(
-                    f"{folder}: is past step {step}, to which the run goes back, and cannot be removed ({error}); "
-                    "expected a writable folder. Remove it."
+                    f"{self.place}/{folder_name(later)}: is past step {step}, to which the run goes back, and cannot "
+                    f"be removed ({error}); expected a writable folder. Remove it."
                 ) from None
 
-    def _set_aside(self, folder: Path) -> None:
-        """Take a damaged checkpoint's name from it, so that its step can be saved again."""
-        if not self.ranks.is_first:
-            return
-        number = 1
-        while (aside := folder.with_name(f"{folder.name}{DAMAGED}{'' if number == 1 else f'-{number}'}")).exists():
-            number += 1
-        try:
-            folder.rename(aside)
-        except OSError as error:
-            raise CheckpointError(
-                f"{folder}: is damaged and cannot be renamed ({error}); expected a writable folder. Move it away."
-            ) from None
+    def _set_aside(self, step: int) -> None:
+        if self.ranks.is_first:
+            self.place.set_aside(step)
 
-    def verify(self, folder: Path) -> list[str]:
-        """Return what is wrong with a checkpoint; the ranks divide its files between them."""
-        found = self.ranks.gather(self._verify_share(folder))
+    def verify(self, open_reader: Callable[[], CheckpointReader]) -> list[str]:
+        """Return what is wrong with a checkpoint; the ranks divide its files between them.
+
+        Raises:
+            LonghaulError: on all ranks, that cannot be found out: the store does not answer.
+        """
+        found = self.ranks.gather(self.ranks.agree(partial(self._verify_share, open_reader)))
         return list(dict.fromkeys(problem for problem in found if problem))  # each once: all ranks read the manifest
 
-    def _verify_share(self, folder: Path) -> str | None:
+    def _verify_share(self, open_reader: Callable[[], CheckpointReader]) -> str | None:
         try:
-            reader = CheckpointReader(folder)
+            reader = open_reader()
             names = sorted(reader.manifest["files"])[self.ranks.rank :: self.ranks.world_size]
             problems = []
             for name in names:
@@ -301,22 +284,34 @@ class Checkpoints:
 
     def _prune(self, best_step: int | None) -> None:
         """Remove all but the newest `keep_last` checkpoints, the multiples of `keep_every` and the best one."""
-        steps = list_steps(self.folder)
+        try:
+            steps = self.place.list_steps()
+        except StoreAccessError as error:
+            logger.warning("checkpoints could not be removed: %s", error)
+            return
         keep = {*steps[-self.section.keep_last :], best_step}
         if self.section.keep_every:
             keep |= {step for step in steps if step % self.section.keep_every == 0}
         for step in steps:
             if step not in keep:
                 try:
-                    self._remove(self.folder / folder_name(step))
-                except OSError as error:  # too many checkpoints are no reason to end a run
+                    self.place.remove(step)
+                except (OSError, StoreAccessError) as error:  # too many checkpoints are no reason to end a run
                     logger.warning("checkpoint %d could not be removed: %s", step, error)
 
-    @staticmethod
-    def _remove(folder: Path) -> None:
-        doomed = folder.with_name(f".tmp-removed-{folder.name}")  # renamed first: half a folder is never seen
-        folder.rename(doomed)
-        shutil.rmtree(doomed, ignore_errors=True)
+
+def list_together(place: Place, ranks: Ranks) -> list[int]:
+    """Return the steps of the complete checkpoints, oldest first, as rank 0 sees them.
+
+    Raises:
+        StoreAccessError: on all ranks, the place cannot be reached.
+    """
+    return ranks.from_first(ranks.agree(lambda: place.list_steps() if ranks.is_first else []))
+
+
+def _num_bytes(engine: Engine) -> int:
+    """Size of a checkpoint, without what describes it."""
+    return sum(4 * math.prod(shape) * len(engine.states[name]) for name, shape in engine.parameter_shapes().items())
 
 
 def fill(engine: Engine, reader: CheckpointReader, ranks: Ranks, with_optimizer: bool = True) -> None:
@@ -331,6 +326,7 @@ def fill(engine: Engine, reader: CheckpointReader, ranks: Ranks, with_optimizer:
         CheckpointError: on all ranks, it is of another model or of another optimizer, or cannot be read.
     """
     ranks.agree(lambda: _read_into(engine, reader, with_optimizer))
+    reader.close()
     engine.finish_loading(reader.training["optimizer_step"] if with_optimizer else 0)
     engine.load_loss_scale_state(reader.training["loss_scale"])
 

@@ -1,7 +1,7 @@
 """What a checkpoint is on disk, and reading one without DeepSpeed or other ranks.
 
 The format is described for strangers in `docs/checkpoint-format.md`. A checkpoint is complete if and only if its
-folder is named `step-NNNNNNNN` and holds `manifest.json`: it is written under another name and renamed.
+folder is named `step-NNNNNNNN` and holds `manifest.json`, which comes there last.
 """
 
 from __future__ import annotations
@@ -9,11 +9,11 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import re
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -24,6 +24,7 @@ FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 DAMAGED = ".damaged"  # behind the name of a checkpoint that did not verify at a start
 _NAME = re.compile(r"step-(\d{8,})")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 def folder_name(step: int) -> str:
@@ -40,11 +41,17 @@ def list_steps(checkpoints: Path, *, without_manifest: bool = False) -> list[int
     """
     if not checkpoints.is_dir():
         return []
-    matches = (
-        _NAME.fullmatch(entry.name) for entry in checkpoints.iterdir()
+    steps = (
+        step_of(entry.name) for entry in checkpoints.iterdir()
         if (entry.is_dir() if without_manifest else (entry / MANIFEST).is_file())
     )  # fmt: skip
-    return sorted(int(match.group(1)) for match in matches if match)
+    return sorted(step for step in steps if step is not None)
+
+
+def step_of(name: str) -> int | None:
+    """The update number that a checkpoint's folder is named by; None for other names."""
+    match = _NAME.fullmatch(name)
+    return int(match.group(1)) if match else None
 
 
 def has_checkpoints(checkpoints: Path) -> bool:
@@ -79,18 +86,95 @@ class Piece:
     length: int
 
 
+class Files(Protocol):
+    """The files of one checkpoint; their `str` says where they lie."""
+
+    @property
+    def name(self) -> str:
+        """Name of the checkpoint's folder."""
+
+    def read_manifest(self) -> str:
+        """Return what is in the manifest.
+
+        Raises:
+            OSError: it cannot be read.
+            StoreAccessError: the store that it lies in cannot be read.
+        """
+
+    def find_problem(self, name: str, num_bytes: int, sha256: str) -> str | None:
+        """Return what is wrong with one of the files, or None if its bytes are those that were written.
+
+        Raises:
+            LonghaulError: that cannot be found out.
+        """
+
+    def open_tensors(self, name: str, num_bytes: int, sha256: str) -> TensorFile:
+        """Open one of the files.
+
+        Raises:
+            LonghaulError: it cannot be read.
+        """
+
+    def close(self) -> None:
+        """Let go of what was opened."""
+
+
+class FolderFiles:
+    """The files of a checkpoint in a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        """Take the folder; nothing is read."""
+        self._folder = folder
+
+    def __str__(self) -> str:
+        return str(self._folder)
+
+    @property
+    def name(self) -> str:
+        """As `Files` says."""
+        return self._folder.name
+
+    def read_manifest(self) -> str:
+        """As `Files` says."""
+        return (self._folder / MANIFEST).read_text(encoding="utf-8")
+
+    def find_problem(self, name: str, num_bytes: int, sha256: str) -> str | None:
+        """As `Files` says."""
+        path = self._folder / name
+        try:
+            if not path.is_file():
+                return f"{path} is missing"
+            if path.stat().st_size != num_bytes:
+                return f"{path} has {path.stat().st_size} bytes, not {num_bytes}"
+            if sha256_of(path) != sha256:
+                return f"{path} has another sha256 than when it was written"
+        except OSError as error:
+            return f"{path} cannot be read ({error.strerror})"
+        return None
+
+    def open_tensors(self, name: str, num_bytes: int, sha256: str) -> TensorFile:
+        """As `Files` says."""
+        return TensorFile(self._folder / name)
+
+    def close(self) -> None:
+        """As `Files` says; the files are closed when they are forgotten."""
+
+
 class CheckpointReader:
     """A complete checkpoint: its manifest and any range of any tensor."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path | Files) -> None:
         """Read the manifest.
 
         Raises:
             CheckpointError: it is missing, damaged or of a newer format.
+            StoreAccessError: the store that it lies in cannot be read.
         """
         self.folder = folder
+        self._source: Files = FolderFiles(folder) if isinstance(folder, Path) else folder
+        self._opened: dict[str, TensorFile] = {}
         try:
-            self.manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+            self.manifest: dict[str, Any] = json.loads(self._source.read_manifest())
             if self.manifest.pop("sha256") != manifest_digest(self.manifest):
                 raise ValueError("its sha256 is not the one that was written")
             version = self.manifest["format_version"]
@@ -110,29 +194,19 @@ class CheckpointReader:
                 name: entry["states"] for name, entry in self.manifest["parameters"].items()
             }
             self.training: dict[str, Any] = self.manifest["training"]
+            for name, entry in self.manifest["files"].items():
+                if name != os.path.basename(name) or not _SHA256.fullmatch(entry["sha256"]):
+                    raise ValueError(f"{name!r} is no file of a checkpoint")
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(
-                f"{folder / MANIFEST}: is not readable ({error!r}); expected a checkpoint's manifest. "
+                f"{folder}/{MANIFEST}: is not readable ({error!r}); expected a checkpoint's manifest. "
                 "Use another checkpoint (--step), or remove this folder."
             ) from None
 
-    @cached_property
-    def _files(self) -> dict[str, TensorFile]:
-        return {name: TensorFile(self.folder / name) for name in self.manifest["files"]}
-
     def verify_file(self, name: str) -> str | None:
         """Return what is wrong with one of the files, or None if its bytes are those that were written."""
-        expected, path = self.manifest["files"][name], self.folder / name
-        try:
-            if not path.is_file():
-                return f"{path} is missing"
-            if path.stat().st_size != expected["bytes"]:
-                return f"{path} has {path.stat().st_size} bytes, not {expected['bytes']}"
-            if sha256_of(path) != expected["sha256"]:
-                return f"{path} has another sha256 than when it was written"
-        except OSError as error:
-            return f"{path} cannot be read ({error.strerror})"
-        return None
+        expected = self.manifest["files"][name]
+        return self._source.find_problem(name, expected["bytes"], expected["sha256"])
 
     def verify(self) -> None:
         """Check every file's size and sha256.
@@ -161,13 +235,24 @@ class CheckpointReader:
             first, last = max(start, piece.start), min(start + length, piece.start + piece.length)
             if first < last:
                 key = tensor_key(name, state, piece.start)
-                result[first - start : last - start] = self._files[piece.file].read(
+                result[first - start : last - start] = self._open(piece.file).read(
                     key, first - piece.start, last - piece.start
                 )
                 filled += last - first
         if filled != length:
             raise CheckpointError(f"{self.folder}: '{name}' has {filled} of the {length} elements from {start}.")
         return result
+
+    def _open(self, name: str) -> TensorFile:
+        if name not in self._opened:
+            expected = self.manifest["files"][name]
+            self._opened[name] = self._source.open_tensors(name, expected["bytes"], expected["sha256"])
+        return self._opened[name]
+
+    def close(self) -> None:
+        """Let go of the files; what was read stays."""
+        self._opened.clear()
+        self._source.close()
 
     def read_whole(self, name: str, state: str = "master") -> torch.Tensor:
         """Return a parameter's whole state, fp32, in its own shape."""

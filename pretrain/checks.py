@@ -13,7 +13,7 @@ from pretrain.errors import ConfigError
 from pretrain.families import resolve_shape
 from pretrain.phases import KINDS, amounts_of, kind_of_sources
 from pretrain.schedule import num_decay_steps
-from pretrain.stores import PIPE, is_remote, shown
+from pretrain.stores import PIPE, has_credentials, is_remote, shown
 
 _OPTIMIZERS_WITH = {
     "betas": "adamw adam muon lion",
@@ -64,11 +64,13 @@ def check_options(config: Config, given: Set[str]) -> list[Problem]:
         _schedule_problems,
         _batch_problems,
         _compile_problems,
+        _offload_problems,
         _evaluation_problems,
         _source_problems,
         _mixture_problems,
         _phase_problems,
         _store_problems,
+        _checkpoint_problems,
         _model_problems,
     )
     return problems + [problem for rule in rules for problem in rule(config)]
@@ -100,10 +102,10 @@ def idle_options(config: Config) -> dict[str, str]:
     if not config.resume.from_:
         for name in ("optimizer", "schedule", "data"):
             idle[f"resume.{name}"] = "It is for beginning from another run, and resume.from is empty."
-    if not any(is_remote(source.shards) for source in config.data.sources):
+    if not _reads_elsewhere(config):
         for name in ("cache_dir", "cache_bytes", "retry_seconds"):
             idle[f"data.{name}"] = (
-                "It is for shards that are read from elsewhere, and all sources have theirs in folders."
+                "It is for shards and checkpoints elsewhere, and all sources have theirs in folders, as has the run."
             )
     kind = kind_of_sources(config.data)
     for number, source in enumerate(config.data.sources):
@@ -207,6 +209,16 @@ def _compile_problems(config: Config) -> Iterator[Problem]:
         yield Problem("train.compile", text + "of a block. Use train.compile=false, or parallel.zero_stage=2.")
 
 
+def _offload_problems(config: Config) -> Iterator[Problem]:
+    """Check that what is to be kept in the host's memory is divided: DeepSpeed offloads nothing else."""
+    offload, stage = config.parallel.offload, config.parallel.zero_stage
+    least = {"none": 0, "optimizer": 1, "parameters": 3}[offload]
+    if stage < least:
+        text = f"parallel.offload is {offload}; expected none with parallel.zero_stage {stage}, which does not divide "
+        what = "weights" if least == 3 else "anything"
+        yield Problem("parallel.offload", f"{text}{what}. Use parallel.zero_stage={least}.")
+
+
 def _evaluation_problems(config: Config) -> Iterator[Problem]:
     """Check that evaluation has documents, and early stopping evaluations."""
     patience, every = config.eval.patience, config.eval.every_steps
@@ -240,8 +252,28 @@ def _source_problems(config: Config) -> Iterator[Problem]:
             yield Problem(name, text)
 
 
+def _reads_elsewhere(config: Config) -> bool:
+    """Whether something is in no folder."""
+    return any(is_remote(place) for place in (config.checkpoint.dir, *(one.shards for one in config.data.sources)))
+
+
+def _checkpoint_problems(config: Config) -> Iterator[Problem]:
+    """Check where checkpoints are written."""
+    place, name = config.checkpoint.dir, "checkpoint.dir"
+    if not is_remote(place):
+        return
+    protocol = place.partition(":")[0].lower()
+    if protocol in ("pipe", "http", "https", "memory"):
+        yield Problem(
+            name, f"{name} is {shown(place)}; expected a folder or an object store. Use s3:// or gs://, or none."
+        )
+    elif has_credentials(place):
+        text = f"{name} is {shown(place)} with a password or a query; expected neither, for this is written to the run"
+        yield Problem(name, f"{text} folder. Leave them out: credentials come from the environment.")
+
+
 def _store_problems(config: Config) -> Iterator[Problem]:
-    """Check the sources whose shards are not in a folder."""
+    """Check the sources whose shards are not in a folder, and how long what is elsewhere is waited for."""
     remote = [(number, source) for number, source in enumerate(config.data.sources) if is_remote(source.shards)]
     for number, source in remote:
         name = f"data.sources.{number}.shards"
@@ -256,7 +288,7 @@ def _store_problems(config: Config) -> Iterator[Problem]:
             )
             yield Problem(name, text + "Write it as in pipe:ssh host cat corpus/{}.")
     limit, timeout = config.data.retry_seconds, config.parallel.timeout_seconds
-    if remote and limit >= timeout:
+    if _reads_elsewhere(config) and limit >= timeout:
         text = (
             f"data.retry_seconds is {limit}; expected less than parallel.timeout_seconds ({timeout}), after which the "
         )

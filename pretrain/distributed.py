@@ -86,6 +86,12 @@ class Ranks:
             dist.all_gather_object(values, value)
         return values
 
+    def gather_tensor(self, tensor: Tensor) -> Tensor:
+        """Return every rank's tensor of one shape and dtype, on this rank's device: `[world_size, *shape]`."""
+        tensors = [torch.empty_like(tensor) for _ in range(self.world_size)]
+        dist.all_gather(tensors, tensor)
+        return torch.stack(tensors)
+
     def take_first(self, tensor: Tensor) -> Tensor:
         """Overwrite a tensor on this rank's device by rank 0's, and return it."""
         with self.heartbeat.waiting():

@@ -46,7 +46,8 @@ _COMMUNICATION = CommunicationTimer()  # one a process, as DeepSpeed's backend i
 class Fragment:
     """The part of one parameter that this rank owns: flat elements [start, start + length).
 
-    `tensors` maps `master` and each moment's name to a flat fp32 view into the live optimizer.
+    `tensors` maps `master` and each moment's name to a flat fp32 view into the live optimizer. `weight` are the same
+    elements of the model's own weights, None where the masters themselves are these.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Fragment:
     start: int
     length: int
     tensors: dict[str, torch.Tensor]
+    weight: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -147,7 +149,7 @@ class Engine:
         if config.train.precision == "fp16" and ranks.device.type == "cpu":
             raise ConfigError("train.precision is fp16; expected bf16 or fp32 on a CPU. Use train.precision=fp32.")
         self.ranks = ranks
-        self.stage = effective_stage(config.parallel.zero_stage, config.train.precision, plan.world_size)
+        self.stage = effective_stage(config.parallel, config.train.precision, plan.world_size)
         self.optim = config.optim
         self.precision = config.train.precision
         self._names = {id(parameter): name for name, parameter in model.named_parameters()}
@@ -169,7 +171,7 @@ class Engine:
         self._parameters = list(self._engine.module.named_parameters())
         self._num_updates = 0
         if isinstance(optimizer, Muon):
-            optimizer.place(self._flat_masters(), ranks.gather(self._held()), ranks.rank)
+            optimizer.place(self._flat_masters(), ranks.gather(self._held()), ranks.rank, ranks.device)
 
     def time_communication(self, clock: PhaseClock | None) -> None:
         """Count what is waited for collectives from now on as the phase `communication` of this clock."""
@@ -232,7 +234,12 @@ class Engine:
             tensors = {
                 state: tensor.view(-1).narrow(0, offset, length) for state, tensor in self._state_of(name, flat).items()
             }
-            yield Fragment(name, self._shapes[name], start, length, tensors)
+            weight = None
+            if self.stage == 3:
+                weight = parameter.ds_tensor.data.view(-1)[:length]
+            elif self.stage > 0:
+                weight = parameter.data.view(-1)[start : start + length]
+            yield Fragment(name, self._shapes[name], start, length, tensors, weight)
 
     def _create_state(self) -> None:
         """Create the optimizer's state before its first update, so that it can be saved or filled."""
@@ -300,6 +307,20 @@ class Engine:
         for name, parameter in self._parameters:
             tensors = {state: tensor.view(-1) for state, tensor in self._state_of(name, parameter).items()}
             yield Fragment(name, self._shapes[name], 0, parameter.numel(), tensors)
+
+    def replicas(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield the names and tensors of what all ranks hold alike, bit for bit, between two updates.
+
+        At stage 0 everything that a checkpoint holds, at 1 and 2 the weights, at 3 those that are too small to divide.
+        """
+        if self.stage == 0:
+            for fragment in self.replicated_fragments():
+                for state, tensor in fragment.tensors.items():
+                    yield fragment.name if state == MASTER else f"{fragment.name}/{state}", tensor
+            return
+        for name, parameter in self._parameters:
+            if self.stage < 3 or parameter.ds_persist:
+                yield name, parameter.data
 
     def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of every parameter, undivided."""

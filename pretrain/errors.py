@@ -34,12 +34,22 @@ class CheckpointError(LonghaulError):
     """A checkpoint is missing, damaged or does not fit the run."""
 
 
+class StoreAccessError(LonghaulError):
+    """A store of checkpoints cannot be reached, or does not let this run read or write; what is in it is untouched."""
+
+
 class ExportError(LonghaulError):
     """A conversion could not be made or did not verify."""
 
 
 class TrainingError(LonghaulError):
     """Training cannot go on: non-finite values, a failed self-test, an unusable device."""
+
+
+class CorruptionError(TrainingError):
+    """Memory does not hold what was computed; a new start goes on from the newest checkpoint, which is sound."""
+
+    exit_status = EXIT_RETRY
 
 
 class PeerError(LonghaulError):

@@ -95,7 +95,7 @@ def source_of(loaded: LoadedRun) -> dict[str, Any]:
     config = loaded.config.model_dump_json()
     return {
         "run": loaded.run.resolve().name,
-        "checkpoint": loaded.checkpoint.name,
+        "checkpoint": loaded.checkpoint,
         "step": loaded.step,
         "tokens": loaded.num_tokens,
         "config_sha256": hashlib.sha256(config.encode()).hexdigest(),

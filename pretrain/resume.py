@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pretrain.checkpoint import Checkpoints, fill
-from pretrain.checkpoint_files import MANIFEST, CheckpointReader, folder_name, list_steps
+from pretrain.checkpoint import Checkpoints, fill, list_together
+from pretrain.checkpoint_files import MANIFEST, CheckpointReader
 from pretrain.distributed import Ranks
 from pretrain.engine import Engine
 from pretrain.errors import CheckpointError, ConfigError
+from pretrain.run_folder import place_of_run
 from pretrain.run_options import ResumeSection
 from pretrain.stream import TokenStream
 
@@ -101,18 +103,18 @@ def _open_other(
     path: Path, checkpoints: Checkpoints, ranks: Ranks, report: Callable[[str, str], None]
 ) -> CheckpointReader:
     """Open the checkpoint that `resume.from` names, or the newest good one of the run that it names."""
-    if path.resolve() == checkpoints.folder.parent.resolve():
+    if path.resolve() == checkpoints.run_path.resolve():
         raise ConfigError(f"resume.from is {path}, the run folder itself; expected another one. Leave it out.")
-    folders = ranks.from_first(_candidates(path))
-    if not folders:
+    readers = _candidates(path, ranks)
+    if not readers:
         raise ConfigError(
             f"resume.from is {path}; expected a run folder with checkpoints, or a folder with a {MANIFEST}. Name one, "
             "such as runs/other or runs/other/checkpoints/step-00001000."
         )
     damaged = []
-    for folder in folders:
-        if not (problems := checkpoints.verify(folder)):
-            return CheckpointReader(folder)
+    for open_reader in readers:
+        if not (problems := checkpoints.verify(open_reader)):
+            return ranks.agree(open_reader)
         damaged += problems
         if ranks.is_first:
             report("checkpoint_damaged", f"{'; '.join(problems)}. Looking at the one before.")
@@ -122,8 +124,9 @@ def _open_other(
     )
 
 
-def _candidates(path: Path) -> list[Path]:
-    if (path / MANIFEST).is_file():
-        return [path]
-    folder = path / "checkpoints"
-    return [folder / folder_name(step) for step in reversed(list_steps(folder))]
+def _candidates(path: Path, ranks: Ranks) -> list[Callable[[], CheckpointReader]]:
+    """What opens each checkpoint that is meant, the newest first."""
+    if ranks.from_first((path / MANIFEST).is_file()):
+        return [partial(CheckpointReader, path)]
+    place = ranks.agree(lambda: place_of_run(path))
+    return [partial(place.open, step) for step in reversed(list_together(place, ranks))]

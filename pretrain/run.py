@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from pretrain.batch_plan import BatchPlan
-from pretrain.checkpoint import Checkpoints
-from pretrain.checkpoint_files import list_steps
+from pretrain.checkpoint import Checkpoints, list_together
+from pretrain.checkpoint_places import open_place
 from pretrain.compiling import should_compile
 from pretrain.config import Config
 from pretrain.data_plan import describe_phases
@@ -27,6 +27,7 @@ from pretrain.metrics import MetricLog, StepMetrics
 from pretrain.model import Transformer
 from pretrain.phases import phases_of
 from pretrain.profiling import PhaseClock, Profiler
+from pretrain.redaction import storable
 from pretrain.resume import Progress, load_start
 from pretrain.run_folder import RunFolder, open_log, writable
 from pretrain.samples import Samples, drop_samples_after
@@ -130,8 +131,9 @@ def open_run(
     ranks.agree(lambda: keep_tokenizer(tokenizer, folder))
     shape = resolve_shape(config.model, tokenizer.vocab_size, config.data.max_seq_len)
     run_path = ranks.from_first(folder.path if folder else None)
+    place = ranks.agree(lambda: open_place(config.checkpoint, run_path, config.data))
     # A run that goes on puts up with what was lost meanwhile, within data.max_damaged_fraction.
-    is_new = ranks.from_first(not list_steps(run_path / "checkpoints"))
+    is_new = not list_together(place, ranks)
     stream = ranks.agree(lambda: TokenStream(config, plan, ranks.rank, tokenizer.fingerprint, is_new=is_new))
     cleanup.callback(stream.close)
     val_rows = ranks.agree(lambda: ValRows(config, tokenizer.fingerprint, config.eval.max_rows, is_new)
@@ -150,7 +152,8 @@ def open_run(
     clock.begin("checkpoint")
     cleanup.callback(engine.close)
     events: list[tuple[str, str]] = []
-    checkpoints = Checkpoints(run_path / "checkpoints", config.checkpoint, ranks, lambda *event: events.append(event))
+    checkpoints = Checkpoints(place, config.checkpoint, ranks, lambda *event: events.append(event), run_path,
+                              folder.run_id if folder else "")  # fmt: skip
     cleanup.callback(checkpoints.close)
     start = load_start(config.resume, checkpoints, engine, stream, ranks, tokenizer.fingerprint,
                        lambda *event: events.append(event))  # fmt: skip
@@ -230,13 +233,15 @@ def start_tracking(
     """Start the run on Weights & Biases, on rank 0 and if the config names a project."""
     if folder is None or config.log.wandb is None:
         return None
-    return Tracker(config.log.wandb, folder.path, config.model_dump(mode="json"), lambda *event: report(event))
+    return Tracker(
+        config.log.wandb, folder.path, storable(config.model_dump(mode="json")), lambda *event: report(event)
+    )
 
 
 def set_determinism(wanted: bool) -> None:
-    """Make torch choose deterministic algorithms, or the fastest."""
-    if wanted:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with this
+    """Have the same bits come out on every run, as far as that is free; or, if wanted, whatever it costs."""
+    # cuBLAS is deterministic only with a workspace for each stream, here 32 MiB; it is read at the first product.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(wanted)
     # Else every torch.empty is filled, DeepSpeed's gradient buckets too, which are up to 2 GB a micro-step.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]

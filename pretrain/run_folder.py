@@ -10,8 +10,9 @@ import platform
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -20,7 +21,9 @@ from typing import Any
 import torch
 
 from pretrain import __version__
-from pretrain.checkpoint_files import CheckpointReader, folder_name, has_checkpoints, list_steps
+from pretrain.checkpoint_files import CheckpointReader
+from pretrain.checkpoint_folder import FolderPlace
+from pretrain.checkpoint_places import Place, open_place
 from pretrain.config import Config
 from pretrain.console import warn
 from pretrain.distributed import Ranks
@@ -28,6 +31,7 @@ from pretrain.errors import EXIT_FAILED, CheckpointError, ConfigError, LonghaulE
 from pretrain.families import resolve_shape
 from pretrain.model import Transformer
 from pretrain.patient_file import PatientFile
+from pretrain.redaction import RedactingFormatter, redact, storable
 from pretrain.settings import load_config, parse_config, resolved_yaml
 from pretrain.tensor_files import write_text
 from pretrain.tokenizer import Tokenizer
@@ -40,7 +44,7 @@ FREE_TO_CHANGE = (
     "parallel.", "train.micro_batch_size", "train.num_steps", "train.num_tokens", "eval.", "checkpoint.", "log.",
     "guard.", "resume.", "run.allow_changes", "run.dir", "data.prefetch_steps", "data.prepare_processes",
     "train.compile", "data.sources", "data.phases",
-    "data.cache_dir", "data.cache_bytes", "data.retry_seconds", "data.max_damaged_fraction",
+    "data.allow_pipe", "data.cache_dir", "data.cache_bytes", "data.retry_seconds", "data.max_damaged_fraction",
 )  # fmt: skip
 # Changing these would make other rows of what is already done, which no checkpoint can follow; phases can.
 FIXES_ROWS = ("data.seq_len", "data.packing", "data.shuffle_window_shards", "run.seed")
@@ -75,13 +79,20 @@ def changed_options(old: Config, new: Config) -> list[tuple[str, Any, Any]]:
 
 
 class RunFolder:
-    """Rank 0's hold on a run folder; one process may hold it at a time."""
+    """Rank 0's hold on a run folder; one process may hold it at a time.
+
+    Attributes:
+        path: the folder.
+        attempt: number of this start.
+        run_id: what tells the run from others, wherever its folder is moved to.
+    """
 
     def __init__(self, config: Config) -> None:
         """Create the folder, or take up the run in it.
 
         Raises:
             ConfigError: another job holds it, or it belongs to another config.
+            StoreAccessError: the store of its checkpoints cannot be reached.
         """
         self.path = Path(config.run.dir)
         self._status_problem = ""
@@ -106,21 +117,41 @@ class RunFolder:
         for leftover in self.path.glob(".*.tmp-*"):  # of a file that was being written when a start was killed
             leftover.unlink(missing_ok=True)
         saved = self.path / CONFIG_FILE
-        if config.resume.from_scratch and saved.exists() and not load_config(saved).resume.from_scratch:
-            self._abandon_checkpoints()
-        if has_checkpoints(self.path / "checkpoints"):  # before the first checkpoint there is nothing to go on with
-            if not saved.exists():
+        old = load_config(saved) if saved.exists() else None
+        place = open_place(config.checkpoint, self.path, config.data)
+        begins_anew = config.resume.from_scratch and old is not None and not old.resume.from_scratch
+        if begins_anew:
+            self._abandon_checkpoints(place, bool(config.checkpoint.dir))
+        if place.has_any():  # before the first checkpoint there is nothing to go on with
+            if old is None and config.checkpoint.dir:
+                old = _config_in(place)  # the run folder was lost, and its checkpoints were not
+            if old is None:
                 raise ConfigError(
                     f"{self.path}: has checkpoints and no {CONFIG_FILE}; expected both. Restore it, or use another "
                     "run.dir."
                 )
-            self._compare(load_config(saved), config)  # what else does not fit is found when the checkpoint is loaded
+            self._compare(old, config)  # what else does not fit is found when the checkpoint is loaded
         else:
+            if old is not None and old.checkpoint.dir != config.checkpoint.dir and not begins_anew:
+                self._check_moved(open_place(old.checkpoint, self.path, old.data), place)
             self.accept(config)
         return self._write_environment()
 
-    def _abandon_checkpoints(self) -> None:
+    def _check_moved(self, before: Place, now: Place) -> None:
+        """Refuse to begin anew because the checkpoints are elsewhere."""
+        if steps := before.list_steps():
+            raise ConfigError(
+                f"checkpoint.dir is {now}, which holds no checkpoint; expected the run's {len(steps)} checkpoints. "
+                f"Copy {before} there, or set checkpoint.dir back, or start a new run with run.dir=…"
+            )
+
+    def _abandon_checkpoints(self, place: Place, is_elsewhere: bool) -> None:
         """Set the checkpoints aside, as `resume.from_scratch` says."""
+        if is_elsewhere and place.has_any():
+            raise ConfigError(
+                f"resume.from_scratch is true, and checkpoint.dir is {place}, which holds checkpoints; expected none: "
+                "only those in the run folder can be set aside. Use another checkpoint.dir, or move them away."
+            )
         checkpoints, number = self.path / "checkpoints", 1
         if not checkpoints.exists():
             return
@@ -136,7 +167,8 @@ class RunFolder:
             ConfigError: it cannot be written.
         """
         with writable(self.path):
-            write_text(self.path / CONFIG_FILE, resolved_yaml(config))
+            stored = Config.model_validate_json(json.dumps(storable(config.model_dump(mode="json"))))
+            write_text(self.path / CONFIG_FILE, resolved_yaml(stored))
 
     def _compare(self, old: Config, new: Config) -> None:
         refused = [
@@ -164,14 +196,16 @@ class RunFolder:
     def _write_environment(self) -> int:
         path = self.path / "environment.json"
         try:
-            starts = list(json.loads(path.read_bytes())["starts"]) if path.exists() else []
+            content = dict(json.loads(path.read_bytes())) if path.exists() else {"starts": []}
+            starts = list(content["starts"])
         except (ValueError, KeyError, TypeError) as error:  # nothing that training needs
             aside = path.with_suffix(".damaged.json")
             warn(f"{path}: is not readable ({error!r}); kept as {aside.name}. Starts are counted from 1 again.")
             path.replace(aside)
-            starts = []
+            content, starts = {}, []
+        self.run_id = str(content.get("run_id") or uuid.uuid4().hex)
         starts.append(environment())
-        write_text(path, json.dumps({"starts": starts}, indent=1))
+        write_text(path, json.dumps({"run_id": self.run_id, "starts": starts}, indent=1))
         return len(starts)
 
     def write_status(self, status: str, exit_status: int | None, step: int, reason: str = "") -> None:
@@ -195,7 +229,7 @@ def write_failure(folder: Path, error: BaseException, step: int) -> None:
 
 def _write_status(folder: Path, status: str, exit_status: int | None, step: int, reason: str) -> str:
     """Write `status.json`; return what is wrong if the disk does not let it."""
-    content = {"status": status, "exit_status": exit_status, "step": step, "reason": reason,
+    content = {"status": status, "exit_status": exit_status, "step": step, "reason": redact(reason),
                "pid": os.getpid(), "host": platform.node(), "timestamp": time.time()}  # fmt: skip
     try:
         write_text(folder / "status.json", json.dumps(content, indent=1))
@@ -232,7 +266,8 @@ def environment() -> dict[str, Any]:
     commit = subprocess.run(["git", "-C", root, "describe", "--always", "--dirty"], capture_output=True, text=True)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
     return {
-        "command": sys.argv, "versions": versions, "git_commit": commit.stdout.strip() or None, "host": platform.node(),
+        "command": storable(sys.argv), "versions": versions, "git_commit": commit.stdout.strip() or None,
+        "host": platform.node(),
         "device": device, "cpu_cores": os.cpu_count(), "world_size": int(os.environ.get("WORLD_SIZE", "1")),
         "timestamp": time.time(),
     }  # fmt: skip
@@ -253,11 +288,15 @@ class _LogFile(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         self._file.append(f"{self.format(record)}\n".encode(errors="backslashreplace"))
 
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
 
 def open_log(folder: Path, ranks: Ranks) -> None:
     """Send this rank's log to `log.txt`, other ranks' to files beside it."""
     handler = _LogFile(log_path(folder, ranks))
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    handler.setFormatter(RedactingFormatter("%(asctime)s %(levelname)s %(message)s"))
     log = logging.getLogger("longhaul")
     log.setLevel(logging.INFO)
     log.propagate = False
@@ -273,43 +312,70 @@ class LoadedRun:
     tokenizer: Tokenizer
     step: int
     num_tokens: int
-    checkpoint: Path
+    checkpoint: str  # name of its folder
     run: Path
 
 
-def load_run(run: str | Path, step: int | None = None) -> LoadedRun:
+def place_of_run(run: Path) -> Place:
+    """Return where the checkpoints of a run folder lie, as its config says.
+
+    Raises:
+        ConfigError: its config cannot be read.
+    """
+    saved = run / CONFIG_FILE
+    if not saved.exists():
+        return FolderPlace(run / "checkpoints")
+    config = load_config(saved)
+    return open_place(config.checkpoint, run, config.data)
+
+
+def _config_in(place: Place) -> Config | None:
+    """Return the config in the newest checkpoint that can be read."""
+    for step in reversed(place.list_steps()):
+        with suppress(CheckpointError):
+            return parse_config(place.open(step).manifest["about"]["config"])
+    return None
+
+
+def load_run(run: str | Path, step: int | None = None, allow_pipe: bool = False) -> LoadedRun:
     """Read the model of a run's newest checkpoint that verifies, or of update number `step`.
+
+    A checkpoint that others made must not run commands: its config's `data.allow_pipe` is replaced.
 
     Raises:
         ConfigError: no such folder, run or step.
         CheckpointError: the checkpoint is damaged.
+        StoreAccessError: the store that it lies in cannot be read.
     """
     path = Path(run)
-    steps = list_steps(path / "checkpoints")
+    place = place_of_run(path)
+    steps = place.list_steps()
     if not steps:
         raise ConfigError(
             f"{path}: holds no checkpoint; expected a run folder in which training has saved. Train first."
         )
     if step is not None and step not in steps:
         raise ConfigError(f"--step is {step}; expected one of the checkpoints in {path}: {', '.join(map(str, steps))}.")
-    reader = _open_good(path, [step] if step is not None else list(reversed(steps)))
+    reader = _open_good(place, [step] if step is not None else list(reversed(steps)))
     config = parse_config(reader.manifest["about"]["config"])
+    config = config.model_copy(update={"data": config.data.model_copy(update={"allow_pipe": allow_pipe})})
     tokenizer = open_tokenizer(config.tokenizer, path)
     model = Transformer(resolve_shape(config.model, tokenizer.vocab_size, config.data.max_seq_len), config.run.seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(reader.read_whole(name))
+    reader.close()
     training = reader.training
     return LoadedRun(
-        model.eval(), config, tokenizer, reader.manifest["step"], training["num_tokens"], reader.folder, path
+        model.eval(), config, tokenizer, reader.manifest["step"], training["num_tokens"], reader.folder.name, path
     )
 
 
-def _open_good(path: Path, steps: list[int]) -> CheckpointReader:
+def _open_good(place: Place, steps: list[int]) -> CheckpointReader:
     problems = []
     for step in steps:
         try:
-            reader = CheckpointReader(path / "checkpoints" / folder_name(step))
+            reader = place.open(step)
             reader.verify()
         except CheckpointError as error:
             problems.append(str(error))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field
 
 from pretrain.section import Bool, Count, CountOrZero, Section
@@ -15,6 +17,11 @@ class ParallelSection(Section):
         ge=0,
         le=3,
         description="DeepSpeed ZeRO: 0 divides nothing, 1 optimizer states, 2 gradients too, 3 weights too.",
+    )
+    offload: Literal["none", "optimizer", "parameters"] = Field(
+        "none",
+        description="What is kept in the host's memory instead of the GPU's: `optimizer`, fp32 master weights and "
+        "moments, which the CPU updates (stages 1 to 3); `parameters`, the divided weights too (stage 3).",
     )
     overlap_comm: Bool = Field(
         False,
@@ -51,6 +58,10 @@ class EvalSection(Section):
 class CheckpointSection(Section):
     """Saving."""
 
+    dir: str = Field(
+        "", description="Where checkpoints are written: a folder, or a URL of an object store (`s3://`, `gs://`), for "
+        "this run alone. Empty: `checkpoints` in the run folder."
+    )  # fmt: skip
     every_steps: CountOrZero = Field(
         0, description="Steps between checkpoints; one more at the end. 0: at the end only."
     )
@@ -93,6 +104,12 @@ class GuardSection(Section):
 
     max_skipped_steps: CountOrZero = Field(
         5, description="Updates skipped in a row for non-finite gradients before the run stops with an error."
+    )
+    check_replicas_every: CountOrZero = Field(
+        100,
+        description="Steps between comparisons, bit for bit, of what ranks hold alike, and of weights with their fp32 "
+        "masters; one more before each checkpoint. A difference is corrupted memory and ends the run with status 69; "
+        "the same command goes on from the newest checkpoint. 0: none.",
     )
     spike_sigmas: float = Field(
         8.0, ge=0, description="A step is bad if its loss or gradient norm is so many deviations above the median of "

@@ -15,7 +15,7 @@ from pretrain.errors import DataError
 from pretrain.node_cache import CacheFullError
 from pretrain.remote_corpus import RemoteCorpus
 from pretrain.shards import MANIFEST_NAME, Shard, file_sha256, index_path, load_index, repair_advice
-from pretrain.stores import LostFileError
+from pretrain.store_errors import LostFileError
 
 _ROOM_SECONDS, _ROOM_POLL_SECONDS = 60.0, 0.2  # for which a full cache is waited for
 _MIN_DAMAGED_FOR_LOST = 8  # fewer damaged documents than this never count as the loss of a whole shard

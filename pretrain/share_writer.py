@@ -12,18 +12,17 @@ import json
 import threading
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from pretrain.checkpoint_files import tensor_key
+from pretrain.checkpoint_places import Place
 from pretrain.engine import Fragment
 from pretrain.errors import CheckpointError
-from pretrain.tensor_files import write_tensors, write_text
 
 _SHARE_SUFFIX = ".share.json"
-_POLL_SECONDS = 0.05
+_FIRST_POLL_SECONDS = 0.05
 
 
 class Task:
@@ -72,27 +71,28 @@ class ShareWriter:
     def __init__(self, device: torch.device, rank: int) -> None:
         """Take this rank's device and number."""
         self._device, self._rank = device, rank
+        self._buffers: dict[str, torch.Tensor] = {}
         self._copied = threading.Event()
         self._copied.set()
 
-    def start(self, fragments: Sequence[Fragment], folder: Path) -> Task:
-        """Begin to write fragments to `folder`; they must not change before `wait_for_copy` returns.
+    def start(self, fragments: Sequence[Fragment], place: Place, step: int) -> Task:
+        """Begin to write fragments to the save of a step; they must not change before `wait_for_copy` returns.
 
         Returns:
-            The task; it raises OSError if the disk is full or fails.
+            The task; it raises what `Place` says if the disk is full, or the store fails.
         """
         self._copied.clear()
         ready = None
         if self._device.type == "cuda":
             ready = torch.cuda.Event()
             ready.record()  # behind the update that the tensors are to be copied after
-        return Task(lambda: self._write(fragments, folder, ready))
+        return Task(lambda: self._write(fragments, place, step, ready))
 
     def wait_for_copy(self) -> None:
         """Wait until the tensors may change again."""
         self._copied.wait()
 
-    def _write(self, fragments: Sequence[Fragment], folder: Path, ready: torch.cuda.Event | None) -> None:
+    def _write(self, fragments: Sequence[Fragment], place: Place, step: int, ready: torch.cuda.Event | None) -> None:
         try:
             tensors = self._copy(fragments, ready)
         finally:
@@ -102,31 +102,41 @@ class ShareWriter:
             [(one.name, one.start, one.length, tuple(one.tensors)) for one in fragments],
         )
         metadata = {"format": "longhaul", "rank": str(self._rank)}
-        num_bytes, sha256 = write_tensors(folder / f"{name}.safetensors", tensors, metadata)
+        num_bytes, sha256 = place.write_tensors(step, f"{name}.safetensors", tensors, metadata)
         share = {"file": f"{name}.safetensors", "bytes": num_bytes, "sha256": sha256, "fragments": held}
-        write_text(folder / f"{name}{_SHARE_SUFFIX}", json.dumps(share))
+        place.write_note(step, f"{name}{_SHARE_SUFFIX}", json.dumps(share))
 
     def _copy(self, fragments: Sequence[Fragment], ready: torch.cuda.Event | None) -> dict[str, torch.Tensor]:
-        """Copy the tensors to memory that is given back when they are written; it is as large as the share."""
+        """Copy the tensors to memory that is used again: to get as much anew takes as long as the copy itself."""
         views = {
             tensor_key(fragment.name, state, fragment.start): view.detach()
             for fragment in fragments
             for state, view in fragment.tensors.items()
         }
+        on_gpu = ready is not None
+        for key, view in views.items():
+            if key not in self._buffers:  # pinned, or a GPU could not write to it by itself
+                self._buffers[key] = torch.empty(view.shape, dtype=view.dtype, pin_memory=on_gpu)
         if ready is None:
-            return {key: view.clone() for key, view in views.items()}
-        torch.cuda.set_device(self._device)  # of this thread
-        stream = torch.cuda.Stream(self._device)
-        stream.wait_event(ready)
-        with torch.cuda.stream(stream):  # whose copies the host waits for, and not for the step that runs
-            return {key: view.to("cpu", copy=True) for key, view in views.items()}
+            for key, view in views.items():
+                self._buffers[key].copy_(view)
+        else:
+            torch.cuda.set_device(self._device)  # of this thread
+            stream = torch.cuda.Stream(self._device)
+            stream.wait_event(ready)
+            with torch.cuda.stream(stream):
+                for key, view in views.items():
+                    self._buffers[key].copy_(view, non_blocking=True)
+            stream.synchronize()  # the host waits for these copies, and not for the step that runs
+        return {key: self._buffers[key] for key in views}
 
 
-def collect_shares(folder: Path, world_size: int, give_up_at: Callable[[], float]) -> list[dict[str, Any]]:
-    """Wait until every rank has left in `folder` what it wrote, and take these notes out of it.
+def collect_shares(place: Place, step: int, world_size: int, give_up_at: Callable[[], float]) -> list[dict[str, Any]]:
+    """Wait until every rank has left a note of what it wrote, and take these notes away.
 
     Args:
-        folder: of the checkpoint.
+        place: that the checkpoint is written to.
+        step: of the checkpoint.
         world_size: number of ranks.
         give_up_at: until when to wait, by the monotonic clock; asked again and again.
     Returns:
@@ -134,13 +144,12 @@ def collect_shares(folder: Path, world_size: int, give_up_at: Callable[[], float
     Raises:
         CheckpointError: it waited for too long.
     """
-    while len(paths := sorted(folder.glob(f"rank-*{_SHARE_SUFFIX}"))) < world_size:
+    pause = _FIRST_POLL_SECONDS
+    while len(names := place.list_notes(step, _SHARE_SUFFIX)) < world_size:
         if time.monotonic() > give_up_at():
             raise CheckpointError(
-                f"only {len(paths)} of {world_size} ranks have written their share; expected all. See the others' logs."
+                f"only {len(names)} of {world_size} ranks have written their share; expected all. See the others' logs."
             )
-        time.sleep(_POLL_SECONDS)
-    shares = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
-    for path in paths:
-        path.unlink()
-    return shares
+        time.sleep(pause)
+        pause = min(1.5 * pause, place.longest_poll_seconds)
+    return [json.loads(note) for note in place.take_notes(step, names)]

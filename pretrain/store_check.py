@@ -17,7 +17,8 @@ from pretrain.config import Config
 from pretrain.console import LiveLine, format_bytes
 from pretrain.inspect_shards import inspect
 from pretrain.shards import MANIFEST_NAME, Manifest, Shard, index_path
-from pretrain.stores import LostFileError, Store, shown
+from pretrain.store_errors import LostFileError
+from pretrain.stores import Store, shown
 from pretrain.verify_shards import Problem, manifest_problems, size_text
 
 _RETRY_SECONDS = 60.0
@@ -39,7 +40,7 @@ def inspect_store(url: str, config: Config | None = None, tokenizer: str | None 
         DataError: the store cannot be read, or an index is damaged.
         ConfigError: the tokenizer that is named is not the corpus's.
     """
-    store = Store(url, _RETRY_SECONDS, is_from_config=False)
+    store = Store(url, _RETRY_SECONDS, option="")
     with tempfile.TemporaryDirectory() as temporary:
         folder, manifest = Path(temporary), _manifest_of(store, Path(temporary))
         names = [index_path(folder, shard.name).name for shard in manifest.train + manifest.val]
@@ -62,7 +63,7 @@ def verify_store(url: str, num_threads: int = 0) -> dict[str, Any]:
     Raises:
         DataError: the store cannot be read.
     """
-    store, line = Store(url, _RETRY_SECONDS, is_from_config=False), LiveLine()
+    store, line = Store(url, _RETRY_SECONDS, option=""), LiveLine()
     with tempfile.TemporaryDirectory() as temporary:
         manifest = _manifest_of(store, Path(temporary))
     shards = manifest.train + manifest.val

@@ -1,4 +1,4 @@
-"""Where prepared corpora lie that are in no local folder: object stores and web servers, by fsspec, and commands.
+"""What is in no local folder: object stores and web servers, by fsspec, and commands. Reading it is here.
 
 A store hands out whole files, in chunks. What fails for a while is tried again, with growing pauses; what stalls counts
 as failed; what cannot succeed, such as a file that is not there, fails at once.
@@ -19,11 +19,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
-from itertools import count
 from typing import Any, TypeVar
 from urllib.parse import urlsplit, urlunsplit
 
 from pretrain.errors import DataError
+from pretrain.store_errors import LostFileError, MissingFileError, StoreError, WrongContentError, as_store_error
 
 logger = logging.getLogger("longhaul")
 _jitter = random.Random()  # of its own: threads must not move the generator that others seed
@@ -37,54 +37,7 @@ MAX_WRONG = 3  # downloads of one file that are complete and not what the manife
 _BLOCK_BYTES = 16 << 20  # of one request, where a store reads files by ranges
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:(?::|//)")
 _INSTALL = {"s3": "longhaul[s3]", "s3a": "longhaul[s3]", "gs": "longhaul[gs]", "gcs": "longhaul[gs]"}
-_NO_HOPE = (
-    FileNotFoundError,
-    PermissionError,
-    IsADirectoryError,
-    ImportError,
-    NotImplementedError,
-    TypeError,
-    ValueError,
-)
-_MAY_PASS = (408, 425, 429)  # of the statuses 400 to 499
-_MISSING = (404, 410)
 _T = TypeVar("_T")
-
-
-class StoreError(Exception):
-    """One attempt to read a file failed; the text says how."""
-
-    def __init__(self, text: str, is_final: bool = False) -> None:
-        """Take what happened, and whether trying again is in vain."""
-        super().__init__(text)
-        self.is_final = is_final
-
-
-class WrongContentError(StoreError):
-    """A download ended without an error and is not the file that it should be."""
-
-    def __init__(self, text: str, content: str = "") -> None:
-        """Take what is wrong, and a hash of what came: twice the same is what the store has, not a fault of the way."""
-        super().__init__(text)
-        self.content = content or text
-
-
-class MissingFileError(StoreError):
-    """The store answers, and has no such file."""
-
-
-class LostFileError(DataError):
-    """A store that works has a file no more, or another one in its place: waiting does not bring it back.
-
-    Attributes:
-        name: The file's path in the corpus.
-        reason: What is wrong, without where and what to do.
-    """
-
-    def __init__(self, text: str, name: str = "", reason: str = "") -> None:
-        """Take the message, and what of it programs need."""
-        super().__init__(text)
-        self.name, self.reason = name, reason
 
 
 def is_remote(shards: str) -> bool:
@@ -101,40 +54,91 @@ def shown(url: str) -> str:
     return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, query, ""))
 
 
-class Store:
-    """The files of one corpus, by their path in it; any number of threads may read at a time.
+def has_credentials(url: str) -> bool:
+    """Whether a URL has a password, or a query, which may be a signature."""
+    return "?" in url or urlsplit(url).password is not None
+
+
+class Patience:
+    """How long what fails is tried again: with growing pauses, and from the first failure on for a limited time.
 
     Attributes:
-        url: What `data.sources[].shards` or a command line says.
+        num_attempts: How many have failed.
     """
 
+    def __init__(self, limit_seconds: float) -> None:
+        """Take the limit; 0 tries once."""
+        self.num_attempts = 0
+        self._limit, self._failing_since = limit_seconds, 0.0
+
+    def pause_after(self, error: StoreError, progress_at: float) -> float | None:
+        """Return the seconds until the next attempt, or None if that would be in vain or too late.
+
+        Args:
+            error: What ended the attempt.
+            progress_at: When the attempt last got on, by the monotonic clock.
+        """
+        self.num_attempts += 1
+        self._failing_since = self._failing_since or progress_at
+        left = self.left_seconds
+        if error.is_final or left <= 0:
+            return None
+        longest = min(LONGEST_PAUSE_SECONDS, FIRST_PAUSE_SECONDS * 2 ** (self.num_attempts - 1))
+        return min(longest * _jitter.uniform(0.5, 1.0), left)  # ranks and nodes that failed together spread
+
+    @property
+    def left_seconds(self) -> float:
+        """For how long it is still tried."""
+        return self._failing_since + self._limit - time.monotonic()
+
+    def __str__(self) -> str:
+        seconds = time.monotonic() - self._failing_since
+        return f"tried {self.num_attempts} times in {seconds:.0f} s" if self.num_attempts > 1 else "tried once"
+
+
+class Store:
+    """Files by their path below a URL; any number of threads may read at a time.
+
+    Attributes:
+        url: What the config or a command line says.
+    """
+
+    _caches_listings = True
+    _limit_option = "data.retry_seconds"
+    _remedy = "Upload the corpus again, whole, as `prepare` made it"  # of a file that comes wrong
+
     def __init__(
-        self, url: str, limit_seconds: float, stall_seconds: float | None = None, is_from_config: bool = True
+        self,
+        url: str,
+        limit_seconds: float,
+        stall_seconds: float | None = None,
+        option: str = "data.sources[].shards",
     ) -> None:
         """Open the store; nothing is read.
 
         Args:
-            url: A URL of fsspec's, or `pipe:` and a shell command whose `{}` becomes a file's path in the corpus.
+            url: A URL of fsspec's, or `pipe:` and a shell command whose `{}` becomes a file's path in the store.
             limit_seconds: How long a file that cannot be read is tried again.
             stall_seconds: After so long without a byte an attempt has failed; `STALL_SECONDS` if None.
-            is_from_config: Whether a config gives the URL and the limit, as errors then say; else a command line does,
-                the URL alone.
+            option: Of the config, that gives the URL, as errors say; empty if a command line does.
 
         Raises:
             DataError: The URL is of no kind that is installed.
         """
         self.url = url if url.startswith(PIPE) else url.rstrip("/")
-        self._limit, self._is_from_config = limit_seconds, is_from_config
+        self._limit, self._option = limit_seconds, option
         self._stall = min(STALL_SECONDS if stall_seconds is None else stall_seconds, limit_seconds)
         self._closing = threading.Event()
         if not url.startswith(PIPE):
-            self._filesystem, self._root, self._open_options = _open_filesystem(self.url, self._stall)
+            self._filesystem, self._root, self._open_options = _open_filesystem(
+                self.url, self._stall, self._caches_listings
+            )
 
     def location(self, name: str) -> str:
         """Where a file lies, as messages say it."""
         if self.url.startswith(PIPE):
             return self.url.replace("{}", shlex.quote(name))
-        return shown(_join(self.url, name))
+        return shown(join(self.url, name))
 
     def close(self) -> None:
         """End what is being read, in whatever thread: it fails soon."""
@@ -152,28 +156,20 @@ class Store:
         Raises:
             DataError: The file cannot be had; names where it lies, what was tried, and what to do.
         """
-        failing_since = 0.0
+        patience = Patience(self._limit if is_patient else 0)
         wrong: list[str] = []  # what came instead of the file
-        for attempt in count(1):
+        while True:
             reading = _Reading(self._stall)
             try:
                 return receive(self._chunks(name, reading))
             except StoreError as error:
-                failing_since = failing_since or reading.progress_at
                 if isinstance(error, WrongContentError):
                     wrong.append(error.content)
-                left = failing_since + self._limit - time.monotonic()
-                if error.is_final or not is_patient or left <= 0 or len(wrong) >= MAX_WRONG or self._closing.is_set():
+                pause = patience.pause_after(error, reading.progress_at)
+                if pause is None or len(wrong) >= MAX_WRONG or self._closing.is_set():
                     is_lost = isinstance(error, MissingFileError) or len(wrong) > len(set(wrong))
-                    raise self._failure(name, error, attempt, time.monotonic() - failing_since, is_lost) from error
-                longest = min(LONGEST_PAUSE_SECONDS, FIRST_PAUSE_SECONDS * 2 ** (attempt - 1))
-                pause = min(longest * _jitter.uniform(0.5, 1.0), left)  # ranks and nodes that failed together spread
-                logger.warning(
-                    "%s: %s; attempt %d, the next in %.1f s, for up to %.0f s more",
-                    self.location(name), error, attempt, pause, left,
-                )  # fmt: skip
-                self._closing.wait(pause)
-        raise AssertionError
+                    raise self._failure(name, error, patience, is_lost) from error
+                self._wait(name, error, patience, pause)
 
     def read(self, name: str, check: Callable[[bytes], object] = len) -> bytes:
         """Read a small file into memory.
@@ -196,21 +192,25 @@ class Store:
 
         return self.fetch(name, receive)
 
-    def _failure(self, name: str, error: StoreError, attempt: int, seconds: float, is_lost: bool) -> DataError:
+    def _wait(self, name: str, error: StoreError, patience: Patience, pause: float) -> None:
+        logger.warning(
+            "%s: %s; attempt %d, the next in %.1f s, for up to %.0f s more",
+            self.location(name), error, patience.num_attempts, pause, patience.left_seconds,
+        )  # fmt: skip
+        self._closing.wait(pause)
+
+    def _failure(self, name: str, error: StoreError, patience: Patience, is_lost: bool) -> DataError:
         if self._closing.is_set():
             return DataError(f"{self.location(name)}: the stream was closed while it was read")
-        tried = f"tried {attempt} times in {seconds:.0f} s" if attempt > 1 else "tried once"
         if error.is_final:
-            advice = (
-                f"Correct {'data.sources[].shards' if self._is_from_config else 'the URL'}, or the rights to read it"
-            )
+            advice = f"Correct {self._option or 'the URL'}, or the rights to read it"
         elif isinstance(error, WrongContentError):
-            advice = "Upload the corpus again, whole, as `prepare` made it"
+            advice = self._remedy
         else:
             advice = "Mend the store or the network"
-            if self._is_from_config:
-                advice += f", or raise data.retry_seconds ({self._limit:.0f})"
-        text = f"{self.location(name)} cannot be read: {error}; {tried}. {advice}, and run again."
+            if self._option and self._limit_option:
+                advice += f", or raise {self._limit_option} ({self._limit:.0f})"
+        text = f"{self.location(name)} cannot be read: {error}; {patience}. {advice}, and run again."
         return LostFileError(text, name, str(error)) if is_lost else DataError(text)
 
     def _chunks(self, name: str, reading: _Reading) -> Iterator[bytes]:
@@ -218,7 +218,7 @@ class Store:
         if self.url.startswith(PIPE):
             source = _read_pipe(self.location(name)[len(PIPE) :], reading)
         else:
-            source = _read_file(self._filesystem, _join(self._root, name), self._open_options)
+            source = _read_file(self._filesystem, join(self._root, name), self._open_options)
         if self._closing.is_set():
             raise StoreError("the stream was closed", is_final=True)
         with closing(reading):
@@ -263,7 +263,7 @@ class _Reading:
         except queue.Empty:
             raise StoreError(f"nothing came for {self._stall:.0f} s") from None
         if isinstance(chunk, Exception):
-            raise _as_store_error(chunk) from chunk
+            raise as_store_error(chunk) from chunk
         self.progress_at = time.monotonic()
         return chunk
 
@@ -278,38 +278,13 @@ class _Reading:
                 return
 
 
-def _as_store_error(error: Exception) -> StoreError:
-    if isinstance(error, StoreError):
-        return error
-    status = _status_of(error)
-    if status is not None:
-        if status in _MISSING:
-            return MissingFileError("there is no such file", is_final=True)
-        is_final = 400 <= status < 500 and status not in _MAY_PASS
-        return StoreError(f"the server answered {status}", is_final)
-    if isinstance(error, FileNotFoundError):
-        return MissingFileError("there is no such file", is_final=True)
-    text = " ".join(str(error).split())[:300]
-    is_final = isinstance(error, _NO_HOPE) or "Credentials" in type(error).__name__
-    return StoreError(f"{type(error).__name__}{': ' if text else ''}{text}", is_final)
-
-
-def _status_of(error: Exception) -> int | None:
-    """The HTTP status in an error of aiohttp's (status), gcsfs's (code) or huggingface_hub's (response.status_code)."""
-    for holder, name in ((error, "status"), (error, "code"), (getattr(error, "response", None), "status_code")):
-        number = str(getattr(holder, name, ""))
-        if number.isdigit():
-            return int(number)
-    return None
-
-
-def _join(root: str, name: str) -> str:
+def join(root: str, name: str) -> str:
     """Put a name behind the path of a URL, before its query if it has one."""
     path, mark, query = root.partition("?") if root.startswith("http") else (root, "", "")
     return f"{path.rstrip('/')}/{name}{mark}{query}"
 
 
-def _open_filesystem(url: str, stall_seconds: float) -> tuple[Any, str, dict[str, Any]]:
+def _open_filesystem(url: str, stall_seconds: float, caches_listings: bool) -> tuple[Any, str, dict[str, Any]]:
     """Return fsspec's file system for a URL, the root in it, and the options with which it opens a file."""
     protocol = url.partition(":")[0].lower()
     options: dict[str, Any] = {}
@@ -331,6 +306,10 @@ def _open_filesystem(url: str, stall_seconds: float) -> tuple[Any, str, dict[str
             opening = {"block_size": _BLOCK_BYTES}
         elif protocol == "hf":
             opening = {"block_size": 0}
+        elif protocol in ("file", "local"):
+            options = {"auto_mkdir": True}
+        if not caches_listings:
+            options["use_listings_cache"] = False
         filesystem, root = fsspec.core.url_to_fs(url, **options)
     except ImportError as error:
         package = _INSTALL.get(protocol, f"fsspec[{protocol}]")

@@ -5,30 +5,30 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict
+from collections.abc import Sequence
+from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
 
 import torch
 
-from pretrain import __version__
 from pretrain.config import Config
 from pretrain.damage import TooMuchDamageError, describe
 from pretrain.distributed import PendingSum, Ranks
 from pretrain.engine import StepResult, init_distributed, leave_distributed
-from pretrain.errors import EXIT_DONE, EXIT_STOPPED, CheckpointError, TrainingError
+from pretrain.errors import EXIT_DONE, EXIT_STOPPED, TrainingError
 from pretrain.evaluate import Evaluation, evaluate
 from pretrain.feed import StepInput
 from pretrain.guard import StopRequest
 from pretrain.hardware import peak_memory_bytes
 from pretrain.metrics import StepMetrics
 from pretrain.profiling import PhaseClock
+from pretrain.replicas import check_when_due
 from pretrain.rollback import roll_back
 from pretrain.run import PendingStep, Run, open_run
 from pretrain.run_folder import RunFolder, log_path, write_failure
 from pretrain.samples import save_samples
+from pretrain.saving import finish_save, judge_steps, report, save
 from pretrain.schedule import lr_at
 from pretrain.start_clock import StartClock
 from pretrain.watchdog import Watchdog
@@ -149,14 +149,6 @@ def is_over(run: Run) -> bool:
     return at_end
 
 
-def judge_steps(run: Run, up_to_step: int) -> None:
-    """Look for bad steps among those up to this one."""
-    if run.unreported and run.unreported.metrics.step <= up_to_step:
-        report(run)
-    for event in run.spikes.judge(up_to_step):
-        run.event(*event)
-
-
 def stopped(run: Run) -> tuple[str, int, str]:
     """Status, exit status and reason of a run that a signal has stopped."""
     return "stopped", EXIT_STOPPED, (
@@ -182,6 +174,7 @@ def train_step(run: Run) -> bool:
         run.feed.prepare(run.stop.received is not None, run.checkpoints.must_be_finished())
     phases.begin("optimizer")
     lr = lr_at(run.progress.step, run.plan.num_steps, run.config.optim.lr, run.config.schedule)
+    check_when_due(run.engine, run.ranks, run.progress.step, run.config.guard.check_replicas_every)
     run.checkpoints.wait_for_copy()
     result = run.engine.step(lr)
     if not result.applied and run.config.guard.rerun and run.config.train.precision != "fp16":
@@ -267,20 +260,6 @@ def name_damage(run: Run, damage: Sequence[str]) -> None:
         run.event("damaged_documents", sum_of_all, documents=documents)
 
 
-def report(run: Run) -> None:
-    """Record the step whose sums have not been read back, if there is one."""
-    pending, run.unreported = run.unreported, None
-    if pending is None:
-        return
-    observation = pending.observe()
-    run.progress.num_clipped += 0 < run.config.optim.clip_norm < observation.grad_norm
-    run.spikes.record(observation)
-    metrics = pending.finish(run.progress.num_clipped)
-    run.ranks.heartbeat.count_step(metrics.own_seconds)
-    if run.log:
-        run.log.step(metrics)
-
-
 def report_after_failure(run: Run) -> None:
     """Record the last step that was done, unless what failed is why its sums do not arrive."""
     give_up = time.monotonic() + REPORT_SECONDS
@@ -350,49 +329,3 @@ def sample(run: Run) -> None:
         run.event("samples_failed", str(error))
     run.engine.train()
     run.step_began = time.perf_counter()
-
-
-def save(run: Run, last: bool = False) -> None:
-    """Save a checkpoint, which goes on beside the next steps, and remove those that retention does not keep.
-
-    A failed save is reported and the run goes on, unless it is the last one, which is waited for.
-    """
-    judge_steps(run, up_to_step=run.progress.step)
-    finish_save(run)
-    run.ranks.heartbeat.enter("saving", is_patient=True)
-    run.saving_step = run.progress.step
-    training = {
-        "progress": asdict(run.progress), "num_tokens": run.progress.num_tokens, "data": run.stream.state(),
-        "spikes": run.spikes.state(),
-    }  # fmt: skip
-    about = {"config": run.config.model_dump(mode="json"), "tokenizer": run.tokenizer.fingerprint,
-             "longhaul": __version__, "torch": torch.__version__}  # fmt: skip
-    with save_failures(run, last):
-        run.checkpoints.start_save(run.engine, run.saving_step, training, about, run.progress.best_step)
-    if last or not run.config.checkpoint.asynchronous:
-        finish_save(run, last)
-    run.step_began = time.perf_counter()
-
-
-def finish_save(run: Run, last: bool = False) -> None:
-    """Wait for the save that is under way, if there is one."""
-    run.ranks.heartbeat.enter("saving", is_patient=True)
-    with save_failures(run, last):
-        if run.checkpoints.finish_save() and run.folder:
-            run.folder.write_status("running", None, run.saving_step)
-    run.step_began = time.perf_counter()
-
-
-@contextmanager
-def save_failures(run: Run, last: bool) -> Iterator[None]:
-    """Report a failed save, or raise its error if it was the last one."""
-    try:
-        yield
-    except CheckpointError as error:
-        progress = run.progress
-        if progress.best_step == run.saving_step:  # the best that exists is still the one before: not to be pruned
-            progress.best_loss, progress.best_step = run.best_before
-        if last:
-            error.agreed = True
-            raise
-        run.event("save_failed", str(error), saved_step=run.saving_step)

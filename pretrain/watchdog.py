@@ -22,6 +22,7 @@ from pathlib import Path
 from pretrain.console import write_patiently
 from pretrain.distributed import Ranks, is_communication_failure, set_timeouts
 from pretrain.errors import EXIT_FAILED, LonghaulError, PeerError, TrainingError
+from pretrain.redaction import redact
 from pretrain.stalls import GO_ON, Judge, Stragglers, Verdict
 from pretrain.watch_links import Hub, News, Spoke
 
@@ -206,9 +207,9 @@ class Watchdog:
     def _say_last_words(self, verdict: Verdict) -> None:
         if self.speaks:
             who = "error" if self._ranks.is_first else f"error on rank {self._ranks.rank}"
-            write_patiently(sys.stderr, f"{who}: {verdict.reason}\n")
+            write_patiently(sys.stderr, f"{who}: {redact(verdict.reason)}\n")
         with suppress(OSError), open(self._log, "a", encoding="utf-8") as file:
-            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} ERROR {verdict.reason}\nThis rank's threads:\n")
+            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} ERROR {redact(verdict.reason)}\nThis rank's threads:\n")
             file.flush()
             faulthandler.dump_traceback(file, all_threads=True)
         if self.speaks:

@@ -8,7 +8,7 @@ from http.client import HTTPConnection
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import urlsplit
 
-_PER_CONNECTION = ("connection", "keep-alive", "transfer-encoding", "content-length")
+_PER_CONNECTION = ("connection", "keep-alive", "transfer-encoding", "content-length", "expect")
 
 
 class FaultyProxy:
@@ -18,16 +18,23 @@ class FaultyProxy:
         url: Where it is reached.
         faults: What happens to the GET requests for a file, in order, by the path's end: `drop`, `stall`, `short`,
             `corrupt` or `503`; then they are passed on.
+        writes: What happens to every request that would change a file, by a part of its path: `drop`, `stall` (while it
+            stands here), or the status that it is refused with.
+        requests: Method and path of every request that was passed on, in order.
     """
 
     def __init__(self, target: str) -> None:
         self.faults: dict[str, list[str]] = defaultdict(list)
+        self.writes: dict[str, str] = {}
+        self.requests: list[tuple[str, str]] = []
         self._target = urlsplit(target).netloc
         self._lock = threading.Lock()
         self._ending = threading.Event()
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"  # who sends a body waits to be told to (100-continue)
+
             def handle_any(self) -> None:
                 outer._pass_on(self)
 
@@ -58,15 +65,33 @@ class FaultyProxy:
             waiting = next((faults for end, faults in self.faults.items() if path.endswith(end) and faults), None)
             return waiting.pop(0) if waiting and request.command == "GET" else None
 
+    def _refuses(self, request: BaseHTTPRequestHandler) -> bool:
+        """Whether a request that would change something is not to be passed on; answers it."""
+        fault = next((fault for part, fault in self.writes.items() if part in request.path), None)
+        if fault is None or request.command in ("GET", "HEAD"):
+            return False
+        if fault == "stall":
+            while fault in self.writes.values() and not self._ending.wait(0.05):
+                pass
+        elif fault != "drop":
+            request.rfile.read(int(request.headers.get("Content-Length", 0)))
+            request.send_error(int(fault))
+        return True
+
     def _pass_on(self, request: BaseHTTPRequestHandler) -> None:
         request.close_connection = True
+        if self._refuses(request):
+            return
         fault = self._fault_of(request)
         if fault == "503":
             request.send_error(503)
             return
         body = request.rfile.read(int(request.headers.get("Content-Length", 0)))
+        with self._lock:
+            self.requests.append((request.command, request.path))
         connection = HTTPConnection(self._target, timeout=30)
-        connection.request(request.command, request.path, body, dict(request.headers.items()))
+        headers = {name: value for name, value in request.headers.items() if name.lower() not in _PER_CONNECTION}
+        connection.request(request.command, request.path, body, headers)
         answer = connection.getresponse()
         content = answer.read()
         connection.close()
@@ -80,6 +105,7 @@ class FaultyProxy:
                 request.send_header(name, value)
         length = answer.getheader("Content-Length", "0") if request.command == "HEAD" else str(len(content))
         request.send_header("Content-Length", length)
+        request.send_header("Connection", "close")
         request.end_headers()
         if request.command == "HEAD":
             return

@@ -49,7 +49,7 @@ def test_shards_from_elsewhere_are_not_prepared_and_have_options_of_their_own() 
          "which the other ranks give up. Use 300, or raise the other."),
     ]  # fmt: skip
     (problem,) = texts_of(config_of(), "data.cache_dir")
-    assert "It is for shards that are read from elsewhere" in problem[1]
+    assert "It is for shards and checkpoints elsewhere, and all" in problem[1]
 
 
 def test_compiled_blocks_and_zero_3_exclude_each_other() -> None:
@@ -60,6 +60,21 @@ def test_compiled_blocks_and_zero_3_exclude_each_other() -> None:
         "train.compile",
         "train.compile is true; expected false or null with parallel.zero_stage 3, which gathers weights inside of a "
         "block. Use train.compile=false, or parallel.zero_stage=2.",
+    )]  # fmt: skip
+
+
+def test_only_what_is_divided_is_offloaded() -> None:
+    for stage, offload in ((0, "none"), (1, "optimizer"), (3, "optimizer"), (3, "parameters")):
+        assert texts_of(config_of(parallel__zero_stage=stage, parallel__offload=offload)) == []
+    assert texts_of(config_of(parallel__zero_stage=0, parallel__offload="optimizer")) == [(
+        "parallel.offload",
+        "parallel.offload is optimizer; expected none with parallel.zero_stage 0, which does not divide anything. Use "
+        "parallel.zero_stage=1.",
+    )]  # fmt: skip
+    assert texts_of(config_of(parallel__zero_stage=2, parallel__offload="parameters")) == [(
+        "parallel.offload",
+        "parallel.offload is parameters; expected none with parallel.zero_stage 2, which does not divide weights. Use "
+        "parallel.zero_stage=3.",
     )]  # fmt: skip
 
 
@@ -372,3 +387,19 @@ def test_the_family_takes_the_models_options() -> None:
     problems = texts_of(config_of(model__num_heads=3, model__norm="layernorm"))
     assert sorted(option for option, _ in problems) == ["model.dim", "model.norm"]
     assert all(text.startswith(f"{option} is ") for option, text in problems)
+
+
+def test_checkpoints_go_where_writing_is_possible_and_no_secret_is_written() -> None:
+    for place, text in {
+        "s3://me:hidden@bucket/run": "is s3://bucket/run with a password or a query; expected neither, for this is written "
+        "to the run folder. Leave them out: credentials come from the environment.",
+        "s3://bucket/run?signature=hidden": "is s3://bucket/run?… with a password or a query; expected neither,",
+        "https://host/run": "is https://host/run; expected a folder or an object store. Use s3:// or gs://, or none.",
+        "memory://run": "is memory://run; expected a folder or an object store.",
+    }.items():
+        (problem,) = texts_of(config_of(checkpoint__dir=place))
+        assert problem[0] == "checkpoint.dir" and problem[1].startswith(f"checkpoint.dir {text}"), problem
+        assert "hidden" not in problem[1]
+    for place in ("", "/somewhere", "s3://bucket/run", "sftp://me@host/run"):
+        assert texts_of(config_of(checkpoint__dir=place)) == []
+    assert texts_of(config_of(checkpoint__dir="s3://bucket/run"), "data.retry_seconds") == []  # it is read then

@@ -92,7 +92,7 @@ def make_run(name: str, tokenizer: Tokenizer) -> LoadedRun:
         tokenizer,
         30,
         12345,
-        Path("runs/a/checkpoints/step-00000030"),
+        "step-00000030",
         Path("runs/a"),
     )
 

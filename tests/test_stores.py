@@ -13,7 +13,8 @@ import pytest
 
 from pretrain import stores
 from pretrain.errors import DataError
-from pretrain.stores import Store, StoreError, is_remote, shown
+from pretrain.store_errors import StoreError, as_store_error
+from pretrain.stores import Store, is_remote, shown
 from tests.store_server import StoreServer
 
 CONTENT = bytes(range(256)) * 2000
@@ -185,8 +186,7 @@ def test_errors_of_libraries_become_sentences() -> None:
         status = 429
 
     verdicts = [
-        stores._as_store_error(error)
-        for error in (ServerError(), NoCredentialsError("none"), Slow(), OSError(5, "I/O"))
+        as_store_error(error) for error in (ServerError(), NoCredentialsError("none"), Slow(), OSError(5, "I/O"))
     ]
     assert [error.is_final for error in verdicts] == [True, True, False, False]
     assert all(isinstance(error, StoreError) for error in verdicts)

@@ -2,7 +2,8 @@
 
 Started by the tests on every rank: `cases.py CONFIG CASES.json`. CASES.json holds a list of
 {"overrides": [...], and by choice "signal_at", "signal_rank", "poison", "out_of_memory", "damage", "fail_save",
-"slow_save", "lose_state", "window", "bad_rows"}. What a case leaves behind is in its run folder.
+"slow_save", "lose_state", "flip": [step, rank or -1 for all, name], "watch_loading",
+"window", "bad_rows"}. What a case leaves behind is in its run folder.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 import torch
 
+from pretrain import checkpoint_folder, share_writer, spikes
 from pretrain import engine as engine_module
-from pretrain import share_writer, spikes
 from pretrain import train as train_module
 from pretrain.checkpoint import Checkpoints
 from pretrain.engine import init_distributed, leave_distributed
@@ -32,6 +33,7 @@ from pretrain.optim import make_optimizer
 from pretrain.settings import load_config
 from pretrain.start_clock import StartClock
 from tests.host_reads import HostReads
+from tests.ranks import loading
 
 
 def run_case(case: dict, config_path: str, ranks, stop: StopRequest) -> str:
@@ -44,7 +46,7 @@ def run_case(case: dict, config_path: str, ranks, stop: StopRequest) -> str:
             content[len(content) // 2] ^= 1
             path.write_bytes(content)
         ranks.barrier()
-    save, write = Checkpoints.start_save, share_writer.write_tensors
+    save, write = Checkpoints.start_save, checkpoint_folder.write_tensors
     if "fail_save" in case:  # the last rank's disk is full when it writes these steps
 
         def failing_write(path, *rest):
@@ -52,7 +54,7 @@ def run_case(case: dict, config_path: str, ranks, stop: StopRequest) -> str:
                 raise OSError(errno.ENOSPC, "no space")
             return write(path, *rest)
 
-        share_writer.write_tensors = failing_write
+        checkpoint_folder.write_tensors = failing_write
     copy = share_writer.ShareWriter._copy
     if "slow_save" in case:  # both the copy in memory and the writing take so many seconds
 
@@ -64,7 +66,7 @@ def run_case(case: dict, config_path: str, ranks, stop: StopRequest) -> str:
             time.sleep(case["slow_save"])
             return write(*args)
 
-        share_writer.ShareWriter._copy, share_writer.write_tensors = slow_copy, slow_write
+        share_writer.ShareWriter._copy, checkpoint_folder.write_tensors = slow_copy, slow_write
     if "lose_state" in case:  # the last rank's optimizer lacks a state when it saves
 
         def incomplete_save(self, engine, *rest):
@@ -133,6 +135,23 @@ def run_case(case: dict, config_path: str, ranks, stop: StopRequest) -> str:
                 run.engine.forward = forward
 
         train_module.train_step = poisoned_step
+    if "flip" in case:  # a bit of a tensor's middle is another before this step
+        step_to_flip, on_rank, name_to_flip = case["flip"]
+
+        def step_with_flip(run):
+            if run.progress.step + 1 == step_to_flip and on_rank in (-1, ranks.rank):
+                tensors = dict(run.engine.replicas())
+                for fragment in run.engine.fragments():
+                    tensors |= {f"{fragment.name}/{state}": tensor for state, tensor in fragment.tensors.items()}
+                if name_to_flip in tensors:  # else another rank has it
+                    flat = tensors[name_to_flip].detach().view(-1)
+                    flat.view(torch.int16)[len(flat) // 2 | 1] ^= 1 << 6  # of a significand, its first bit
+            return original(run)
+
+        train_module.train_step = step_with_flip
+    open_run = train_module.open_run
+    if case.get("watch_loading"):
+        train_module.open_run = loading.watched(open_run)
     window = spikes.WINDOW
     spikes.WINDOW = case.get("window", window)
     forward = engine_module.Engine.forward
@@ -168,8 +187,9 @@ def run_case(case: dict, config_path: str, ranks, stop: StopRequest) -> str:
         return f"{type(error).__name__}: {error}"
     finally:
         train_module.train_step = original
+        train_module.open_run = open_run
         spikes.WINDOW, engine_module.Engine.forward = window, forward
-        Checkpoints.start_save, share_writer.write_tensors = save, write
+        Checkpoints.start_save, checkpoint_folder.write_tensors = save, write
         share_writer.ShareWriter._copy = copy
         train_module.sample = sample
         engine_module.deepspeed_settings = settings
