@@ -39,7 +39,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         report = convert(arguments.run, arguments.out, arguments.step, arguments.to, arguments.dtype)
     except LonghaulError as error:
-        print(f"error: {error}", file=sys.stderr)
+        from pretrain.redaction import print_error
+
+        print_error(error)
         return error.exit_status
     if arguments.json:
         print(json.dumps(report))

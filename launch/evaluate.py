@@ -29,22 +29,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--step", type=int, help="checkpoint to judge; the newest by default")
     parser.add_argument("--max-rows", type=int, default=0, help="held-out rows to use; all by default")
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout and nothing else there")
+    parser.add_argument("--allow-pipe", action="store_true", help="run the commands of sources that are pipe:")
     arguments = parser.parse_args(argv)
     from pretrain.errors import LonghaulError
     from pretrain.evaluate import evaluate
     from pretrain.hardware import best_device
+    from pretrain.redaction import print_error
     from pretrain.run_folder import load_run
     from pretrain.stream import ValRows
 
     try:
-        loaded, device = load_run(arguments.run, arguments.step), best_device()
+        loaded, device = load_run(arguments.run, arguments.step, arguments.allow_pipe), best_device()
         rows = ValRows(loaded.config, loaded.tokenizer.fingerprint, arguments.max_rows)
         model = loaded.model.to(device)
         result = evaluate(
             model, rows, loaded.tokenizer.token_bytes(), loaded.config.train.micro_batch_size, device=device
         )
     except LonghaulError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print_error(error)
         return error.exit_status
     for damage in rows.damage.add(rows.take_damaged()):
         print(f"warning: held-out {damage}; it is not scored", file=sys.stderr)

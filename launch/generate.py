@@ -46,7 +46,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         model = run.model.to(best_device())
         completions = generate(model, run.tokenizer, prompts, options, printer.add if printer else None)
     except LonghaulError as error:
-        print(f"error: {error}", file=sys.stderr)
+        from pretrain.redaction import print_error
+
+        print_error(error)
         return error.exit_status
     if arguments.json:
         print(json.dumps({"step": run.step, "completions": [dataclasses.asdict(item) for item in completions]}))

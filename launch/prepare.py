@@ -28,7 +28,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             return reported[1]
         run(arguments)
     except LonghaulError as error:
-        print(f"error: {error}", file=sys.stderr)
+        from pretrain.redaction import print_error
+
+        print_error(error)
         return error.exit_status
     except KeyboardInterrupt:
         print("stopped: what is complete is kept; the same command goes on where it stopped", file=sys.stderr)

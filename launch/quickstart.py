@@ -34,7 +34,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         quickstart(arguments.config, arguments.overrides)
     except LonghaulError as error:
-        print(f"error: {error}", file=sys.stderr)
+        from pretrain.redaction import print_error
+
+        print_error(error)
         return error.exit_status
     return 0
 

@@ -64,6 +64,7 @@ def check_options(config: Config, given: Set[str]) -> list[Problem]:
         _schedule_problems,
         _batch_problems,
         _compile_problems,
+        _offload_problems,
         _evaluation_problems,
         _source_problems,
         _mixture_problems,
@@ -206,6 +207,16 @@ def _compile_problems(config: Config) -> Iterator[Problem]:
     if config.train.compile and config.parallel.zero_stage == 3:
         text = "train.compile is true; expected false or null with parallel.zero_stage 3, which gathers weights inside "
         yield Problem("train.compile", text + "of a block. Use train.compile=false, or parallel.zero_stage=2.")
+
+
+def _offload_problems(config: Config) -> Iterator[Problem]:
+    """Check that what is to be kept in the host's memory is divided: DeepSpeed offloads nothing else."""
+    offload, stage = config.parallel.offload, config.parallel.zero_stage
+    least = {"none": 0, "optimizer": 1, "parameters": 3}[offload]
+    if stage < least:
+        text = f"parallel.offload is {offload}; expected none with parallel.zero_stage {stage}, which does not divide "
+        what = "weights" if least == 3 else "anything"
+        yield Problem("parallel.offload", f"{text}{what}. Use parallel.zero_stage={least}.")
 
 
 def _evaluation_problems(config: Config) -> Iterator[Problem]:

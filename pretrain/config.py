@@ -173,6 +173,11 @@ class DataSection(Section):
     cache_bytes: Count = Field(
         100_000_000_000, description="Size of that folder at most; what was used longest ago makes room."
     )
+    allow_pipe: Bool = Field(
+        False,
+        description="Run the shell commands of sources whose `shards` are `pipe:` and a command. Whoever writes the "
+        "config then runs programs as you.",
+    )
     retry_seconds: Count = Field(
         600,
         description="How long a file from elsewhere that cannot be read is tried again before the run fails. A "
@@ -278,7 +283,9 @@ class TrainSection(Section):
         "activations again in the backward pass; `full` keeps each block's input only and computes all of it again.",
     )
     deterministic: Bool = Field(
-        False, description="On a GPU, choose algorithms that give the same bits on every run. A CPU's always do."
+        False,
+        description="On a GPU, have attention's backward pass too give the same bits on every run, for a second "
+        "pass over the keys; all the rest does anyway, and so does a CPU.",
     )
     compile: Bool | None = Field(
         None,

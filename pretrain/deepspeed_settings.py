@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from pretrain.batch_plan import BatchPlan
 from pretrain.config import Config
+from pretrain.run_options import ParallelSection
 
 
-def effective_stage(zero_stage: int, precision: str, world_size: int) -> int:
+def effective_stage(parallel: ParallelSection, precision: str, world_size: int) -> int:
     """The stage that runs, where two would compute the same.
 
     DeepSpeed accumulates bf16 and fp16 gradients in fp32 from stage 1 on only. And one rank has nothing to divide: in
     fp32 stage 1 would but copy all gradients twice, which was 2% of a step on a CPU (docs/notes/0012).
     """
     if precision != "fp32":
-        return max(zero_stage, 1)
-    return 0 if zero_stage == 1 and world_size == 1 else zero_stage
+        return max(parallel.zero_stage, 1)
+    divides_nothing = parallel.zero_stage == 1 and world_size == 1 and parallel.offload == "none"
+    return 0 if divides_nothing else parallel.zero_stage
 
 
 def bucket_elements(world_size: int) -> int:
@@ -29,7 +31,7 @@ def bucket_elements(world_size: int) -> int:
 
 def deepspeed_settings(config: Config, plan: BatchPlan, num_parameters: int) -> dict:
     """Generate DeepSpeed's JSON for this config, number of ranks and size of model."""
-    stage = effective_stage(config.parallel.zero_stage, config.train.precision, plan.world_size)
+    stage = effective_stage(config.parallel, config.train.precision, plan.world_size)
     settings: dict = {
         "train_batch_size": plan.global_batch_size,
         "train_micro_batch_size_per_gpu": plan.micro_batch_size,
@@ -50,6 +52,12 @@ def deepspeed_settings(config: Config, plan: BatchPlan, num_parameters: int) -> 
         "data_types": {"grad_accum_dtype": config.train.grad_accum_dtype},
         "communication_data_type": config.train.grad_accum_dtype,  # else bf16 and fp16 gradients are rounded to be sent
     }
+    if config.parallel.offload != "none":
+        settings["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
+        # torch's fused Adam runs on CPUs too, and every other optimizer; DeepSpeed's own is compiled at the start.
+        settings["zero_force_ds_cpu_optimizer"] = False
+    if config.parallel.offload == "parameters":
+        settings["zero_optimization"]["offload_param"] = {"device": "cpu"}
     if config.train.precision == "bf16":
         settings["bf16"] = {"enabled": True}
     elif config.train.precision == "fp16":

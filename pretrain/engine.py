@@ -8,7 +8,6 @@ Facts of DeepSpeed 0.19.8 that this file respects (each measured; `docs/notes/00
 - At stage 0 in fp32 `step` neither reports a norm nor skips a non-finite update: norm, clip and skip are done here.
 - Stage 0 offers no fp32 accumulation of bf16 or fp16 gradients: those run as stage 1.
 - The learning rate is set at every step, since a restored optimizer would silently bring its own.
-- A process group's timeout must be set on every group; the default group's does not reach the others.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ from pretrain.communication import CommunicationTimer
 from pretrain.config import Config
 from pretrain.deepspeed_settings import deepspeed_settings, effective_stage
 from pretrain.distributed import Ranks, choose_device, export_rank_variables
-from pretrain.errors import ConfigError, TrainingError
+from pretrain.errors import ConfigError, LonghaulError, PeerError, TrainingError
 from pretrain.matrix_exchange import Held
 from pretrain.muon import Muon
 from pretrain.optim import create_state, make_optimizer, moment_names, param_groups
@@ -47,7 +46,8 @@ _COMMUNICATION = CommunicationTimer()  # one a process, as DeepSpeed's backend i
 class Fragment:
     """The part of one parameter that this rank owns: flat elements [start, start + length).
 
-    `tensors` maps `master` and each moment's name to a flat fp32 view into the live optimizer.
+    `tensors` maps `master` and each moment's name to a flat fp32 view into the live optimizer. `weight` are the same
+    elements of the model's own weights, None where the masters themselves are these.
     """
 
     name: str
@@ -55,6 +55,7 @@ class Fragment:
     start: int
     length: int
     tensors: dict[str, torch.Tensor]
+    weight: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -92,14 +93,23 @@ def init_distributed(timeout_seconds: int) -> Ranks:
                 timeout=timedelta(seconds=timeout_seconds),
             )
         except RuntimeError as error:  # torch's network and store errors are such
-            address = f"{variables['MASTER_ADDR']}:{variables['MASTER_PORT']}"
-            raise TrainingError(
-                f"launch: rank {variables['RANK']} of {variables['WORLD_SIZE']} cannot meet the others at {address}; "
-                f"expected a free port there that all nodes reach ({str(error).splitlines()[0]}). Choose another port "
-                "(deepspeed --master_port, torchrun --master-port, MASTER_PORT)."
-            ) from None
+            raise _cannot_meet(error, variables) from None
+    ranks = Ranks(int(variables["RANK"]), int(variables["LOCAL_RANK"]), int(variables["WORLD_SIZE"]), device)
+    _COMMUNICATION.heartbeat = ranks.heartbeat
     _COMMUNICATION.watch(deepspeed.comm.comm.cdb)
-    return Ranks(int(variables["RANK"]), int(variables["LOCAL_RANK"]), int(variables["WORLD_SIZE"]), device)
+    return ranks
+
+
+def _cannot_meet(error: RuntimeError, variables: dict[str, str]) -> LonghaulError:
+    """What to say where the ranks do not find each other: a port that is taken stays so, a late node may come."""
+    text = str(error).splitlines()[0]
+    is_taken = "address already in use" in text.lower() or "EADDRINUSE" in text
+    return (TrainingError if is_taken else PeerError)(
+        f"launch: rank {variables['RANK']} of {variables['WORLD_SIZE']} cannot meet the others at "
+        f"{variables['MASTER_ADDR']}:{variables['MASTER_PORT']}; expected a free port there that all nodes reach, and "
+        f"all ranks within parallel.start_timeout_seconds ({text}). Look whether all were started, or choose another "
+        "port (deepspeed --master_port, torchrun --master-port, MASTER_PORT)."
+    )
 
 
 def _quieten(deepspeed: ModuleType) -> None:
@@ -139,7 +149,7 @@ class Engine:
         if config.train.precision == "fp16" and ranks.device.type == "cpu":
             raise ConfigError("train.precision is fp16; expected bf16 or fp32 on a CPU. Use train.precision=fp32.")
         self.ranks = ranks
-        self.stage = effective_stage(config.parallel.zero_stage, config.train.precision, plan.world_size)
+        self.stage = effective_stage(config.parallel, config.train.precision, plan.world_size)
         self.optim = config.optim
         self.precision = config.train.precision
         self._names = {id(parameter): name for name, parameter in model.named_parameters()}
@@ -161,9 +171,7 @@ class Engine:
         self._parameters = list(self._engine.module.named_parameters())
         self._num_updates = 0
         if isinstance(optimizer, Muon):
-            optimizer.place(self._flat_masters(), ranks.gather(self._held()), ranks.rank)
-        for group in list(dist.distributed_c10d._world.pg_map):
-            dist.distributed_c10d._set_pg_timeout(timedelta(seconds=config.parallel.timeout_seconds), group)
+            optimizer.place(self._flat_masters(), ranks.gather(self._held()), ranks.rank, ranks.device)
 
     def time_communication(self, clock: PhaseClock | None) -> None:
         """Count what is waited for collectives from now on as the phase `communication` of this clock."""
@@ -226,7 +234,12 @@ class Engine:
             tensors = {
                 state: tensor.view(-1).narrow(0, offset, length) for state, tensor in self._state_of(name, flat).items()
             }
-            yield Fragment(name, self._shapes[name], start, length, tensors)
+            weight = None
+            if self.stage == 3:
+                weight = parameter.ds_tensor.data.view(-1)[:length]
+            elif self.stage > 0:
+                weight = parameter.data.view(-1)[start : start + length]
+            yield Fragment(name, self._shapes[name], start, length, tensors, weight)
 
     def _create_state(self) -> None:
         """Create the optimizer's state before its first update, so that it can be saved or filled."""
@@ -294,6 +307,20 @@ class Engine:
         for name, parameter in self._parameters:
             tensors = {state: tensor.view(-1) for state, tensor in self._state_of(name, parameter).items()}
             yield Fragment(name, self._shapes[name], 0, parameter.numel(), tensors)
+
+    def replicas(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield the names and tensors of what all ranks hold alike, bit for bit, between two updates.
+
+        At stage 0 everything that a checkpoint holds, at 1 and 2 the weights, at 3 those that are too small to divide.
+        """
+        if self.stage == 0:
+            for fragment in self.replicated_fragments():
+                for state, tensor in fragment.tensors.items():
+                    yield fragment.name if state == MASTER else f"{fragment.name}/{state}", tensor
+            return
+        for name, parameter in self._parameters:
+            if self.stage < 3 or parameter.ds_persist:
+                yield name, parameter.data
 
     def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of every parameter, undivided."""

@@ -170,15 +170,17 @@ class MatrixExchange:
         self.rank, self.num_ranks = rank, len(held)
         self.buckets = plan_buckets(matrices, held, rank, bucket_elements)
 
-    def apply(self, tensors: dict[int, Tensor], work: Callable[[Tensor], Tensor], dtype: torch.dtype) -> None:
+    def apply(
+        self, tensors: dict[int, Tensor], work: Callable[[Tensor], Tensor], dtype: torch.dtype, device: torch.device
+    ) -> None:
         """Replace each matrix in the tensors by `scale` times what `work` makes of it.
 
         Args:
             tensors: flat, by number; changed in place.
             work: takes and returns equal matrices `[count, rows, cols]`.
             dtype: that matrices travel and are worked on in.
+            device: likewise; the tensors may be elsewhere.
         """
-        device = next(iter(tensors.values())).device
         for bucket in self.buckets:
             size = sum(count * rows * cols for count, rows, cols in bucket.batches)
             whole = torch.empty(size, dtype=dtype, device=device)

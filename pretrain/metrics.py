@@ -20,6 +20,7 @@ from typing import Any
 
 from pretrain.console import LiveLine, format_count, format_duration, warn
 from pretrain.patient_file import PatientFile
+from pretrain.redaction import redact, storable
 from pretrain.run_options import LogSection
 from pretrain.tracking import Tracker
 
@@ -52,6 +53,11 @@ class StepMetrics:
     corpus_tokens: dict[str, int]
     epochs: dict[str, float]
     phase_seconds: dict[str, float]
+
+    @property
+    def own_seconds(self) -> float:
+        """Of `step_seconds`, what this rank worked and did not wait for others."""
+        return sum(self.phase_seconds.get(phase, 0.0) for phase in ("data", "forward", "backward", "optimizer"))
 
 
 def _json_number(value: Any) -> Any:
@@ -218,7 +224,8 @@ class MetricLog:
 
     def event(self, step: int, event: str, message: str, **details: Any) -> None:
         """Record that something happened: a start, a save, a skipped step, a damaged document."""
-        self._write({"step": step, "event": event, "message": message, **details})
+        message = redact(message)
+        self._write({"step": step, "event": event, "message": message, **storable(details)})
         if self._events:
             self._events.add_text(event, message, step)
         if self._tracker:

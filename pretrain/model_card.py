@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import textwrap
 from typing import Any
 
@@ -49,6 +50,11 @@ fp32 from the same {dtype} weights:
 """
 
 
+def _plain(text: str) -> str:
+    """A name as text of one line, whatever Markdown or HTML would make of it."""
+    return re.sub(r"([\\`*_\[\]<>|&#~])", r"\\\1", " ".join(text.split()))
+
+
 def model_card(shape: ModelShape, report: dict[str, Any]) -> str:
     """Write the card of an export.
 
@@ -69,8 +75,8 @@ def model_card(shape: ModelShape, report: dict[str, Any]) -> str:
         "Embeddings": "shared with the output layer" if shape.tie_embeddings else "separate from the output layer",
         "Context length": f"{shape.seq_len:,} tokens" + (f", each seeing {window:,} at most" if window else ""),
         "Tokenizer": f"{tokens['kind']}, {shape.vocab_size:,} tokens",
-        "Trained on": f"{source['tokens']:,} tokens in {source['step']:,} steps (run {source['run']}, "
-        f"{source['checkpoint']})",
+        "Trained on": f"{source['tokens']:,} tokens in {source['step']:,} steps (run {_plain(source['run'])}, "
+        f"{_plain(source['checkpoint'])})",
         "Weights": report["dtype"],
         "Config": f"sha256 {source['config_sha256']}",
     }
@@ -90,7 +96,7 @@ def model_card(shape: ModelShape, report: dict[str, Any]) -> str:
     )
     return _CARD.format(
         warnings=warnings,
-        name=source["run"],
+        name=_plain(source["run"]),
         architecture=f"`{logits['architecture']}`",
         facts="\n".join(f"| {key} | {value} |" for key, value in facts.items()),
         transformers_version=report["versions"]["transformers"],

@@ -76,18 +76,19 @@ class Muon(torch.optim.AdamW):
                 assert start == parameter.numel(), f"the parts of {name} are {group['parts'][name]}"
                 held.append(Held(name, 0, start, len(tensors), 0))
                 tensors.append(parameter)
-        self.place(tensors, [held], 0)
+        self.place(tensors, [held], 0, tensors[0].device if tensors else torch.device("cpu"))
 
-    def place(self, tensors: Sequence[Tensor], held: Sequence[Sequence[Held]], rank: int) -> None:
+    def place(self, tensors: Sequence[Tensor], held: Sequence[Sequence[Held]], rank: int, device: torch.device) -> None:
         """Say where the parameters are once they have been divided.
 
         Args:
             tensors: this rank's, in the order by which `held` numbers them; a parameter has the same number everywhere.
             held: what each rank holds of the parameters with `muon`.
             rank: this one.
+            device: where ranks exchange and orthogonalise matrices; the tensors may be in the host's memory.
         """
         self._number = {id(tensor): number for number, tensor in enumerate(tensors)}
-        self._held, self._rank = held, rank
+        self._held, self._rank, self._device = held, rank, device
         self._exchanges: dict[tuple[int, ...], MatrixExchange] = {}
 
     @torch.no_grad()
@@ -131,7 +132,8 @@ class Muon(torch.optim.AdamW):
         exchange = self._exchange_of(tuple(sorted(numbers)))
         flat = {number: gradient.view(-1) for number, gradient in zip(numbers, gradients, strict=True)}
         # In bf16 on GPUs, as published; in fp32 on CPUs, where it is exact and bf16 is often slower.
-        exchange.apply(flat, orthogonalise, torch.bfloat16 if tensors[0].is_cuda else torch.float32)
+        dtype = torch.bfloat16 if self._device.type == "cuda" else torch.float32
+        exchange.apply(flat, orthogonalise, dtype, self._device)
 
     def _exchange_of(self, numbers: tuple[int, ...]) -> MatrixExchange:
         """Return the plan for these tensors: DeepSpeed comes with one at a time, or with all."""

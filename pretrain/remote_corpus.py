@@ -20,12 +20,13 @@ from pathlib import Path
 import numpy as np
 
 from pretrain.config import DataSection
-from pretrain.errors import DataError
+from pretrain.errors import ConfigError, DataError
 from pretrain.node_cache import CacheFile, NodeCache, is_at
+from pretrain.redaction import redact
 from pretrain.row_table import IDENTITY_NAME, array_paths, listed_file, table_folder
 from pretrain.shards import MANIFEST_NAME, Manifest, Shard, file_sha256, index_path
 from pretrain.store_errors import LostFileError, StoreError, WrongContentError
-from pretrain.stores import STALL_SECONDS, Store, is_remote, shown
+from pretrain.stores import PIPE, STALL_SECONDS, Store, is_remote, shown
 
 _MAX_TRIES = 5  # to hold a file that other processes evict as soon as it is there
 
@@ -34,10 +35,17 @@ def open_remote(shards: str, data: DataSection) -> RemoteCorpus | None:
     """Open what `data.sources[].shards` names, or return None if that is a local folder.
 
     Raises:
+        ConfigError: It is a command, and the config does not allow it.
         DataError: The store cannot be read.
     """
     if not is_remote(shards):
         return None
+    if shards.startswith(PIPE) and not data.allow_pipe:
+        raise ConfigError(
+            f"data.sources: shards is {redact(shards)}, which runs what follows pipe: in a shell; expected "
+            "data.allow_pipe=true for that. Set it if you trust whoever wrote the config (launch/evaluate.py has "
+            "--allow-pipe), or use a folder or a URL."
+        )
     return RemoteCorpus(Store(shards, data.retry_seconds), open_cache(data))
 
 

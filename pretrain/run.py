@@ -27,6 +27,7 @@ from pretrain.metrics import MetricLog, StepMetrics
 from pretrain.model import Transformer
 from pretrain.phases import phases_of
 from pretrain.profiling import PhaseClock, Profiler
+from pretrain.redaction import storable
 from pretrain.resume import Progress, load_start
 from pretrain.run_folder import RunFolder, open_log, writable
 from pretrain.samples import Samples, drop_samples_after
@@ -37,6 +38,7 @@ from pretrain.stream import TokenStream, ValRows
 from pretrain.tokenizer import Tokenizer
 from pretrain.tokenizer_files import keep_files, open_tokenizer
 from pretrain.tracking import Tracker, check_tracking
+from pretrain.watchdog import Watchdog
 
 
 @dataclass
@@ -93,6 +95,7 @@ class Run:
     folder: RunFolder | None
     log: MetricLog | None
     stop: StopRequest
+    watchdog: Watchdog
     clock: StartClock
     progress: Progress = field(default_factory=Progress)
     feed: Feed = field(init=False)
@@ -115,6 +118,7 @@ def open_run(
     ranks: Ranks,
     folder: RunFolder | None,
     stop: StopRequest,
+    watchdog: Watchdog,
     cleanup: ExitStack,
     clock: StartClock,
 ) -> Run:
@@ -134,18 +138,18 @@ def open_run(
     cleanup.callback(stream.close)
     val_rows = ranks.agree(lambda: ValRows(config, tokenizer.fingerprint, config.eval.max_rows, is_new)
                            if config.eval.every_steps else None)  # fmt: skip
-    clock.mark("data")
+    clock.begin("self-test")
     set_determinism(config.train.deterministic)
     check_optimizer(config, plan, ranks)
-    clock.mark("self-test")
+    clock.begin("model")
     objective = config.train.z_loss, config.train.label_smoothing
     model = Transformer(shape, config.run.seed, config.train.activation_checkpointing, *objective)
     if should_compile(config, ranks.device):
         model.compile_blocks()
     samples = ranks.agree(lambda: Samples(config, model, tokenizer, ranks))
-    clock.mark("model")
+    clock.begin("engine")
     engine = ranks.agree(lambda: Engine(model, config, plan, ranks))
-    clock.mark("engine")
+    clock.begin("checkpoint")
     cleanup.callback(engine.close)
     events: list[tuple[str, str]] = []
     checkpoints = Checkpoints(place, config.checkpoint, ranks, lambda *event: events.append(event), run_path,
@@ -159,7 +163,7 @@ def open_run(
             events.append(("damage_mended", f"{num_mended:,} documents that were damaged before are in order"))
         stream.damage.check()
         ranks.agree(lambda: folder.accept(config) if folder else None)
-    clock.mark("checkpoint")
+    clock.begin("first step")
     open_log(run_path, ranks)
     tracker = ranks.agree(lambda: start_tracking(config, folder, events.append))
     log = None
@@ -173,7 +177,7 @@ def open_run(
         run_path, config.train.profile_steps, ranks.rank, ranks.device, lambda *event: run.event(*event)
     )
     run = Run(config, ranks, plan, tokenizer, stream, val_rows, engine, checkpoints, samples, guard, spikes, profiler,
-              folder, log, stop, clock, progress)  # fmt: skip
+              folder, log, stop, watchdog, clock, progress)  # fmt: skip
     announce(run, events, is_resumed=start.own)
     return run
 
@@ -229,13 +233,15 @@ def start_tracking(
     """Start the run on Weights & Biases, on rank 0 and if the config names a project."""
     if folder is None or config.log.wandb is None:
         return None
-    return Tracker(config.log.wandb, folder.path, config.model_dump(mode="json"), lambda *event: report(event))
+    return Tracker(
+        config.log.wandb, folder.path, storable(config.model_dump(mode="json")), lambda *event: report(event)
+    )
 
 
 def set_determinism(wanted: bool) -> None:
-    """Make torch choose deterministic algorithms, or the fastest."""
-    if wanted:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with this
+    """Have the same bits come out on every run, as far as that is free; or, if wanted, whatever it costs."""
+    # cuBLAS is deterministic only with a workspace for each stream, here 32 MiB; it is read at the first product.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(wanted)
     # Else every torch.empty is filled, DeepSpeed's gradient buckets too, which are up to 2 GB a micro-step.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]

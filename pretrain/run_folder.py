@@ -27,10 +27,11 @@ from pretrain.checkpoint_places import Place, open_place
 from pretrain.config import Config
 from pretrain.console import warn
 from pretrain.distributed import Ranks
-from pretrain.errors import CheckpointError, ConfigError
+from pretrain.errors import EXIT_FAILED, CheckpointError, ConfigError, LonghaulError
 from pretrain.families import resolve_shape
 from pretrain.model import Transformer
 from pretrain.patient_file import PatientFile
+from pretrain.redaction import RedactingFormatter, redact, storable
 from pretrain.settings import load_config, parse_config, resolved_yaml
 from pretrain.tensor_files import write_text
 from pretrain.tokenizer import Tokenizer
@@ -43,7 +44,7 @@ FREE_TO_CHANGE = (
     "parallel.", "train.micro_batch_size", "train.num_steps", "train.num_tokens", "eval.", "checkpoint.", "log.",
     "guard.", "resume.", "run.allow_changes", "run.dir", "data.prefetch_steps", "data.prepare_processes",
     "train.compile", "data.sources", "data.phases",
-    "data.cache_dir", "data.cache_bytes", "data.retry_seconds", "data.max_damaged_fraction",
+    "data.allow_pipe", "data.cache_dir", "data.cache_bytes", "data.retry_seconds", "data.max_damaged_fraction",
 )  # fmt: skip
 # Changing these would make other rows of what is already done, which no checkpoint can follow; phases can.
 FIXES_ROWS = ("data.seq_len", "data.packing", "data.shuffle_window_shards", "run.seed")
@@ -166,7 +167,8 @@ class RunFolder:
             ConfigError: it cannot be written.
         """
         with writable(self.path):
-            write_text(self.path / CONFIG_FILE, resolved_yaml(config))
+            stored = Config.model_validate_json(json.dumps(storable(config.model_dump(mode="json"))))
+            write_text(self.path / CONFIG_FILE, resolved_yaml(stored))
 
     def _compare(self, old: Config, new: Config) -> None:
         refused = [
@@ -208,20 +210,32 @@ class RunFolder:
 
     def write_status(self, status: str, exit_status: int | None, step: int, reason: str = "") -> None:
         """Write `status.json`: `running`, `done`, `stopped` (resumable) or `failed`; a disk that fails is a warning."""
-        content = {"status": status, "exit_status": exit_status, "step": step, "reason": reason,
-                   "pid": os.getpid(), "host": platform.node(), "timestamp": time.time()}  # fmt: skip
-        problem = ""
-        try:
-            write_text(self.path / "status.json", json.dumps(content, indent=1))
-        except OSError as error:
-            problem = str(error.strerror)
-            if problem != self._status_problem:
-                warn(f"{self.path / 'status.json'}: cannot be written ({problem}); it does not say '{status}'.")
+        problem = _write_status(self.path, status, exit_status, step, reason)
+        if problem and problem != self._status_problem:
+            warn(problem)
         self._status_problem = problem
 
     def close(self) -> None:
         """Let another job have the folder."""
         self._lock.close()
+
+
+def write_failure(folder: Path, error: BaseException, step: int) -> None:
+    """Write into `status.json` that the run failed after `step` steps; by the rank that speaks for all."""
+    code = error.exit_status if isinstance(error, LonghaulError) else EXIT_FAILED
+    if problem := _write_status(folder, "failed", code, step, str(error) or type(error).__name__):
+        warn(problem)
+
+
+def _write_status(folder: Path, status: str, exit_status: int | None, step: int, reason: str) -> str:
+    """Write `status.json`; return what is wrong if the disk does not let it."""
+    content = {"status": status, "exit_status": exit_status, "step": step, "reason": redact(reason),
+               "pid": os.getpid(), "host": platform.node(), "timestamp": time.time()}  # fmt: skip
+    try:
+        write_text(folder / "status.json", json.dumps(content, indent=1))
+    except OSError as error:
+        return f"{folder / 'status.json'}: cannot be written ({error.strerror}); it does not say '{status}'."
+    return ""
 
 
 @contextmanager
@@ -252,10 +266,16 @@ def environment() -> dict[str, Any]:
     commit = subprocess.run(["git", "-C", root, "describe", "--always", "--dirty"], capture_output=True, text=True)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
     return {
-        "command": sys.argv, "versions": versions, "git_commit": commit.stdout.strip() or None, "host": platform.node(),
+        "command": storable(sys.argv), "versions": versions, "git_commit": commit.stdout.strip() or None,
+        "host": platform.node(),
         "device": device, "cpu_cores": os.cpu_count(), "world_size": int(os.environ.get("WORLD_SIZE", "1")),
         "timestamp": time.time(),
     }  # fmt: skip
+
+
+def log_path(folder: Path, ranks: Ranks) -> Path:
+    """The file of this rank's log."""
+    return folder / ("log.txt" if ranks.is_first else f"log-rank{ranks.rank:05d}.txt")
 
 
 class _LogFile(logging.Handler):
@@ -268,12 +288,15 @@ class _LogFile(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         self._file.append(f"{self.format(record)}\n".encode(errors="backslashreplace"))
 
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
 
 def open_log(folder: Path, ranks: Ranks) -> None:
     """Send this rank's log to `log.txt`, other ranks' to files beside it."""
-    name = "log.txt" if ranks.is_first else f"log-rank{ranks.rank:05d}.txt"
-    handler = _LogFile(folder / name)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    handler = _LogFile(log_path(folder, ranks))
+    handler.setFormatter(RedactingFormatter("%(asctime)s %(levelname)s %(message)s"))
     log = logging.getLogger("longhaul")
     log.setLevel(logging.INFO)
     log.propagate = False
@@ -314,8 +337,10 @@ def _config_in(place: Place) -> Config | None:
     return None
 
 
-def load_run(run: str | Path, step: int | None = None) -> LoadedRun:
+def load_run(run: str | Path, step: int | None = None, allow_pipe: bool = False) -> LoadedRun:
     """Read the model of a run's newest checkpoint that verifies, or of update number `step`.
+
+    A checkpoint that others made must not run commands: its config's `data.allow_pipe` is replaced.
 
     Raises:
         ConfigError: no such folder, run or step.
@@ -333,6 +358,7 @@ def load_run(run: str | Path, step: int | None = None) -> LoadedRun:
         raise ConfigError(f"--step is {step}; expected one of the checkpoints in {path}: {', '.join(map(str, steps))}.")
     reader = _open_good(place, [step] if step is not None else list(reversed(steps)))
     config = parse_config(reader.manifest["about"]["config"])
+    config = config.model_copy(update={"data": config.data.model_copy(update={"allow_pipe": allow_pipe})})
     tokenizer = open_tokenizer(config.tokenizer, path)
     model = Transformer(resolve_shape(config.model, tokenizer.vocab_size, config.data.max_seq_len), config.run.seed)
     with torch.no_grad():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field
 
 from pretrain.section import Bool, Count, CountOrZero, Section
@@ -16,12 +18,22 @@ class ParallelSection(Section):
         le=3,
         description="DeepSpeed ZeRO: 0 divides nothing, 1 optimizer states, 2 gradients too, 3 weights too.",
     )
+    offload: Literal["none", "optimizer", "parameters"] = Field(
+        "none",
+        description="What is kept in the host's memory instead of the GPU's: `optimizer`, fp32 master weights and "
+        "moments, which the CPU updates (stages 1 to 3); `parameters`, the divided weights too (stage 3).",
+    )
     overlap_comm: Bool = Field(
         False,
         description="DeepSpeed sends gradients while the backward pass goes on. Off, because its versions had races: "
         "NaN or wrong gradients, without an error (DeepSpeed #5545, #8061). Compare the losses of both first.",
     )
-    timeout_seconds: Count = Field(1800, description="A rank that waits longer than this for the others fails.")
+    timeout_seconds: Count = Field(
+        900, description="How long a rank may do one thing without a sign of life before the run ends, and names it."
+    )
+    start_timeout_seconds: Count = Field(
+        1800, description="The same until the first step is over, and while a checkpoint is written."
+    )
 
 
 class EvalSection(Section):
@@ -92,6 +104,12 @@ class GuardSection(Section):
 
     max_skipped_steps: CountOrZero = Field(
         5, description="Updates skipped in a row for non-finite gradients before the run stops with an error."
+    )
+    check_replicas_every: CountOrZero = Field(
+        100,
+        description="Steps between comparisons, bit for bit, of what ranks hold alike, and of weights with their fp32 "
+        "masters; one more before each checkpoint. A difference is corrupted memory and ends the run with status 69; "
+        "the same command goes on from the newest checkpoint. 0: none.",
     )
     spike_sigmas: float = Field(
         8.0, ge=0, description="A step is bad if its loss or gradient norm is so many deviations above the median of "

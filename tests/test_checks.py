@@ -45,7 +45,7 @@ def test_shards_from_elsewhere_are_not_prepared_and_have_options_of_their_own() 
          "paths. Prepare it into a folder, upload that, and train with the URL and without paths."),
         ("data.sources.1.shards", "data.sources.1.shards is pipe:ssh host cat corpus; expected {} where the command takes "
          "the path of a file in the corpus. Write it as in pipe:ssh host cat corpus/{}."),
-        ("data.retry_seconds", "data.retry_seconds is 1800; expected less than parallel.timeout_seconds (1800), after "
+        ("data.retry_seconds", "data.retry_seconds is 1800; expected less than parallel.timeout_seconds (900), after "
          "which the other ranks give up. Use 600, or raise the other."),
     ]  # fmt: skip
     (problem,) = texts_of(config_of(), "data.cache_dir")
@@ -60,6 +60,21 @@ def test_compiled_blocks_and_zero_3_exclude_each_other() -> None:
         "train.compile",
         "train.compile is true; expected false or null with parallel.zero_stage 3, which gathers weights inside of a "
         "block. Use train.compile=false, or parallel.zero_stage=2.",
+    )]  # fmt: skip
+
+
+def test_only_what_is_divided_is_offloaded() -> None:
+    for stage, offload in ((0, "none"), (1, "optimizer"), (3, "optimizer"), (3, "parameters")):
+        assert texts_of(config_of(parallel__zero_stage=stage, parallel__offload=offload)) == []
+    assert texts_of(config_of(parallel__zero_stage=0, parallel__offload="optimizer")) == [(
+        "parallel.offload",
+        "parallel.offload is optimizer; expected none with parallel.zero_stage 0, which does not divide anything. Use "
+        "parallel.zero_stage=1.",
+    )]  # fmt: skip
+    assert texts_of(config_of(parallel__zero_stage=2, parallel__offload="parameters")) == [(
+        "parallel.offload",
+        "parallel.offload is parameters; expected none with parallel.zero_stage 2, which does not divide weights. Use "
+        "parallel.zero_stage=3.",
     )]  # fmt: skip
 
 

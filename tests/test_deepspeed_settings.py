@@ -6,6 +6,7 @@ import pytest
 
 from pretrain.batch_plan import BatchPlan
 from pretrain.deepspeed_settings import deepspeed_settings, effective_stage
+from pretrain.run_options import ParallelSection
 from pretrain.settings import parse_config
 
 
@@ -21,12 +22,26 @@ def config_of(**sections):
 
 
 @pytest.mark.parametrize(
-    ("stage", "precision", "num_ranks", "runs"),
-    [(0, "fp32", 2, 0), (0, "bf16", 2, 1), (0, "fp16", 1, 1), (3, "bf16", 2, 3), (1, "fp32", 2, 1), (1, "fp32", 1, 0),
-     (1, "bf16", 1, 1), (2, "fp32", 1, 2)],
+    ("stage", "precision", "num_ranks", "offload", "runs"),
+    [(0, "fp32", 2, "none", 0), (0, "bf16", 2, "none", 1), (0, "fp16", 1, "none", 1), (3, "bf16", 2, "none", 3),
+     (1, "fp32", 2, "none", 1), (1, "fp32", 1, "none", 0), (1, "bf16", 1, "none", 1), (2, "fp32", 1, "none", 2),
+     (1, "fp32", 1, "optimizer", 1)],
 )  # fmt: skip
-def test_low_precision_runs_from_stage_1_on_and_one_rank_below_it(stage, precision, num_ranks, runs):
-    assert effective_stage(stage, precision, num_ranks) == runs
+def test_low_precision_runs_from_stage_1_on_and_one_rank_below_it(stage, precision, num_ranks, offload, runs):
+    assert effective_stage(ParallelSection(zero_stage=stage, offload=offload), precision, num_ranks) == runs
+
+
+def test_what_is_offloaded_goes_to_the_hosts_memory():
+    def offloaded(stage: int, offload: str) -> tuple:
+        config = config_of(parallel={"zero_stage": stage, "offload": offload})
+        settings = deepspeed_settings(config, BatchPlan.of(config, 2), 1000)
+        zero = settings["zero_optimization"]
+        return zero.get("offload_optimizer"), zero.get("offload_param"), settings.get("zero_force_ds_cpu_optimizer")
+
+    host = {"device": "cpu"}
+    assert offloaded(3, "none") == (None, None, None)
+    assert offloaded(1, "optimizer") == offloaded(3, "optimizer") == (host, None, False)
+    assert offloaded(3, "parameters") == (host, host, False)
 
 
 def test_settings_follow_the_batch_plan():

@@ -96,7 +96,7 @@ def test_every_matrix_is_worked_on_once_and_comes_back(monkeypatch, layout, num_
                     piece.start : piece.start + piece.length
                 ]
             mail.rank = rank
-            exchange.apply(tensors, work, torch.float32)
+            exchange.apply(tensors, work, torch.float32, torch.device("cpu"))
             results.append(tensors)
     assert len(set(mail.calls)) == 1  # the same number of collectives on every rank
     assert len(worked_on) == len(MATRICES)

@@ -8,11 +8,12 @@ import math
 import pytest
 import torch
 
-from pretrain.checkpoint_files import list_steps
+from pretrain.checkpoint_files import CheckpointReader, folder_name, list_steps
 from tests.rank_helpers import losses, metric_lines, newest, run_cases
 
 pytestmark = [pytest.mark.slow, pytest.mark.launches, pytest.mark.timeout(900)]
 STAGES = (0, 1, 2, 3)
+OFFLOADED = ((1, "optimizer"), (2, "optimizer"), (3, "optimizer"), (3, "parameters"))
 OPTIMIZERS = {
     "adamw": ["optim.name=adamw", "optim.clip_norm=0.5"],
     "adam": ["optim.name=adam", "optim.weight_decay=0.01"],
@@ -144,17 +145,58 @@ def test_gradients_summed_in_bf16_train_and_resume(tiny_config, tmp_path):
         assert relative_difference(short, exact) < 0.01
 
 
-def test_a_checkpoint_moves_to_other_stages(tiny_config, tmp_path):
-    chain = [0, 1, 2, 3, 1, 0]
-    cases = [
-        {"overrides": [f"run.dir={tmp_path}/moving", f"parallel.zero_stage={stage}", "train.micro_batch_size=8"]}
-        | ({"signal_at": 3 * (index + 1)} if index < len(chain) - 1 else {})
-        for index, stage in enumerate(chain)
+ELASTIC = {  # a run each
+    "adamw": ["optim={name: adamw, lr: 1e-3, weight_decay: 0.1, clip_norm: 1.0}"],
+    "rmsprop": ["optim={name: rmsprop, lr: 3e-4, clip_norm: 1.0, momentum: 0.5}"],
+    "muon": ["optim={name: muon, lr: 1e-3, weight_decay: 0.1, clip_norm: 1.0}"],
+    "bf16": ["train.precision=bf16"],
+}
+# ranks, stage, offload, micro-batch: 12 rows a step by one or two micro-steps
+HOPS = [(1, 0, "none", 6), (2, 1, "optimizer", 3), (4, 2, "none", 3), (3, 3, "parameters", 2), (1, 1, "optimizer", 12)]
+HOP_STEPS = 3
+
+
+def lines_of(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_a_run_moves_to_other_ranks_stages_and_offload(tiny_config, tmp_path):
+    """1, 2, 4, 3 and 1 ranks: what is loaded is what was saved, and 20 steps and more are those of a run left alone."""
+    common = [
+        "train.global_batch_size=12",
+        "checkpoint.keep_last=9",
+        f"train.num_steps={HOP_STEPS * (len(HOPS) - 1) + 20}",
     ]
-    cases.append({"overrides": [f"run.dir={tmp_path}/still", "train.micro_batch_size=8"]})
-    outcomes = run_cases(tiny_config, cases, 2, tmp_path / "ranks")
-    assert outcomes == ["stopped"] * 5 + ["done"] * 2
-    assert relative_difference(losses(tmp_path / "moving"), losses(tmp_path / "still")) < 1e-5
+    for index, (num_ranks, stage, offload, micro) in enumerate(HOPS):
+        topology = [f"parallel={{zero_stage: {stage}, offload: {offload}}}", f"train.micro_batch_size={micro}"]
+        cases = [{"overrides": [f"run.dir={tmp_path}/{name}", *common, *topology, *own], "watch_loading": True}
+                 for name, own in ELASTIC.items()]  # fmt: skip
+        if index < len(HOPS) - 1:
+            cases = [case | {"signal_at": HOP_STEPS * (index + 1), "signal_rank": num_ranks - 1} for case in cases]
+            expected = ["stopped"] * len(cases)
+        else:
+            expected = ["done"] * len(cases)
+        if index == 0:
+            cases += [{"overrides": [f"run.dir={tmp_path}/{name}-still", *common, *topology, *own],
+                       "watch_loading": True} for name, own in ELASTIC.items()]  # fmt: skip
+            expected += ["done"] * len(ELASTIC)
+        assert run_cases(tiny_config, cases, num_ranks, tmp_path / f"ranks-{index}") == expected
+    for name in ELASTIC:
+        moved, still = tmp_path / name, tmp_path / f"{name}-still"
+        loads = lines_of(moved / "loads.jsonl")
+        assert [(step, stage, len(counts)) for step, stage, counts in loads] == [
+            (HOP_STEPS * (index + 1), stage, num_ranks) for index, (num_ranks, stage, *_) in enumerate(HOPS[1:])
+        ]
+        for step, _, counts in loads:
+            loaded = CheckpointReader(moved / "checkpoints" / folder_name(step))
+            same_tensors(loaded, CheckpointReader(moved / f"reloaded-{len(counts)}" / folder_name(step)))
+            total = sum(math.prod(loaded.shapes[key]) * len(loaded.states[key]) for key in loaded.shapes)
+            assert sum(counts) == total and max(counts) < 1.1 * total / len(counts), (name, counts)  # each its share
+        assert lines_of(moved / "batches.jsonl") == lines_of(still / "batches.jsonl")
+        assert len(lines_of(still / "batches.jsonl")) == len(losses(still))
+        difference = relative_difference(losses(moved), losses(still))
+        print(f"{name}: largest relative difference of a loss {difference:.2g}")
+        assert difference < (1e-3 if name == "bf16" else 1e-5), name
 
 
 def test_steps_that_are_not_finite_are_skipped_or_end_the_run(tiny_config, tmp_path):
@@ -165,7 +207,15 @@ def test_steps_that_are_not_finite_are_skipped_or_end_the_run(tiny_config, tmp_p
             {"overrides": [f"run.dir={tmp_path}/z{stage}", *common], "poison": [5, 6]},
             {"overrides": [f"run.dir={tmp_path}/z{stage}-bad", *common], "poison": [5, 6, 7, 8]},
         ]
+    for stage, offload in OFFLOADED:
+        cases.append({"overrides": [f"run.dir={tmp_path}/z{stage}-{offload}", f"parallel.offload={offload}",
+                                    f"parallel.zero_stage={stage}", "train.micro_batch_size=4"],
+                      "poison": [5, 6]})  # fmt: skip
     outcomes = run_cases(tiny_config, cases, 2, tmp_path / "ranks")
+    assert outcomes[2 * len(STAGES) :] == ["done"] * len(OFFLOADED)
+    for stage, offload in OFFLOADED:
+        assert losses(tmp_path / f"z{stage}-{offload}") == losses(tmp_path / f"z{stage}")
+        same_tensors(newest(tmp_path / f"z{stage}-{offload}"), newest(tmp_path / f"z{stage}"))
     for index, stage in enumerate(STAGES):
         assert outcomes[2 * index] == "done"
         lines = metric_lines(tmp_path / f"z{stage}")

@@ -2,7 +2,8 @@
 
 Started by the tests on every rank: `cases.py CONFIG CASES.json`. CASES.json holds a list of
 {"overrides": [...], and by choice "signal_at", "signal_rank", "poison", "out_of_memory", "damage", "fail_save",
-"slow_save", "lose_state", "window", "bad_rows"}. What a case leaves behind is in its run folder.
+"slow_save", "lose_state", "flip": [step, rank or -1 for all, name], "watch_loading",
+"window", "bad_rows"}. What a case leaves behind is in its run folder.
 """
 
 from __future__ import annotations
@@ -26,14 +27,16 @@ from pretrain import train as train_module
 from pretrain.checkpoint import Checkpoints
 from pretrain.engine import init_distributed, leave_distributed
 from pretrain.errors import LonghaulError
+from pretrain.guard import StopRequest
 from pretrain.model import KVCache
 from pretrain.optim import make_optimizer
 from pretrain.settings import load_config
 from pretrain.start_clock import StartClock
 from tests.host_reads import HostReads
+from tests.ranks import loading
 
 
-def run_case(case: dict, config_path: str, ranks) -> str:
+def run_case(case: dict, config_path: str, ranks, stop: StopRequest) -> str:
     """Run one case; return `done`, `stopped` or the error's text."""
     config = load_config(case.get("config", config_path), case["overrides"])
     if "damage" in case:  # flip a bit of the newest checkpoint
@@ -132,6 +135,23 @@ def run_case(case: dict, config_path: str, ranks) -> str:
                 run.engine.forward = forward
 
         train_module.train_step = poisoned_step
+    if "flip" in case:  # a bit of a tensor's middle is another before this step
+        step_to_flip, on_rank, name_to_flip = case["flip"]
+
+        def step_with_flip(run):
+            if run.progress.step + 1 == step_to_flip and on_rank in (-1, ranks.rank):
+                tensors = dict(run.engine.replicas())
+                for fragment in run.engine.fragments():
+                    tensors |= {f"{fragment.name}/{state}": tensor for state, tensor in fragment.tensors.items()}
+                if name_to_flip in tensors:  # else another rank has it
+                    flat = tensors[name_to_flip].detach().view(-1)
+                    flat.view(torch.int16)[len(flat) // 2 | 1] ^= 1 << 6  # of a significand, its first bit
+            return original(run)
+
+        train_module.train_step = step_with_flip
+    open_run = train_module.open_run
+    if case.get("watch_loading"):
+        train_module.open_run = loading.watched(open_run)
     window = spikes.WINDOW
     spikes.WINDOW = case.get("window", window)
     forward = engine_module.Engine.forward
@@ -162,11 +182,12 @@ def run_case(case: dict, config_path: str, ranks) -> str:
 
         train_module.train_step = watched_step
     try:
-        return {0: "done", 75: "stopped"}[train_module.train_on(config, ranks, StartClock())]
+        return {0: "done", 75: "stopped"}[train_module.train_on(config, ranks, stop, StartClock())]
     except LonghaulError as error:
         return f"{type(error).__name__}: {error}"
     finally:
         train_module.train_step = original
+        train_module.open_run = open_run
         spikes.WINDOW, engine_module.Engine.forward = window, forward
         Checkpoints.start_save, checkpoint_folder.write_tensors = save, write
         share_writer.ShareWriter._copy = copy
@@ -179,7 +200,10 @@ def main() -> int:
     """Run all cases; rank 0 writes the outcomes beside CASES.json."""
     config_path, cases_path = sys.argv[1], Path(sys.argv[2])
     ranks = init_distributed(120)
-    outcomes = [run_case(case, config_path, ranks) for case in json.loads(cases_path.read_text())]
+    outcomes = []
+    for case in json.loads(cases_path.read_text()):
+        with StopRequest() as stop:
+            outcomes.append(run_case(case, config_path, ranks, stop))
     if ranks.is_first:
         cases_path.with_suffix(".outcomes").write_text(json.dumps(outcomes))
     leave_distributed()

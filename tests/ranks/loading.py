@@ -1,0 +1,75 @@
+"""What a rank loads, and what it trains on: noted in the run folder, for the test of other topologies."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from pretrain.checkpoint import Checkpoints
+from pretrain.replicas import check_replicas
+from pretrain.run import Run
+from pretrain.tensor_files import TensorFile
+
+
+def watched(open_run: Callable[..., Run]) -> Callable[..., Run]:
+    """An `open_run` after which `loads.jsonl` and `batches.jsonl` say what was loaded, and what each step was of.
+
+    What was loaded is saved again at once, in `reloaded-<ranks>/`, before any update.
+    """
+
+    def open_and_note(*arguments: Any) -> Run:
+        read, num_elements = TensorFile.read, 0
+
+        def counted(self: TensorFile, key: str, start: int, stop: int) -> Any:
+            nonlocal num_elements
+            num_elements += stop - start
+            return read(self, key, start, stop)
+
+        TensorFile.read = counted  # type: ignore[method-assign]
+        try:
+            run = open_run(*arguments)
+        finally:
+            TensorFile.read = read  # type: ignore[method-assign]
+        if run.progress.step:
+            note_load(run, num_elements)
+        note_batches(run)
+        return run
+
+    return open_and_note
+
+
+def note_load(run: Run, num_elements: int) -> None:
+    """Save what is loaded, and note how much each rank has read."""
+    check_replicas(run.engine, run.ranks, run.progress.step, every=1)
+    folder = Path(run.config.run.dir) / f"reloaded-{run.ranks.world_size}"
+    again = Checkpoints(folder, run.config.checkpoint, run.ranks, print)
+    again.start_save(run.engine, run.progress.step, {}, {}, None)
+    again.finish_save()
+    append(run, "loads.jsonl", [run.progress.step, run.engine.stage, run.ranks.gather(num_elements)])
+
+
+def note_batches(run: Run) -> None:
+    """Have every step note the hash of all ranks' rows, in their order."""
+    take = run.feed.take
+
+    def noted() -> Any:
+        rows = take()
+        hashes = [
+            (int(row_id), hashlib.sha256(b"".join(part[place].numpy().tobytes() for part in parts)).hexdigest())
+            for *parts, row_ids in rows.micro_batches for place, row_id in enumerate(row_ids)
+        ]  # fmt: skip
+        everyones = sorted(one for part in run.ranks.gather(hashes) for one in part)
+        append(run, "batches.jsonl", [run.progress.step + 1, everyones])
+        return rows
+
+    run.feed.take = noted  # type: ignore[method-assign]
+
+
+def append(run: Run, name: str, value: Any) -> None:
+    """Add a line to a file of the run folder, once."""
+    if run.ranks.is_first:
+        with open(Path(run.config.run.dir) / name, "a", encoding="utf-8") as file:
+            file.write(json.dumps(value) + "\n")
