@@ -19,7 +19,7 @@ from pretrain.checkpoint_owner import OWNER, Ownership
 from pretrain.errors import CheckpointError, ConfigError
 from pretrain.tensor_files import check_space, sync_folder, write_tensors, write_text
 
-_FILES_A_RANK = 3  # at once: its share, a note of it, and one of these under a temporary name
+_FILES_A_RANK = 2  # its share, and a note of it
 
 
 class FolderPlace:

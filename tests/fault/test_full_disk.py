@@ -28,7 +28,7 @@ def check_failed_at_the_end(ranks, run) -> None:
     assert (status["status"], status["step"]) == ("failed", 12)
 
 
-@pytest.mark.parametrize("kibibytes, inodes, reason", [(900, None, "bytes, and "), (9000, 12, "inodes, and ")])
+@pytest.mark.parametrize("kibibytes, inodes, reason", [(900, None, "bytes, and "), (9000, 9, "inodes, and ")])
 def test_a_disk_for_one_checkpoint(start, tmp_path, undisturbed, kibibytes, inodes, reason):
     run = tmp_path / "run"
     with small_disk(run / "checkpoints", kibibytes, inodes) as disk:

@@ -71,7 +71,7 @@ def test_killed_at_random_moments_of_saving(start, tmp_path, undisturbed, repeat
     run, before = tmp_path / "run-0", 0
     for number in repeat(5, 30):
         rank = repeat.random.choice([0, 0, 1])  # rank 0 also completes the checkpoint
-        call = repeat.random.randint(1, (16, 8)[rank] * (12 - before) // 3)  # calls of a save x saves that are to come
+        call = repeat.random.randint(1, (15, 7)[rank] * (12 - before) // 3)  # calls of a save x saves that are to come
         after = repeat.random.uniform(0, 0.005)
         begin = time.monotonic()
         ranks = start(run, hooks=at_call("kill_all", number=call, at_rank=rank, after=after))
