@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.checkpoint_files import (
+    DAMAGED,
     FORMAT_VERSION,
     CheckpointReader,
     Piece,
@@ -216,7 +217,7 @@ class Checkpoints:
                 return reader.training
             damaged[step] = "; ".join(problem.rstrip(".") for problem in problems)
         if self.ranks.from_first(self.ranks.agree(lambda: self.ranks.is_first and self.place.has_any())):
-            found = "has only checkpoints that are damaged"
+            found = f"has only checkpoints that are called step-…{DAMAGED}, or whose manifests are"
             if damaged:
                 found = f"none of its {len(damaged)} checkpoints is intact ({next(iter(damaged.values()))})"
             error = CheckpointError(

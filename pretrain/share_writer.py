@@ -70,6 +70,7 @@ class ShareWriter:
     def __init__(self, device: torch.device, rank: int) -> None:
         """Take this rank's device and number."""
         self._device, self._rank = device, rank
+        self._buffers: dict[str, torch.Tensor] = {}
         self._copied = threading.Event()
         self._copied.set()
 
@@ -105,19 +106,28 @@ class ShareWriter:
         place.write_note(step, f"{name}{_SHARE_SUFFIX}", json.dumps(share))
 
     def _copy(self, fragments: Sequence[Fragment], ready: torch.cuda.Event | None) -> dict[str, torch.Tensor]:
-        """Copy the tensors to memory that is given back when they are written; it is as large as the share."""
+        """Copy the tensors to memory that is used again: to get as much anew takes as long as the copy itself."""
         views = {
             tensor_key(fragment.name, state, fragment.start): view.detach()
             for fragment in fragments
             for state, view in fragment.tensors.items()
         }
+        on_gpu = ready is not None
+        for key, view in views.items():
+            if key not in self._buffers:  # pinned, or a GPU could not write to it by itself
+                self._buffers[key] = torch.empty(view.shape, dtype=view.dtype, pin_memory=on_gpu)
         if ready is None:
-            return {key: view.clone() for key, view in views.items()}
-        torch.cuda.set_device(self._device)  # of this thread
-        stream = torch.cuda.Stream(self._device)
-        stream.wait_event(ready)
-        with torch.cuda.stream(stream):  # whose copies the host waits for, and not for the step that runs
-            return {key: view.to("cpu", copy=True) for key, view in views.items()}
+            for key, view in views.items():
+                self._buffers[key].copy_(view)
+        else:
+            torch.cuda.set_device(self._device)  # of this thread
+            stream = torch.cuda.Stream(self._device)
+            stream.wait_event(ready)
+            with torch.cuda.stream(stream):
+                for key, view in views.items():
+                    self._buffers[key].copy_(view, non_blocking=True)
+            stream.synchronize()  # the host waits for these copies, and not for the step that runs
+        return {key: self._buffers[key] for key in views}
 
 
 def collect_shares(place: Place, step: int, world_size: int, give_up_at: Callable[[], float]) -> list[dict[str, Any]]:

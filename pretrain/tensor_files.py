@@ -6,14 +6,12 @@ import errno
 import hashlib
 import json
 import os
-import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import safetensors
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 
 from pretrain.errors import CheckpointError
 
@@ -25,6 +23,7 @@ _FIXES = {
     errno.EPERM: "Give this user the right to write there.",
 }
 _ANY_FIX = "See the log of the machine that has this disk."
+_DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}  # safetensors' words
 _CHUNK_BYTES = 16 << 20
 
 
@@ -50,27 +49,29 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Map
     """Write CPU tensors to a new file and sync it to disk.
 
     Returns:
-        The file's size in bytes and its sha256, computed from what can be read back.
+        The file's size in bytes and its sha256: of what was to be written, whatever the disk makes of it.
     Raises:
         OSError: the disk is full, read-only or gone.
     """
+    content = TensorBytes(tensors, metadata)
     try:
-        save_file(dict(tensors), path, metadata=dict(metadata))
-    except SafetensorError as error:  # it wraps the operating system's errors
-        number = re.search(r"os error (\d+)", str(error))
-        if number is None:
-            raise OSError(str(error)) from None
-        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from None
-    path.chmod(path.parent.stat().st_mode & 0o666)  # safetensors lets nobody but the owner read
-    with open(path, "rb+") as file:
-        os.fsync(file.fileno())
-    return path.stat().st_size, sha256_of(path)
+        with open(path, "wb") as file:
+            for chunk in content.chunks():
+                file.write(chunk)
+            file.flush()
+            os.fsync(file.fileno())
+        path.chmod(path.parent.stat().st_mode & 0o666)  # whoever may read the folder may read the file
+    except OSError:
+        path.unlink(missing_ok=True)
+        raise
+    return content.num_bytes, content.sha256
 
 
 class TensorBytes:
     """The bytes of a safetensors file of tensors in memory, which are not copied.
 
-    The library makes all of a file at once, in memory that a rank does not have a second time, or on a disk.
+    The library's own writer copies every tensor first, into memory that a rank does not have a second time, and what it
+    has written must be read again to be hashed.
 
     Attributes:
         num_bytes: Size of the file.
@@ -78,14 +79,14 @@ class TensorBytes:
     """
 
     def __init__(self, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
-        """Take flat fp32 tensors on the CPU, which must not change any more."""
+        """Take contiguous tensors on the CPU, which must not change any more."""
         self._tensors = [tensors[key] for key in sorted(tensors)]
-        assert all(one.dtype == torch.float32 and one.is_contiguous() for one in self._tensors)
+        assert all(one.is_contiguous() and one.device.type == "cpu" for one in self._tensors)
         header: dict[str, object] = {"__metadata__": dict(metadata)}
         end = 0
         for key, tensor in zip(sorted(tensors), self._tensors, strict=True):
             begin, end = end, end + tensor.nbytes
-            header[key] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [begin, end]}
+            header[key] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)  # so that the tensors are aligned
         self._head = len(text).to_bytes(8, "little") + text
@@ -94,7 +95,8 @@ class TensorBytes:
     def chunks(self) -> Iterator[memoryview]:
         """Yield the file from its beginning."""
         digest = hashlib.sha256()
-        buffers = [memoryview(self._head), *(one.numpy().data.cast("B") for one in self._tensors if one.numel())]
+        own = (one.view(-1).view(torch.uint8).numpy().data for one in self._tensors if one.numel())
+        buffers = [memoryview(self._head), *own]
         for buffer in buffers:
             for begin in range(0, len(buffer), _CHUNK_BYTES):
                 part = buffer[begin : begin + _CHUNK_BYTES]

@@ -19,15 +19,15 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-CALLS = ("open", "mkdir", "rename", "replace", "fsync", "unlink", "rmdir", "save_file")
+CALLS = ("open", "mkdir", "rename", "replace", "fsync", "unlink", "rmdir", "write_tensors")
 SAVING = "longhaul-checkpoint"  # name of the threads that save
 
 
 def watch_calls(before: Callable[[str], None]) -> None:
     """Call `before` with the name of each of `CALLS` that a thread that saves is about to make."""
-    from pretrain import tensor_files
+    from pretrain import checkpoint_folder
 
-    holders: dict[str, Any] = {"open": builtins, "save_file": tensor_files}
+    holders: dict[str, Any] = {"open": builtins, "write_tensors": checkpoint_folder}
 
     def watch(name: str) -> None:
         holder = holders.get(name, os)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 
 import pytest
 
@@ -45,7 +44,7 @@ def test_a_disk_that_fills_while_a_checkpoint_is_written(start, tmp_path, undist
     """Which no check before foresees; what was written is removed at once."""
     run = tmp_path / "run"
     with small_disk(run / "checkpoints", 9000) as disk:
-        hook = at_call("fill", call="save_file", number=2, at_rank=1, path=str(disk / "others"))
+        hook = at_call("fill", call="write_tensors", number=2, at_rank=1, path=str(disk / "others"))
         check_failed_at_the_end(start(run, hooks=hook), run)
         assert good_steps(run) == [3]
         assert sorted(path.name for path in disk.iterdir()) == ["others", "step-00000003"]
@@ -56,7 +55,7 @@ def test_a_disk_that_fills_while_a_checkpoint_is_written(start, tmp_path, undist
 
 def test_one_ranks_disk_is_full(start, tmp_path, undisturbed):
     run = tmp_path / "run"
-    ranks = start(run, hooks=at_call("no_space", call="save_file", number=2, at_rank=1))
+    ranks = start(run, hooks=at_call("no_space", call="write_tensors", number=2, at_rank=1))
     assert ranks.wait() == [0, 0], ranks.log()
     assert list(failed_saves(run)) == [6] and good_steps(run) == [3, 9, 12]
     assert (state_hash(newest(run)), losses(run)) == undisturbed()
@@ -64,14 +63,17 @@ def test_one_ranks_disk_is_full(start, tmp_path, undisturbed):
 
 def test_a_disk_that_becomes_read_only(start, tmp_path, undisturbed):
     """One try a save, no more."""
-    run, mark = tmp_path / "run", tmp_path / "mark"
+    run, marks = tmp_path / "run", [tmp_path / "mark-0", tmp_path / "mark-1"]
+    hooks = [
+        at_call("hold", call="write_tensors", number=2, at_rank=n, path=str(mark))[0] for n, mark in enumerate(marks)
+    ]
     with small_disk(run / "checkpoints", 9000) as disk:
-        ranks = start(run, hooks=at_call("hold", call="save_file", number=2, at_rank=0, path=str(mark)))
-        wait_for(mark)
-        while ranks.is_running() and not (disk / "step-00000003").exists():
-            time.sleep(0.01)
+        ranks = start(run, hooks=hooks)
+        for mark in marks:  # where no file is open, as a remount wants it
+            wait_for(mark)
         remount(disk, "ro")
-        mark.unlink()
+        for mark in marks:
+            mark.unlink()
         check_failed_at_the_end(ranks, run)
         failed = failed_saves(run)
         assert list(failed) == [6, 9], failed

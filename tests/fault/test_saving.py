@@ -36,11 +36,11 @@ def check_goes_on(start, undisturbed, run: Path, *overrides: str) -> None:
 
 def test_a_rank_killed_before_it_writes_its_share(start, tmp_path, undisturbed):
     run = tmp_path / "run"
-    ranks = start(run, hooks=at_call("kill", call="save_file", number=2, at_rank=1))
+    ranks = start(run, hooks=at_call("kill", call="write_tensors", number=2, at_rank=1))
     while ranks.statuses()[1] is None:
         time.sleep(0.005)
     begin = time.monotonic()
-    statuses = ranks.wait(10)
+    statuses = ranks.wait(30)
     print(f"the other ended in {time.monotonic() - begin:.1f} s")
     assert statuses[1] == KILLED and statuses[0] > 0, ranks.log()
     assert good_steps(run) == [3]
@@ -93,7 +93,7 @@ def test_killed_at_random_moments_of_saving(start, tmp_path, undisturbed, repeat
 @pytest.mark.parametrize("rank", [None, 1])
 def test_sigterm_saves_once_and_all_ranks_say_resumable(start, tmp_path, undisturbed, rank):
     run, mark = tmp_path / "run", tmp_path / "mark"
-    ranks = start(run, hooks=at_call("hold", call="save_file", number=1, at_rank=0, path=str(mark)))
+    ranks = start(run, hooks=at_call("hold", call="write_tensors", number=1, at_rank=0, path=str(mark)))
     wait_for(mark)  # in the middle of training, beside which it saves
     ranks.send(signal.SIGTERM, rank)
     mark.unlink()
