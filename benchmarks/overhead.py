@@ -34,12 +34,13 @@ from pretrain.guard import StopRequest
 from pretrain.metrics import StepMetrics
 from pretrain.model import Transformer
 from pretrain.run import Run, open_run
-from pretrain.run_folder import RunFolder
+from pretrain.run_folder import RunFolder, log_path
 from pretrain.schedule import lr_at
 from pretrain.settings import load_config
 from pretrain.start_clock import StartClock
 from pretrain.stream import TokenStream
 from pretrain.train import train_step
+from pretrain.watchdog import Watchdog
 
 EXAMPLES = """examples:
   python benchmarks/overhead.py configs/quickstart.yaml --out bench-results/overhead.json      (prepared before)
@@ -95,7 +96,12 @@ def measure(
         folder = RunFolder(config)
         cleanup.callback(folder.close)
         stop = cleanup.enter_context(StopRequest())
-        run = open_run(config, ranks, folder, stop, cleanup, StartClock())
+        watchdog = Watchdog(
+            ranks, config.parallel.timeout_seconds, config.parallel.start_timeout_seconds, log_path(folder.path, ranks)
+        )
+        cleanup.callback(watchdog.close)
+        run = open_run(config, ranks, folder, stop, watchdog, cleanup, StartClock())
+        watchdog.first_step_is_over()
         run.engine.train()
         loops, reason = make_loops(run, cleanup)
         batches = read_steps(run, num_steps + num_warmup)
@@ -167,7 +173,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             overrides = [*arguments.overrides, f"run.dir={folder}/run-{stage}", f"parallel.zero_stage={stage}"]
             overrides += [f"train.num_steps={arguments.steps + arguments.warmup}", "schedule.warmup_steps=1"]
             config = load_config(arguments.config, overrides)
-            ranks = ranks or init_distributed(config.parallel.timeout_seconds)
+            ranks = ranks or init_distributed(config.parallel.start_timeout_seconds)
             row, reason = measure(config, ranks, arguments.steps, arguments.warmup, arguments.seconds / len(stages))
             record.add(case=f"ZeRO {stage}, {config.train.precision}", **row)
             if reason:

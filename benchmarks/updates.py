@@ -121,7 +121,7 @@ def _by_engine(config: Config, shape: ModelShape, compile_backend: str | None) -
     from pretrain.batch_plan import BatchPlan
     from pretrain.engine import Engine, init_distributed
 
-    ranks = init_distributed(config.parallel.timeout_seconds)
+    ranks = init_distributed(config.parallel.start_timeout_seconds)
     model = make_ours(shape, ranks.device, torch.float32)
     engine = Engine(model, config, BatchPlan.of(config, ranks.world_size), ranks)
     engine.train()

@@ -12,6 +12,7 @@ if sys.path[0] == str(Path(__file__).resolve().parent):  # run as a file: launch
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from pretrain.console import ends_at_closed_pipe, write_patiently
+from pretrain.guard import StopRequest
 
 EXAMPLES = """examples:
   deepspeed launch/pretrain.py configs/gpt2-124m.yaml
@@ -20,8 +21,9 @@ EXAMPLES = """examples:
   python launch/pretrain.py --check configs/llama-1.3b.yaml
   sbatch launch/slurm/pretrain.sbatch configs/llama-1.3b.yaml     (on many nodes)
 
-exit status: 0 done, 1 failed, 2 wrong config or use, 75 stopped by a signal and resumable by the same command;
-the run folder's status.json says the same, since the deepspeed launcher hides exit statuses."""
+exit status: 0 done, 1 failed, 2 wrong config or use, 69 the machine or another rank failed (the same command is worth
+trying again), 75 stopped by a signal and resumable by the same command. The run folder's status.json says the same, for
+the deepspeed launcher hides exit statuses."""
 
 
 @ends_at_closed_pipe
@@ -35,32 +37,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="check CONFIG, print its run folder, start nothing")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # DeepSpeed's launcher adds it
     arguments = parser.parse_args(argv)
-    limit_threads()
-    from pretrain.errors import LonghaulError
-    from pretrain.redaction import print_error
-    from pretrain.settings import load_config
-
-    rank, is_everybodys = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")), True  # all read the same config
-    try:
-        config = load_config(arguments.config, arguments.overrides)
-        if arguments.check:
-            print(config.run.dir)
-            return 0
-        is_everybodys = False
-        from pretrain.train import train
-
-        return train(config)
-    except LonghaulError as error:
-        if rank == "0" or not (is_everybodys or error.agreed):
-            print_error(error, "" if rank == "0" else f" on rank {rank}")
-        return error.exit_status
-
-
-def limit_threads() -> None:
-    """Divide the cores between the processes of this node, unless OMP_NUM_THREADS says otherwise."""
-    if "OMP_NUM_THREADS" not in os.environ:
+    if "OMP_NUM_THREADS" not in os.environ:  # divide the cores of this node between its processes
         local_size = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1"
         os.environ["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // int(local_size)))
+    rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
+    is_everybodys = True  # all ranks read the same config
+    with StopRequest(ends_process=True, speaks=rank == "0") as stop:  # before the imports, which take long
+        from pretrain.errors import LonghaulError
+        from pretrain.redaction import print_error
+        from pretrain.settings import load_config
+
+        try:
+            config = load_config(arguments.config, arguments.overrides)
+            if arguments.check:
+                print(config.run.dir)
+                return 0
+            is_everybodys = False
+            from pretrain.train import train
+
+            return train(config, stop)
+        except LonghaulError as error:
+            if rank == "0" or not (is_everybodys or error.agreed):
+                print_error(error, "" if rank == "0" else f" on rank {rank}")
+            return error.exit_status
 
 
 if __name__ == "__main__":

@@ -36,6 +36,7 @@ from pretrain.tensor_files import explain
 
 logger = logging.getLogger("longhaul")
 _WRITE_SECONDS = 60.0  # for which a run that has failed waits for its disk
+_POLL_SECONDS = 5.0  # for which ranks whose share is written wait for the others, before they ask again
 _OTHERS_SECONDS = 5.0  # and then for other ranks' shares
 
 
@@ -138,15 +139,23 @@ class Checkpoints:
         if self._pending is None:
             return False
         pending, self._pending = self._pending, None
+        self._await(pending.share)
         problems = [text for text in self.ranks.gather(self._try(pending.share.result)) if text]
         if problems:
             pending.give_up_at = 0.0  # a rank whose disk is full may not even be able to say so there
+        self._await(pending.whole)
         whole = self._try(pending.whole.result) if pending.whole else None
         if problems and self.ranks.is_first:
             self.place.abandon(pending.step)
         if problem := self.ranks.from_first(problems[0] if problems else whole):
             raise self._failure(pending.step, problem)
         return True
+
+    def _await(self, task: Task | None) -> None:
+        """Wait on all ranks for a task of each; in many short collectives, since one has a time limit."""
+        with self.ranks.heartbeat.held():
+            while self.ranks.sum([task is not None and not task.wait(_POLL_SECONDS)])[0]:
+                pass
 
     def close(self) -> None:
         """Wait for a save that is under way when training has failed: it is whole if every rank can still write."""
@@ -265,7 +274,11 @@ class Checkpoints:
         try:
             reader = open_reader()
             names = sorted(reader.manifest["files"])[self.ranks.rank :: self.ranks.world_size]
-            return "; ".join(problem for name in names if (problem := reader.verify_file(name))) or None
+            problems = []
+            for name in names:
+                problems.append(reader.verify_file(name))
+                self.ranks.heartbeat.beat()
+            return "; ".join(problem for problem in problems if problem) or None
         except CheckpointError as error:
             return str(error)
 
@@ -333,6 +346,7 @@ def _read_into(engine: Engine, reader: CheckpointReader, with_optimizer: bool) -
         for state, view in fragment.tensors.items():
             if with_optimizer or state == MASTER:
                 view.copy_(reader.read(fragment.name, state, fragment.start, fragment.length))
+        engine.ranks.heartbeat.beat()
 
 
 def _lacking(engine: Engine, reader: CheckpointReader) -> str:

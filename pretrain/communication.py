@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import wraps
 from typing import Any
 
+from pretrain.heartbeat import Heartbeat
 from pretrain.profiling import PhaseClock
 
 COLLECTIVES = (
@@ -20,10 +21,12 @@ class CommunicationTimer:
 
     Attributes:
         clock: of the step; None where nothing is measured.
+        heartbeat: told of every collective.
     """
 
     def __init__(self) -> None:
         self.clock: PhaseClock | None = None
+        self.heartbeat = Heartbeat()
         self._inside = False
 
     def watch(self, backend: Any) -> None:
@@ -40,12 +43,12 @@ class CommunicationTimer:
     @contextmanager
     def phase(self) -> Iterator[None]:
         """Enclose one call; a collective that others make up counts once."""
-        if self.clock is None or self._inside:
+        if self._inside:
             yield
             return
         self._inside = True
         try:
-            with self.clock.within("communication"):
+            with self.heartbeat.waiting(), self.clock.within("communication") if self.clock else nullcontext():
                 yield
         finally:
             self._inside = False

@@ -10,7 +10,8 @@ import os
 import re
 import socket
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import timedelta
 from functools import cache
 from typing import Any, Protocol, TypeVar
 
@@ -19,18 +20,20 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pretrain.errors import ConfigError, LonghaulError
+from pretrain.heartbeat import Heartbeat
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among `world_size`: its global and node-local rank and its device."""
+    """This process among `world_size`: its global and node-local rank, its device, and what it is doing."""
 
     rank: int
     local_rank: int
     world_size: int
     device: torch.device
+    heartbeat: Heartbeat = field(default_factory=Heartbeat, compare=False)
 
     @property
     def is_first(self) -> bool:
@@ -52,7 +55,8 @@ class Ranks:
 
     def barrier(self) -> None:
         """Wait for all ranks."""
-        dist.barrier()
+        with self.heartbeat.waiting():
+            dist.barrier()
 
     def agree(self, action: Callable[[], T]) -> T:
         """Run `action` on every rank; if it fails on any, raise that error on all.
@@ -78,7 +82,8 @@ class Ranks:
     def gather(self, value: Any) -> list[Any]:
         """Return every rank's value, on every rank, in rank order."""
         values: list[Any] = [None] * self.world_size
-        dist.all_gather_object(values, value)
+        with self.heartbeat.waiting():
+            dist.all_gather_object(values, value)
         return values
 
     def gather_tensor(self, tensor: Tensor) -> Tensor:
@@ -89,13 +94,15 @@ class Ranks:
 
     def take_first(self, tensor: Tensor) -> Tensor:
         """Overwrite a tensor on this rank's device by rank 0's, and return it."""
-        dist.broadcast(tensor, src=0)
+        with self.heartbeat.waiting():
+            dist.broadcast(tensor, src=0)
         return tensor
 
     def from_first(self, value: Any) -> Any:
         """Return rank 0's value on every rank."""
         values = [value]
-        dist.broadcast_object_list(values, src=0)
+        with self.heartbeat.waiting():
+            dist.broadcast_object_list(values, src=0)
         return values[0]
 
 
@@ -111,6 +118,7 @@ class PendingSum(Protocol):
 
 class _SumOnCPU:
     def __init__(self, values: Sequence[float] | Tensor, ranks: Ranks) -> None:
+        self._heartbeat = ranks.heartbeat
         self._sums = torch.as_tensor(values, dtype=torch.float64).clone()
         self._work = dist.all_reduce(self._sums, async_op=True) if ranks.world_size > 1 else None
 
@@ -119,7 +127,8 @@ class _SumOnCPU:
 
     def result(self) -> list[float]:
         if self._work is not None:
-            self._work.wait()
+            with self._heartbeat.waiting():
+                self._work.wait()
         return self._sums.tolist()
 
 
@@ -127,6 +136,7 @@ class _SumOnGPU:
     """On a stream of its own, so that the host waits for this sum alone and not for what was given to the device."""
 
     def __init__(self, values: Sequence[float] | Tensor, ranks: Ranks) -> None:
+        self._heartbeat = ranks.heartbeat
         stream = _sum_stream(ranks.device)
         if isinstance(values, Tensor):
             stream.wait_stream(torch.cuda.current_stream(ranks.device))
@@ -148,13 +158,30 @@ class _SumOnGPU:
         return self._arrived.query()
 
     def result(self) -> list[float]:
-        self._arrived.synchronize()
+        with self._heartbeat.waiting():
+            self._arrived.synchronize()
         return self._sums.tolist()
 
 
 @cache
 def _sum_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
+
+
+def set_timeouts(seconds: float) -> None:
+    """Give every process group this time limit for a collective; the default group's does not reach the others."""
+    for group in list(dist.distributed_c10d._world.pg_map):
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
+
+
+def is_communication_failure(error: BaseException) -> bool:
+    """Tell whether an error of torch says that other ranks were not reached: lost, too late, or the network.
+
+    gloo's are plain RuntimeErrors that begin with the place in its sources.
+    """
+    if isinstance(error, dist.DistError):
+        return "nvalid usage" not in str(error)  # NCCL's word for what no retry mends, such as two ranks on one GPU
+    return isinstance(error, RuntimeError) and "gloo/" in str(error)
 
 
 def read_rank_variables(environment: Mapping[str, str]) -> dict[str, str]:

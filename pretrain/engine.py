@@ -8,7 +8,6 @@ Facts of DeepSpeed 0.19.8 that this file respects (each measured; `docs/notes/00
 - At stage 0 in fp32 `step` neither reports a norm nor skips a non-finite update: norm, clip and skip are done here.
 - Stage 0 offers no fp32 accumulation of bf16 or fp16 gradients: those run as stage 1.
 - The learning rate is set at every step, since a restored optimizer would silently bring its own.
-- A process group's timeout must be set on every group; the default group's does not reach the others.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ from pretrain.communication import CommunicationTimer
 from pretrain.config import Config
 from pretrain.deepspeed_settings import deepspeed_settings, effective_stage
 from pretrain.distributed import Ranks, choose_device, export_rank_variables
-from pretrain.errors import ConfigError, TrainingError
+from pretrain.errors import ConfigError, LonghaulError, PeerError, TrainingError
 from pretrain.matrix_exchange import Held
 from pretrain.muon import Muon
 from pretrain.optim import create_state, make_optimizer, moment_names, param_groups
@@ -94,14 +93,23 @@ def init_distributed(timeout_seconds: int) -> Ranks:
                 timeout=timedelta(seconds=timeout_seconds),
             )
         except RuntimeError as error:  # torch's network and store errors are such
-            address = f"{variables['MASTER_ADDR']}:{variables['MASTER_PORT']}"
-            raise TrainingError(
-                f"launch: rank {variables['RANK']} of {variables['WORLD_SIZE']} cannot meet the others at {address}; "
-                f"expected a free port there that all nodes reach ({str(error).splitlines()[0]}). Choose another port "
-                "(deepspeed --master_port, torchrun --master-port, MASTER_PORT)."
-            ) from None
+            raise _cannot_meet(error, variables) from None
+    ranks = Ranks(int(variables["RANK"]), int(variables["LOCAL_RANK"]), int(variables["WORLD_SIZE"]), device)
+    _COMMUNICATION.heartbeat = ranks.heartbeat
     _COMMUNICATION.watch(deepspeed.comm.comm.cdb)
-    return Ranks(int(variables["RANK"]), int(variables["LOCAL_RANK"]), int(variables["WORLD_SIZE"]), device)
+    return ranks
+
+
+def _cannot_meet(error: RuntimeError, variables: dict[str, str]) -> LonghaulError:
+    """What to say where the ranks do not find each other: a port that is taken stays so, a late node may come."""
+    text = str(error).splitlines()[0]
+    is_taken = "address already in use" in text.lower() or "EADDRINUSE" in text
+    return (TrainingError if is_taken else PeerError)(
+        f"launch: rank {variables['RANK']} of {variables['WORLD_SIZE']} cannot meet the others at "
+        f"{variables['MASTER_ADDR']}:{variables['MASTER_PORT']}; expected a free port there that all nodes reach, and "
+        f"all ranks within parallel.start_timeout_seconds ({text}). Look whether all were started, or choose another "
+        "port (deepspeed --master_port, torchrun --master-port, MASTER_PORT)."
+    )
 
 
 def _quieten(deepspeed: ModuleType) -> None:
@@ -164,8 +172,6 @@ class Engine:
         self._num_updates = 0
         if isinstance(optimizer, Muon):
             optimizer.place(self._flat_masters(), ranks.gather(self._held()), ranks.rank, ranks.device)
-        for group in list(dist.distributed_c10d._world.pg_map):
-            dist.distributed_c10d._set_pg_timeout(timedelta(seconds=config.parallel.timeout_seconds), group)
 
     def time_communication(self, clock: PhaseClock | None) -> None:
         """Count what is waited for collectives from now on as the phase `communication` of this clock."""

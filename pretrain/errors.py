@@ -9,7 +9,7 @@ from __future__ import annotations
 EXIT_DONE = 0
 EXIT_FAILED = 1
 EXIT_USAGE = 2
-EXIT_RETRY = 69  # failed by what another start need not meet: BSD's EX_UNAVAILABLE
+EXIT_RETRY = 69  # the machine or another rank failed, and the same command may well succeed: BSD's EX_UNAVAILABLE
 EXIT_STOPPED = 75  # stopped early and resumable: BSD's EX_TEMPFAIL, which SLURM's afterok does not accept
 
 
@@ -48,5 +48,11 @@ class TrainingError(LonghaulError):
 
 class CorruptionError(TrainingError):
     """Memory does not hold what was computed; a new start goes on from the newest checkpoint, which is sound."""
+
+    exit_status = EXIT_RETRY
+
+
+class PeerError(LonghaulError):
+    """Another rank was lost, has failed or does not answer; this one is in order."""
 
     exit_status = EXIT_RETRY

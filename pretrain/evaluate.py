@@ -67,6 +67,8 @@ def evaluate(
             losses += loss
             num_tokens += scored.size
             num_bytes += int(token_bytes[scored].sum())
+            if ranks:
+                ranks.heartbeat.beat()
     totals = [float(losses), float(num_tokens), float(num_bytes)]
     loss_sum, tokens, text_bytes = ranks.sum(totals) if ranks else totals
     if not tokens:

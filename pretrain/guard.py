@@ -2,25 +2,39 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import sys
+import threading
 from types import FrameType
 
-from pretrain.errors import TrainingError
+from pretrain.errors import EXIT_STOPPED, TrainingError
 
 
 class StopRequest:
     """Remembers SIGTERM, SIGINT and SIGUSR1, so that the loop can finish its step, save and exit 75.
 
     Ctrl-C reaches a rank twice (from the terminal, and as SIGTERM from the launcher), so repeats change nothing.
+
+    Attributes:
+        received: name of the first signal.
+        ends_process: there is nothing to finish and nobody to agree with yet: a signal ends the process at once.
     """
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
-    def __init__(self) -> None:
+    def __init__(self, ends_process: bool = False, speaks: bool = True) -> None:
+        """Begin with `ends_process`; `speaks`: whether this rank says so when a signal has ended it."""
         self.received: str | None = None
+        self.ends_process, self._speaks = ends_process, speaks
         self._previous: dict[int, object] = {}
 
     def __enter__(self) -> StopRequest:
+        reader, self._writer = os.pipe()
+        os.set_blocking(self._writer, False)
+        # Python runs handlers between bytecodes only, and ranks that wait for a late one do so in C++ for half an hour.
+        self._previous_writer = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
+        threading.Thread(target=self._hear, args=(reader,), name="longhaul-signals", daemon=True).start()
         for number in self.SIGNALS:
             self._previous[number] = signal.signal(number, self._remember)
         return self
@@ -28,6 +42,17 @@ class StopRequest:
     def __exit__(self, *_: object) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
+        signal.set_wakeup_fd(self._previous_writer)
+        os.close(self._writer)
+
+    def _hear(self, reader: int) -> None:
+        while numbers := os.read(reader, 64):
+            if self.ends_process and (found := [number for number in numbers if number in self.SIGNALS]):
+                if self._speaks:
+                    text = f"stopped by {signal.Signals(found[0]).name} before training began; nothing is lost."
+                    print(text, file=sys.stderr, flush=True)
+                os._exit(EXIT_STOPPED)
+        os.close(reader)
 
     def _remember(self, number: int, _frame: FrameType | None) -> None:
         self.received = self.received or signal.Signals(number).name

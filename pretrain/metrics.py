@@ -54,6 +54,11 @@ class StepMetrics:
     epochs: dict[str, float]
     phase_seconds: dict[str, float]
 
+    @property
+    def own_seconds(self) -> float:
+        """Of `step_seconds`, what this rank worked and did not wait for others."""
+        return sum(self.phase_seconds.get(phase, 0.0) for phase in ("data", "forward", "backward", "optimizer"))
+
 
 def _json_number(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value

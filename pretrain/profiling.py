@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from pretrain.errors import TrainingError
+from pretrain.heartbeat import Heartbeat
 
 _Moment = float | torch.cuda.Event
 
@@ -20,22 +21,30 @@ MEMORY_ENTRIES = 100_000  # allocations and frees that a snapshot shows
 class PhaseClock:
     """Seconds of one step by phase, without waiting for the device.
 
-    On a GPU a mark is an event in the stream; `seconds` may be called once the host has waited for the last one, as it
-    has when the step's loss has arrived.
+    On a GPU a phase begins with an event in the stream; `seconds` may be called once the host has waited for the last
+    one, as it has when the step's loss has arrived.
 
     Args:
         device: where the step runs.
+        heartbeat: told of every phase that begins.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
+    def __init__(self, device: torch.device, heartbeat: Heartbeat | None = None) -> None:
+        self._device, self._heartbeat = device, heartbeat
         self._stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
-        self._marks: list[tuple[str, _Moment]] = [("", self._now())]
-        self._inner: list[tuple[str, int, _Moment, _Moment]] = []  # phase, index of the next mark, begin, end
+        self._begun: list[tuple[str, _Moment]] = []
+        self._end: _Moment | None = None
+        self._inner: list[tuple[str, int, _Moment, _Moment]] = []  # phase, number of that around it, begin, end
 
-    def mark(self, phase: str) -> None:
-        """Say that what was done since the last mark was this phase; one may come several times."""
-        self._marks.append((phase, self._now()))
+    def begin(self, phase: str) -> None:
+        """Say that this phase begins, and so the last one ends; one may come several times."""
+        self._begun.append((phase, self._now()))
+        if self._heartbeat:
+            self._heartbeat.enter(phase)
+
+    def end(self) -> None:
+        """Say that the last phase is over."""
+        self._end = self._now()
 
     @contextmanager
     def within(self, phase: str) -> Iterator[None]:
@@ -44,23 +53,25 @@ class PhaseClock:
         On a GPU: what the stream that the clock began in waits for. Other streams' work runs beside it, and is not
         counted.
         """
-        if self._stream is not None and torch.cuda.current_stream(self._device) != self._stream:
+        in_other_stream = self._stream is not None and torch.cuda.current_stream(self._device) != self._stream
+        if in_other_stream or not self._begun or self._end is not None:
             yield
             return
         begin = self._now()
         yield
-        self._inner.append((phase, len(self._marks), begin, self._now()))
+        self._inner.append((phase, len(self._begun) - 1, begin, self._now()))
 
     def seconds(self) -> dict[str, float]:
-        """Sum the seconds of each phase."""
+        """Sum the seconds of each phase; to be called after `end`."""
+        assert self._end is not None
         found: dict[str, float] = defaultdict(float)
-        for (_, begin), (phase, end) in zip(self._marks, self._marks[1:], strict=False):
+        ends = [moment for _, moment in self._begun[1:]] + [self._end]
+        for (phase, begin), end in zip(self._begun, ends, strict=True):
             found[phase] += _seconds_between(begin, end)
         for phase, number, begin, end in self._inner:
-            if number < len(self._marks):
-                seconds = _seconds_between(begin, end)
-                found[phase] += seconds
-                found[self._marks[number][0]] -= seconds
+            seconds = _seconds_between(begin, end)
+            found[phase] += seconds
+            found[self._begun[number][0]] -= seconds
         return dict(found)
 
     def _now(self) -> _Moment:

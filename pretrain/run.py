@@ -38,6 +38,7 @@ from pretrain.stream import TokenStream, ValRows
 from pretrain.tokenizer import Tokenizer
 from pretrain.tokenizer_files import keep_files, open_tokenizer
 from pretrain.tracking import Tracker, check_tracking
+from pretrain.watchdog import Watchdog
 
 
 @dataclass
@@ -94,6 +95,7 @@ class Run:
     folder: RunFolder | None
     log: MetricLog | None
     stop: StopRequest
+    watchdog: Watchdog
     clock: StartClock
     progress: Progress = field(default_factory=Progress)
     feed: Feed = field(init=False)
@@ -116,6 +118,7 @@ def open_run(
     ranks: Ranks,
     folder: RunFolder | None,
     stop: StopRequest,
+    watchdog: Watchdog,
     cleanup: ExitStack,
     clock: StartClock,
 ) -> Run:
@@ -135,18 +138,18 @@ def open_run(
     cleanup.callback(stream.close)
     val_rows = ranks.agree(lambda: ValRows(config, tokenizer.fingerprint, config.eval.max_rows, is_new)
                            if config.eval.every_steps else None)  # fmt: skip
-    clock.mark("data")
+    clock.begin("self-test")
     set_determinism(config.train.deterministic)
     check_optimizer(config, plan, ranks)
-    clock.mark("self-test")
+    clock.begin("model")
     objective = config.train.z_loss, config.train.label_smoothing
     model = Transformer(shape, config.run.seed, config.train.activation_checkpointing, *objective)
     if should_compile(config, ranks.device):
         model.compile_blocks()
     samples = ranks.agree(lambda: Samples(config, model, tokenizer, ranks))
-    clock.mark("model")
+    clock.begin("engine")
     engine = ranks.agree(lambda: Engine(model, config, plan, ranks))
-    clock.mark("engine")
+    clock.begin("checkpoint")
     cleanup.callback(engine.close)
     events: list[tuple[str, str]] = []
     checkpoints = Checkpoints(place, config.checkpoint, ranks, lambda *event: events.append(event), run_path,
@@ -160,7 +163,7 @@ def open_run(
             events.append(("damage_mended", f"{num_mended:,} documents that were damaged before are in order"))
         stream.damage.check()
         ranks.agree(lambda: folder.accept(config) if folder else None)
-    clock.mark("checkpoint")
+    clock.begin("first step")
     open_log(run_path, ranks)
     tracker = ranks.agree(lambda: start_tracking(config, folder, events.append))
     log = None
@@ -174,7 +177,7 @@ def open_run(
         run_path, config.train.profile_steps, ranks.rank, ranks.device, lambda *event: run.event(*event)
     )
     run = Run(config, ranks, plan, tokenizer, stream, val_rows, engine, checkpoints, samples, guard, spikes, profiler,
-              folder, log, stop, clock, progress)  # fmt: skip
+              folder, log, stop, watchdog, clock, progress)  # fmt: skip
     announce(run, events, is_resumed=start.own)
     return run
 

@@ -27,7 +27,7 @@ from pretrain.checkpoint_places import Place, open_place
 from pretrain.config import Config
 from pretrain.console import warn
 from pretrain.distributed import Ranks
-from pretrain.errors import CheckpointError, ConfigError
+from pretrain.errors import EXIT_FAILED, CheckpointError, ConfigError, LonghaulError
 from pretrain.families import resolve_shape
 from pretrain.model import Transformer
 from pretrain.patient_file import PatientFile
@@ -210,20 +210,32 @@ class RunFolder:
 
     def write_status(self, status: str, exit_status: int | None, step: int, reason: str = "") -> None:
         """Write `status.json`: `running`, `done`, `stopped` (resumable) or `failed`; a disk that fails is a warning."""
-        content = {"status": status, "exit_status": exit_status, "step": step, "reason": redact(reason),
-                   "pid": os.getpid(), "host": platform.node(), "timestamp": time.time()}  # fmt: skip
-        problem = ""
-        try:
-            write_text(self.path / "status.json", json.dumps(content, indent=1))
-        except OSError as error:
-            problem = str(error.strerror)
-            if problem != self._status_problem:
-                warn(f"{self.path / 'status.json'}: cannot be written ({problem}); it does not say '{status}'.")
+        problem = _write_status(self.path, status, exit_status, step, reason)
+        if problem and problem != self._status_problem:
+            warn(problem)
         self._status_problem = problem
 
     def close(self) -> None:
         """Let another job have the folder."""
         self._lock.close()
+
+
+def write_failure(folder: Path, error: BaseException, step: int) -> None:
+    """Write into `status.json` that the run failed after `step` steps; by the rank that speaks for all."""
+    code = error.exit_status if isinstance(error, LonghaulError) else EXIT_FAILED
+    if problem := _write_status(folder, "failed", code, step, str(error) or type(error).__name__):
+        warn(problem)
+
+
+def _write_status(folder: Path, status: str, exit_status: int | None, step: int, reason: str) -> str:
+    """Write `status.json`; return what is wrong if the disk does not let it."""
+    content = {"status": status, "exit_status": exit_status, "step": step, "reason": redact(reason),
+               "pid": os.getpid(), "host": platform.node(), "timestamp": time.time()}  # fmt: skip
+    try:
+        write_text(folder / "status.json", json.dumps(content, indent=1))
+    except OSError as error:
+        return f"{folder / 'status.json'}: cannot be written ({error.strerror}); it does not say '{status}'."
+    return ""
 
 
 @contextmanager
@@ -261,6 +273,11 @@ def environment() -> dict[str, Any]:
     }  # fmt: skip
 
 
+def log_path(folder: Path, ranks: Ranks) -> Path:
+    """The file of this rank's log."""
+    return folder / ("log.txt" if ranks.is_first else f"log-rank{ranks.rank:05d}.txt")
+
+
 class _LogFile(logging.Handler):
     """A log that a full disk delays."""
 
@@ -278,8 +295,7 @@ class _LogFile(logging.Handler):
 
 def open_log(folder: Path, ranks: Ranks) -> None:
     """Send this rank's log to `log.txt`, other ranks' to files beside it."""
-    name = "log.txt" if ranks.is_first else f"log-rank{ranks.rank:05d}.txt"
-    handler = _LogFile(folder / name)
+    handler = _LogFile(log_path(folder, ranks))
     handler.setFormatter(RedactingFormatter("%(asctime)s %(levelname)s %(message)s"))
     log = logging.getLogger("longhaul")
     log.setLevel(logging.INFO)

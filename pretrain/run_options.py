@@ -28,7 +28,12 @@ class ParallelSection(Section):
         description="DeepSpeed sends gradients while the backward pass goes on. Off, because its versions had races: "
         "NaN or wrong gradients, without an error (DeepSpeed #5545, #8061). Compare the losses of both first.",
     )
-    timeout_seconds: Count = Field(1800, description="A rank that waits longer than this for the others fails.")
+    timeout_seconds: Count = Field(
+        900, description="How long a rank may do one thing without a sign of life before the run ends, and names it."
+    )
+    start_timeout_seconds: Count = Field(
+        1800, description="The same until the first step is over, and while a checkpoint is written."
+    )
 
 
 class EvalSection(Section):

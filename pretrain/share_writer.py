@@ -49,9 +49,10 @@ class Task:
         """Whether it has ended, and `result` would raise."""
         return self.is_done() and self._problem is not None
 
-    def wait(self, timeout_seconds: float | None = None) -> None:
-        """Wait for the end, at most so long."""
+    def wait(self, timeout_seconds: float | None = None) -> bool:
+        """Wait for the end, at most so long; return whether it has come."""
         self._thread.join(timeout_seconds)
+        return self.is_done()
 
     def result(self) -> None:
         """Wait for the end.

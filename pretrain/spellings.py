@@ -117,7 +117,8 @@ _SPELLINGS_OF = {
     " offload_params fsdp_cpu_offload",
     "guard.check_replicas_every": "check_weight_hash_across_dp_replicas_interval",
     "parallel.overlap_comm": "overlap_grad_reduce",
-    "parallel.timeout_seconds": "distributed_timeout_minutes ddp_timeout init_timeout_seconds dist_timeout",
+    "parallel.timeout_seconds": "distributed_timeout_minutes ddp_timeout train_timeout_seconds dist_timeout",
+    "parallel.start_timeout_seconds": "init_timeout_seconds",
     "eval.every_steps": "eval_interval eval_steps val_check_interval eval_every evaluation_interval eval_freq"
     " evaluation_strategy freq eval_strategy",
     "eval.max_rows": "eval_iters eval_batches max_eval_samples limit_val_batches max_eval_rows validation_steps"

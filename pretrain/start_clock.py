@@ -5,23 +5,34 @@ from __future__ import annotations
 import os
 import time
 
+from pretrain.heartbeat import Heartbeat
+
 
 class StartClock:
     """Seconds of each part of a start, in order; the first part is everything before this object: Python and imports.
 
     Attributes:
         seconds: by part.
+        heartbeat: told of every part that begins.
     """
 
     def __init__(self) -> None:
-        self._last = time.monotonic()
-        self.seconds: dict[str, float] = {"imports": process_age()}
+        self._part, self._last = "imports", time.monotonic() - process_age()
+        self.seconds: dict[str, float] = {}
+        self.heartbeat = Heartbeat()
 
-    def mark(self, part: str) -> None:
-        """Say that a part is over; it began where the last one ended."""
+    def begin(self, part: str) -> None:
+        """Say that a part begins, and so the last one ends."""
+        self.end()
+        self._part = part
+        self.heartbeat.enter(part)
+
+    def end(self) -> dict[str, float]:
+        """Say that the last part is over; return the seconds by part."""
         now = time.monotonic()
-        self.seconds[part] = now - self._last
+        self.seconds[self._part] = now - self._last
         self._last = now
+        return self.seconds
 
     def __str__(self) -> str:
         parts = ", ".join(f"{part} {seconds:.1f}" for part, seconds in self.seconds.items())

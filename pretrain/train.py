@@ -5,38 +5,39 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict
+from collections.abc import Sequence
+from contextlib import ExitStack, suppress
+from functools import partial
+from pathlib import Path
 
 import torch
 
-from pretrain import __version__
 from pretrain.config import Config
 from pretrain.damage import TooMuchDamageError, describe
 from pretrain.distributed import PendingSum, Ranks
 from pretrain.engine import StepResult, init_distributed, leave_distributed
-from pretrain.errors import EXIT_DONE, EXIT_FAILED, EXIT_STOPPED, CheckpointError, LonghaulError, TrainingError
+from pretrain.errors import EXIT_DONE, EXIT_STOPPED, TrainingError
 from pretrain.evaluate import Evaluation, evaluate
 from pretrain.feed import StepInput
 from pretrain.guard import StopRequest
 from pretrain.hardware import peak_memory_bytes
 from pretrain.metrics import StepMetrics
 from pretrain.profiling import PhaseClock
-from pretrain.redaction import storable
-from pretrain.replicas import check_replicas, check_when_due
+from pretrain.replicas import check_when_due
 from pretrain.rollback import roll_back
 from pretrain.run import PendingStep, Run, open_run
-from pretrain.run_folder import RunFolder
+from pretrain.run_folder import RunFolder, log_path, write_failure
 from pretrain.samples import save_samples
+from pretrain.saving import finish_save, judge_steps, report, save
 from pretrain.schedule import lr_at
 from pretrain.start_clock import StartClock
+from pretrain.watchdog import Watchdog
 
 logger = logging.getLogger("longhaul")
 REPORT_SECONDS = 5.0  # that a failed run waits at most for the last step's loss
 
 
-def train(config: Config) -> int:
+def train(config: Config, stop: StopRequest) -> int:
     """Train to the end of the schedule, going on from the newest good checkpoint in the run folder.
 
     Returns:
@@ -45,31 +46,40 @@ def train(config: Config) -> int:
         LonghaulError: nothing was lost; the message says what to do.
     """
     clock = StartClock()
-    ranks = init_distributed(config.parallel.timeout_seconds)
-    clock.mark("process group")
-    status = train_on(config, ranks, clock)
+    clock.begin("process group")
+    ranks = init_distributed(config.parallel.start_timeout_seconds)
+    stop.ends_process = False  # from now on all ranks agree about it
+    status = train_on(config, ranks, stop, clock)
     leave_distributed()  # not after an error: the other ranks may be gone
     return status
 
 
-def train_on(config: Config, ranks: Ranks, clock: StartClock) -> int:
+def train_on(config: Config, ranks: Ranks, stop: StopRequest, clock: StartClock) -> int:
     """Do what `train` does in a process group that exists and goes on existing."""
     with ExitStack() as cleanup:
-        stop = cleanup.enter_context(StopRequest())
-        folder = ranks.agree(lambda: RunFolder(config) if ranks.is_first else None)
-        if folder:
-            cleanup.callback(folder.close)
-        run = None
+        limits, path = config.parallel, Path(config.run.dir)
+        watchdog = Watchdog(ranks, limits.timeout_seconds, limits.start_timeout_seconds, log_path(path, ranks))
+        cleanup.callback(watchdog.close)
+        clock.heartbeat = ranks.heartbeat
+        clock.begin("data")
+        run = folder = None
         try:
-            run = open_run(config, ranks, folder, stop, cleanup, clock)
+            folder = ranks.agree(lambda: RunFolder(config) if ranks.is_first else None)
+            if folder:
+                cleanup.callback(folder.close)
+            watchdog.on_end = partial(write_failure, path)
+            run = open_run(config, ranks, folder, stop, watchdog, cleanup, clock)
+            watchdog.attend(run.checkpoints.close)
             status, exit_status, reason = run_steps(run)
         except BaseException as error:
+            failure = watchdog.end_by(error)
             if run:
                 report_after_failure(run)
-            if folder:
-                code = error.exit_status if isinstance(error, LonghaulError) else EXIT_FAILED
-                folder.write_status("failed", code, run.progress.step if run else 0, str(error) or type(error).__name__)
-            raise
+            if folder or (watchdog.speaks and not ranks.is_first):
+                write_failure(path, failure, run.progress.step if run else 0)
+            if failure is error:
+                raise
+            raise failure from None
         if folder:
             folder.write_status(status, exit_status, run.progress.step, reason)
             run.event(status, reason)
@@ -82,6 +92,8 @@ def run_steps(run: Run) -> tuple[str, int, str]:
     run.engine.train()
     run.step_began = time.perf_counter()
     first_step = run.progress.step + 1
+    if run.ranks.sum([run.stop.received is not None])[0]:  # while it started
+        return stopped(run)
     while not is_over(run):
         progress = run.progress
         try:
@@ -96,8 +108,11 @@ def run_steps(run: Run) -> tuple[str, int, str]:
         if run.feed.save_ended():
             finish_save(run)
         if progress.step == first_step:
-            run.clock.mark("first step")
-            run.event("first_step", str(run.clock), seconds=run.clock.seconds)
+            run.watchdog.first_step_is_over()
+            seconds = run.clock.end()
+            run.event("first_step", str(run.clock), seconds=seconds)
+        for sentence in run.watchdog.take_stragglers():
+            run.event("straggler", sentence)
         at_end = progress.step == run.plan.num_steps
         if config.eval.every_steps and (progress.step % config.eval.every_steps == 0 or at_end):
             judge(run)
@@ -115,10 +130,7 @@ def run_steps(run: Run) -> tuple[str, int, str]:
             )  # fmt: skip
         if asked_to_stop and not at_end:
             save(run, last=True)
-            return "stopped", EXIT_STOPPED, (
-                f"a signal ({run.stop.received or 'on another rank'}) asked to stop after step {progress.step}; "
-                "the same command goes on from here"
-            )  # fmt: skip
+            return stopped(run)
     save(run, last=True)
     return "done", EXIT_DONE, f"trained {run.progress.step} steps"
 
@@ -130,18 +142,19 @@ def is_over(run: Run) -> bool:
     judge_steps(run, up_to_step=run.progress.step - (not at_end))
     if spike := run.spikes.spike():
         finish_save(run)
+        run.ranks.heartbeat.enter("rollback", is_patient=True)
         roll_back(run, spike)
         run.step_began = time.perf_counter()
         return is_over(run)
     return at_end
 
 
-def judge_steps(run: Run, up_to_step: int) -> None:
-    """Look for bad steps among those up to this one."""
-    if run.unreported and run.unreported.metrics.step <= up_to_step:
-        report(run)
-    for event in run.spikes.judge(up_to_step):
-        run.event(*event)
+def stopped(run: Run) -> tuple[str, int, str]:
+    """Status, exit status and reason of a run that a signal has stopped."""
+    return "stopped", EXIT_STOPPED, (
+        f"a signal ({run.stop.received or 'on another rank'}) asked to stop after step {run.progress.step}; the same "
+        "command goes on from here"
+    )  # fmt: skip
 
 
 def train_step(run: Run) -> bool:
@@ -150,21 +163,23 @@ def train_step(run: Run) -> bool:
     The host runs ahead of a GPU and waits for it once, in the optimizer, to see whether the gradients are finite. What
     the step computed is read back and recorded while the next one runs, or at once where that takes no waiting.
     """
-    phases = PhaseClock(run.ranks.device)
+    run.ranks.heartbeat.step = run.progress.step + 1
+    phases = PhaseClock(run.ranks.device, run.ranks.heartbeat)
     run.engine.time_communication(phases)
+    phases.begin("data")
     rows = run.feed.take()
-    phases.mark("data")
     totals = compute_gradients(run, rows, phases)
     if run.progress.step + 1 < run.plan.num_steps:
+        phases.begin("data")
         run.feed.prepare(run.stop.received is not None, run.checkpoints.must_be_finished())
-        phases.mark("data")
+    phases.begin("optimizer")
     lr = lr_at(run.progress.step, run.plan.num_steps, run.config.optim.lr, run.config.schedule)
     check_when_due(run.engine, run.ranks, run.progress.step, run.config.guard.check_replicas_every)
     run.checkpoints.wait_for_copy()
     result = run.engine.step(lr)
     if not result.applied and run.config.guard.rerun and run.config.train.precision != "fp16":
         totals, result = compute_again(run, rows, totals, lr, phases)
-    phases.mark("optimizer")
+    phases.end()
     run.engine.time_communication(None)
     sums = run.ranks.start_sum(torch.cat((totals, result.grad_norm.view(1))))
     finish_step(run, rows, result.applied, lr, sums, phases)
@@ -177,17 +192,17 @@ def compute_gradients(run: Run, rows: StepInput, phases: PhaseClock) -> torch.Te
     scale = run.ranks.world_size * run.plan.num_micro_steps / max(rows.num_targets, 1)
     totals = torch.zeros(2, device=run.ranks.device)
     for index, batch in enumerate(rows.micro_batches):
+        phases.begin("forward")
         objective, cross_entropy = run.engine.forward(*batch, run.progress.step)
-        phases.mark("forward")
+        phases.begin("backward")
         # A loss that is not finite may have finite gradients: they become NaN, which keeps every rank from updating.
         run.engine.backward(objective * torch.where(objective.detach().isfinite(), scale, math.nan))
         totals += torch.stack((objective.detach(), cross_entropy))
         if index < run.plan.num_micro_steps - 1:
             run.engine.end_micro_step()
-        phases.mark("backward")
         if index == 0:
+            phases.begin("others")
             report(run)  # the step before: its sums have arrived, or do while this micro-step runs
-            phases.mark("others")
     return totals
 
 
@@ -245,18 +260,6 @@ def name_damage(run: Run, damage: Sequence[str]) -> None:
         run.event("damaged_documents", sum_of_all, documents=documents)
 
 
-def report(run: Run) -> None:
-    """Record the step whose sums have not been read back, if there is one."""
-    pending, run.unreported = run.unreported, None
-    if pending is None:
-        return
-    observation = pending.observe()
-    run.progress.num_clipped += 0 < run.config.optim.clip_norm < observation.grad_norm
-    run.spikes.record(observation)
-    if run.log:
-        run.log.step(pending.finish(run.progress.num_clipped))
-
-
 def report_after_failure(run: Run) -> None:
     """Record the last step that was done, unless what failed is why its sums do not arrive."""
     give_up = time.monotonic() + REPORT_SECONDS
@@ -271,6 +274,7 @@ def judge(run: Run) -> Evaluation:
     """Evaluate on held-out documents; remember, and by choice save, the best so far."""
     assert run.val_rows is not None
     report(run)
+    run.ranks.heartbeat.enter("evaluation")
     run.engine.train(False)
     result = evaluate(
         run.engine.forward, run.val_rows, run.tokenizer.token_bytes(), run.plan.micro_batch_size, run.ranks
@@ -314,6 +318,7 @@ def count_held_out_damage(run: Run) -> None:
 def sample(run: Run) -> None:
     """Let the model write text. Neither what it computes nor a disk that fails ends the run, or changes it."""
     report(run)
+    run.ranks.heartbeat.enter("sampling")
     step = run.progress.step
     run.engine.train(False)
     try:
@@ -324,48 +329,3 @@ def sample(run: Run) -> None:
         run.event("samples_failed", str(error))
     run.engine.train()
     run.step_began = time.perf_counter()
-
-
-def save(run: Run, last: bool = False) -> None:
-    """Save a checkpoint, which goes on beside the next steps, and remove those that retention does not keep.
-
-    A failed save is reported and the run goes on, unless it is the last one, which is waited for.
-    """
-    judge_steps(run, up_to_step=run.progress.step)
-    finish_save(run)
-    run.saving_step = run.progress.step
-    check_replicas(run.engine, run.ranks, run.saving_step, run.config.guard.check_replicas_every)
-    training = {
-        "progress": asdict(run.progress), "num_tokens": run.progress.num_tokens, "data": run.stream.state(),
-        "spikes": run.spikes.state(),
-    }  # fmt: skip
-    about = {"config": storable(run.config.model_dump(mode="json")), "tokenizer": run.tokenizer.fingerprint,
-             "longhaul": __version__, "torch": torch.__version__}  # fmt: skip
-    with save_failures(run, last):
-        run.checkpoints.start_save(run.engine, run.saving_step, training, about, run.progress.best_step)
-    if last or not run.config.checkpoint.asynchronous:
-        finish_save(run, last)
-    run.step_began = time.perf_counter()
-
-
-def finish_save(run: Run, last: bool = False) -> None:
-    """Wait for the save that is under way, if there is one."""
-    with save_failures(run, last):
-        if run.checkpoints.finish_save() and run.folder:
-            run.folder.write_status("running", None, run.saving_step)
-    run.step_began = time.perf_counter()
-
-
-@contextmanager
-def save_failures(run: Run, last: bool) -> Iterator[None]:
-    """Report a failed save, or raise its error if it was the last one."""
-    try:
-        yield
-    except CheckpointError as error:
-        progress = run.progress
-        if progress.best_step == run.saving_step:  # the best that exists is still the one before: not to be pruned
-            progress.best_loss, progress.best_step = run.best_before
-        if last:
-            error.agreed = True
-            raise
-        run.event("save_failed", str(error), saved_step=run.saving_step)

@@ -22,17 +22,17 @@ BENCHMARKS = sorted(path.relative_to(ROOT) for path in (ROOT / "benchmarks").glo
 
 # A module imports modules of lower tiers only. `kernels` is below all of them.
 TIERS = (
-    "errors section spellings hardware start_clock text_index",
-    "model_options run_options store_errors checkpoint_owner",
+    "errors section spellings heartbeat hardware text_index",
+    "model_options run_options start_clock store_errors checkpoint_owner",
     "config",
     "stores config_docs schedule batch_plan packing phases row_order families console tokenizer source_files matrix_exchange lion"
-    " generate_options repetition personal_data near_duplicates languages wikipedia",
-    "redaction checks mixture explain patient_file deepspeed_settings sentencepiece_model varied_texts table_files token_files shards tensor_files distributed layers recompute"
+    " generate_options repetition stalls personal_data near_duplicates languages wikipedia",
+    "redaction checks mixture explain patient_file deepspeed_settings sentencepiece_model varied_texts table_files token_files shards tensor_files distributed watch_links layers recompute"
     " published model_card muon compiling filters dataset_files decoding tar_files",
     "node_cache row_table json_lines",
     "remote_corpus",
     "prefetch settings sentencepiece_tokenizer model optim checkpoint_files writable_store shard_reader journal sources spills sampling"
-    " tracking family_table profiling",
+    " tracking family_table profiling watchdog",
     "communication metrics guard spikes hf_tokenizer generate checkpoint_folder checkpoint_store",
     "engine tokenizer_files tokenizer_trial checkpoint_places",
     "text_shards",
@@ -48,7 +48,7 @@ TIERS = (
     "tar_index",
     "resume prepare convert quickstart",
     "run",
-    "rollback",
+    "rollback saving",
     "train",
     "dry_run",
     "prepare_options",

@@ -45,7 +45,7 @@ def test_shards_from_elsewhere_are_not_prepared_and_have_options_of_their_own() 
          "paths. Prepare it into a folder, upload that, and train with the URL and without paths."),
         ("data.sources.1.shards", "data.sources.1.shards is pipe:ssh host cat corpus; expected {} where the command takes "
          "the path of a file in the corpus. Write it as in pipe:ssh host cat corpus/{}."),
-        ("data.retry_seconds", "data.retry_seconds is 1800; expected less than parallel.timeout_seconds (1800), after "
+        ("data.retry_seconds", "data.retry_seconds is 1800; expected less than parallel.timeout_seconds (900), after "
          "which the other ranks give up. Use 600, or raise the other."),
     ]  # fmt: skip
     (problem,) = texts_of(config_of(), "data.cache_dir")

@@ -37,17 +37,18 @@ def test_collectives_are_a_phase_of_their_own():
     timer.watch(backend)
     timer.watch(backend)  # again: still timed once
     backend.all_reduce(0.0)  # outside of a step: nothing to count
-    timer.clock = clock = PhaseClock(torch.device("cpu"))
+    timer.clock = clock = PhaseClock(torch.device("cpu"), timer.heartbeat)
+    clock.begin("forward")
     time.sleep(0.01)
-    clock.mark("forward")
+    clock.begin("backward")
     backend.all_reduce(0.03)
     work = backend.all_gather_into_tensor()
     assert work.wait() == "done" and not work.is_completed()
     time.sleep(0.01)
-    clock.mark("backward")
+    clock.begin("optimizer")
     backend.all_gather_coalesced(0.02)
-    clock.mark("optimizer")
-    backend.all_reduce(0.01)  # after the last mark: no phase has it
+    clock.end()
+    backend.all_reduce(0.01)  # after the last phase: none has it
     seconds = clock.seconds()
     assert list(seconds) == ["forward", "backward", "optimizer", "communication"]
     assert seconds["communication"] == pytest.approx(0.03 + 0.02 + 0.04, abs=0.02)

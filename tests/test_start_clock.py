@@ -9,10 +9,12 @@ from pretrain.start_clock import StartClock, process_age
 
 def test_parts_follow_each_other_and_are_said_in_order():
     clock = StartClock()
+    clock.begin("data")
     time.sleep(0.02)
-    clock.mark("data")
-    clock.mark("model")
+    clock.begin("model")
+    clock.end()
     assert list(clock.seconds) == ["imports", "data", "model"]
+    assert clock.heartbeat.read().phase == "model"
     assert 0.02 <= clock.seconds["data"] < 5 and 0 <= clock.seconds["model"] < 1
     clock.seconds = {"imports": 2.04, "data": 1.0}
     assert str(clock) == "3.0 s from the start of the process: imports 2.0, data 1.0"

@@ -71,14 +71,15 @@ def test_phases_are_those_of_the_device(ranks):
     torch.cuda._sleep(1000)
     torch.cuda.synchronize()
     clock = PhaseClock(ranks.device)
+    clock.begin("forward")
     torch.cuda._sleep(CYCLES)
-    clock.mark("forward")
+    clock.begin("backward")
     torch.cuda._sleep(CYCLES)
     with clock.within("communication"):
         torch.cuda._sleep(2 * CYCLES)
     with torch.cuda.stream(torch.cuda.Stream()), clock.within("communication"):
         torch.cuda._sleep(1000)  # beside the step: not counted
-    clock.mark("backward")
+    clock.end()
     torch.cuda.synchronize()
     seconds = clock.seconds()
     assert seconds["backward"] == pytest.approx(seconds["forward"], rel=0.2)

@@ -27,6 +27,7 @@ from pretrain import train as train_module
 from pretrain.checkpoint import Checkpoints
 from pretrain.engine import init_distributed, leave_distributed
 from pretrain.errors import LonghaulError
+from pretrain.guard import StopRequest
 from pretrain.model import KVCache
 from pretrain.optim import make_optimizer
 from pretrain.settings import load_config
@@ -35,7 +36,7 @@ from tests.host_reads import HostReads
 from tests.ranks import loading
 
 
-def run_case(case: dict, config_path: str, ranks) -> str:
+def run_case(case: dict, config_path: str, ranks, stop: StopRequest) -> str:
     """Run one case; return `done`, `stopped` or the error's text."""
     config = load_config(case.get("config", config_path), case["overrides"])
     if "damage" in case:  # flip a bit of the newest checkpoint
@@ -181,7 +182,7 @@ def run_case(case: dict, config_path: str, ranks) -> str:
 
         train_module.train_step = watched_step
     try:
-        return {0: "done", 75: "stopped"}[train_module.train_on(config, ranks, StartClock())]
+        return {0: "done", 75: "stopped"}[train_module.train_on(config, ranks, stop, StartClock())]
     except LonghaulError as error:
         return f"{type(error).__name__}: {error}"
     finally:
@@ -199,7 +200,10 @@ def main() -> int:
     """Run all cases; rank 0 writes the outcomes beside CASES.json."""
     config_path, cases_path = sys.argv[1], Path(sys.argv[2])
     ranks = init_distributed(120)
-    outcomes = [run_case(case, config_path, ranks) for case in json.loads(cases_path.read_text())]
+    outcomes = []
+    for case in json.loads(cases_path.read_text()):
+        with StopRequest() as stop:
+            outcomes.append(run_case(case, config_path, ranks, stop))
     if ranks.is_first:
         cases_path.with_suffix(".outcomes").write_text(json.dumps(outcomes))
     leave_distributed()

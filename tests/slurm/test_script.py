@@ -13,15 +13,19 @@ from tests.rank_helpers import ROOT
 from tests.slurm.cluster import why_not
 
 SCRIPT = ROOT / "launch/slurm/pretrain.sbatch"
-# Runs checks for real; "trains" by writing the checkpoint $STEP, if that is set, and leaving with $STATUS.
+# Runs checks for real; "trains" by writing the next checkpoint of $STEP, if that is set, and leaving with the next status
+# of $STATUS; of both the last one stays. With $NODE_LOST a node does not answer after that.
 SRUN = """\
 #!/bin/bash
 echo "srun $*" >>"$FOLDER/calls"
 while [ "${1#--}" != "$1" ]; do [ "$1" = --label ] && trains=1; shift; done
+[ "$NODE_LOST$1" = 1true ] && exit 1
 [ -z "$trains" ] && exec "$@"
-[ -n "$STEP" ] && mkdir -p "$FOLDER/run/checkpoints/step-$STEP"
+number=$(grep -c -e --label "$FOLDER/calls")
+nth() { local last=$#; [ "$number" -lt "$last" ] && last=$number; echo "${!last}"; }
+[ -n "$STEP" ] && mkdir -p "$FOLDER/run/checkpoints/step-$(nth $STEP)"
 [ -n "$TERM_SENT" ] && kill -TERM "$PPID"
-exit "$STATUS"
+exit "$(nth $STATUS)"
 """
 SCONTROL = '#!/bin/bash\necho "scontrol $*" >>"$FOLDER/calls"\nexit "${SCONTROL_STATUS:-0}"\n'
 CONFIG = """\
@@ -74,12 +78,37 @@ def test_a_run_that_is_done_ends(folder: Path) -> None:
     assert not list((folder / "run").glob(".seen*"))
 
 
-@pytest.mark.parametrize("status", ["75", "137"])
-def test_a_stopped_or_killed_run_is_requeued(folder: Path, status: str) -> None:
-    for step in ("00000003", "00000005", "00000006", "00000009"):
-        code, said = train(folder, STATUS=status, STEP=step)
-        assert code == int(status) and f"status {status}; requeued, to go on after step {int(step)}" in said
-    assert calls(folder).count("scontrol requeue 7") == 4
+@pytest.mark.parametrize("variables", [{"STATUS": "75"}, {"STATUS": "69", "NODE_LOST": "1"}], ids=str)
+def test_a_run_that_was_stopped_or_lost_a_node_is_requeued(folder: Path, variables: dict[str, str]) -> None:
+    for number, step in enumerate(("00000003", "00000005", "00000006", "00000009"), 1):
+        (folder / "calls").write_text("")
+        code, said = train(folder, STEP=step, **variables)
+        assert code == int(variables["STATUS"])
+        assert f"status {code}; requeued, to go on after step {int(step)}" in said
+        assert calls(folder).count("--label") == calls(folder).count("scontrol requeue 7") == 1
+        assert len((folder / "run" / "attempts.txt").read_text().splitlines()) == number
+
+
+def test_a_lost_rank_is_healed_in_the_same_allocation(folder: Path) -> None:
+    code, said = train(folder, STATUS="69 137 139 69 0", STEP="00000003 00000003 00000005 00000007 00000010")
+    assert code == 0 and "requeue" not in calls(folder) and said.endswith("done\n")
+    tries = [line.partition(": ")[2] for line in said.splitlines() if "trying again" in line]
+    assert tries == [f"status {status}; all nodes answer: trying again, to go on after step {step}"
+                     for status, step in ((69, 3), (137, 3), (139, 5), (69, 7))]  # fmt: skip
+    assert calls(folder).count("srun --ntasks-per-node=1 --nodes=2 --ntasks=2 true") == 4
+
+
+def test_a_crash_loop_ends(folder: Path) -> None:
+    code, said = train(folder, STATUS="69", STEP="00000003")
+    assert code == 69 and calls(folder).count("--label") == 3 and "requeue" not in calls(folder)
+    assert "not tried again: status 69, and three attempts in a row ended at step 3" in said
+
+
+def test_tries_here_and_requeued_ones_count_together(folder: Path) -> None:
+    assert train(folder, STATUS="75", STEP="00000003")[0] == 75
+    code, said = train(folder, STATUS="137", STEP="00000003")
+    assert code == 137 and calls(folder).count("--label") == 3
+    assert "three attempts in a row ended at step 3" in said
 
 
 @pytest.mark.parametrize("status", ["1", "2"])
@@ -94,8 +123,8 @@ def test_a_failed_run_is_not_requeued(folder: Path, status: str) -> None:
 def test_a_run_without_progress_is_not_requeued_for_ever(folder: Path) -> None:
     assert train(folder, STATUS="75", STEP="00000003")[0] == 75
     for _ in range(2):  # a second and a third try
-        said = train(folder, STATUS="138")[1]
-    assert "not requeued: status 138, and three attempts in a row ended at step 3" in said
+        said = train(folder, STATUS="75")[1]
+    assert "not tried again: status 75, and three attempts in a row ended at step 3" in said
     assert "requeued, to go on" in train(folder, STATUS="75", STEP="00000004")[1]  # it got on after all
     assert "requeued, to go on" in train(folder, STATUS="75", SLURM_JOB_ID="8")[1]  # submitted anew
 
