@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.checkpoint import Checkpoints
+from pretrain.checkpoint_folder import FolderPlace
 from pretrain.replicas import check_replicas
 from pretrain.run import Run
 from pretrain.tensor_files import TensorFile
@@ -44,8 +45,9 @@ def watched(open_run: Callable[..., Run]) -> Callable[..., Run]:
 def note_load(run: Run, num_elements: int) -> None:
     """Save what is loaded, and note how much each rank has read."""
     check_replicas(run.engine, run.ranks, run.progress.step, every=1)
-    folder = Path(run.config.run.dir) / f"reloaded-{run.ranks.world_size}"
-    again = Checkpoints(folder, run.config.checkpoint, run.ranks, print)
+    path = Path(run.config.run.dir)
+    place = FolderPlace(path / f"reloaded-{run.ranks.world_size}")
+    again = Checkpoints(place, run.config.checkpoint, run.ranks, print, path, "reloaded")
     again.start_save(run.engine, run.progress.step, {}, {}, None)
     again.finish_save()
     append(run, "loads.jsonl", [run.progress.step, run.engine.stage, run.ranks.gather(num_elements)])
