@@ -45,11 +45,11 @@ def slow_down(rank: int, at_rank: int, seconds: float, num_steps: int) -> None:
 
 def slow_save(rank: int, at_rank: int, seconds: float) -> None:
     """Let a rank take so much longer to write its share of a checkpoint."""
-    from pretrain import share_writer
+    from pretrain import checkpoint_folder
 
     if rank == at_rank:
-        write = share_writer.write_tensors
-        share_writer.write_tensors = lambda *args: (time.sleep(seconds), write(*args))[1]
+        write = checkpoint_folder.write_tensors
+        checkpoint_folder.write_tensors = lambda *args: (time.sleep(seconds), write(*args))[1]
 
 
 def fail(rank: int, at_rank: int, number: int) -> None:
