@@ -208,9 +208,11 @@ class RunFolder:
         write_text(path, json.dumps({"run_id": self.run_id, "starts": starts}, indent=1))
         return len(starts)
 
-    def write_status(self, status: str, exit_status: int | None, step: int, reason: str = "") -> None:
+    def write_status(
+        self, status: str, exit_status: int | None, step: int, reason: str = "", saved_step: int | None = None
+    ) -> None:
         """Write `status.json`: `running`, `done`, `stopped` (resumable) or `failed`; a disk that fails is a warning."""
-        problem = _write_status(self.path, status, exit_status, step, reason)
+        problem = _write_status(self.path, status, exit_status, step, reason, saved_step)
         if problem and problem != self._status_problem:
             warn(problem)
         self._status_problem = problem
@@ -227,14 +229,28 @@ def write_failure(folder: Path, error: BaseException, step: int) -> None:
         warn(problem)
 
 
-def _write_status(folder: Path, status: str, exit_status: int | None, step: int, reason: str) -> str:
-    """Write `status.json`; return what is wrong if the disk does not let it."""
-    content = {"status": status, "exit_status": exit_status, "step": step, "reason": redact(reason),
-               "pid": os.getpid(), "host": platform.node(), "timestamp": time.time()}  # fmt: skip
+def _write_status(
+    folder: Path, status: str, exit_status: int | None, step: int, reason: str, saved_step: int | None = None
+) -> str:
+    """Write `status.json`; return what is wrong if the disk does not let it.
+
+    Args:
+        folder: the run folder.
+        status, exit_status, step, reason: what it says.
+        saved_step: of the newest checkpoint; None leaves what it says.
+    """
+    path = folder / "status.json"
+    with suppress(OSError, ValueError, AttributeError):  # there is none, or it is not ours
+        saved_step = (
+            json.loads(path.read_text(encoding="utf-8")).get("saved_step") if saved_step is None else saved_step
+        )
+    content = {"status": status, "exit_status": exit_status, "step": step, "saved_step": saved_step,
+               "reason": redact(reason), "pid": os.getpid(), "host": platform.node(),
+               "timestamp": time.time()}  # fmt: skip
     try:
-        write_text(folder / "status.json", json.dumps(content, indent=1))
+        write_text(path, json.dumps(content, indent=1))
     except OSError as error:
-        return f"{folder / 'status.json'}: cannot be written ({error.strerror}); it does not say '{status}'."
+        return f"{path}: cannot be written ({error.strerror}); it does not say '{status}'."
     return ""
 
 

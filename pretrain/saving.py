@@ -66,7 +66,7 @@ def finish_save(run: Run, last: bool = False) -> None:
     run.ranks.heartbeat.enter("saving", is_patient=True)
     with save_failures(run, last):
         if run.checkpoints.finish_save() and run.folder:
-            run.folder.write_status("running", None, run.saving_step)
+            run.folder.write_status("running", None, run.saving_step, saved_step=run.saving_step)
     run.step_began = time.perf_counter()
 
 

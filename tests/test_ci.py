@@ -51,7 +51,9 @@ def test_what_is_missing_is_installed(machine: Path) -> None:
     add(commands, "apt-get", f'echo "apt-get $*"; [ "$1" = update ] || {{ {creates} }}')
     done = ci(machine)
     assert done.returncode == 0, done.stderr
-    assert "apt-get install -y -qq --no-install-recommends faketime g++ gcc iproute2 make munge slurm-wlm\n" in done.stdout
+    assert (
+        "apt-get install -y -qq --no-install-recommends faketime g++ gcc iproute2 make munge slurm-wlm\n" in done.stdout
+    )
 
 
 def test_an_installation_that_fails_fails(machine: Path) -> None:
@@ -59,14 +61,20 @@ def test_an_installation_that_fails_fails(machine: Path) -> None:
     add(machine / "commands", "apt-get", "exit 100")  # no network
     done = ci(machine)
     assert done.returncode == 1
-    assert ".ci/run: apt-get could not install faketime g++ gcc iproute2 make munge slurm-wlm; the tests need them" in done.stderr
+    assert (
+        ".ci/run: apt-get could not install faketime g++ gcc iproute2 make munge slurm-wlm; the tests need them"
+        in done.stderr
+    )
 
 
 def test_an_installation_that_does_nothing_fails(machine: Path) -> None:
     add(machine / "commands", "sudo", '"$@"')
     add(machine / "commands", "apt-get", "exit 0")
     done = ci(machine)
-    assert done.returncode == 1 and ".ci/run: still missing after apt-get: faketime g++ gcc iproute2 make munge slurm-wlm" in done.stderr
+    assert (
+        done.returncode == 1
+        and ".ci/run: still missing after apt-get: faketime g++ gcc iproute2 make munge slurm-wlm" in done.stderr
+    )
 
 
 def test_another_distribution(machine: Path) -> None:

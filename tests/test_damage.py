@@ -10,7 +10,7 @@ import shutil
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +59,7 @@ class Exchange:
 class ThreadRanks(Ranks):
     """A rank that is a thread."""
 
-    exchange: Exchange
+    exchange: Exchange = field(default_factory=lambda: Exchange(1))
 
     def gather(self, value: Any) -> list[Any]:
         self.exchange.values[self.rank] = pickle.loads(pickle.dumps(value))  # as between processes
@@ -75,7 +75,7 @@ class ThreadRanks(Ranks):
 
 def ranks_of(world_size: int) -> list[ThreadRanks]:
     exchange = Exchange(world_size)
-    return [ThreadRanks(rank, rank, world_size, torch.device("cpu"), exchange) for rank in range(world_size)]
+    return [ThreadRanks(rank, rank, world_size, torch.device("cpu"), exchange=exchange) for rank in range(world_size)]
 
 
 ONE_RANK = ranks_of(1)[0]

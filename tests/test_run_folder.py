@@ -96,6 +96,11 @@ def test_status_is_whole_json(config):
     folder.write_status("stopped", 75, 12, "a signal")
     folder.close()
     status = json.loads((folder.path / "status.json").read_text())
+    assert status["saved_step"] is None
+    folder.write_status("running", None, 12, saved_step=10)
+    folder.write_status("stopped", 75, 12, "a signal")
+    status = json.loads((folder.path / "status.json").read_text())
+    assert status["saved_step"] == 10
     assert (status["status"], status["exit_status"], status["step"], status["reason"]) == (
         "stopped",
         75,

@@ -129,6 +129,13 @@ def test_a_run_without_progress_is_not_requeued_for_ever(folder: Path) -> None:
     assert "requeued, to go on" in train(folder, STATUS="75", SLURM_JOB_ID="8")[1]  # submitted anew
 
 
+def test_progress_of_checkpoints_that_lie_elsewhere(folder: Path) -> None:
+    (folder / "run").mkdir()
+    for saved in ("null", "3"):
+        (folder / "run/status.json").write_text(f'{{\n "step": 9,\n "saved_step": {saved},\n "reason": ""\n}}')
+        assert f"requeued, to go on after step {saved.replace('null', '0')}" in train(folder, STATUS="75")[1]
+
+
 def test_what_slurm_ends_slurm_requeues(folder: Path) -> None:
     code, said = train(folder, STATUS="75", STEP="00000003", TERM_SENT="1")
     assert code == 75 and "requeue" not in calls(folder)
