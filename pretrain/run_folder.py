@@ -27,11 +27,12 @@ from pretrain.checkpoint_places import Place, open_place
 from pretrain.config import Config
 from pretrain.console import warn
 from pretrain.distributed import Ranks
-from pretrain.errors import EXIT_FAILED, CheckpointError, ConfigError, LonghaulError
+from pretrain.errors import CheckpointError, ConfigError
 from pretrain.families import resolve_shape
 from pretrain.model import Transformer
 from pretrain.patient_file import PatientFile
-from pretrain.redaction import RedactingFormatter, redact, storable
+from pretrain.redaction import RedactingFormatter, storable
+from pretrain.run_status import write_status
 from pretrain.settings import load_config, parse_config, resolved_yaml
 from pretrain.tensor_files import write_text
 from pretrain.tokenizer import Tokenizer
@@ -212,7 +213,7 @@ class RunFolder:
         self, status: str, exit_status: int | None, step: int, reason: str = "", saved_step: int | None = None
     ) -> None:
         """Write `status.json`: `running`, `done`, `stopped` (resumable) or `failed`; a disk that fails is a warning."""
-        problem = _write_status(self.path, status, exit_status, step, reason, saved_step)
+        problem = write_status(self.path, status, exit_status, step, reason, saved_step)
         if problem and problem != self._status_problem:
             warn(problem)
         self._status_problem = problem
@@ -220,38 +221,6 @@ class RunFolder:
     def close(self) -> None:
         """Let another job have the folder."""
         self._lock.close()
-
-
-def write_failure(folder: Path, error: BaseException, step: int) -> None:
-    """Write into `status.json` that the run failed after `step` steps; by the rank that speaks for all."""
-    code = error.exit_status if isinstance(error, LonghaulError) else EXIT_FAILED
-    if problem := _write_status(folder, "failed", code, step, str(error) or type(error).__name__):
-        warn(problem)
-
-
-def _write_status(
-    folder: Path, status: str, exit_status: int | None, step: int, reason: str, saved_step: int | None = None
-) -> str:
-    """Write `status.json`; return what is wrong if the disk does not let it.
-
-    Args:
-        folder: the run folder.
-        status, exit_status, step, reason: what it says.
-        saved_step: of the newest checkpoint; None leaves what it says.
-    """
-    path = folder / "status.json"
-    with suppress(OSError, ValueError, AttributeError):  # there is none, or it is not ours
-        saved_step = (
-            json.loads(path.read_text(encoding="utf-8")).get("saved_step") if saved_step is None else saved_step
-        )
-    content = {"status": status, "exit_status": exit_status, "step": step, "saved_step": saved_step,
-               "reason": redact(reason), "pid": os.getpid(), "host": platform.node(),
-               "timestamp": time.time()}  # fmt: skip
-    try:
-        write_text(path, json.dumps(content, indent=1))
-    except OSError as error:
-        return f"{path}: cannot be written ({error.strerror}); it does not say '{status}'."
-    return ""
 
 
 @contextmanager

@@ -26,7 +26,8 @@ from pretrain.profiling import PhaseClock
 from pretrain.replicas import check_when_due
 from pretrain.rollback import roll_back
 from pretrain.run import PendingStep, Run, open_run
-from pretrain.run_folder import RunFolder, log_path, write_failure
+from pretrain.run_folder import RunFolder, log_path
+from pretrain.run_status import write_failure
 from pretrain.samples import save_samples
 from pretrain.saving import finish_save, judge_steps, report, save
 from pretrain.schedule import lr_at

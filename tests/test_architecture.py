@@ -29,7 +29,7 @@ TIERS = (
     " generate_options repetition stalls personal_data near_duplicates languages wikipedia",
     "redaction checks mixture explain patient_file deepspeed_settings sentencepiece_model varied_texts table_files token_files shards tensor_files distributed watch_links layers recompute"
     " published model_card muon compiling filters dataset_files decoding tar_files",
-    "node_cache row_table json_lines",
+    "node_cache row_table json_lines run_status",
     "remote_corpus",
     "prefetch settings sentencepiece_tokenizer model optim checkpoint_files writable_store shard_reader journal sources spills sampling"
     " tracking family_table profiling watchdog",
