@@ -12,6 +12,7 @@ import selectors
 import socket
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -91,7 +92,8 @@ class _Link:
     def wake(self) -> None:
         """Have `exchange` return at once; from any thread."""
         self._is_woken = True
-        self._wake_writer.send(b"x")
+        with suppress(OSError):  # it is closed: its thread has ended by itself, as when rank 0 left first
+            self._wake_writer.send(b"x")
 
     def _ready(self, until: float) -> Iterator[selectors.SelectorKey]:
         """Yield what can be read, until a time of the monotonic clock or `wake`."""

@@ -358,3 +358,10 @@ def test_a_beat_costs_next_to_nothing():
         with heart.waiting():
             pass
     assert (time.perf_counter() - began) / 10_000 < 50e-6  # about 1 us on a quiet machine
+
+
+def test_a_link_that_is_closed_can_be_woken():
+    """As by the main thread, when rank 0 has left first and this rank's watchdog has ended by itself."""
+    link = Hub(1, "127.0.0.1")
+    link.close()
+    link.wake()
