@@ -10,6 +10,7 @@ Source: Salmon et al. 2011, "Parallel Random Numbers: As Easy as 1, 2, 3" (Philo
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,6 +43,7 @@ class DropoutKey:
         row_ids_B: int64 `[B]`, the global number of each row.
         layer: index of the block, or int64 numbers that broadcast with what is drawn.
         site: place in the block, one of `SITE_*`.
+        first_slot: of the row that what is dropped begins with, where other ranks have the slots before it.
     """
 
     seed: int
@@ -49,6 +51,7 @@ class DropoutKey:
     row_ids_B: Tensor
     layer: int | Tensor = 0
     site: int = SITE_EMBEDDING
+    first_slot: int = 0
 
     def at(self, layer: int | Tensor, site: int) -> DropoutKey:
         """Make the key of another place in the model."""
@@ -126,11 +129,11 @@ def drop_threshold(p: float) -> int:
 def keep_mask(shape: tuple[int, ...], p: float, key: DropoutKey) -> Tensor:
     """Draw which elements are kept.
 
-    Element e of a row takes word e % 4 of the counter (e // 4, row, step, place), each of 32 bits; the place is
+    Element e of a row, counted from slot 0 wherever the tensor begins, takes word e % 4 of the counter (e // 4, row, step, place), each of 32 bits; the place is
     layer * 8 + site, with what exceeds 32 bits of e // 4 in its top byte.
 
     Args:
-        shape: `[B, ...]`, one row of the key for each index of the first dimension.
+        shape: `[B, T, ...]`, one row of the key for each index of the first dimension.
         p: probability that an element is dropped.
         key: where and when.
 
@@ -138,15 +141,18 @@ def keep_mask(shape: tuple[int, ...], p: float, key: DropoutKey) -> Tensor:
         bool of that shape, true with probability 1 - p.
     """
     row_ids_B = key.row_ids_B
-    num_elements = 1
-    for size in shape[1:]:
-        num_elements *= size
-    group = torch.arange(-(-num_elements // 4), dtype=torch.int64, device=row_ids_B.device)
+    num_elements, first = math.prod(shape[1:]), _first_element(shape, key)
+    group = torch.arange(first // 4, -(-(first + num_elements) // 4), dtype=torch.int64, device=row_ids_B.device)
     place = (group >> 32 << 24) + (key.layer * _SITES_PER_LAYER + key.site)
     words = philox(key.seed, (group & _MASK, (row_ids_B & _MASK)[:, None], key.step & _MASK, place))
     threshold = drop_threshold(p)
     kept = torch.stack([torch.as_tensor(word) >= threshold for word in words], dim=-1)
-    return kept.flatten(1)[:, :num_elements].view(shape)
+    return kept.flatten(1)[:, first % 4 : first % 4 + num_elements].reshape(shape)
+
+
+def _first_element(shape: torch.Size | tuple[int, ...], key: DropoutKey) -> int:
+    """The number in its row of the first element of a tensor of this shape."""
+    return key.first_slot * math.prod(shape[2:])
 
 
 def dropout_truth(x: Tensor, p: float, key: DropoutKey) -> Tensor:
@@ -158,7 +164,7 @@ def dropout(x: Tensor, p: float, key: DropoutKey) -> Tensor:
     """Zero elements with probability `p` and scale the others by 1 / (1 - p).
 
     Args:
-        x: `[B, ...]`, one row of the key for each index of the first dimension.
+        x: `[B, T, ...]`, one row of the key for each index of the first dimension.
         p: probability that an element is dropped; 0 returns `x`.
         key: where and when.
     """
@@ -168,11 +174,12 @@ def dropout(x: Tensor, p: float, key: DropoutKey) -> Tensor:
     if (use_triton(x) and x.dtype != torch.float64) or torch.compiler.is_compiling():
         device = key.row_ids_B.device
         step, layer = (torch.as_tensor(number, dtype=torch.int64, device=device) for number in (key.step, key.layer))
-        return _dropout_op(x, key.row_ids_B, step, layer, key.seed - (key.seed >> 63 << 64), key.site, p)
+        seed = key.seed - (key.seed >> 63 << 64)
+        return _dropout_op(x, key.row_ids_B, step, layer, seed, key.site, _first_element(x.shape, key), p)
     return dropout_truth(x, p, key)
 
 
-@triton.jit(do_not_specialize=["seed", "step_ptr", "layer_ptr"])
+@triton.jit(do_not_specialize=["seed", "step_ptr", "layer_ptr", "first_group"])
 def _dropout_kernel(
     x_ptr: tl.tensor,
     rows_ptr: tl.tensor,
@@ -181,16 +188,18 @@ def _dropout_kernel(
     y_ptr: tl.tensor,
     seed: tl.tensor,
     num_elements: tl.tensor,
+    first_group: tl.tensor,  # of four words, which the row begins with, behind SKIPPED words of it
+    SKIPPED: tl.constexpr,
     SITE: tl.constexpr,
     SITES_PER_LAYER: tl.constexpr,
     THRESHOLD: tl.constexpr,
     SCALE: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    tiles = tl.cdiv(num_elements, BLOCK)  # of a row
+    tiles = tl.cdiv(num_elements + SKIPPED, BLOCK)  # of a row
     row = (tl.program_id(0) // tiles).to(tl.int64)
     tile = (tl.program_id(0) % tiles).to(tl.int64)
-    group = tile * (BLOCK // 4) + tl.arange(0, BLOCK // 4)
+    group = first_group + tile * (BLOCK // 4) + tl.arange(0, BLOCK // 4)
     zero = tl.zeros((BLOCK // 4,), dtype=tl.uint32)
     place = (group >> 32 << 24) + tl.load(layer_ptr) * SITES_PER_LAYER + SITE
     word0, word1, word2, word3 = tl.philox(
@@ -201,25 +210,28 @@ def _dropout_kernel(
         place.to(tl.uint32),
     )
     words = tl.reshape(tl.join(tl.join(word0, word2), tl.join(word1, word3)), (BLOCK,))  # the last axis is the quickest
-    element = tile * BLOCK + tl.arange(0, BLOCK)
-    inside = element < num_elements
+    element = tile * BLOCK + tl.arange(0, BLOCK) - SKIPPED
+    inside = (element >= 0) & (element < num_elements)
     x = tl.load(x_ptr + row * num_elements + element, mask=inside, other=0.0).to(tl.float32)
     y = tl.where(words >= THRESHOLD, x * SCALE, 0.0)
     tl.store(y_ptr + row * num_elements + element, y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
 @torch.library.custom_op("longhaul::dropout", mutates_args=())
-def _dropout_op(x: Tensor, row_ids_B: Tensor, step: Tensor, layer: Tensor, seed: int, site: int, p: float) -> Tensor:
-    """Drop by the key. Its gradient is the same: the mask is drawn again, and nothing but the key is kept."""
+def _dropout_op(
+    x: Tensor, row_ids_B: Tensor, step: Tensor, layer: Tensor, seed: int, site: int, first: int, p: float
+) -> Tensor:
+    """Drop by the key, from element `first` of each row on. Its gradient is the same: the mask is drawn again, and nothing but the key is kept."""
     if not use_triton(x) or x.dtype == torch.float64:
-        return dropout_truth(x, p, DropoutKey(seed, step, row_ids_B, layer, site)).contiguous()
+        flat = x.flatten(1)  # [B, T], where each element is a slot
+        return dropout_truth(flat, p, DropoutKey(seed, step, row_ids_B, layer, site, first)).view(x.shape)
     x, row_ids_B = x.contiguous(), row_ids_B.contiguous()
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if y.numel() > 0:
         num_elements = y[0].numel()
         with torch.cuda.device_of(x):
-            _dropout_kernel[(len(x) * triton.cdiv(num_elements, BLOCK),)](
-                x, row_ids_B, step, layer, y, seed, num_elements,
+            _dropout_kernel[(len(x) * triton.cdiv(num_elements + first % 4, BLOCK),)](
+                x, row_ids_B, step, layer, y, seed, num_elements, first // 4, SKIPPED=first % 4,
                 SITE=site, SITES_PER_LAYER=_SITES_PER_LAYER, THRESHOLD=drop_threshold(p), SCALE=1.0 / (1.0 - p),
                 BLOCK=BLOCK, num_warps=NUM_WARPS,
             )  # fmt: skip
@@ -227,7 +239,9 @@ def _dropout_op(x: Tensor, row_ids_B: Tensor, step: Tensor, layer: Tensor, seed:
 
 
 @_dropout_op.register_fake
-def _(x: Tensor, row_ids_B: Tensor, step: Tensor, layer: Tensor, seed: int, site: int, p: float) -> Tensor:
+def _(
+    x: Tensor, row_ids_B: Tensor, step: Tensor, layer: Tensor, seed: int, site: int, first: int, p: float
+) -> Tensor:
     return x.new_empty(x.shape)
 
 
@@ -238,7 +252,7 @@ def _keep_key(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _drop_gradient(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
-    return None if grad is None else _dropout_op(grad, *ctx.saved_tensors, *ctx.numbers), *[None] * 6
+    return None if grad is None else _dropout_op(grad, *ctx.saved_tensors, *ctx.numbers), *[None] * 7
 
 
 _dropout_op.register_autograd(_drop_gradient, setup_context=_keep_key)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Set
 from dataclasses import dataclass
 
-from pretrain.batch_plan import num_steps_of
+from pretrain.batch_plan import num_steps_of, sharing_problem
 from pretrain.config import Config
 from pretrain.config_docs import yaml_value
 from pretrain.errors import ConfigError
@@ -65,6 +65,7 @@ def check_options(config: Config, given: Set[str]) -> list[Problem]:
         _batch_problems,
         _compile_problems,
         _offload_problems,
+        _long_row_problems,
         _evaluation_problems,
         _source_problems,
         _mixture_problems,
@@ -207,6 +208,16 @@ def _compile_problems(config: Config) -> Iterator[Problem]:
     if config.train.compile and config.parallel.zero_stage == 3:
         text = "train.compile is true; expected false or null with parallel.zero_stage 3, which gathers weights inside "
         yield Problem("train.compile", text + "of a block. Use train.compile=false, or parallel.zero_stage=2.")
+
+
+def _long_row_problems(config: Config) -> Iterator[Problem]:
+    """Check that ranks can share rows evenly, and that a feed-forward by chunks keeps less than a whole one."""
+    if text := sharing_problem(config):
+        yield Problem("parallel.sequence_parallel_size", text)
+    name, train = "train.ffn_chunk_tokens", config.train
+    if train.ffn_chunk_tokens and train.activation_checkpointing == "selective":
+        text = f"{name} is {train.ffn_chunk_tokens}; expected 0 with train.activation_checkpointing selective, which keeps"
+        yield Problem(name, text + " what is model.ffn_dim wide. Use train.activation_checkpointing=full, or drop it.")
 
 
 def _offload_problems(config: Config) -> Iterator[Problem]:

@@ -277,10 +277,16 @@ class TrainSection(Section):
         0.0,
         description="Share of each target that is spread evenly over all tokens. The reported `loss` is without it.",
     )
-    activation_checkpointing: Literal["none", "selective", "full"] = Field(
+    activation_checkpointing: Literal["none", "selective", "full", "offload"] = Field(
         "none",
         description="`selective` keeps what matrix products and attention return, and computes norms, RoPE and "
-        "activations again in the backward pass; `full` keeps each block's input only and computes all of it again.",
+        "activations again in the backward pass; `full` keeps each block's input only and computes all of it again; "
+        "`offload` does so too and keeps these inputs in the host's memory, for which it needs a GPU.",
+    )
+    ffn_chunk_tokens: CountOrZero = Field(
+        0,
+        description="Tokens of a micro-batch whose feed-forward a rank computes at once, and once more in the backward "
+        "pass, so that what is `model.ffn_dim` wide is held for so many only. 0: for all, once.",
     )
     deterministic: Bool = Field(
         False,

@@ -33,7 +33,9 @@ def deepspeed_settings(config: Config, plan: BatchPlan, num_parameters: int) -> 
     """Generate DeepSpeed's JSON for this config, number of ranks and size of model."""
     stage = effective_stage(config.parallel, config.train.precision, plan.world_size)
     settings: dict = {
-        "train_batch_size": plan.global_batch_size,
+        # DeepSpeed knows nothing of ranks that share rows: it averages over all of them, which is what is wanted, and
+        # takes each for one that has rows of its own.
+        "train_batch_size": plan.micro_batch_size * plan.num_micro_steps * plan.world_size,
         "train_micro_batch_size_per_gpu": plan.micro_batch_size,
         "gradient_accumulation_steps": plan.num_micro_steps,
         # At stage 0 DeepSpeed clips and steps in one go, before anybody could look at the norm: done here instead.

@@ -37,6 +37,8 @@ from pretrain.matrix_exchange import Held
 from pretrain.muon import Muon
 from pretrain.optim import create_state, make_optimizer, moment_names, param_groups
 from pretrain.profiling import PhaseClock
+from pretrain.run_options import ParallelSection
+from pretrain.sequence_parallel import SequenceGroup, join_sequence_group
 
 MASTER = "master"
 _COMMUNICATION = CommunicationTimer()  # one a process, as DeepSpeed's backend is
@@ -98,6 +100,14 @@ def init_distributed(timeout_seconds: int) -> Ranks:
     _COMMUNICATION.heartbeat = ranks.heartbeat
     _COMMUNICATION.watch(deepspeed.comm.comm.cdb)
     return ranks
+
+
+def sequence_group(section: ParallelSection, ranks: Ranks) -> SequenceGroup:
+    """Join the ranks that share rows; their exchanges are timed as DeepSpeed's own collectives are."""
+    from deepspeed.comm import comm
+
+    size, timeout_seconds = section.sequence_parallel_size, section.start_timeout_seconds
+    return join_sequence_group(size, ranks.rank, ranks.world_size, timeout_seconds, comm.cdb.all_to_all_single)
 
 
 def _cannot_meet(error: RuntimeError, variables: dict[str, str]) -> LonghaulError:

@@ -12,6 +12,7 @@ import torch
 
 from pretrain.distributed import Ranks
 from pretrain.errors import DataError
+from pretrain.sequence_parallel import SequenceGroup
 from pretrain.stream import ValRows
 
 LN_2 = math.log(2.0)
@@ -30,7 +31,7 @@ class Evaluation:
 
 def evaluate(
     forward: Callable[..., Any], rows: ValRows, token_bytes: np.ndarray, micro_batch_size: int,
-    ranks: Ranks | None = None, device: torch.device | None = None,
+    ranks: Ranks | None = None, device: torch.device | None = None, group: SequenceGroup = SequenceGroup(),
 ) -> Evaluation:  # fmt: skip
     """Score held-out rows, divided between the ranks.
 
@@ -44,13 +45,14 @@ def evaluate(
         micro_batch_size: rows computed at once.
         ranks: all ranks, which call this together; None for one process.
         device: where the model is; the ranks' device by default.
+        group: the ranks that share rows, each of which scores its part of them.
     Raises:
         DataError: on all ranks: there is no document that can be read.
     """
-    rank, world_size = (ranks.rank, ranks.world_size) if ranks else (0, 1)
+    reader, num_readers = (ranks.rank // group.size, ranks.world_size // group.size) if ranks else (0, 1)
     device = ranks.device if ranks else (device or torch.device("cpu"))
-    per_rank = -(-rows.num_rows // world_size)
-    own = list(range(rank * per_rank, min((rank + 1) * per_rank, rows.num_rows)))
+    per_rank = -(-rows.num_rows // num_readers)
+    own = list(range(reader * per_rank, min((reader + 1) * per_rank, rows.num_rows)))
     losses = torch.zeros((), dtype=torch.float64, device=device)  # read back once: a batch need not wait for the last
     num_tokens, num_bytes = 0, 0
     with torch.no_grad():
@@ -58,6 +60,7 @@ def evaluate(
         for begin in range(0, per_rank, micro_batch_size):
             numbers = own[begin : begin + micro_batch_size]
             batch = rows.batch(numbers or [0])
+            batch = batch.part(group.own(batch.tokens_BT.shape[1]))
             targets_BT = batch.targets_BT if numbers else torch.full_like(batch.targets_BT, -100)
             _, loss = forward(
                 batch.tokens_BT.to(device), targets_BT.to(device), batch.doc_start_BT.to(device),

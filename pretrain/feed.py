@@ -16,6 +16,7 @@ from pretrain.damage import Damage, TooMuchDamageError, describe
 from pretrain.distributed import PendingSum, Ranks
 from pretrain.errors import LonghaulError
 from pretrain.row_reader import Batch
+from pretrain.sequence_parallel import SequenceGroup
 from pretrain.stream import StepRows, TokenStream
 
 logger = logging.getLogger("longhaul")
@@ -28,7 +29,8 @@ class StepInput:
     Args:
         micro_batches: on the device, each in the order of `Transformer.forward`.
         num_targets: scored targets of all ranks.
-        num_damaged: places of all ranks' rows that are masked, because their documents cannot be read.
+        num_damaged: places of all ranks' rows that are masked, because their documents cannot be read; of rows that
+            ranks share, as often as there are such ranks.
         damage: names of the documents among them that were not met before, and a sum of all there are, if there are any
             new ones; the same on every rank.
     """
@@ -54,9 +56,15 @@ class _Prepared:
 class Feed:
     """The steps of a `TokenStream`, one after the other; all ranks call the same methods in the same order."""
 
-    def __init__(self, stream: TokenStream, ranks: Ranks) -> None:
-        """Feed this rank; nothing is read before the first step is prepared."""
-        self._stream, self._ranks = stream, ranks
+    def __init__(self, stream: TokenStream, ranks: Ranks, group: SequenceGroup = SequenceGroup()) -> None:
+        """Feed this rank; nothing is read before the first step is prepared.
+
+        Args:
+            stream: of rows, the same on ranks that share them.
+            ranks: all.
+            group: the ranks that share rows, each of which gets its part of every row.
+        """
+        self._stream, self._ranks, self._group = stream, ranks, group
         self._copies = torch.cuda.Stream(ranks.device) if ranks.device.type == "cuda" else None
         self._next: _Prepared | None = None
 
@@ -72,7 +80,8 @@ class Feed:
             rows = self._stream.read_step()
         except LonghaulError as error:
             failure = error
-        micro_batches = [_tensors(batch) for batch in rows.micro_batches]
+        parts = [batch.part(self._group.own(batch.tokens_BT.shape[1])) for batch in rows.micro_batches]
+        micro_batches = [_tensors(batch) for batch in parts]
         copied = None
         if self._copies is not None:
             with torch.cuda.stream(self._copies):
@@ -83,7 +92,8 @@ class Feed:
                 copied = torch.cuda.Event()
                 copied.record(self._copies)
         num_new = len(self._new_damage(rows))
-        counts = [rows.num_targets, len(rows.damaged), num_new, failure is not None, stop, save_ended]
+        num_targets = rows.num_targets if self._group.size == 1 else sum(batch.count_targets() for batch in parts)
+        counts = [num_targets, len(rows.damaged), num_new, failure is not None, stop, save_ended]
         sums = self._ranks.start_sum(counts)
         self._next = _Prepared(rows, micro_batches, copied, sums, failure)
 

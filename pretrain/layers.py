@@ -5,7 +5,9 @@ Every parameter is used inside the `forward` of the module that holds it, which 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -21,6 +23,8 @@ from kernels.rms_norm import add_rms_norm, rms_norm
 from kernels.rope import rope
 from kernels.visibility import Visibility
 from pretrain.families import ModelShape
+from pretrain.recompute import recomputed
+from pretrain.sequence_parallel import SequenceGroup
 
 
 class LayerCache(Protocol):
@@ -41,6 +45,8 @@ class Context:
         dropout_key: seed, step, rows and this block's layer, or None where nothing is dropped.
         attention_seeds_BH: of this block, from `attention_seeds`; None where no probabilities are dropped.
         cache: this block's in generation, else None.
+        group: the ranks that share these rows, of which T are this rank's slots; None where it has whole rows.
+        ffn_chunk_tokens: as `train.ffn_chunk_tokens`.
     """
 
     visible: Visibility
@@ -48,6 +54,8 @@ class Context:
     dropout_key: DropoutKey | None = None
     attention_seeds_BH: Tensor | None = None
     cache: LayerCache | None = None
+    group: SequenceGroup | None = None
+    ffn_chunk_tokens: int = 0
 
     def dropped(self, x_BTD: Tensor, p: float, site: int) -> Tensor:
         """Drop of what a sublayer adds, with probability `p`."""
@@ -143,8 +151,12 @@ class Attention(nn.Module):
         v_BSKC = v_BTKC
         if context.cache is not None:
             k_BSKC, v_BSKC = context.cache.extend(k_BSKC, v_BTKC)
-        seeds_BH = context.attention_seeds_BH
+        seeds_BH, group = context.attention_seeds_BH, context.group
+        if group is not None:
+            q_BTHC, k_BSKC, v_BSKC = group.slots_to_heads(q_BTHC, k_BSKC, v_BSKC)
         out_BTHC = attention(q_BTHC, k_BSKC, v_BSKC, context.visible, self.attention_dropout, seeds_BH, self.softcap)
+        if group is not None:
+            out_BTHC = group.heads_to_slots(out_BTHC)
         out_BTD = self.output(out_BTHC.reshape(B, T, H * self.head_dim))
         return context.dropped(out_BTD, self.dropout, SITE_ATTENTION_OUTPUT)
 
@@ -163,6 +175,15 @@ class Attention(nn.Module):
         return q_BTHC, k_BTKC
 
 
+def _in_chunks(compute: Callable[[Tensor], Tensor], x_BTD: Tensor, num_tokens: int) -> Tensor:
+    """Compute what treats every token alike for so many of them at once, and again in the backward pass; 0: for all."""
+    if not 0 < num_tokens < x_BTD.shape[0] * x_BTD.shape[1]:
+        return compute(x_BTD)
+    chunks = x_BTD.flatten(0, 1).split(num_tokens)
+    run = partial(recomputed, "full", compute) if torch.is_grad_enabled() else compute
+    return torch.cat([run(chunk_ND) for chunk_ND in chunks]).view(x_BTD.shape)
+
+
 class SwiGLUFeedForward(nn.Module):
     """The gated feed-forward: one projection for gate and up, SwiGLU, projection down."""
 
@@ -175,7 +196,8 @@ class SwiGLUFeedForward(nn.Module):
 
     def forward(self, x_BTD: Tensor, context: Context) -> Tensor:
         """Compute what the feed-forward adds to the residual stream."""
-        return context.dropped(self.down(swiglu(self.gate_up(x_BTD))), self.dropout, SITE_FFN_OUTPUT)
+        out_BTD = _in_chunks(lambda x: self.down(swiglu(self.gate_up(x))), x_BTD, context.ffn_chunk_tokens)
+        return context.dropped(out_BTD, self.dropout, SITE_FFN_OUTPUT)
 
 
 class GELUFeedForward(nn.Module):
@@ -189,7 +211,8 @@ class GELUFeedForward(nn.Module):
 
     def forward(self, x_BTD: Tensor, context: Context) -> Tensor:
         """Compute what the feed-forward adds to the residual stream."""
-        return context.dropped(self.down(gelu(self.up(x_BTD))), self.dropout, SITE_FFN_OUTPUT)
+        out_BTD = _in_chunks(lambda x: self.down(gelu(self.up(x))), x_BTD, context.ffn_chunk_tokens)
+        return context.dropped(out_BTD, self.dropout, SITE_FFN_OUTPUT)
 
 
 class Block(nn.Module):

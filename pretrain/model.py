@@ -7,6 +7,7 @@ import hashlib
 import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -16,10 +17,12 @@ from kernels.attention import prepare
 from kernels.dropout import SITE_ATTENTION, SITE_EMBEDDING, DropoutKey, attention_seeds, dropout
 from kernels.rope import RopeScaling, rope_tables
 from kernels.visibility import Visibility, visibility
+from pretrain.activation_offload import KeptOnHost
 from pretrain.compiling import compiled
 from pretrain.families import ModelShape
 from pretrain.layers import Block, Context, Embedding, Output, make_norm
 from pretrain.recompute import recomputed
+from pretrain.sequence_parallel import SequenceGroup
 
 
 class KVCache:
@@ -91,6 +94,8 @@ class Transformer(nn.Module):
         activation_checkpointing: str = "none",
         z_loss: float = 0.0,
         label_smoothing: float = 0.0,
+        group: SequenceGroup = SequenceGroup(),
+        ffn_chunk_tokens: int = 0,
     ) -> None:
         """Build the model and draw its initial weights.
 
@@ -98,14 +103,17 @@ class Transformer(nn.Module):
             shape: from `families.resolve_shape`.
             seed: fixes the initial weights and dropout.
             activation_checkpointing: `full` computes each block again in the backward pass, `selective` what is cheap
-                of it, `none` nothing.
+                of it, `none` nothing; `offload` is `full` with the blocks' inputs in the host's memory meanwhile.
             z_loss: part of the training objective, as in `linear_cross_entropy`.
             label_smoothing: likewise.
+            group: the ranks that share rows in training and evaluation.
+            ffn_chunk_tokens: for how many tokens feed-forwards are computed at once; 0: for all.
         """
         super().__init__()
         self.shape, self.seed = shape, seed
         self.rope_scaling = RopeScaling(**shape.rope_scaling.model_dump()) if shape.rope_scaling else None
         self.activation_checkpointing = activation_checkpointing
+        self.group, self.ffn_chunk_tokens = group, ffn_chunk_tokens
         self._compiled_block: Callable[..., Any] | None = None
         self.embedding = Embedding(shape.padded_vocab_size, shape.dim)
         self.position_embedding = Embedding(shape.seq_len, shape.dim) if shape.positions == "learned" else None
@@ -167,9 +175,9 @@ class Transformer(nn.Module):
         """Compute the training objective and the cross-entropy of a batch, or `logits` where there are no targets.
 
         Args:
-            tokens_BT: int64 token ids.
+            tokens_BT: int64 token ids; where ranks share rows, of this rank's slots.
             targets_BT: int64, the token that follows each one; -100 where it is not scored.
-            doc_start_BT: int, the slot of the row where each token's document begins.
+            doc_start_BT: int, the slot of the row where each token's document begins, of all slots of the row.
             row_ids_B: int64, the global number of each row, which keys dropout; None: no dropout.
             step: of training, which keys dropout.
             per_token: return the cross-entropy of each token, without gradients, instead of the sums.
@@ -182,8 +190,11 @@ class Transformer(nn.Module):
         if targets_BT is None or doc_start_BT is None:
             return self._logits(tokens_BT, cache, last_only)
         drops = self.training and max(self.shape.dropout, self.shape.attention_dropout) > 0.0
-        key = DropoutKey(self.seed, step, row_ids_B) if drops and row_ids_B is not None else None
-        hidden_BTD = self._hidden(tokens_BT, doc_start_BT, self._positions(doc_start_BT, 0), key, None)
+        own = self.group.own(doc_start_BT.shape[1])
+        key = DropoutKey(self.seed, step, row_ids_B, first_slot=own.start) if drops and row_ids_B is not None else None
+        assert tokens_BT.shape[1] == own.stop - own.start, "rows are cut by feed.py and evaluate.py"
+        positions_BT = self._positions(doc_start_BT[:, own], own.start)
+        hidden_BTD = self._hidden(tokens_BT, doc_start_BT, positions_BT, key, None)
         return self.output(hidden_BTD, targets_BT, per_token)
 
     @torch.no_grad()
@@ -241,7 +252,7 @@ class Transformer(nn.Module):
             x_BTD = x_BTD + self.position_embedding(positions_BT)
         if key is not None:
             x_BTD = dropout(x_BTD, self.shape.dropout, key.at(0, SITE_EMBEDDING))
-        num_keys = tokens_BT.shape[1] + (0 if cache is None else cache.num_used)
+        num_keys = doc_start_BT.shape[1] + (0 if cache is None else cache.num_used)
         visible = visibility(doc_start_BT, num_keys, x_BTD.dtype, self.shape.sliding_window)
         run_block, residual_BTD = _run_block, None
         if self._compiled_block is not None and self.training and torch.is_grad_enabled():
@@ -249,12 +260,20 @@ class Transformer(nn.Module):
             prepare(visible, self.shape.head_dim, drops or self.shape.attention_softcap is not None)
             # The first block's own code, without a residual, would be compiled too: give it one.
             run_block, residual_BTD = self._compiled_block, torch.zeros_like(x_BTD).requires_grad_(x_BTD.requires_grad)
-        for block, context in zip(self.blocks, self._contexts(visible, tables, key, cache), strict=True):
-            x_BTD, residual_BTD = run_block(self.activation_checkpointing, block, x_BTD, residual_BTD, context)
+        group = self.group if tokens_BT.shape[1] < doc_start_BT.shape[1] else None
+        mode, kept = self.activation_checkpointing, KeptOnHost()
+        for block, context in zip(self.blocks, self._contexts(visible, tables, key, cache, group), strict=True):
+            with kept.of_block() if mode == "offload" and torch.is_grad_enabled() else nullcontext():
+                x_BTD, residual_BTD = run_block(mode, block, x_BTD, residual_BTD, context)
         return self.final_norm(x_BTD, residual_BTD)[0]
 
     def _contexts(
-        self, visible: Visibility, tables: tuple[Tensor, Tensor] | None, key: DropoutKey | None, cache: KVCache | None
+        self,
+        visible: Visibility,
+        tables: tuple[Tensor, Tensor] | None,
+        key: DropoutKey | None,
+        cache: KVCache | None,
+        group: SequenceGroup | None,
     ) -> Iterator[Context]:
         """Yield what each block works with."""
         seeds_LBH = None
@@ -263,6 +282,7 @@ class Transformer(nn.Module):
             layer_L = torch.arange(num_layers, device=device)
             if self.shape.attention_dropout > 0.0:  # of all layers at once: Philox is some eighty operations
                 seeds_LBH = attention_seeds(self.shape.num_heads, key.at(layer_L[:, None, None], SITE_ATTENTION))
+                seeds_LBH = seeds_LBH[:, :, self.group.own(self.shape.num_heads)].contiguous()
             # Numbers would be part of the compiled code; tensors are read by it.
             step = layer_L.new_zeros(()) + key.step
             keys = [dataclasses.replace(key, step=step, layer=layer) for layer in layer_L]
@@ -273,6 +293,8 @@ class Transformer(nn.Module):
                 None if key is None else keys[index],
                 None if seeds_LBH is None else seeds_LBH[index],
                 None if cache is None else cache.layers[index],
+                group,
+                self.ffn_chunk_tokens,
             )
 
     def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]

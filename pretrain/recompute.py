@@ -12,9 +12,10 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 @cache
 def _kept_operators() -> frozenset[Any]:
-    """Matrix products and attention: nearly all of a block's time, and less than half of what it keeps."""
+    """Matrix products, attention and exchanges between ranks: nearly all of a block's time, and less than half of what
+    it keeps."""
     names = (
-        "aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "longhaul::attention",
+        "aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "longhaul::attention", "longhaul::exchange_parts",
         "aten::_scaled_dot_product_flash_attention_for_cpu", "aten::_scaled_dot_product_efficient_attention",
     )  # fmt: skip
     found = []
@@ -32,7 +33,7 @@ def recomputed(mode: str, function: Callable[..., Any], *args: Any) -> Any:
     """Call a function so that what it keeps for its backward pass is computed again there.
 
     Args:
-        mode: `full` keeps the arguments only; `selective` also what matrix products and attention return.
+        mode: `full` and `offload` keep the arguments only; `selective` also what matrix products and attention return.
         function: called twice, the second time in the backward pass; must give the same both times.
         args: its arguments.
     """

@@ -40,6 +40,15 @@ class Batch:
     doc_start_BT: torch.Tensor
     row_ids_B: torch.Tensor
 
+    def part(self, slots: slice) -> Batch:
+        """Return what a rank gets that has these slots of each row; where documents begin, attention needs of all."""
+        cut = [tensor[:, slots].contiguous() for tensor in (self.tokens_BT, self.targets_BT)]
+        return Batch(*cut, self.doc_start_BT, self.row_ids_B)
+
+    def count_targets(self) -> int:
+        """Count what is scored."""
+        return int((self.targets_BT != IGNORED_TARGET).sum())
+
 
 class RowAddress(NamedTuple):
     """Where a row lies: the corpus, its table, the block, the row in the block; and its number for the batch."""

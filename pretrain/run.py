@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from pretrain.activation_offload import check_checkpointing
 from pretrain.batch_plan import BatchPlan
 from pretrain.checkpoint import Checkpoints, list_together
 from pretrain.checkpoint_places import open_place
@@ -18,7 +19,7 @@ from pretrain.compiling import should_compile
 from pretrain.config import Config
 from pretrain.data_plan import describe_phases
 from pretrain.distributed import PendingSum, Ranks
-from pretrain.engine import Engine
+from pretrain.engine import Engine, sequence_group
 from pretrain.families import ModelShape, flops_per_token, resolve_shape
 from pretrain.feed import Feed
 from pretrain.guard import SkipGuard, StopRequest
@@ -32,6 +33,7 @@ from pretrain.resume import Progress, load_start
 from pretrain.run_folder import RunFolder, open_log, writable
 from pretrain.samples import Samples, drop_samples_after
 from pretrain.self_test import check_optimizer
+from pretrain.sequence_parallel import SequenceGroup
 from pretrain.spikes import Observation, SpikeGuard
 from pretrain.start_clock import StartClock
 from pretrain.stream import TokenStream, ValRows
@@ -82,6 +84,7 @@ class Run:
 
     config: Config
     ranks: Ranks
+    group: SequenceGroup  # the ranks that share this one's rows
     plan: BatchPlan
     tokenizer: Tokenizer
     stream: TokenStream
@@ -105,7 +108,7 @@ class Run:
     step_began: float = field(default_factory=time.perf_counter)  # the time of the step that runs counts from here
 
     def __post_init__(self) -> None:
-        self.feed = Feed(self.stream, self.ranks)
+        self.feed = Feed(self.stream, self.ranks, self.group)
 
     def event(self, event: str, message: str, **details: Any) -> None:
         """Record an event once, not once a rank; `details` are for programs that read `metrics.jsonl`."""
@@ -127,6 +130,7 @@ def open_run(
         folder.write_status("running", None, 0)
     ranks.agree(lambda: check_tracking(config.log.wandb) if folder else None)
     plan = ranks.agree(lambda: BatchPlan.of(config, ranks.world_size))
+    group = sequence_group(config.parallel, ranks)
     tokenizer = ranks.agree(lambda: open_tokenizer(config.tokenizer))
     ranks.agree(lambda: keep_tokenizer(tokenizer, folder))
     shape = resolve_shape(config.model, tokenizer.vocab_size, config.data.max_seq_len)
@@ -134,7 +138,8 @@ def open_run(
     place = ranks.agree(lambda: open_place(config.checkpoint, run_path, config.data))
     # A run that goes on puts up with what was lost meanwhile, within data.max_damaged_fraction.
     is_new = not list_together(place, ranks)
-    stream = ranks.agree(lambda: TokenStream(config, plan, ranks.rank, tokenizer.fingerprint, is_new=is_new))
+    reader = plan.reader_of(ranks.rank)
+    stream = ranks.agree(lambda: TokenStream(config, plan, reader, tokenizer.fingerprint, is_new=is_new))
     cleanup.callback(stream.close)
     val_rows = ranks.agree(lambda: ValRows(config, tokenizer.fingerprint, config.eval.max_rows, is_new)
                            if config.eval.every_steps else None)  # fmt: skip
@@ -142,8 +147,10 @@ def open_run(
     set_determinism(config.train.deterministic)
     check_optimizer(config, plan, ranks)
     clock.begin("model")
-    objective = config.train.z_loss, config.train.label_smoothing
-    model = Transformer(shape, config.run.seed, config.train.activation_checkpointing, *objective)
+    train = config.train
+    ranks.agree(lambda: check_checkpointing(train.activation_checkpointing, ranks.device))
+    model = Transformer(shape, config.run.seed, train.activation_checkpointing, train.z_loss, train.label_smoothing,
+                        group, train.ffn_chunk_tokens)  # fmt: skip
     if should_compile(config, ranks.device):
         model.compile_blocks()
     samples = ranks.agree(lambda: Samples(config, model, tokenizer, ranks))
@@ -176,7 +183,7 @@ def open_run(
     profiler = Profiler(
         run_path, config.train.profile_steps, ranks.rank, ranks.device, lambda *event: run.event(*event)
     )
-    run = Run(config, ranks, plan, tokenizer, stream, val_rows, engine, checkpoints, samples, guard, spikes, profiler,
+    run = Run(config, ranks, group, plan, tokenizer, stream, val_rows, engine, checkpoints, samples, guard, spikes, profiler,
               folder, log, stop, watchdog, clock, progress)  # fmt: skip
     announce(run, events, is_resumed=start.own)
     return run
@@ -211,7 +218,8 @@ def announce(run: Run, events: Sequence[tuple[str, str]], is_resumed: bool) -> N
     if engine.frozen:
         run.event("frozen", f"optim.groups has lr_ratio 0 for, and these stay as they are: {', '.join(engine.frozen)}")
     action = f"going on after step {run.progress.step}" if is_resumed else "starting"
-    run.event("start", f"{action}: {ranks.world_size} ranks on {ranks.device.type}, ZeRO stage {engine.stage}, "
+    shared = f", {run.group.size} of them to a row" if run.group.size > 1 else ""
+    run.event("start", f"{action}: {ranks.world_size} ranks on {ranks.device.type}{shared}, ZeRO stage {engine.stage}, "
               f"{config.train.precision}, {plan.tokens_per_step} tokens a step, {plan.num_steps} steps")  # fmt: skip
     phases = describe_phases(run.stream.plan, phases_of(config), plan.num_steps)
     for number, text in enumerate(phases, 1):

@@ -23,6 +23,12 @@ class ParallelSection(Section):
         description="What is kept in the host's memory instead of the GPU's: `optimizer`, fp32 master weights and "
         "moments, which the CPU updates (stages 1 to 3); `parameters`, the divided weights too (stage 3).",
     )
+    sequence_parallel_size: Count = Field(
+        1,
+        description="Neighbouring ranks that share each row: every one has a part of its tokens and, in attention, of "
+        "the heads (Ulysses). For rows whose activations do not fit one GPU. It divides the number of ranks, "
+        "`data.seq_len` and `model.num_heads`; losses and batches stay the same.",
+    )
     overlap_comm: Bool = Field(
         False,
         description="DeepSpeed sends gradients while the backward pass goes on. Off, because its versions had races: "
