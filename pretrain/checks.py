@@ -204,7 +204,15 @@ def _batch_problems(config: Config) -> Iterator[Problem]:
 
 
 def _compile_problems(config: Config) -> Iterator[Problem]:
-    """Check that what is compiled is whole: ZeRO-3 gathers weights in hooks inside of a block."""
+    """Check that what is compiled is whole: ZeRO-3 gathers weights in hooks inside of a block, autograd's keep less."""
+    train, excluded = config.train, None
+    if train.ffn_chunk_tokens:
+        excluded = f"train.ffn_chunk_tokens {train.ffn_chunk_tokens}", "train.ffn_chunk_tokens=0"
+    elif train.activation_checkpointing == "offload":
+        excluded = "train.activation_checkpointing offload", "train.activation_checkpointing=full"
+    if train.compile and excluded:
+        text = f"train.compile is true; expected false or null with {excluded[0]}, which compiled code does not heed. Use "
+        yield Problem("train.compile", f"{text}train.compile=false, or {excluded[1]}.")
     if config.train.compile and config.parallel.zero_stage == 3:
         text = "train.compile is true; expected false or null with parallel.zero_stage 3, which gathers weights inside "
         yield Problem("train.compile", text + "of a block. Use train.compile=false, or parallel.zero_stage=2.")

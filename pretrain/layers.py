@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -23,7 +22,7 @@ from kernels.rms_norm import add_rms_norm, rms_norm
 from kernels.rope import rope
 from kernels.visibility import Visibility
 from pretrain.families import ModelShape
-from pretrain.recompute import recomputed
+from pretrain.recompute import recomputed_in_chunks
 from pretrain.sequence_parallel import SequenceGroup
 
 
@@ -179,9 +178,7 @@ def _in_chunks(compute: Callable[[Tensor], Tensor], x_BTD: Tensor, num_tokens: i
     """Compute what treats every token alike for so many of them at once, and again in the backward pass; 0: for all."""
     if not 0 < num_tokens < x_BTD.shape[0] * x_BTD.shape[1]:
         return compute(x_BTD)
-    chunks = x_BTD.flatten(0, 1).split(num_tokens)
-    run = partial(recomputed, "full", compute) if torch.is_grad_enabled() else compute
-    return torch.cat([run(chunk_ND) for chunk_ND in chunks]).view(x_BTD.shape)
+    return recomputed_in_chunks(compute, x_BTD.flatten(0, 1), num_tokens).view(x_BTD.shape)
 
 
 class SwiGLUFeedForward(nn.Module):

@@ -7,6 +7,7 @@ from functools import cache, partial
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 
@@ -42,3 +43,47 @@ def recomputed(mode: str, function: Callable[..., Any], *args: Any) -> Any:
     if mode == "selective":
         return run(context_fn=partial(create_selective_checkpoint_contexts, _policy))
     return run()
+
+
+class _Keep(torch.autograd.Function):
+    """The identity, whose input autograd keeps once, however many functions compute from it again."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cell: list[Tensor]) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.cell = cell
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        ctx.cell.clear()
+        return grad, None
+
+
+def recomputed_in_chunks(function: Callable[[Tensor], Tensor], x: Tensor, size: int) -> Tensor:
+    """Call a function for so many items of the first dimension at once, and again for each chunk in the backward pass.
+
+    What the function keeps exists for one chunk at a time. All chunks are taken out of one kept `x`: were each kept
+    apart, a block that is computed again would compute every chunk but the last, only to arrive at the next one.
+
+    Args:
+        function: treats all items alike; called twice for each chunk.
+        x: `[N, ...]`.
+        size: of a chunk; the last one has what is left.
+    """
+    starts = range(0, len(x), size)
+    if not (torch.is_grad_enabled() and x.requires_grad):
+        return torch.cat([function(x[start : start + size]) for start in starts])
+    cell: list[Tensor] = []  # holds what chunks are taken out of, while a pass over them goes on
+    whole = _Keep.apply(x, cell)
+    node = whole.grad_fn
+
+    def run(start: int) -> Tensor:
+        if not cell:  # backward: autograd lets this be read once
+            cell.append(node.saved_tensors[0].detach().requires_grad_())
+        return function(cell[0][start : start + size])
+
+    cell.append(whole)
+    done = [recomputed("full", run, start) for start in starts]
+    cell.clear()
+    return torch.cat(done)

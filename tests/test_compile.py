@@ -174,7 +174,9 @@ def test_null_compiles_where_it_was_measured_to_win(monkeypatch):
     monkeypatch.setattr(compiling, "WINS", frozenset(["cuda"]))
     assert should_compile(config_of(), cuda) and not should_compile(config_of(), cpu)
     assert not should_compile(config_of(train__compile=False), cuda)
-    assert not should_compile(config_of(parallel__zero_stage=3), cuda)
+    for hooked in ({"parallel__zero_stage": 3}, {"train__ffn_chunk_tokens": 9},
+                   {"train__activation_checkpointing": "offload"}):  # fmt: skip
+        assert not should_compile(config_of(**hooked), cuda)
 
 
 @pytest.mark.slow
@@ -184,11 +186,12 @@ def test_training_on_two_ranks_is_training_without(tiny_config, tmp_path, monkey
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
     names = {"plain": ["train.compile=false"]}
     names |= {f"zero-{stage}": ["train.compile=true", f"parallel.zero_stage={stage}"] for stage in (0, 1, 2)}
+    names["shared"] = ["train.compile=true", "parallel.sequence_parallel_size=2"]
     shared = ["train.micro_batch_size=4", "model.dropout=0.1", "model.attention_dropout=0.1",
               "train.activation_checkpointing=selective", "eval={every_steps: 10, max_rows: 5}"]  # fmt: skip
     cases = [{"overrides": [f"run.dir={tmp_path}/{name}", *shared, *own]} for name, own in names.items()]
     outcomes = run_cases(tiny_config, cases, 2, tmp_path / "ranks", timeout=1400)
-    assert outcomes == ["done"] * 4
+    assert outcomes == ["done"] * len(cases)
     expected = losses(tmp_path / "plain")
     for name in list(names)[1:]:
         found = losses(tmp_path / name)
