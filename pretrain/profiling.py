@@ -170,8 +170,8 @@ class Profiler:
             f"step {step}: rank {self.rank} ran out of {kind} ({first}); expected a micro-batch that fits. Halve "
             "train.micro_batch_size (train.global_batch_size stays, and so does the loss), then "
             "train.activation_checkpointing=selective or full, then parallel.zero_stage one higher, then "
-            "parallel.offload=optimizer. The same command "
-            f"goes on from the newest checkpoint.{where}"
+            "parallel.offload=optimizer; for long rows train.ffn_chunk_tokens and parallel.sequence_parallel_size. The "
+            f"same command goes on from the newest checkpoint.{where}"
         )
 
 

@@ -44,7 +44,7 @@ CONFIG_FILE = "config.yaml"
 FREE_TO_CHANGE = (
     "parallel.", "train.micro_batch_size", "train.num_steps", "train.num_tokens", "eval.", "checkpoint.", "log.",
     "guard.", "resume.", "run.allow_changes", "run.dir", "data.prefetch_steps", "data.prepare_processes",
-    "train.compile", "data.sources", "data.phases",
+    "train.compile", "train.activation_checkpointing", "train.ffn_chunk_tokens", "data.sources", "data.phases",
     "data.allow_pipe", "data.cache_dir", "data.cache_bytes", "data.retry_seconds", "data.max_damaged_fraction",
 )  # fmt: skip
 # Changing these would make other rows of what is already done, which no checkpoint can follow; phases can.

@@ -112,7 +112,7 @@ _SPELLINGS_OF = {
     " activation_offloading offload_activations activation_offload cpu_offloading enable_activation_offload"
     " activation_checkpoint_cpu_offload fine_grained_activation_offloading",
     "train.ffn_chunk_tokens": "tiled_mlp tiled_mlp_compute tiled_mlp_num_shards mlp_chunk_size chunk_size_feed_forward"
-    " mlp_chunks_for_prefill chunked_mlp num_shards ffn_chunk_size mlp_chunk_tokens",
+    " chunked_mlp ffn_chunk_size mlp_chunk_tokens",
     "train.deterministic": "deterministic_mode cudnn_deterministic full_determinism",
     "train.compile": "torch_compile compile_model use_compile",
     "parallel.zero_stage": "zero_optimization zero stage zero_optimization_stage data_parallel_shard_degree"
@@ -120,9 +120,9 @@ _SPELLINGS_OF = {
     "parallel.offload": "offload_optimizer offload_param cpu_offload optimizer_cpu_offload enable_cpu_offload"
     " offload_params fsdp_cpu_offload",
     "guard.check_replicas_every": "check_weight_hash_across_dp_replicas_interval",
-    "parallel.sequence_parallel_size": "context_parallel_size context_parallel_degree cp_size cp sp_size sp_degree"
-    " ulysses_sequence_parallel_size ulysses_degree sequence_parallel sequence_parallel_degree ds_sequence_parallel_size"
-    " ulysses sequence context_parallel sequence_parallelism cp_config context_parallelism",
+    "parallel.sequence_parallel_size": "context_parallel_size context_parallel_degree cp_size sp_size sp_degree"
+    " ulysses_sequence_parallel_size ulysses_degree sequence_parallel_degree ds_sequence_parallel_size"
+    " ulysses context_parallel sequence_parallelism cp_config context_parallelism",
     "parallel.overlap_comm": "overlap_grad_reduce",
     "parallel.timeout_seconds": "distributed_timeout_minutes ddp_timeout train_timeout_seconds dist_timeout",
     "parallel.start_timeout_seconds": "init_timeout_seconds",

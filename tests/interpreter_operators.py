@@ -228,7 +228,9 @@ def test_gelu_of_a_number(kind):
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.999])
 def test_dropout_is_the_truth_to_the_last_bit(dtype, p):
     for shape in DROPPED:
-        assert is_dropout_exact(drawn(shape, dtype, "cpu"), drawn(shape, dtype, "cpu", 1), p), shape
+        for first_slot in (0, 5, 2**25 + 2):  # between words, and beyond 32 bits of groups of them
+            x, grad = drawn(shape, dtype, "cpu"), drawn(shape, dtype, "cpu", 1)
+            assert is_dropout_exact(x, grad, p, first_slot), (shape, first_slot)
 
 
 def test_dropout_of_strided_tensors():
@@ -254,7 +256,7 @@ def test_dropout_takes_numbers_and_tensors():
 
 def test_dropout_passes_opcheck():
     x, key = drawn((2, 5, 7), torch.float32, "cpu").requires_grad_(), drop_key(2, "cpu")
-    numbers = torch.tensor(key.step), torch.tensor(key.layer), -5, key.site, 0.3
+    numbers = torch.tensor(key.step), torch.tensor(key.layer), -5, key.site, 6, 0.3
     torch.library.opcheck(torch.ops.longhaul.dropout.default, (x, key.row_ids_B, *numbers))
     seeds = torch.arange(6).view(2, 3)
     torch.library.opcheck(torch.ops.longhaul.attention_keep_mask.default, (seeds, 4, 6, 0.3))

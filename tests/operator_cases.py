@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -111,9 +112,9 @@ def drop_key(rows: int, device: str, first: int = 2**33 - 1) -> DropoutKey:
     return DropoutKey(2**64 - 5, 2**35 + 7, torch.arange(rows, device=device) + first, 11, SITE_FFN_OUTPUT)
 
 
-def is_dropout_exact(x: Tensor, grad: Tensor, p: float) -> bool:
+def is_dropout_exact(x: Tensor, grad: Tensor, p: float, first_slot: int = 0) -> bool:
     """Whether forward and backward are those of the truth to the last bit, with memory poisoned."""
-    key = drop_key(len(x), x.device.type)
+    key = dataclasses.replace(drop_key(len(x), x.device.type), first_slot=first_slot)
     with poisoned_memory():
         found = results(lambda x: dropout(x, p, key), [x], [grad])
     # The truth multiplies by the scale and then drops; so does its gradient, in the other order: -0.0 is 0.0 here.

@@ -23,11 +23,11 @@ BENCHMARKS = sorted(path.relative_to(ROOT) for path in (ROOT / "benchmarks").glo
 # A module imports modules of lower tiers only. `kernels` is below all of them.
 TIERS = (
     "errors section spellings heartbeat hardware text_index",
-    "model_options run_options start_clock store_errors checkpoint_owner",
+    "model_options run_options start_clock store_errors checkpoint_owner sequence_parallel recompute activation_offload",
     "config",
     "stores config_docs schedule batch_plan packing phases row_order families console tokenizer source_files matrix_exchange lion"
     " generate_options repetition stalls personal_data near_duplicates languages wikipedia",
-    "redaction checks mixture explain patient_file deepspeed_settings sentencepiece_model varied_texts table_files token_files shards tensor_files distributed watch_links layers recompute"
+    "redaction checks mixture explain patient_file deepspeed_settings sentencepiece_model varied_texts table_files token_files shards tensor_files distributed watch_links layers"
     " published model_card muon compiling filters dataset_files decoding tar_files",
     "node_cache row_table json_lines run_status",
     "remote_corpus",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -12,7 +14,8 @@ from pretrain.errors import ConfigError
 
 
 def config_of(
-    global_batch_size: int, micro_batch_size: int, num_steps: int | None = 10, num_tokens: int | None = None
+    global_batch_size: int, micro_batch_size: int, num_steps: int | None = 10, num_tokens: int | None = None,
+    **parallel: int,
 ) -> Config:
     train = {"global_batch_size": global_batch_size, "micro_batch_size": micro_batch_size}
     return Config.model_validate(
@@ -22,6 +25,7 @@ def config_of(
             "tokenizer": {"model": "t.model", "vocab_size": 512},
             "optim": {"lr": 1e-3},
             "train": {**train, "num_steps": num_steps, "num_tokens": num_tokens},
+            "parallel": parallel,
         }
     )
 
@@ -48,6 +52,25 @@ def test_rows_of_another_length_leave_the_tokens_of_a_step() -> None:
         assert (other.global_batch_size, other.micro_batch_size, other.rows_per_rank) == (rows, micro, per_rank)
         assert (other.seq_len, other.tokens_per_step, other.num_micro_steps) == (seq_len, 32768, 8)
         assert other.for_seq_len(128) == plan
+
+
+def test_ranks_that_share_rows_count_once() -> None:
+    plan = BatchPlan.of(config_of(256, 8, sequence_parallel_size=2), world_size=8)
+    alone = BatchPlan.of(config_of(256, 8), world_size=4)
+    assert plan == replace(alone, world_size=8, sequence_parallel_size=2)
+    assert [plan.reader_of(rank) for rank in range(8)] == [0, 0, 1, 1, 2, 2, 3, 3]
+    with pytest.raises(ConfigError) as caught:
+        BatchPlan.of(config_of(256, 8, sequence_parallel_size=4), world_size=6)
+    assert str(caught.value) == (
+        "on 6 ranks: parallel.sequence_parallel_size is 4; expected a divisor of the number of ranks. Use 3 or 6, or a "
+        "multiple of 4 ranks."
+    )
+    with pytest.raises(ConfigError) as caught:
+        BatchPlan.of(config_of(24, 8, sequence_parallel_size=2), world_size=4)
+    assert str(caught.value) == (
+        "on 4 ranks in 2 groups: train.global_batch_size is 24; expected a multiple of train.micro_batch_size x groups "
+        "of 2 ranks (8 x 2 = 16). Use 16 or 32, or train.micro_batch_size 4 or 6 or 12."
+    )
 
 
 def test_tokens_are_rounded_up_to_whole_steps() -> None:

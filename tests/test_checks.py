@@ -52,6 +52,41 @@ def test_shards_from_elsewhere_are_not_prepared_and_have_options_of_their_own() 
     assert "It is for shards and checkpoints elsewhere, and all" in problem[1]
 
 
+@pytest.mark.parametrize(
+    ("size", "model", "use"),
+    [(3, {}, "2 or 4"), (8, {}, "4"), (4, {"model__num_kv_heads": 2}, None), (2, {"model__num_kv_heads": 1}, None),
+     (4, {"model__num_heads": 6, "model__dim": 60, "model__num_kv_heads": 3}, "1"), (2, {"data__seq_len": 127}, "1")],
+)  # fmt: skip
+def test_rows_are_shared_evenly(size, model, use) -> None:
+    config = config_of(parallel__sequence_parallel_size=size, **model)
+    heads = config.model.num_heads
+    expected = (
+        f"parallel.sequence_parallel_size is {size}; expected a divisor of data.seq_len ({config.data.seq_len}) and of "
+        f"model.num_heads ({heads}), and a divisor or multiple of model.num_kv_heads "
+        f"({config.model.num_kv_heads or heads}). Use {use}."
+    )
+    assert texts_of(config) == ([("parallel.sequence_parallel_size", expected)] if use else [])
+
+
+def test_a_feed_forward_by_chunks_is_refused_where_it_saves_nothing() -> None:
+    assert texts_of(config_of(train__ffn_chunk_tokens=9, train__activation_checkpointing="full")) == []
+    assert texts_of(config_of(train__ffn_chunk_tokens=9, train__activation_checkpointing="selective")) == [(
+        "train.ffn_chunk_tokens",
+        "train.ffn_chunk_tokens is 9; expected 0 with train.activation_checkpointing selective, which keeps what is "
+        "model.ffn_dim wide. Use train.activation_checkpointing=full, or drop it.",
+    )]  # fmt: skip
+    for changes, what, fix in (
+        ({"train__ffn_chunk_tokens": 9}, "train.ffn_chunk_tokens 9", "train.ffn_chunk_tokens=0"),
+        ({"train__activation_checkpointing": "offload"}, "train.activation_checkpointing offload",
+         "train.activation_checkpointing=full"),
+    ):  # fmt: skip
+        assert texts_of(config_of(train__compile=True, **changes)) == [(
+            "train.compile",
+            f"train.compile is true; expected false or null with {what}, which compiled code does not heed. Use "
+            f"train.compile=false, or {fix}.",
+        )]  # fmt: skip
+
+
 def test_compiled_blocks_and_zero_3_exclude_each_other() -> None:
     assert texts_of(config_of(train__compile=True, parallel__zero_stage=2)) == []
     assert texts_of(config_of(train__compile=False, parallel__zero_stage=3)) == []

@@ -10,6 +10,7 @@ from pretrain.distributed import Ranks
 from pretrain.errors import DataError
 from pretrain.feed import Feed
 from pretrain.row_reader import Batch
+from pretrain.sequence_parallel import SequenceGroup
 from pretrain.stream import StepRows
 
 RANKS = Ranks(0, 0, 1, torch.device("cpu"))
@@ -43,6 +44,24 @@ def test_a_step_counts_when_it_is_taken():
     second = feed.take()
     assert [tensor.flatten().tolist() for tensor in second.micro_batches[0]] == [[2] * 4, [3] * 4, [0] * 4, [2]]
     assert stream.num_counted == 2
+
+
+@pytest.mark.parametrize(("index", "tokens", "targets"), [(0, [1, 1], [2, 2]), (1, [1, 1], [2, -100])])
+def test_ranks_that_share_rows_get_their_slots_and_all_starts_of_documents(index, tokens, targets):
+    stream = Stream()
+    read = stream.read_step
+
+    def read_step():
+        rows = read()
+        rows.micro_batches[0].targets_BT[:, 3] = -100  # the padding of a row
+        rows.num_targets = 3
+        return rows
+
+    stream.read_step = read_step
+    step = Feed(stream, RANKS, SequenceGroup(2, index, "unused")).take()
+    found = [tensor.flatten().tolist() for tensor in step.micro_batches[0]]
+    assert found == [tokens, targets, [0] * 4, [1]]
+    assert step.num_targets == sum(target >= 0 for target in targets)  # here of this rank alone: all are summed
 
 
 def test_rows_that_cannot_be_read_fail_the_step_that_needs_them(monkeypatch):

@@ -1,3 +1,5 @@
+import dataclasses
+
 import pytest
 import torch
 
@@ -43,6 +45,18 @@ def test_mask_of_a_row_does_not_depend_on_its_place_in_the_batch():
 def test_mask_varies_with_every_part_of_the_key(other):
     a, b = keep_mask((2, 400), 0.5, key())[0], keep_mask((2, 400), 0.5, key(**other))[0]
     assert 120 < (a != b).sum() < 280
+
+
+@pytest.mark.parametrize("shape", [(2, 12, 8), (2, 12, 5), (2, 6, 3)])  # parts that begin between words, too
+def test_mask_of_a_part_of_the_slots_is_that_part_of_the_mask(shape):
+    whole = keep_mask(shape, 0.5, key())
+    for size in (2, 3):
+        each = shape[1] // size
+        for index in range(size):
+            part = dataclasses.replace(key(), first_slot=index * each)
+            own = slice(index * each, (index + 1) * each)
+            assert torch.equal(keep_mask((2, each, shape[2]), 0.5, part), whole[:, own])
+            assert torch.equal(dropout(torch.ones(2, each, shape[2]), 0.5, part) > 0, whole[:, own])
 
 
 def test_mask_is_the_documented_word_of_the_documented_counter():

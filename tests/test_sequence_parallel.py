@@ -10,7 +10,7 @@ import torch
 
 from pretrain import sequence_parallel
 from pretrain.sequence_parallel import SequenceGroup, exchange_parts
-from tests.rank_helpers import losses, metric_lines, newest, run_cases
+from tests.rank_helpers import losses, metric_lines, run_cases
 from tests.test_model import ALL, batch, build, sharpen
 
 _THREAD = threading.local()  # `index` of the rank that a thread stands for
@@ -89,3 +89,61 @@ def test_parts_of_rows_give_the_loss_and_the_gradients_of_whole_ones(options, si
         torch.testing.assert_close(sum(parts), parameter.grad, rtol=1e-4, atol=1e-5, msg=name)
     # generation has whole rows on every rank
     torch.testing.assert_close(build(options, group=SequenceGroup(size, 1)).logits(tokens), build(options).logits(tokens))
+
+
+MODELS = {
+    "llama": ["eval.sample_every_steps=20", "eval.sample_tokens=4"],  # grouped queries: two key heads for four ranks
+    "gpt2": ["model={family: gpt2, dim: 32, num_layers: 2, num_heads: 4, dropout: 0.1, attention_dropout: 0.1}"],
+    "qwen3": ["model={family: qwen3, dim: 32, num_layers: 2, num_heads: 4, ffn_dim: 64, sliding_window: 9}",
+              "train.activation_checkpointing=selective"],
+    "custom": ["model={family: custom, dim: 24, num_layers: 2, num_heads: 4, num_kv_heads: 1, ffn_dim: 52, "
+               "qk_norm: true, attention_softcap: 3.0, dropout: 0.1}", "train.z_loss=1e-3",
+               "train.activation_checkpointing=full", "train.ffn_chunk_tokens=50"],
+    "bf16": ["train.precision=bf16"],
+}  # fmt: skip
+# ranks that share a row, and ZeRO stage; a run each, by number of ranks
+TOPOLOGIES = {
+    1: {name: [(1, 0)] for name in MODELS},
+    2: {"llama": [(2, 0), (2, 3)], "gpt2": [(2, 1)], "qwen3": [(2, 2)], "custom": [(2, 3)], "bf16": [(2, 1)]},
+    4: {"llama": [(4, 1), (2, 3)], "gpt2": [(4, 3)], "qwen3": [(2, 1)], "custom": [(4, 2), (2, 0)]},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.launches
+@pytest.mark.timeout(1800)
+def test_losses_and_batches_do_not_depend_on_how_many_ranks_share_a_row(tiny_config, tmp_path):
+    """Two runs go on with dropout where others saved: 2 ranks to a row, then 1, and 2, then 4 at another stage."""
+    for num_ranks in (2, 1, 4):
+        cases = [
+            {"overrides": [f"run.dir={tmp_path}/{name}-r{num_ranks}-s{size}-z{stage}", "eval.every_steps=10", *MODELS[name],
+                           f"parallel={{sequence_parallel_size: {size}, zero_stage: {stage}}}",
+                           f"train.micro_batch_size={8 if num_ranks > 1 else 16}"], "watch_loading": True}
+            for name, sizes in TOPOLOGIES[num_ranks].items() for size, stage in sizes
+        ]  # fmt: skip
+        expected = ["done"] * len(cases)
+        for other in (1, 4):
+            if num_ranks in (2, other):
+                cases.append({"overrides": [
+                    f"run.dir={tmp_path}/gpt2-moved-{other}", "eval.every_steps=10", *MODELS["gpt2"],
+                    f"parallel={{sequence_parallel_size: {num_ranks}, zero_stage: {num_ranks - 1}}}",
+                    f"train.micro_batch_size={4 * num_ranks}"], "watch_loading": True})  # fmt: skip
+                expected.append("stopped" if num_ranks == 2 else "done")
+                cases[-1] |= {"signal_at": 8, "signal_rank": 1} if num_ranks == 2 else {}
+        assert run_cases(tiny_config, cases, num_ranks, tmp_path / f"ranks-{num_ranks}", timeout=1700) == expected
+    differences = {}
+    for run in sorted(tmp_path.glob("*-*-*")):
+        name = run.name.split("-")[0]
+        alone = tmp_path / f"{name}-r1-s1-z0"
+        assert (run / "batches.jsonl").read_text() == (alone / "batches.jsonl").read_text(), run.name
+        for key in ("loss", "eval/loss", "grad_norm"):
+            found, wanted = ([line[key] for line in metric_lines(path) if key in line] for path in (run, alone))
+            assert len(found) == (2 if "eval" in key else 20)
+            differences[run.name, key] = max(abs(a - b) / b for a, b in zip(found, wanted, strict=True))
+    print("largest relative differences:", {key: f"{value:.2g}" for key, value in differences.items()})
+    exact = {case: value for case, value in differences.items() if not case[0].startswith("bf16")}
+    assert len(exact) == 3 * 17 and max(exact.values()) < 1e-5, exact
+    assert max(differences.values()) < 0.02, differences
+    learned = losses(tmp_path / "gpt2-moved-4")
+    assert learned[0] > learned[-1] + 0.3
+    assert (tmp_path / "llama-r4-s4-z1/samples/step-00000020.txt").exists()

@@ -54,17 +54,24 @@ def note_load(run: Run, num_elements: int) -> None:
 
 
 def note_batches(run: Run) -> None:
-    """Have every step note the hash of all ranks' rows, in their order."""
+    """Have every step note the hash of all ranks' rows, in their order; of shared ones, put together again."""
     take = run.feed.take
 
     def noted() -> Any:
         rows = take()
-        hashes = [
-            (int(row_id), hashlib.sha256(b"".join(part[place].numpy().tobytes() for part in parts)).hexdigest())
+        own = [
+            (int(row_id), *(part[place].numpy().tobytes() for part in parts))
             for *parts, row_ids in rows.micro_batches for place, row_id in enumerate(row_ids)
         ]  # fmt: skip
-        everyones = sorted(one for part in run.ranks.gather(hashes) for one in part)
-        append(run, "batches.jsonl", [run.progress.step + 1, everyones])
+        size, hashes = run.group.size, []
+        gathered = run.ranks.gather(own)
+        for first in range(0, len(gathered), size):
+            for shares in zip(*gathered[first : first + size], strict=True):
+                row_ids, tokens, targets, doc_starts = zip(*shares, strict=True)
+                assert len(set(row_ids)) == len(set(doc_starts)) == 1
+                row = b"".join([*tokens, *targets, doc_starts[0]])
+                hashes.append((row_ids[0], hashlib.sha256(row).hexdigest()))
+        append(run, "batches.jsonl", [run.progress.step + 1, sorted(hashes)])
         return rows
 
     run.feed.take = noted  # type: ignore[method-assign]
