@@ -129,8 +129,8 @@ def drop_threshold(p: float) -> int:
 def keep_mask(shape: tuple[int, ...], p: float, key: DropoutKey) -> Tensor:
     """Draw which elements are kept.
 
-    Element e of a row, counted from slot 0 wherever the tensor begins, takes word e % 4 of the counter (e // 4, row, step, place), each of 32 bits; the place is
-    layer * 8 + site, with what exceeds 32 bits of e // 4 in its top byte.
+    Element e of a row, counted from slot 0 wherever the tensor begins, takes word e % 4 of the counter (e // 4, row,
+    step, place), each of 32 bits; the place is layer * 8 + site, with what exceeds 32 bits of e // 4 in its top byte.
 
     Args:
         shape: `[B, T, ...]`, one row of the key for each index of the first dimension.
@@ -221,7 +221,10 @@ def _dropout_kernel(
 def _dropout_op(
     x: Tensor, row_ids_B: Tensor, step: Tensor, layer: Tensor, seed: int, site: int, first: int, p: float
 ) -> Tensor:
-    """Drop by the key, from element `first` of each row on. Its gradient is the same: the mask is drawn again, and nothing but the key is kept."""
+    """Drop by the key, from element `first` of each row on.
+
+    Its gradient is the same: the mask is drawn again, and nothing but the key is kept.
+    """
     if not use_triton(x) or x.dtype == torch.float64:
         flat = x.flatten(1)  # [B, T], where each element is a slot
         return dropout_truth(flat, p, DropoutKey(seed, step, row_ids_B, layer, site, first)).view(x.shape)
@@ -239,9 +242,7 @@ def _dropout_op(
 
 
 @_dropout_op.register_fake
-def _(
-    x: Tensor, row_ids_B: Tensor, step: Tensor, layer: Tensor, seed: int, site: int, first: int, p: float
-) -> Tensor:
+def _(x: Tensor, row_ids_B: Tensor, step: Tensor, layer: Tensor, seed: int, site: int, first: int, p: float) -> Tensor:
     return x.new_empty(x.shape)
 
 

@@ -1,7 +1,7 @@
 """Activation offload: what blocks keep for the backward pass lies in the host's memory until then.
 
-On a GPU both ways run on a stream of their own, out of and into pinned memory: what one block keeps is copied away while
-the next one computes, and what the block before needs is fetched while this one's backward pass runs.
+On a GPU both ways run on a stream of their own, into and out of pinned memory: what one block keeps is copied away
+while the next one computes, and what the block before needs is fetched while this one's backward pass runs.
 """
 
 from __future__ import annotations

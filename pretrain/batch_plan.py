@@ -110,7 +110,10 @@ def sharing_problem(config: Config) -> str | None:
 
 def _nearest(value: int, allowed: list[int]) -> str:
     """Name the allowed values next to one that is not."""
-    around = max((one for one in allowed if one < value), default=0), min((one for one in allowed if one > value), default=0)
+    around = (
+        max((one for one in allowed if one < value), default=0),
+        min((one for one in allowed if one > value), default=0),
+    )
     return " or ".join(str(one) for one in around if one)
 
 

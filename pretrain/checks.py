@@ -211,7 +211,9 @@ def _compile_problems(config: Config) -> Iterator[Problem]:
     elif train.activation_checkpointing == "offload":
         excluded = "train.activation_checkpointing offload", "train.activation_checkpointing=full"
     if train.compile and excluded:
-        text = f"train.compile is true; expected false or null with {excluded[0]}, which compiled code does not heed. Use "
+        text = (
+            f"train.compile is true; expected false or null with {excluded[0]}, which compiled code does not heed. Use "
+        )
         yield Problem("train.compile", f"{text}train.compile=false, or {excluded[1]}.")
     if config.train.compile and config.parallel.zero_stage == 3:
         text = "train.compile is true; expected false or null with parallel.zero_stage 3, which gathers weights inside "
@@ -224,7 +226,9 @@ def _long_row_problems(config: Config) -> Iterator[Problem]:
         yield Problem("parallel.sequence_parallel_size", text)
     name, train = "train.ffn_chunk_tokens", config.train
     if train.ffn_chunk_tokens and train.activation_checkpointing == "selective":
-        text = f"{name} is {train.ffn_chunk_tokens}; expected 0 with train.activation_checkpointing selective, which keeps"
+        text = (
+            f"{name} is {train.ffn_chunk_tokens}; expected 0 with train.activation_checkpointing selective, which keeps"
+        )
         yield Problem(name, text + " what is model.ffn_dim wide. Use train.activation_checkpointing=full, or drop it.")
 
 

@@ -26,7 +26,9 @@ def should_compile(config: Config, device: torch.device) -> bool:
     """Say whether a run compiles its blocks: as `train.compile` says, else where that was measured to win."""
     if config.train.compile is None:
         train = config.train
-        hooked = config.parallel.zero_stage == 3 or train.ffn_chunk_tokens or train.activation_checkpointing == "offload"
+        hooked = (
+            config.parallel.zero_stage == 3 or train.ffn_chunk_tokens or train.activation_checkpointing == "offload"
+        )
         return device.type in WINS and not hooked
     return config.train.compile
 

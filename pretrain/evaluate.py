@@ -12,7 +12,7 @@ import torch
 
 from pretrain.distributed import Ranks
 from pretrain.errors import DataError
-from pretrain.sequence_parallel import SequenceGroup
+from pretrain.sequence_parallel import ALONE, SequenceGroup
 from pretrain.stream import ValRows
 
 LN_2 = math.log(2.0)
@@ -31,7 +31,7 @@ class Evaluation:
 
 def evaluate(
     forward: Callable[..., Any], rows: ValRows, token_bytes: np.ndarray, micro_batch_size: int,
-    ranks: Ranks | None = None, device: torch.device | None = None, group: SequenceGroup = SequenceGroup(),
+    ranks: Ranks | None = None, device: torch.device | None = None, group: SequenceGroup = ALONE,
 ) -> Evaluation:  # fmt: skip
     """Score held-out rows, divided between the ranks.
 

@@ -16,7 +16,7 @@ from pretrain.damage import Damage, TooMuchDamageError, describe
 from pretrain.distributed import PendingSum, Ranks
 from pretrain.errors import LonghaulError
 from pretrain.row_reader import Batch
-from pretrain.sequence_parallel import SequenceGroup
+from pretrain.sequence_parallel import ALONE, SequenceGroup
 from pretrain.stream import StepRows, TokenStream
 
 logger = logging.getLogger("longhaul")
@@ -56,7 +56,7 @@ class _Prepared:
 class Feed:
     """The steps of a `TokenStream`, one after the other; all ranks call the same methods in the same order."""
 
-    def __init__(self, stream: TokenStream, ranks: Ranks, group: SequenceGroup = SequenceGroup()) -> None:
+    def __init__(self, stream: TokenStream, ranks: Ranks, group: SequenceGroup = ALONE) -> None:
         """Feed this rank; nothing is read before the first step is prepared.
 
         Args:

@@ -22,7 +22,7 @@ from pretrain.compiling import compiled
 from pretrain.families import ModelShape
 from pretrain.layers import Block, Context, Embedding, Output, make_norm
 from pretrain.recompute import recomputed
-from pretrain.sequence_parallel import SequenceGroup
+from pretrain.sequence_parallel import ALONE, SequenceGroup
 
 
 class KVCache:
@@ -94,7 +94,7 @@ class Transformer(nn.Module):
         activation_checkpointing: str = "none",
         z_loss: float = 0.0,
         label_smoothing: float = 0.0,
-        group: SequenceGroup = SequenceGroup(),
+        group: SequenceGroup = ALONE,
         ffn_chunk_tokens: int = 0,
     ) -> None:
         """Build the model and draw its initial weights.

@@ -147,12 +147,7 @@ def open_run(
     set_determinism(config.train.deterministic)
     check_optimizer(config, plan, ranks)
     clock.begin("model")
-    train = config.train
-    ranks.agree(lambda: check_checkpointing(train.activation_checkpointing, ranks.device))
-    model = Transformer(shape, config.run.seed, train.activation_checkpointing, train.z_loss, train.label_smoothing,
-                        group, train.ffn_chunk_tokens)  # fmt: skip
-    if should_compile(config, ranks.device):
-        model.compile_blocks()
+    model = ranks.agree(lambda: make_model(config, shape, group, ranks.device))
     samples = ranks.agree(lambda: Samples(config, model, tokenizer, ranks))
     clock.begin("engine")
     engine = ranks.agree(lambda: Engine(model, config, plan, ranks))
@@ -183,10 +178,25 @@ def open_run(
     profiler = Profiler(
         run_path, config.train.profile_steps, ranks.rank, ranks.device, lambda *event: run.event(*event)
     )
-    run = Run(config, ranks, group, plan, tokenizer, stream, val_rows, engine, checkpoints, samples, guard, spikes, profiler,
-              folder, log, stop, watchdog, clock, progress)  # fmt: skip
+    run = Run(config, ranks, group, plan, tokenizer, stream, val_rows, engine, checkpoints, samples, guard, spikes,
+              profiler, folder, log, stop, watchdog, clock, progress)  # fmt: skip
     announce(run, events, is_resumed=start.own)
     return run
+
+
+def make_model(config: Config, shape: ModelShape, group: SequenceGroup, device: torch.device) -> Transformer:
+    """Make the model with fresh weights.
+
+    Raises:
+        ConfigError: activations cannot be kept as the config says.
+    """
+    train = config.train
+    check_checkpointing(train.activation_checkpointing, device)
+    model = Transformer(shape, config.run.seed, train.activation_checkpointing, train.z_loss, train.label_smoothing,
+                        group, train.ffn_chunk_tokens)  # fmt: skip
+    if should_compile(config, device):
+        model.compile_blocks()
+    return model
 
 
 def keep_tokenizer(tokenizer: Tokenizer, folder: RunFolder | None) -> None:

@@ -69,6 +69,9 @@ class SequenceGroup:
         return exchange_parts(sent, self.name).permute(1, 2, 0, 3, 4).flatten(2, 3)
 
 
+ALONE = SequenceGroup()
+
+
 @cache
 def join_sequence_group(
     size: int, rank: int, world_size: int, timeout_seconds: int, exchange: Exchange = dist.all_to_all_single
@@ -83,7 +86,7 @@ def join_sequence_group(
         exchange: what exchanges the parts of a tensor, called as `exchange(output, input, group=…)`.
     """
     if size == 1:
-        return SequenceGroup()
+        return ALONE
     own = None
     for first in range(0, world_size, size):
         group = dist.new_group(list(range(first, first + size)), timeout=timedelta(seconds=timeout_seconds))

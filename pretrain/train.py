@@ -278,7 +278,11 @@ def judge(run: Run) -> Evaluation:
     run.ranks.heartbeat.enter("evaluation")
     run.engine.train(False)
     result = evaluate(
-        run.engine.forward, run.val_rows, run.tokenizer.token_bytes(), run.plan.micro_batch_size, run.ranks,
+        run.engine.forward,
+        run.val_rows,
+        run.tokenizer.token_bytes(),
+        run.plan.micro_batch_size,
+        run.ranks,
         group=run.group,
     )
     run.engine.train()

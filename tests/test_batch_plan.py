@@ -14,7 +14,10 @@ from pretrain.errors import ConfigError
 
 
 def config_of(
-    global_batch_size: int, micro_batch_size: int, num_steps: int | None = 10, num_tokens: int | None = None,
+    global_batch_size: int,
+    micro_batch_size: int,
+    num_steps: int | None = 10,
+    num_tokens: int | None = None,
     **parallel: int,
 ) -> Config:
     train = {"global_batch_size": global_batch_size, "micro_batch_size": micro_batch_size}

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from pretrain.config import ModelSection
 from pretrain.families import resolve_shape
 from pretrain.model import KVCache, Transformer
-from pretrain.sequence_parallel import SequenceGroup
+from pretrain.sequence_parallel import ALONE
 
 LLAMA = {"family": "llama", "num_kv_heads": 2}
 GPT2 = {"family": "gpt2"}
@@ -25,7 +25,7 @@ FAMILIES = pytest.mark.parametrize("options", ALL, ids=[options["family"] for op
 VOCAB, LENGTH = 300, 24
 
 
-def build(options=LLAMA, seed=1, checkpointing="none", group=SequenceGroup(), ffn_chunk_tokens=0, **more):
+def build(options=LLAMA, seed=1, checkpointing="none", group=ALONE, ffn_chunk_tokens=0, **more):
     section = ModelSection(**({"dim": 32, "num_layers": 2, "num_heads": 4} | options | more))
     shape = resolve_shape(section, VOCAB, LENGTH)
     return Transformer(shape, seed, checkpointing, group=group, ffn_chunk_tokens=ffn_chunk_tokens)

@@ -85,7 +85,9 @@ def test_a_feed_forward_by_chunks_holds_what_is_wide_for_a_chunk_only(monkeypatc
         chunked, _ = peak_of(monkeypatch, num_layers, mode, T // 16)
         assert whole - chunked > 0.8 * wide, (mode, whole, chunked)
     # without recomputing blocks every one of them keeps it: what a further block costs falls by as much
-    deeper = [peak_of(monkeypatch, 3, "none", chunk)[0] - peak_of(monkeypatch, 2, "none", chunk)[0] for chunk in (0, 32)]
+    deeper = [
+        peak_of(monkeypatch, 3, "none", chunk)[0] - peak_of(monkeypatch, 2, "none", chunk)[0] for chunk in (0, 32)
+    ]
     assert deeper[0] - deeper[1] == pytest.approx(wide, rel=0.05)
 
 

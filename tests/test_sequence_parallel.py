@@ -88,7 +88,9 @@ def test_parts_of_rows_give_the_loss_and_the_gradients_of_whole_ones(options, si
     for (name, parameter), *parts in zip(whole.named_parameters(), *grads, strict=True):
         torch.testing.assert_close(sum(parts), parameter.grad, rtol=1e-4, atol=1e-5, msg=name)
     # generation has whole rows on every rank
-    torch.testing.assert_close(build(options, group=SequenceGroup(size, 1)).logits(tokens), build(options).logits(tokens))
+    torch.testing.assert_close(
+        build(options, group=SequenceGroup(size, 1)).logits(tokens), build(options).logits(tokens)
+    )
 
 
 MODELS = {
