@@ -42,8 +42,8 @@ class Batch:
 
     def part(self, slots: slice) -> Batch:
         """Return what a rank gets that has these slots of each row; where documents begin, attention needs of all."""
-        cut = [tensor[:, slots].contiguous() for tensor in (self.tokens_BT, self.targets_BT)]
-        return Batch(*cut, self.doc_start_BT, self.row_ids_B)
+        tokens_BT, targets_BT = (tensor[:, slots].contiguous() for tensor in (self.tokens_BT, self.targets_BT))
+        return Batch(tokens_BT, targets_BT, self.doc_start_BT, self.row_ids_B)
 
     def count_targets(self) -> int:
         """Count what is scored."""
