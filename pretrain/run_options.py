@@ -83,8 +83,8 @@ class ResumeSection(Section):
     """What a run begins with. One whose folder has checkpoints goes on from its own newest."""
 
     from_: str = Field(
-        "", alias="from", description="Run folder, or checkpoint in one, whose weights a new run begins with; the "
-        "model must be the same. Empty: fresh ones."
+        "", alias="from", description="Run folder, checkpoint in one, or URL of checkpoints or one of them, whose "
+        "weights a new run begins with; the model must be the same. Empty: fresh ones."
     )  # fmt: skip
     optimizer: Bool = Field(True, description="Take the optimizer's moments along.")
     schedule: Bool = Field(
