@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pretrain import sequence_parallel
+from pretrain.batch_plan import BatchPlan
 from pretrain.sequence_parallel import SequenceGroup, exchange_parts
-from tests.rank_helpers import losses, metric_lines, run_cases
+from pretrain.settings import load_config
+from tests.rank_helpers import ROOT, losses, metric_lines, run_cases
 from tests.test_model import ALL, batch, build, sharpen
 
 _THREAD = threading.local()  # `index` of the rank that a thread stands for
@@ -91,6 +95,46 @@ def test_parts_of_rows_give_the_loss_and_the_gradients_of_whole_ones(options, si
     torch.testing.assert_close(
         build(options, group=SequenceGroup(size, 1)).logits(tokens), build(options).logits(tokens)
     )
+
+
+def test_what_is_exchanged():
+    """Two exchanges a block and direction; `full` has those of its second forward pass, `selective` keeps theirs."""
+    tokens, targets, starts = batch()
+    B, T, H, K, C, L = *tokens.shape, 4, 2, 8, 2
+
+    def count(group, mode):
+        model, own, exchanged = build(group=group, checkpointing=mode), group.own(T), []
+        for run in (lambda: model(tokens[:, own], targets[:, own], starts)[0], lambda: exchanged[0][1].backward()):
+            with Exchanged() as counter:
+                out = run()
+            exchanged.append((counter.num_elements, out))
+        return [num_elements for num_elements, _ in exchanged]
+
+    for size in (2, 4):
+        forward = [B * (T // size) * C * part for part in (H + 2 * max(K, size), H)] * L
+        for mode, times in (("none", 1), ("selective", 1), ("full", 2)):
+            for found in as_ranks(size, lambda group, mode=mode: count(group, mode)):
+                assert found == [sum(forward), times * sum(forward)], (size, mode)
+
+
+class Exchanged(TorchDispatchMode):
+    """Counts the elements that exchanges return."""
+
+    num_elements = 0
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        out = operator(*args, **(kwargs or {}))
+        self.num_elements += out.numel() if operator is torch.ops.longhaul.exchange_parts.default else 0
+        return out
+
+
+def test_the_command_of_the_docs_divides():
+    [command] = re.findall(r"deepspeed launch/pretrain.py (configs/llama-7b.yaml data.seq_len=.*?)\n```",
+                           (ROOT / "docs/training.md").read_text(encoding="utf-8"), re.DOTALL)  # fmt: skip
+    path, *overrides = command.replace("\\", "").split()
+    config = load_config(ROOT / path, overrides)
+    assert config.parallel.sequence_parallel_size == 8
+    assert [BatchPlan.of(config, num_ranks).num_micro_steps for num_ranks in (8, 64)] == [32, 4]
 
 
 MODELS = {
