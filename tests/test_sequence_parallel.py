@@ -150,14 +150,14 @@ MODELS = {
 # ranks that share a row, and ZeRO stage; a run each, by number of ranks
 TOPOLOGIES = {
     1: {name: [(1, 0)] for name in MODELS},
-    2: {"llama": [(2, 0), (2, 3)], "gpt2": [(2, 1)], "qwen3": [(2, 2)], "custom": [(2, 3)], "bf16": [(2, 1)]},
-    4: {"llama": [(4, 1), (2, 3)], "gpt2": [(4, 3)], "qwen3": [(2, 1)], "custom": [(4, 2), (2, 0)]},
+    2: {"llama": [(2, 0)], "qwen3": [(2, 2)], "custom": [(2, 3)], "bf16": [(2, 1)]},
+    4: {"llama": [(4, 1), (2, 3)], "qwen3": [(2, 1)], "custom": [(4, 2)]},
 }
 
 
 @pytest.mark.slow
 @pytest.mark.launches
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(900)
 def test_losses_and_batches_do_not_depend_on_how_many_ranks_share_a_row(tiny_config, tmp_path):
     """Two runs go on with dropout where others saved: 2 ranks to a row, then 1, and 2, then 4 at another stage."""
     for num_ranks in (2, 1, 4):
@@ -176,7 +176,7 @@ def test_losses_and_batches_do_not_depend_on_how_many_ranks_share_a_row(tiny_con
                     f"train.micro_batch_size={4 * num_ranks}"], "watch_loading": True})  # fmt: skip
                 expected.append("stopped" if num_ranks == 2 else "done")
                 cases[-1] |= {"signal_at": 8, "signal_rank": 1} if num_ranks == 2 else {}
-        assert run_cases(tiny_config, cases, num_ranks, tmp_path / f"ranks-{num_ranks}", timeout=1700) == expected
+        assert run_cases(tiny_config, cases, num_ranks, tmp_path / f"ranks-{num_ranks}") == expected
     differences = {}
     for run in sorted(tmp_path.glob("*-*-*")):
         name = run.name.split("-")[0]
@@ -188,7 +188,7 @@ def test_losses_and_batches_do_not_depend_on_how_many_ranks_share_a_row(tiny_con
             differences[run.name, key] = max(abs(a - b) / b for a, b in zip(found, wanted, strict=True))
     print("largest relative differences:", {key: f"{value:.2g}" for key, value in differences.items()})
     exact = {case: value for case, value in differences.items() if not case[0].startswith("bf16")}
-    assert len(exact) == 3 * 17 and max(exact.values()) < 1e-5, exact
+    assert len(exact) == 3 * 13 and max(exact.values()) < 1e-5, exact
     assert max(differences.values()) < 0.02, differences
     learned = losses(tmp_path / "gpt2-moved-4")
     assert learned[0] > learned[-1] + 0.3
