@@ -92,7 +92,8 @@ def load_start(
     training, progress = reader.training, Progress()
     spikes: dict[str, Any] = {}
     if section.data:
-        ranks.agree(lambda: stream.load_state(reader.training["data"]))
+        way_on = "train on other rows by resume.data=false."
+        ranks.agree(lambda: stream.load_state(reader.training["data"], way_on))
     if section.schedule:  # but which of its checkpoints was the best means nothing in another folder
         progress = replace(Progress(**training["progress"]), best_loss=None, best_step=None, best_counted_loss=None,
                            evals_without_improvement=0)  # fmt: skip
