@@ -19,7 +19,6 @@ from pretrain.config import Config
 from pretrain.data_plan import describe_phases
 from pretrain.distributed import PendingSum, Ranks
 from pretrain.engine import Engine
-from pretrain.errors import ConfigError
 from pretrain.families import ModelShape, flops_per_token, resolve_shape
 from pretrain.feed import Feed
 from pretrain.guard import SkipGuard, StopRequest
@@ -156,14 +155,9 @@ def open_run(
     checkpoints = Checkpoints(place, config.checkpoint, ranks, lambda *event: events.append(event), run_path,
                               folder.run_id if folder else "")  # fmt: skip
     cleanup.callback(checkpoints.close)
-    start = load_start(config, checkpoints, engine, stream, ranks, tokenizer.fingerprint,
+    start = load_start(config, plan.num_steps, checkpoints, engine, stream, ranks, tokenizer.fingerprint,
                        lambda *event: events.append(event))  # fmt: skip
     progress = start.progress
-    if not start.own and progress.step >= plan.num_steps:
-        raise ConfigError(
-            f"train.num_steps is {plan.num_steps}; expected more than the {progress.step} steps of resume.from, from "
-            "which this run goes on counting. Raise it, or count from 0 by resume.schedule=false."
-        )
     if start.own:
         if num_mended := stream.damage.forget_mended(ranks):
             events.append(("damage_mended", f"{num_mended:,} documents that were damaged before are in order"))
