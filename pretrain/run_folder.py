@@ -25,6 +25,7 @@ from pretrain.checkpoint_files import CheckpointReader
 from pretrain.checkpoint_folder import FolderPlace
 from pretrain.checkpoint_places import Place, open_place
 from pretrain.config import Config
+from pretrain.config_changes import check_same_run
 from pretrain.console import warn
 from pretrain.distributed import Ranks
 from pretrain.errors import CheckpointError, ConfigError
@@ -39,16 +40,6 @@ from pretrain.tokenizer import Tokenizer
 from pretrain.tokenizer_files import open_tokenizer
 
 CONFIG_FILE = "config.yaml"
-# Changing these does not change what the run computes, beyond its length. What is already done of `data.sources` and
-# `data.phases` cannot be changed either: a checkpoint is compared with the plan of the rows up to it.
-FREE_TO_CHANGE = (
-    "parallel.", "train.micro_batch_size", "train.num_steps", "train.num_tokens", "eval.", "checkpoint.", "log.",
-    "guard.", "resume.", "run.allow_changes", "run.dir", "data.prefetch_steps", "data.prepare_processes",
-    "train.compile", "data.sources", "data.phases",
-    "data.allow_pipe", "data.cache_dir", "data.cache_bytes", "data.retry_seconds", "data.max_damaged_fraction",
-)  # fmt: skip
-# Changing these would make other rows of what is already done, which no checkpoint can follow; phases can.
-FIXES_ROWS = ("data.seq_len", "data.packing", "data.shuffle_window_shards", "run.seed")
 _PACKAGES = (
     "torch",
     "deepspeed",
@@ -60,23 +51,6 @@ _PACKAGES = (
     "safetensors",
     "pydantic",
 )
-
-
-def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """Return a nested mapping as one of dotted names; lists are values."""
-    if not isinstance(tree, dict):
-        return {prefix[:-1]: tree}
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= flatten(value, f"{prefix}{key}.")
-    return flat
-
-
-def changed_options(old: Config, new: Config) -> list[tuple[str, Any, Any]]:
-    """Return (option, old value, new value) of every difference, in the config's order."""
-    before, after = flatten(old.model_dump(mode="json")), flatten(new.model_dump(mode="json"))
-    names = dict.fromkeys([*after, *before])  # a section that may be null has its options in one of them only
-    return [(name, before.get(name), after.get(name)) for name in names if before.get(name) != after.get(name)]
 
 
 class RunFolder:
@@ -131,7 +105,7 @@ class RunFolder:
                     f"{self.path}: has checkpoints and no {CONFIG_FILE}; expected both. Restore it, or use another "
                     "run.dir."
                 )
-            self._compare(old, config)  # what else does not fit is found when the checkpoint is loaded
+            check_same_run(self.path, old, config)  # what else does not fit is found when the checkpoint is loaded
         else:
             if old is not None and old.checkpoint.dir != config.checkpoint.dir and not begins_anew:
                 self._check_moved(open_place(old.checkpoint, self.path, old.data), place)
@@ -170,29 +144,6 @@ class RunFolder:
         with writable(self.path):
             stored = Config.model_validate_json(json.dumps(storable(config.model_dump(mode="json"))))
             write_text(self.path / CONFIG_FILE, resolved_yaml(stored))
-
-    def _compare(self, old: Config, new: Config) -> None:
-        refused = [
-            change for change in changed_options(old, new)
-            if not change[0].startswith(FREE_TO_CHANGE)
-            and (change[0] not in new.run.allow_changes or change[0] in FIXES_ROWS)
-        ]  # fmt: skip
-        before, after = old.data.max_seq_len, new.data.max_seq_len
-        shape = resolve_shape(new.model, new.tokenizer.vocab_size, after)
-        if before != after and shape.positions == "learned":  # one parameter for each
-            refused.append(("data.phases", f"rows of up to {before} tokens", f"rows of up to {after} tokens"))
-        if refused:
-            lines = "\n".join(
-                f"  {name}: {before!r} in the run folder, {after!r} now" for name, before, after in refused
-            )
-            names, fixed = ", ".join(name for name, _, _ in refused), [n for n, _, _ in refused if n in FIXES_ROWS]
-            way_on = f", or go on with the change by 'run.allow_changes=[{names}]'."
-            if fixed:
-                way_on = f": the rows that are to come cannot be others ({', '.join(fixed)})."
-            raise ConfigError(
-                f"{self.path}: belongs to another config; expected the same one:\n{lines}\n"
-                f"Start a new run with run.dir=…{way_on}"
-            )
 
     def _write_environment(self) -> int:
         path = self.path / "environment.json"
@@ -252,7 +203,7 @@ def environment() -> dict[str, Any]:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
     return {
         "command": storable(sys.argv), "versions": versions, "git_commit": commit.stdout.strip() or None,
-        "host": platform.node(),
+        "host": platform.node(), "slurm_job": os.environ.get("SLURM_ARRAY_JOB_ID") or os.environ.get("SLURM_JOB_ID"),
         "device": device, "cpu_cores": os.cpu_count(), "world_size": int(os.environ.get("WORLD_SIZE", "1")),
         "timestamp": time.time(),
     }  # fmt: skip

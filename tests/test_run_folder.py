@@ -6,9 +6,10 @@ import json
 
 import pytest
 
+from pretrain.config_changes import changed_options, flatten
 from pretrain.errors import ConfigError
 from pretrain.model_options import RopeScalingSection
-from pretrain.run_folder import RunFolder, changed_options, flatten
+from pretrain.run_folder import RunFolder
 from pretrain.settings import load_config
 from tests.conftest import write_tiny_corpus
 
