@@ -77,7 +77,7 @@ def read_state(run: Path) -> RunState:
     Raises:
         ConfigError: the folder is not a run's.
     """
-    status, starts = _read_json(run / "status.json"), list(_read_json(run / "environment.json").get("starts", []))
+    status, starts = read_json(run / "status.json"), list(read_json(run / "environment.json").get("starts", []))
     if not status and not starts and not (run / SUBMISSIONS).exists():
         raise ConfigError(
             f"{run}: has no status.json, environment.json or {SUBMISSIONS}; expected the folder of a run that was "
@@ -98,9 +98,9 @@ def read_state(run: Path) -> RunState:
 
 def last_job(run: Path) -> str:
     """Return the number of the run's newest job, that was submitted or has started; empty if none is known."""
-    submissions = _read_json(run / SUBMISSIONS).get("submissions", [])
+    submissions = read_json(run / SUBMISSIONS).get("submissions", [])
     known = [(entry["timestamp"], entry["job"]) for entry in submissions]
-    for start in _read_json(run / "environment.json").get("starts", []):
+    for start in read_json(run / "environment.json").get("starts", []):
         known.append((start["timestamp"], start.get("slurm_job") or ""))  # without one it was started by other means
     return str(max(known)[1]) if known else ""
 
@@ -188,7 +188,7 @@ def _tail(path: Path) -> Iterator[dict[str, Any]]:
             continue
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     """Return the object in a file; an empty one if it cannot be read."""
     try:
         content = json.loads(path.read_bytes())

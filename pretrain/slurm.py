@@ -47,6 +47,7 @@ class Job:
         num_restarts: how often it was requeued.
         exit_code: of its script, once it has ended.
         may_requeue: whether SLURM would requeue it.
+        is_batch: it runs a script, and is not the allocation of somebody's shell, which goes on without a run.
         start: when it began or is expected to, as SLURM writes it; empty if unknown.
         seconds_left: of its time limit; None without one.
     """
@@ -60,6 +61,7 @@ class Job:
     num_restarts: int = 0
     exit_code: int = 0
     may_requeue: bool = True
+    is_batch: bool = True
     start: str = ""
     seconds_left: float | None = None
 
@@ -128,7 +130,7 @@ def list_nodes() -> list[NodeGroup]:
 
 
 def find_jobs(job_id: str) -> list[Job]:
-    """Return the job of this number, or the jobs of an array that are left; the ones that run come first.
+    """Return the job of this number, or the jobs of an array: the one that runs, those that wait, the last to end.
 
     What SLURM has forgotten, after five minutes or so, is asked of its accounting, where that is on.
     """
@@ -137,7 +139,7 @@ def find_jobs(job_id: str) -> list[Job]:
     if not jobs and (line := _attempt("sacct", "-X", "-n", "-P", "-j", job_id, "-o", "JobID,State,ExitCode")):
         number, state, code = line.splitlines()[-1].split("|")
         jobs = [Job(number, state.partition(" ")[0], exit_code=int(code.partition(":")[0]))]
-    return sorted(jobs, key=lambda job: (job.has_ended, job.is_waiting))
+    return sorted(jobs, key=lambda job: (job.has_ended, job.is_waiting, "CANCELLED" in job.state, -job.start_seconds))
 
 
 def _read_job(record: dict[str, str]) -> Job:
@@ -151,7 +153,7 @@ def _read_job(record: dict[str, str]) -> Job:
         job_id=record["JobId"], state=record["JobState"], reason=known("Reason"), partition=known("Partition"),
         num_nodes=int(num_nodes.group()) if num_nodes else 0, nodes=known("NodeList"),
         num_restarts=int(known("Restarts") or 0), exit_code=int((known("ExitCode") or "0").partition(":")[0]),
-        may_requeue=known("Requeue") != "0", start=known("StartTime"),
+        may_requeue=known("Requeue") != "0", is_batch=known("BatchFlag") != "0", start=known("StartTime"),
         seconds_left=None if limit is None else max(0.0, limit - (parse_time(known("RunTime") or "0") or 0)),
     )  # fmt: skip
 

@@ -112,7 +112,8 @@ def run(arguments: argparse.Namespace) -> str:
 
 def _submit(arguments: argparse.Namespace) -> str:
     from pretrain.slurm import is_installed
-    from pretrain.submit import SCRIPT, Request, prepare_submission, send
+    from pretrain.submit import SCRIPT, prepare_submission, send
+    from pretrain.submit_checks import Request
 
     request = Request(
         arguments.nodes, arguments.gpus_per_node, arguments.tasks_per_node or arguments.gpus_per_node,

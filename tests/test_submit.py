@@ -18,7 +18,8 @@ from pretrain.errors import ConfigError, DataError
 from pretrain.run_state import read_state, render
 from pretrain.slurm import Job, NodeGroup, count_gpus, find_jobs, list_nodes, parse_time, place_in_queue
 from pretrain.slurm_script import ROOT, TEMPLATE, ScriptSettings, covering, enter_container, fill_in
-from pretrain.submit import Request, check_cluster, check_time, choose_cpus, prepare_submission
+from pretrain.submit import prepare_submission
+from pretrain.submit_checks import Request, check_cluster, check_time, choose_cpus
 from tests.rank_helpers import run_command
 
 GPUS = Request(nodes=2, gpus_per_node=8, tasks_per_node=8)
@@ -80,7 +81,7 @@ def test_partitions(said: dict[str, str]) -> None:
 
 
 RECORD = (
-    "JobId=7 JobName=a Priority=4 JobState={state} Reason=Resources Requeue=0 Restarts=2 ExitCode=75:0 "
+    "JobId=7 JobName=a Priority=4 JobState={state} Reason=Resources Requeue=0 Restarts=2 BatchFlag=0 ExitCode=75:0 "
     "RunTime=01:00:00 TimeLimit=1-00:00:00 StartTime=2026-01-01T10:00:00 Partition=gpu NodeList=n[1-2] NumNodes=2-2"
 )
 
@@ -88,10 +89,19 @@ RECORD = (
 def test_a_job(said: dict[str, str]) -> None:
     said["scontrol"] = RECORD.format(state="RUNNING") + "\n" + RECORD.format(state="PENDING").replace("=7", "=9")
     running, waiting = find_jobs("7")
-    assert running == Job("7", "RUNNING", "Resources", "gpu", 2, "n[1-2]", 2, 75, False, "2026-01-01T10:00:00", 82800.0)
+    assert running == Job(
+        "7", "RUNNING", "Resources", "gpu", 2, "n[1-2]", 2, 75, False, False, "2026-01-01T10:00:00", 82800.0
+    )  # fmt: skip
     assert waiting.is_waiting and not running.is_waiting and not waiting.has_ended
     said["squeue"] = "5\n9\n7"
     assert place_in_queue(waiting) == (2, 3)
+
+
+def test_of_a_chain_that_has_ended_its_last_job_counts(said: dict[str, str]) -> None:
+    record = RECORD.format(state="FAILED")
+    left = record.replace("FAILED", "CANCELLED").replace("T10:", "T12:")  # those that never began, in one record
+    said["scontrol"] = "\n".join([left, record, record.replace("JobId=7", "JobId=8").replace("T10:", "T11:")])
+    assert [job.job_id for job in find_jobs("7")] == ["8", "7", "7"]
 
 
 def test_a_job_that_only_accounting_remembers(said: dict[str, str]) -> None:
@@ -357,6 +367,18 @@ def test_what_goes_on_or_is_done_is_not_submitted(tiny_config, tmp_path, said) -
         ConfigError, match="belongs to another config; expected the same one:\n  optim.lr: 0.003 in the"
     ):
         submission_of(tiny_config, run, *few, "train.num_steps=30", "optim.lr=0.1")
+    (tmp_path / "owner.json").write_text(json.dumps({"run": "another", "run_dir": "/runs/b", "host": "login1"}))
+    with pytest.raises(ConfigError, match="its owner.json names the run in /runs/b on login1. Use another"):
+        submission_of(tiny_config, run, *few, "train.num_steps=30", f"checkpoint.dir={tmp_path}")
+
+
+def test_a_job_that_has_not_ended_keeps_its_run(tiny_config, tmp_path, said) -> None:
+    run = write_run(tmp_path / "run", {"status": "stopped", "exit_status": 75, "step": 3}, steps=3, slurm_job="7")
+    said["scontrol"] = RECORD.format(state="COMPLETING").replace("BatchFlag=0", "BatchFlag=1")
+    with pytest.raises(ConfigError, match=r"whose run is stopped \(job 7\); expected one that nothing trains in"):
+        submission_of(tiny_config, run, "train.micro_batch_size=4")
+    said["scontrol"] = RECORD.format(state="RUNNING")  # somebody's shell
+    assert submission_of(tiny_config, run, "train.micro_batch_size=4").run == run
 
 
 @pytest.mark.launches
