@@ -18,7 +18,7 @@ from pretrain.errors import ConfigError, DataError
 from pretrain.run_state import read_state, render
 from pretrain.slurm import Job, NodeGroup, count_gpus, find_jobs, list_nodes, parse_time, place_in_queue
 from pretrain.slurm_script import ROOT, TEMPLATE, ScriptSettings, covering, enter_container, fill_in
-from pretrain.submit import prepare_submission
+from pretrain.submit import prepare_submission, send
 from pretrain.submit_checks import Request, check_cluster, check_time, choose_cpus
 from tests.rank_helpers import run_command
 
@@ -255,6 +255,35 @@ def test_the_config_is_copied_so_that_a_job_that_waits_trains_what_was_submitted
     secret.write_text(tiny_config.read_text() + "# password=abcdefgh12345\n")
     kept = prepare_submission(str(secret), ["train.micro_batch_size=4"], ON_CPUS, ["submit"])
     assert kept.config_text is None and f"set -- {secret} train.micro_batch_size=4 run.dir=" in kept.script
+
+
+def test_what_is_left_in_the_run_folder(tiny_config, tmp_path, said, monkeypatch) -> None:
+    run = tmp_path / "run"
+    ready = submission_of(tiny_config, run, "train.micro_batch_size=4")
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    with pytest.raises(
+        ConfigError, match="sbatch is not installed here; expected SLURM's commands. Submit from a login"
+    ):
+        send(ready)
+    assert not run.exists()
+    monkeypatch.setattr("shutil.which", lambda name: f"/usr/bin/{name}")
+    with pytest.raises(
+        ConfigError, match=f"sbatch {run}/submit.sbatch: it is down; expected a job that this cluster takes"
+    ):
+        send(ready)
+    said["sbatch"], said["scontrol"] = "7;cluster\n", RECORD.format(state="PENDING")
+    job, warning = send(ready)
+    assert job == "7" and "SLURM does not let job 7 be requeued (Requeue=0)" in warning and "--chain K" in warning
+    assert send(replace(ready, is_chain=True)) == ("7", "")  # nothing else was asked for
+    said["scontrol"] = said["scontrol"].replace("Requeue=0", "Requeue=1")
+    assert send(ready) == ("7", "")
+    assert (run / "submit.sbatch").read_text() == ready.script and (
+        run / "submit.yaml"
+    ).read_text() == ready.config_text
+    submissions = json.loads((run / "submit.json").read_text())["submissions"]
+    assert [(entry["job"], entry["command"]) for entry in submissions] == [("7", ["submit"])] * 3
+    with pytest.raises(ConfigError, match=r"whose run is queued \(job 7\); expected one that nothing trains in"):
+        submission_of(tiny_config, run, "train.micro_batch_size=4")
 
 
 # --- how a run stands
