@@ -137,6 +137,8 @@ def _judge(state: RunState, run: Path, status: Mapping[str, Any]) -> None:
             state.state, state.reason = "lost", f"{ended}, and could not say why. The same command goes on"
     elif state.state == "new" and job:
         state.state, state.reason = "failed", f"job {job.job_id} ended before training began: see its log"
+    elif state.state == "new":
+        state.reason = "nothing has started, and SLURM knows no job of it (any more): see slurm-*.log there"
 
 
 def _read_progress(state: RunState, run: Path, attempt: int) -> None:
@@ -214,9 +216,9 @@ def render(state: RunState) -> str:
     saved = "no checkpoint yet" if state.saved_step is None else f"newest checkpoint: step {state.saved_step}"
     if state.state == "running" and state.next_save_seconds is not None:
         saved += f"; next one at step {state.next_save_step}, in {format_duration(state.next_save_seconds)}"
-        lines.append(f"ends in {format_duration(state.seconds_left or 0)}")
-    if state.state != "new":
-        lines.insert(-1 if lines else 0, saved)
+        lines += [saved, f"ends in {format_duration(state.seconds_left or 0)}"]
+    else:
+        lines.append(saved)
     if state.num_restarts:
         lines.append(f"{state.num_restarts} restart{'s' if state.num_restarts > 1 else ''} so far")
     if state.job:

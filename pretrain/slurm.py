@@ -5,6 +5,7 @@ Read from what `sinfo`, `scontrol`, `squeue` and `sacct` print; nothing here kno
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -19,6 +20,7 @@ _ENDED = (
     "TIMEOUT",
 )  # fmt: skip
 _UNLIMITED = ("UNLIMITED", "INFINITE")
+_KEPT = ("SLURM_CONF", "SLURM_CLUSTERS")  # of a job's variables: where its cluster is
 _COMMAND_SECONDS = 60.0
 
 
@@ -199,8 +201,11 @@ def stop(job_id: str, is_running: bool) -> None:
 
 
 def _run(*command: str) -> subprocess.CompletedProcess[str]:
+    # Who submits from within a job would pass its sizes on, some of which win over those of the script.
+    inherited = {name: value for name, value in os.environ.items() if name in _KEPT or not name.startswith("SLURM_")}
+    environment = inherited if "SLURM_JOB_ID" in os.environ else dict(os.environ)
     try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=_COMMAND_SECONDS)
+        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=_COMMAND_SECONDS)
     except FileNotFoundError:
         return subprocess.CompletedProcess(command, 127, "", f"{command[0]} is not installed here")
     except subprocess.TimeoutExpired:

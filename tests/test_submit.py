@@ -110,6 +110,20 @@ def test_a_job_that_only_accounting_remembers(said: dict[str, str]) -> None:
     assert find_jobs("7") == [Job("7", "CANCELLED", exit_code=75)] and find_jobs("7")[0].has_ended
 
 
+def test_a_job_that_submits_does_not_pass_its_sizes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "sbatch").write_text('#!/bin/sh\necho "$SLURM_CONF $SLURM_MEM_PER_CPU $MINE"\n')
+    (tmp_path / "sbatch").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    for name, value in {"SLURM_CONF": "conf", "SLURM_MEM_PER_CPU": "9", "MINE": "mine"}.items():
+        monkeypatch.setenv(name, value)
+    assert slurm.submit(Path("a.sbatch")) == "conf 9 mine"
+    monkeypatch.setenv("SLURM_JOB_ID", "1")
+    assert slurm.submit(Path("a.sbatch")) == "conf  mine"
+    monkeypatch.setenv("PATH", str(tmp_path / "nowhere"))
+    with pytest.raises(ConfigError, match="sbatch is not installed here"):
+        slurm.submit(Path("a.sbatch"))
+
+
 # --- the script
 
 
@@ -377,7 +391,11 @@ def test_a_run_of_slurm(tmp_path: Path, config_of, said) -> None:
     (run / "status.json").unlink()
     assert "failed at step 4: job 7 ended before training began: see its log" in render(read_state(run))
     said.clear()
-    assert read_state(run).job is None
+    (run / "metrics.jsonl").unlink()
+    assert render(read_state(run)) == (
+        f"{run}: new: nothing has started, and SLURM knows no job of it (any more): see slurm-*.log there\n"
+        "  no checkpoint yet"
+    )
 
 
 def test_what_goes_on_or_is_done_is_not_submitted(tiny_config, tmp_path, said) -> None:
@@ -410,6 +428,7 @@ def test_a_job_that_has_not_ended_keeps_its_run(tiny_config, tmp_path, said) -> 
     assert submission_of(tiny_config, run, "train.micro_batch_size=4").run == run
 
 
+@pytest.mark.slow
 @pytest.mark.launches
 def test_a_local_run_is_seen_and_stopped(fork_server, tiny_config, tmp_path) -> None:
     run = tmp_path / "run"

@@ -166,20 +166,29 @@ def test_a_chain_goes_on_from_job_to_job_until_it_is_cancelled(cluster, tiny_con
     assert state["step"] == state["saved_step"] == newest(run).manifest["step"]
 
 
-def test_a_job_that_slurm_does_not_requeue(cluster, tiny_config, tmp_path):
+def test_a_job_that_waits_is_taken_out_of_the_queue(cluster, tiny_config, tmp_path):
     run = tmp_path / "run"
-    arguments = [str(tiny_config), f"run.dir={run}", *SIZES]
-    job = submit(cluster, arguments, "--", "--no-requeue", "--hold")
+    job = submit(cluster, [str(tiny_config), f"run.dir={run}", *SIZES], "--", "--hold")
     state = status(cluster, run)
     assert (state["state"], state["reason"], state["place"]) == ("queued", "JobHeldUser", [1, 1]), state
     assert "taken out of the queue" in cluster.call(sys.executable, "launch/submit.py", "--cancel", str(run))
     assert cluster.job(job)["JobState"] == "CANCELLED"
-    job = submit(cluster, arguments, "--", "--no-requeue")
+
+
+def test_a_job_by_hand_that_slurm_does_not_requeue(cluster, tiny_config, tmp_path):
+    run = tmp_path / "run"
+    job = cluster.call(
+        "sbatch", "--parsable", "--no-requeue", "--gpus-per-node=0", "--ntasks-per-node=1", "--cpus-per-task=1",
+        f"--output={tmp_path}/%j.log", f"--export=ALL,PYTHON={sys.executable},OMP_NUM_THREADS=1",
+        "launch/slurm/pretrain.sbatch", str(tiny_config), f"run.dir={run}", *SIZES,
+    )  # fmt: skip
     cluster.wait(lambda: last_step(run, 1) >= 2, "second step")
+    state = status(cluster, run)
+    assert (state["state"], state["job"]["job_id"], state["job"]["may_requeue"]) == ("running", job, False)
     cluster.call("scancel", "--signal=USR1", job)
     cluster.wait(lambda: cluster.job(job)["JobState"] == "FAILED", "end of the job")
     assert cluster.job(job)["ExitCode"] == "75:0"
-    assert "SLURM does not requeue this job. Submit the same command again" in (run / f"slurm-{job}.log").read_text()
+    assert "SLURM does not requeue this job. Submit the same command again" in (tmp_path / f"{job}.log").read_text()
     assert status(cluster, run)["state"] == "stopped"
 
 
