@@ -109,10 +109,8 @@ class RunFolder:
                 )
             check_same_run(self.path, old, config)  # what else does not fit is found when the checkpoint is loaded
             if config.resume.from_scratch:
-                text = (
-                    "resume.from_scratch was done by an earlier start, and this one goes on. To begin anew once more, "
-                )
-                self.events.append(("not_from_scratch", f"{text}start once without it."))
+                text = "was done by an earlier start, and this one goes on. To begin anew once more, leave it out once."
+                self.events.append(("not_from_scratch", f"resume.from_scratch {text}"))
             if changes := describe_changes(old, config):
                 self.events.append(("config_changed", changes))
         else:
@@ -219,7 +217,7 @@ def environment() -> dict[str, Any]:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
     return {
         "command": storable(sys.argv), "versions": versions, "git_commit": commit.stdout.strip() or None,
-        "host": platform.node(),
+        "host": platform.node(), "slurm_job": os.environ.get("SLURM_ARRAY_JOB_ID") or os.environ.get("SLURM_JOB_ID"),
         "device": device, "cpu_cores": os.cpu_count(), "world_size": int(os.environ.get("WORLD_SIZE", "1")),
         "timestamp": time.time(),
     }  # fmt: skip
