@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from multiprocessing.reduction import ForkingPickler  # noqa: F401  torch.multiprocessing needs it first
-
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
