@@ -6,7 +6,6 @@ from pretrain.batch_plan import BatchPlan
 from pretrain.config import Config
 from pretrain.run_options import ParallelSection
 
-
 # DeepSpeed's own defaults for stage 3, in elements: a smaller tensor stays whole on every rank; what is used again
 # within so many is kept gathered; and so much is gathered at most.
 PERSISTENT_ELEMENTS, REUSE_ELEMENTS, MAX_LIVE_ELEMENTS = 100_000, 1_000_000_000, 1_000_000_000
@@ -27,11 +26,12 @@ def effective_stage(parallel: ParallelSection, precision: str, world_size: int) 
 def bucket_elements(world_size: int) -> int:
     """Gradients that are reduced at once: more where each rank's share would else be too small to fill the network.
 
-    DeepSpeed allocates them whatever the model's size, in fp32 (stage 1) or the weights' type; its own default is 2 GB.
+    DeepSpeed allocates them whatever the model's size, in fp32 (stage 1) or the weights' type; its own default is 500
+    million, which is the most here: 10,000 ranks would else hold 40 GB of them at stage 3.
 
     Source: Megatron-LM's distributed data parallel, max(40 million, 1 million x ranks).
     """
-    return max(40_000_000, 1_000_000 * world_size)
+    return min(max(40_000_000, 1_000_000 * world_size), 500_000_000)
 
 
 def prefetch_elements(num_parameters: int, num_layers: int) -> int:

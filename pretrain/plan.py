@@ -10,12 +10,13 @@ from pretrain.batch_plan import BatchPlan
 from pretrain.config import Config
 from pretrain.deepspeed_settings import effective_stage
 from pretrain.errors import ConfigError
-from pretrain.gpus import find_gpu
+from pretrain.gpus import GIB, find_gpu
 from pretrain.plan_memory import Memory, memory_of
 from pretrain.plan_time import Machine, StepTime, step_time, utilisation
 from pretrain.scaling_laws import SECONDS_PER_DAY
 
 DEFAULT_GPU, DEFAULT_NUM_GPUS, MOST_GPUS = "H100", 8, 16_384
+HOST_GIB = 1800.0  # of a node with eight GPUs and 2 TB
 _CHECKPOINTING = ("none", "selective", "full")
 # (stage, offload), in the order in which equally fast ones are preferred
 _DIVISIONS = ((0, "none"), (1, "none"), (2, "none"), (3, "none"), (1, "optimizer"), (2, "optimizer"), (3, "optimizer"),
@@ -46,9 +47,14 @@ class Plan:
         return self.machine.gpu.memory_bytes - self.memory.total
 
     @property
+    def node_bytes(self) -> int:
+        """Memory of a node's host that its ranks take, beside their processes."""
+        return min(self.machine.gpus_per_node, self.machine.num_gpus) * sum(self.memory.host.values())
+
+    @property
     def fits(self) -> bool:
-        """Whether the GPU has enough memory."""
-        return self.free_bytes >= 0
+        """Whether the GPU has enough memory, and the host."""
+        return self.free_bytes >= 0 and self.node_bytes <= self.machine.host_bytes
 
     @property
     def tokens_per_second(self) -> float:
@@ -85,7 +91,7 @@ def make_plan(config: Config, machine: Machine) -> Plan:
 
 def choose_machine(
     config: Config, gpu: str = DEFAULT_GPU, num_gpus: int | None = None, gpus_per_node: int = 8,
-    network_gbits: float | None = None, price: float | None = None,
+    network_gbits: float | None = None, price: float | None = None, host_gib: float = HOST_GIB,
 ) -> Machine:  # fmt: skip
     """Return the machine that is meant.
 
@@ -96,6 +102,7 @@ def choose_machine(
         gpus_per_node: at most.
         network_gbits: Gbit/s to other nodes for each GPU; None: as machines with this GPU usually have.
         price: dollars an hour for each GPU; None: the table's.
+        host_gib: memory of each node's host.
 
     Raises:
         ConfigError: the GPU is not known, or cannot compute in the config's precision.
@@ -110,7 +117,7 @@ def choose_machine(
     price = found.price if price is None else price
 
     def machine(number: int) -> Machine:
-        return Machine(name, found, number, gpus_per_node, network, price)
+        return Machine(name, found, number, gpus_per_node, network, price, host_gib * GIB)
 
     if num_gpus is not None:
         return machine(num_gpus)
@@ -127,7 +134,7 @@ def _divides(config: Config, num_gpus: int) -> bool:
 
 
 def changed(config: Config, **options: Any) -> Config:
-    """Return the config with other values of `zero_stage`, `offload`, `micro_batch_size`, `activation_checkpointing`."""
+    """Return the config with other values of options of `parallel` and `train`, by their names."""
     sections: dict[str, dict[str, Any]] = {"parallel": {}, "train": {}}
     for name, value in options.items():
         sections["parallel" if name in ("zero_stage", "offload") else "train"][name] = value
@@ -154,7 +161,7 @@ class Search:
 
     Args:
         best: of each way to divide and to compute again, the fastest micro-batch that fits, the fastest way first.
-        too_large: of those ways where nothing fits, the smallest micro-batch, the nearest to fitting first.
+        too_large: of those ways where nothing fits, the smallest micro-batch, the least that the GPU lacks first.
     """
 
     best: list[Plan]

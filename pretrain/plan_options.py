@@ -37,6 +37,7 @@ def parse(argv: Sequence[str] | None, description: str | None) -> argparse.Names
     parser.add_argument("--gpus-per-node", metavar="N", type=_count, default=8, help="default: 8")
     parser.add_argument("--network", metavar="GBIT", type=_positive, help="Gbit/s a GPU to other nodes")
     parser.add_argument("--price", metavar="USD", type=_positive, help="an hour of one GPU")
+    parser.add_argument("--host-memory", metavar="GIB", type=_positive, help="of each node; default: 1800")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     laws = parser.add_argument_group("scaling laws", "how many tokens for how many parameters")
     which = laws.add_mutually_exclusive_group()
@@ -87,15 +88,16 @@ def report(arguments: argparse.Namespace) -> str:
         content = _law(arguments)
         return json.dumps(content, indent=1) if arguments.json else _render_laws([content])
     from pretrain.families import num_parameters
-    from pretrain.plan import choose_machine, make_plan, search
+    from pretrain.plan import HOST_GIB, choose_machine, make_plan, search
     from pretrain.plan_memory import shape_of
     from pretrain.plan_report import render, report_json
     from pretrain.settings import load_config
 
     config = load_config(arguments.config, arguments.overrides)
     machine = choose_machine(
-        config, arguments.gpu, arguments.gpus, arguments.gpus_per_node, arguments.network, arguments.price
-    )
+        config, arguments.gpu, arguments.gpus, arguments.gpus_per_node, arguments.network, arguments.price,
+        arguments.host_memory or HOST_GIB,
+    )  # fmt: skip
     plan = make_plan(config, machine)
     if arguments.scaling_law:
         size, tokens = num_parameters(shape_of(config)), plan.batch.num_steps * plan.batch.tokens_per_step

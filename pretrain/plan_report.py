@@ -13,8 +13,14 @@ from pretrain.plan_communication import collectives
 from pretrain.plan_memory import shape_of
 
 _SHOWN = 5  # of the best, and of those that do not fit
-_TIMES = {"matmul": "matrix products", "attention": "attention", "memory": "norms, activations, loss", "update": "update",
-          "communication": "communication", "host": "waiting for the host"}  # fmt: skip
+_TIMES = {
+    "matmul": "matrix products",
+    "attention": "attention",
+    "memory": "norms, activations, loss",
+    "update": "update",
+    "communication": "communication",
+    "host": "waiting for the host",
+}
 
 
 def gib(num_bytes: float) -> str:
@@ -79,6 +85,13 @@ def settings_of(plan: Plan) -> str:
     )
 
 
+def lack(plan: Plan) -> str:
+    """Say how much too much a plan takes that does not fit."""
+    if plan.free_bytes < 0:
+        return f"{gib(-plan.free_bytes)} too many"
+    return f"{gib(plan.node_bytes)} of each node's host, which has {gib(plan.machine.host_bytes)}"
+
+
 def reason(plan: Plan) -> str:
     """Say what speaks for a plan, and what it pays."""
     stage, steps = plan.config.parallel.zero_stage, plan.batch.num_micro_steps
@@ -95,7 +108,7 @@ def reason(plan: Plan) -> str:
 
 
 def _memory_lines(plan: Plan) -> list[str]:
-    verdict = f"fits, {gib(plan.free_bytes)} free" if plan.fits else f"does NOT fit: {gib(-plan.free_bytes)} too many"
+    verdict = f"fits, {gib(plan.free_bytes)} free" if plan.fits else f"does NOT fit: {lack(plan)}"
     lines = [f"  memory   {gib(plan.memory.total)} a GPU, most {plan.memory.when}; {verdict}"]
     parts = [f"{kind} {gib(value)}" for kind, value in plan.memory.parts.items() if value >= GIB / 20]
     lines.append(f"           {', '.join(parts)}, allowance {gib(plan.memory.allowance)}")
@@ -111,13 +124,14 @@ def _time_lines(plan: Plan) -> list[str]:
     parts = [f"{name} {100 * getattr(time, kind) / time.total:.0f}%" for kind, name in _TIMES.items()
              if getattr(time, kind) >= 0.005 * time.total]  # fmt: skip
     cost = "" if plan.cost is None else f", about ${plan.cost:,.0f} at ${plan.machine.price:g} an hour"
+    steps, rate = plan.batch.num_steps, plan.tokens_per_second
     return [
         f"  step     {time.total:.3g} s: {', '.join(parts)}",
-        f"  speed    {format_count(plan.tokens_per_second)} tokens/s, {plan.tokens_per_second / plan.machine.num_gpus:,.0f} "
-        f"a GPU, MFU {100 * mfu[0]:.1f}% ({100 * mfu[1]:.1f}% with causal attention counted once)",
-        f"  run      {plan.batch.num_steps:,} steps, {format_count(plan.batch.num_steps * plan.batch.tokens_per_step)} "
-        f"tokens: {format_duration(plan.days * 86_400)}{cost}",
-    ]  # fmt: skip
+        f"  speed    {format_count(rate)} tokens/s, {rate / plan.machine.num_gpus:,.0f} a GPU, MFU {100 * mfu[0]:.1f}% "
+        f"({100 * mfu[1]:.1f}% with causal attention counted once)",
+        f"  run      {steps:,} steps, {format_count(steps * plan.batch.tokens_per_step)} tokens: "
+        f"{format_duration(plan.days * 86_400)}{cost}",
+    ]
 
 
 def _search_lines(config: Config, plan: Plan, found: Search) -> list[str]:
@@ -135,5 +149,5 @@ def _search_lines(config: Config, plan: Plan, found: Search) -> list[str]:
     if found.too_large:
         lines.append("Nothing fits of:")
     for one in found.too_large[:_SHOWN]:
-        lines.append(f"  {settings_of(one)}: {gib(-one.free_bytes)} too many")
+        lines.append(f"  {settings_of(one)}: {lack(one)}")
     return lines

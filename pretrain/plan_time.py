@@ -64,6 +64,7 @@ class Machine:
         gpus_per_node: at most.
         network: GB/s to other nodes for each GPU, in one direction.
         price: dollars an hour for each GPU; None: not known.
+        host_bytes: memory of each node's host.
     """
 
     name: str
@@ -72,6 +73,7 @@ class Machine:
     gpus_per_node: int
     network: float
     price: float | None
+    host_bytes: float = math.inf
 
     @property
     def num_nodes(self) -> int:
@@ -83,7 +85,7 @@ class Machine:
         return self.gpu.flops_fp32 if precision == "fp32" else self.gpu.flops
 
     def bus(self) -> float:
-        """Bytes a second that each rank of a ring over all GPUs sends: a node's rings leave it by all of its networks."""
+        """Bytes a second that each rank of a ring over all GPUs sends; rings leave a node by all of its networks."""
         inside, across = self.gpu.link * 1e9, self.network * 1e9 * min(self.gpus_per_node, self.num_gpus)
         return inside if self.num_nodes == 1 else min(inside, across)
 

@@ -1,6 +1,6 @@
 """How many tokens a model of some size is worth, and what size a budget of computing is worth.
 
-Three rules, each for training that is to reach the lowest loss for its computing, C = 6 N D for N parameters and D tokens:
+Three rules for the lowest loss of a budget of computing, C = 6 N D for N parameters and D tokens:
 
 - `fit`: loss = E + A / N^alpha + B / D^beta with the corrected constants; the optimum is
   N = G (C / 6)^(beta / (alpha + beta)), D = C / (6 N), G = (alpha A / (beta B))^(1 / (alpha + beta)).
@@ -8,7 +8,8 @@ Three rules, each for training that is to reach the lowest loss for its computin
   be why it asks for so many more tokens at large sizes.
 - `ratio`: D = 20 N.
 
-A model that will be used much is trained on far more tokens than this: it is cheaper to run (Llama 3 8B: 1,900 a parameter).
+A model that will be used much is trained on far more tokens than this, as it is then cheaper to run (Llama 3 8B: 1,900
+a parameter).
 
 Source: Hoffmann et al. 2022 (arXiv:2203.15556), approach 3 and table A3; Besiroglu et al. 2024 (arXiv:2404.10102).
 """

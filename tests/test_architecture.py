@@ -51,9 +51,9 @@ TIERS = (
     "tar_index",
     "resume prepare convert quickstart",
     "run",
-    "rollback saving",
+    "rollback saving plan_check",
     "train",
-    "dry_run",
+    "dry_run plan_table",
     "prepare_options plan_options",
 )
 TIER_OF = {module: tier for tier, modules in enumerate(TIERS) for module in modules.split()}

@@ -9,8 +9,8 @@ from torch import nn
 from pretrain.config import OptimSection
 from pretrain.errors import ConfigError
 from pretrain.lion import Lion
-from pretrain.muon import Muon
 from pretrain.moments import moment_names
+from pretrain.muon import Muon
 from pretrain.optim import create_state, make_optimizer, param_groups
 
 

@@ -4,7 +4,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kernels import linear_cross_entropy_op as operator
 from kernels import loss_chunks
 from kernels.linear_cross_entropy import linear_cross_entropy, token_losses
 from tests.loss_cases import DTYPES, OPTIONS, draw, measure, results
