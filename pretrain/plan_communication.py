@@ -16,8 +16,8 @@ from pretrain.deepspeed_settings import MAX_LIVE_ELEMENTS, PERSISTENT_ELEMENTS, 
 from pretrain.plan_memory import Layout, kept_elements, layout_of, shape_of
 from pretrain.plan_shapes import hidden_matrices, modules_in_order, parameter_shapes
 
-_METRICS_BYTES = 3 * 8  # objective, cross-entropy and gradient norm of a step, fp64
-_ROWS_BYTES = 6 * 8  # what ranks tell each other about the next step's rows
+METRICS_BYTES = 3 * 8  # objective, cross-entropy and gradient norm of a step, fp64
+ROWS_BYTES = 6 * 8  # what ranks tell each other about the next step's rows
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def collectives(config: Config, plan: BatchPlan, on_cpu: bool = False) -> list[C
         return []
     at, sizes = layout_of(config, ranks), [math.prod(size) for size in parameter_shapes(shape_of(config)).values()]
     groups = groups_of(config)
-    found = [Collective("all_reduce", _METRICS_BYTES + _ROWS_BYTES, 2, "update")]
+    found = [Collective("all_reduce", METRICS_BYTES + ROWS_BYTES, 2, "update")]
     if at.kind == "weights":
         found += _divided_weights(config, plan, at, sizes)
         found.append(Collective("all_reduce", 8 * groups, groups, "update"))

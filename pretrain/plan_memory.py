@@ -148,12 +148,14 @@ class Activations:
         kept: that the backward pass needs, of all blocks, embedding and final norm, without the loss.
         loss: gradients that the loss computes in the forward pass and keeps.
         loss_peak: what is there beside these while the loss is computed, or its gradients are handed on.
+        handed_on: of that, the gradients.
         block_peak: what is there beside `kept` while a block's backward pass runs.
     """
 
     kept: int
     loss: int
     loss_peak: int
+    handed_on: int
     block_peak: int
 
 
@@ -200,7 +202,7 @@ def activations(shape: ModelShape, num_rows: int, seq_len: int, mode: str, size:
     logits = 4 * chunk_rows(N, shape.vocab_size) * shape.vocab_size
     handed_on = size * (classes + N) * D
     return Activations(
-        kept=int(kept), loss=loss, loss_peak=max(logits + size * N * D, handed_on),
+        kept=int(kept), loss=loss, loss_peak=max(logits + size * N * D, handed_on), handed_on=handed_on,
         block_peak=int(N * (again - D * size) + max(tails) + (size * classes * D if shape.tie_embeddings else 0)),
     )  # fmt: skip
 
@@ -246,15 +248,22 @@ def memory_of(config: Config, plan: BatchPlan, masked: bool = False) -> Memory:
     acts = activations(shape, plan.micro_batch_size, plan.seq_len, mode, at.size, masked or at.size == 4)
     gathered = _gathered(at, shape, mode != "none")
     early, sums = _held_gradients(at, plan.num_micro_steps)
-    bucket, copies = _reduction(at, shape.padded_vocab_size * shape.dim)
+    bucket, copies = _reduction(at, at.bucket)
+    output = 0 if shape.tie_embeddings else shape.padded_vocab_size * shape.dim
     fixed = {kind: states[kind] for kind in ("parameters", "masters", "moments")} | {"gathered weights": gathered}
+    filled = max(bucket, states["buckets"])
     moments = {
         "in the loss": {"gradients": early, "activations": acts.kept, "loss": acts.loss + acts.loss_peak,
                         "communication": states["buckets"]},
+        # a tensor that is larger than the bucket is sent by itself
+        "when the output layer's gradient is summed": {
+            "gradients": early, "activations": acts.kept, "loss": acts.handed_on,
+            "communication": filled + (_reduction(at, output)[1] if output > at.bucket else copies),
+        },
         "in the backward pass": {"gradients": early, "activations": acts.kept + acts.block_peak,
-                                 "communication": max(bucket, states["buckets"]) + copies},
-        "when gradients are summed": {"gradients": sums, "activations": acts.block_peak,
-                                      "communication": _sum_copy(at, states["buckets"], bucket)},
+                                 "communication": filled + copies},
+        "when all gradients are summed": {"gradients": sums,
+                                          "communication": _sum_copy(at, states["buckets"], bucket)},
         "in the update": {"gradients": states["gradients"], "communication": states["buckets"],
                           "optimizer": _update(at), "gathered weights": 0},
     }  # fmt: skip
@@ -298,17 +307,15 @@ def _held_gradients(at: Layout, num_micro_steps: int) -> tuple[int, int]:
     return on_gpu * accumulates, on_gpu
 
 
-def _reduction(at: Layout, output_elements: int) -> tuple[int, int]:
-    """Bytes of the bucket, and of the copies of one reduction, while the backward pass runs."""
+def _reduction(at: Layout, elements: int) -> tuple[int, int]:
+    """Bytes of the bucket, and of the copies of one reduction of so many elements, while the backward pass runs."""
     if at.kind in ("plain", "summed"):
         return 0, 0
-    one = max(at.bucket, output_elements if output_elements > at.bucket else 0)  # a larger tensor is sent by itself
     if at.kind == "weights":
-        return at.grad_size * at.bucket, int(at.grad_size * one * (1 + 1 / at.ranks)) + at.size * output_elements
-    bucket = (at.grad_size if at.stage == 1 else at.size) * at.bucket
+        return at.grad_size * at.bucket, int(at.grad_size * elements * (1 + 1 / at.ranks))
     if at.stage == 1:
-        return bucket, 0
-    return bucket, (at.size + (at.grad_size if at.grad_size != at.size else 0)) * one
+        return at.grad_size * at.bucket, 0
+    return at.size * at.bucket, (at.size + (at.grad_size if at.grad_size != at.size else 0)) * elements
 
 
 def _sum_copy(at: Layout, buckets: int, bucket: int) -> int:
