@@ -1,15 +1,20 @@
 """Steps engines and counts what the planner foresees: `planned.py CASES.json OUT.json`, started on every rank.
 
 CASES.json holds a list of {"overrides": [...], and by choice "reuse": elements that ZeRO-3 keeps}; OUT.json gets for
-each the payload of the collectives of the third step and the bytes that rank 0 holds when its last backward pass is over.
+each the payload of the collectives of the third step and the bytes that rank 0 holds when its last backward pass is over;
+on a GPU also the most that torch allocated, and the seconds of a step.
 """
 
 from __future__ import annotations
 
+import gc
 import json
 import os
+import statistics
 import sys
+import time
 from collections import Counter
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -100,21 +105,33 @@ def run_case(case: dict[str, Any], config_path: str, ranks: Ranks) -> dict[str, 
     engine = Engine(Transformer(shape, 1, config.train.activation_checkpointing), config, plan, ranks)
     engine_module.deepspeed_settings = settings
     engine.train()
-    held = {}
-    for step in range(3):
-        with Payload() as payload:
+    held: dict[str, int] = {}
+    seconds, device = [], ranks.device
+    for step in range(3 if device.type == "cpu" else 12):
+        begin = time.perf_counter()
+        with Payload() if step == 2 else nullcontext() as payload:
             for index in range(plan.num_micro_steps):
-                tokens_BT = torch.randint(0, shape.vocab_size, (plan.micro_batch_size, plan.seq_len))
-                rows = tokens_BT, tokens_BT, torch.zeros_like(tokens_BT), torch.arange(plan.micro_batch_size), step
+                tokens_BT = torch.randint(0, shape.vocab_size, (plan.micro_batch_size, plan.seq_len), device=device)
+                rows = (tokens_BT, tokens_BT, torch.zeros_like(tokens_BT),
+                        torch.arange(plan.micro_batch_size, device=device), step)  # fmt: skip
                 engine.backward(engine.forward(*rows)[0])
                 if index < plan.num_micro_steps - 1:
                     engine.end_micro_step()
-            held = resident(engine)
+            if payload is not None:
+                held, counted = resident(engine), payload.bytes
             engine.step(1e-3)
-    total = ranks.sum([payload.bytes.pop("all_to_all_single", 0)])[0]  # ranks give different amounts
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - begin)
+        if step == 0 and device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()  # the model was whole in fp32 at the start
+    total = ranks.sum([counted.pop("all_to_all_single", 0)])[0]  # ranks give different amounts
+    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
     engine.close()
-    sent = dict(payload.bytes) | ({"all_to_all_single": total / ranks.world_size} if total else {})
-    return {"sent": sent, "resident": held}
+    del engine
+    gc.collect()
+    sent = dict(counted) | ({"all_to_all_single": total / ranks.world_size} if total else {})
+    return {"sent": sent, "resident": held, "peak": peak, "step_seconds": statistics.median(seconds)}
 
 
 def main() -> None:
