@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cache
 
 from pretrain.batch_plan import BatchPlan
 from pretrain.config import Config
 from pretrain.deepspeed_settings import MAX_LIVE_ELEMENTS, PERSISTENT_ELEMENTS, REUSE_ELEMENTS, prefetch_elements
+from pretrain.families import ModelShape
+from pretrain.matrix_owners import Matrix, assign_owners
 from pretrain.plan_memory import Layout, kept_elements, layout_of, shape_of
 from pretrain.plan_shapes import hidden_matrices, modules_in_order, parameter_shapes
 
@@ -139,16 +142,27 @@ def gathered_elements(modules: list[int], kept: int, is_tied: bool) -> int:
 
 def _muon(config: Config, at: Layout, size: int) -> Collective:
     """Matrices that are brought together to be orthogonalised, and their updates back; an average of all ranks."""
-    ranks, parts = at.ranks, hidden_matrices(shape_of(config))
-    hidden = sum(sum(of_one) for of_one in parts)
-    if at.stage == 0:
-        travels = float(hidden * (ranks - 1))  # every rank has the momentum; the updates go to all
-    else:  # those that lie on several ranks, to whoever has least to do, and back
-        travels, place = 0.0, 0
-        for of_one in parts:
-            share, place = (-(-sum(of_one) // ranks), 0) if at.stage == 3 else (-(-hidden // ranks), place)
-            for numel in of_one:
-                is_cut = place // share != (place + numel - 1) // share
-                travels += 2 * numel * (ranks - 1) / ranks if is_cut else 0.0
-                place += numel
-    return Collective("all_to_all_single", size * travels / ranks, 2, "update")
+    travels = _travelling_elements(shape_of(config), at.stage, at.ranks)
+    return Collective("all_to_all_single", size * travels / at.ranks, 2, "update")
+
+
+@cache
+def _travelling_elements(shape: ModelShape, stage: int, ranks: int) -> int:
+    """Elements of matrices that all ranks together send each other: to whoever works on them, and back."""
+    weights = hidden_matrices(shape)
+    numels = [sum(rows * cols for rows, cols in parts) for parts in weights]
+    if stage == 0:
+        return sum(numels) * (ranks - 1)  # every rank has the momentum; the updates go to all
+    matrices, held, begins = [], [], 0
+    flat = -(-sum(numels) // ranks)  # of all together, that a rank has at stages 1 and 2
+    for number, (parts, numel) in enumerate(zip(weights, numels, strict=True)):
+        share, place = (-(-numel // ranks), 0) if stage == 3 else (flat, begins)
+        for rows, cols in parts:
+            matrices.append(Matrix(str(number), place, rows, cols))
+            end = place + rows * cols
+            held.append({rank: min(end, (rank + 1) * share) - max(place, rank * share)
+                         for rank in range(place // share, (end - 1) // share + 1)})  # fmt: skip
+            place = end
+        begins += numel
+    owners = assign_owners(matrices, [set(on) for on in held], ranks)
+    return sum(2 * (sum(on.values()) - on.get(owner, 0)) for on, owner in zip(held, owners, strict=True))

@@ -100,8 +100,34 @@ def layout_of(config: Config, ranks: int) -> Layout:
     )  # fmt: skip
 
 
+@cache
+def _held_whole(shape: ModelShape, ranks: int) -> int:
+    """Elements of the matrices that lie in a rank's part of all, each counted whole; of the rank that has most."""
+    ends, total = [0], 0
+    for size in parameter_shapes(shape).values():
+        total += math.prod(size) if len(size) == 2 else 0
+        ends += [total] if len(size) == 2 else []
+    share, first, last, most = -(-total // ranks), 0, 0, 0
+    for rank in range(ranks):
+        while first + 1 < len(ends) - 1 and ends[first + 1] <= rank * share:
+            first += 1
+        while last < len(ends) - 1 and ends[last] < (rank + 1) * share:
+            last += 1
+        most = max(most, ends[last] - ends[first])
+    return most
+
+
+def _own_gradients(at: Layout, shape: ModelShape) -> int:
+    """Bytes of the sums that a rank keeps, where they are divided."""
+    if at.kind == "divided" and at.grad_size == at.size:  # the gradients themselves stay, whole
+        return at.grad_size * _held_whole(shape, at.ranks)
+    return at.grad_size * at.total // at.ranks
+
+
 def resident(config: Config, ranks: int) -> dict[str, int]:
     """Bytes that a rank's device holds when a step's last backward pass is over, by kind, without activations.
+
+    Of the rank that holds most, where parts differ.
 
     Returns:
         `parameters` (the model's), `gradients`, `masters` (fp32), `moments` (fp32) and `buckets`; what is offloaded is
@@ -112,8 +138,8 @@ def resident(config: Config, ranks: int) -> dict[str, int]:
         found = {"parameters": 4 * at.total, "gradients": 4 * at.total, "masters": 0, "buckets": 0,
                  "moments": 4 * at.num_states * at.total}  # fmt: skip
     else:
-        found = {"parameters": at.size * at.total, "gradients": at.grad_size * share, "masters": 4 * share,
-                 "moments": 4 * at.num_states * share, "buckets": 0}  # fmt: skip
+        found = {"parameters": at.size * at.total, "gradients": _own_gradients(at, shape_of(config)),
+                 "masters": 4 * share, "moments": 4 * at.num_states * share, "buckets": 0}  # fmt: skip
     if at.kind == "summed":
         found["gradients"] = (4 + at.size) * at.total  # whole in fp32 all the time, and as the backward pass gave them
     if at.kind == "weights":
@@ -137,7 +163,9 @@ def host_bytes(config: Config, ranks: int) -> dict[str, int]:
         offload += at.size * at.largest + at.size * at.total / ranks if at.stage < 3 else 0
     if at.offload == "parameters":
         offload += at.size * at.total / ranks
-    return {"offload": int(offload), "snapshot": int(states if config.checkpoint.asynchronous else 0)}
+    # what the host has and a save is waited for is written as it is
+    is_copied = config.checkpoint.asynchronous or at.offload == "none"
+    return {"offload": int(offload), "snapshot": int(states if is_copied else 0)}
 
 
 @dataclass(frozen=True)
@@ -247,7 +275,7 @@ def memory_of(config: Config, plan: BatchPlan, masked: bool = False) -> Memory:
     mode = config.train.activation_checkpointing
     acts = activations(shape, plan.micro_batch_size, plan.seq_len, mode, at.size, masked or at.size == 4)
     gathered = _gathered(at, shape, mode != "none")
-    early, sums = _held_gradients(at, plan.num_micro_steps)
+    early, sums = _held_gradients(at, _own_gradients(at, shape), plan.num_micro_steps)
     bucket, copies = _reduction(at, at.bucket)
     output = 0 if shape.tie_embeddings else shape.padded_vocab_size * shape.dim
     fixed = {kind: states[kind] for kind in ("parameters", "masters", "moments")} | {"gathered weights": gathered}
@@ -290,16 +318,16 @@ def _gathered(at: Layout, shape: ModelShape, recomputes: bool) -> int:
     return at.size * min(at.total - at.persistent, kept_elements(recomputes) + ahead + at.largest)
 
 
-def _held_gradients(at: Layout, num_micro_steps: int) -> tuple[int, int]:
+def _held_gradients(at: Layout, own: int, num_micro_steps: int) -> tuple[int, int]:
     """Bytes of gradients that are there during the forward pass of the last micro-step, and when it is over."""
     accumulates = num_micro_steps > 1
-    whole, share = at.grad_size * at.total, at.grad_size * at.total // at.ranks
+    whole = at.grad_size * at.total
     if at.kind == "plain":
         return whole * accumulates, whole
     if at.kind == "summed":
         lowly = at.size * at.total
         return 4 * at.total + lowly * accumulates, 4 * at.total + lowly
-    on_gpu = 0 if at.offload != "none" else share
+    on_gpu = 0 if at.offload != "none" else own
     if at.kind == "weights":
         return on_gpu, on_gpu
     if at.stage == 1:

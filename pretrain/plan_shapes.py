@@ -35,15 +35,15 @@ def modules_in_order(shape: ModelShape) -> list[list[int]]:
     return list(by_owner.values())
 
 
-def hidden_matrices(shape: ModelShape) -> list[list[int]]:
-    """Return the sizes of the matrices between hidden states, those that are stored as one weight together.
+def hidden_matrices(shape: ModelShape) -> list[list[tuple[int, int]]]:
+    """Return rows and columns of the matrices between hidden states, those that are stored as one weight together.
 
     Queries, keys and values are stored so, and gate and up.
     """
     width, D, F = shape.head_dim, shape.dim, shape.ffn_dim
-    qkv = [heads * width * D for heads in (shape.num_heads, shape.num_kv_heads, shape.num_kv_heads)]
-    up = [F * D, F * D] if shape.activation == "swiglu" else [F * D]
-    return [qkv, [shape.num_heads * width * D], up, [F * D]] * shape.num_layers
+    qkv = [(heads * width, D) for heads in (shape.num_heads, shape.num_kv_heads, shape.num_kv_heads)]
+    up = [(F, D)] * (2 if shape.activation == "swiglu" else 1)
+    return [qkv, [(D, shape.num_heads * width)], up, [(D, F)]] * shape.num_layers
 
 
 def _norm(name: str, shape: ModelShape) -> Iterator[tuple[str, tuple[int, ...]]]:

@@ -22,7 +22,7 @@ BENCHMARKS = sorted(path.relative_to(ROOT) for path in (ROOT / "benchmarks").glo
 
 # A module imports modules of lower tiers only. `kernels` is below all of them.
 TIERS = (
-    "errors section spellings heartbeat text_index scaling_laws",
+    "errors section spellings heartbeat text_index scaling_laws matrix_owners",
     "model_options run_options gpus start_clock store_errors checkpoint_owner",
     "config hardware",
     "moments stores config_docs schedule batch_plan packing phases row_order families console tokenizer source_files matrix_exchange lion"
@@ -85,7 +85,7 @@ WITHOUT_TORCH = (
     " sources store_errors stores node_cache remote_corpus prefetch shards shard_reader row_table data_plan journal workers corpus source_sample"
     " prepare dry_run verify_shards inspect_shards store_check prepare_options repetition personal_data near_duplicates languages wikipedia"
     " filters dataset_files redaction refining shares spills json_lines decoding tar_files text_index text_shards tar_documents tar_folder"
-    " tar_index gpus moments scaling_laws deepspeed_settings plan_shapes plan_memory plan_communication plan_time plan plan_report plan_table plan_options"
+    " tar_index gpus moments scaling_laws matrix_owners deepspeed_settings plan_shapes plan_memory plan_communication plan_time plan plan_report plan_table plan_options"
 )
 
 MAX_FILE_LINES = 400

@@ -41,7 +41,9 @@ def test_shapes_are_those_of_the_model(name: str) -> None:
     assert parameter_shapes(shape) == {name: tuple(one.shape) for name, one in model.named_parameters()}
     assert sum(math.prod(size) for size in parameter_shapes(shape).values()) == num_parameters(shape)
     hidden = [one for key, one in parameter_shapes(shape).items() if key.startswith("blocks.") and len(one) == 2]
-    assert [sum(parts) for parts in hidden_matrices(shape)] == [math.prod(one) for one in hidden]
+    assert [sum(rows * cols for rows, cols in parts) for parts in hidden_matrices(shape)] == [
+        math.prod(one) for one in hidden
+    ]
     run = [[p.numel() for p in module.parameters(recurse=False)] for module in model.modules()]
     assert sorted(map(sorted, modules_in_order(shape))) == sorted(sorted(sizes) for sizes in run if sizes)
 
@@ -101,6 +103,9 @@ def test_offload_moves_to_the_host() -> None:
     weights = memory_of(changed(config, offload="parameters"), batch)
     assert weights.allocated < moved.allocated and weights.host["offload"] > moved.host["offload"]
     assert kept.host["snapshot"] == kept.parts["masters"] + kept.parts["moments"]
+    waits = config.model_copy(update={"checkpoint": config.checkpoint.model_copy(update={"asynchronous": False})})
+    assert memory_of(changed(waits, offload="optimizer"), batch).host["snapshot"] == 0  # written from where it is
+    assert memory_of(waits, batch).host["snapshot"] == kept.host["snapshot"]
 
 
 def test_old_gpus_hold_a_mask_and_repeated_heads() -> None:

@@ -92,8 +92,7 @@ def test_engines_hold_and_send_what_is_foreseen(
             problems.append(f"{name}: sent {sent}, foreseen {expected}")
             continue
         for kind, size in sent.items():
-            most = 0.01 if kind != "all_to_all_single" else 0.05  # who works on a matrix is foreseen on the average
-            if abs(expected[kind] - size) > most * size:
+            if abs(expected[kind] - size) > 0.01 * size:
                 problems.append(f"{name}: {kind} of {size} bytes, foreseen {expected[kind]}")
         held, states = found["resident"], resident(config, num_ranks)
         for kind, size in held.items():

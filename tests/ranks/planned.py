@@ -1,7 +1,7 @@
 """Steps engines and counts what the planner foresees: `planned.py CASES.json OUT.json`, started on every rank.
 
 CASES.json holds a list of {"overrides": [...], and by choice "reuse": elements that ZeRO-3 keeps}; OUT.json gets for
-each the payload of the collectives of the third step and the bytes that rank 0 holds when its last backward pass is over;
+each the payload of the collectives of the third step and the bytes that the rank with most of a kind holds when its last backward pass is over;
 on a GPU also the most that torch allocated, and the seconds of a step.
 """
 
@@ -131,7 +131,8 @@ def run_case(case: dict[str, Any], config_path: str, ranks: Ranks) -> dict[str, 
     del engine
     gc.collect()
     sent = dict(counted) | ({"all_to_all_single": total / ranks.world_size} if total else {})
-    return {"sent": sent, "resident": held, "peak": peak, "step_seconds": statistics.median(seconds)}
+    most = {kind: max(one[kind] for one in ranks.gather(held)) for kind in held}
+    return {"sent": sent, "resident": most, "peak": peak, "step_seconds": statistics.median(seconds)}
 
 
 def main() -> None:
