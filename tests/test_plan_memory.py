@@ -90,7 +90,8 @@ def test_precision_changes_what_is_held() -> None:
     fp32, half = (changed(config, precision=name) for name in ("fp32", "fp16"))
     assert resident(fp32, 4)["parameters"] == 4 * P and resident(half, 4)["parameters"] == 2 * P
     sums = changed(config, grad_accum_dtype="bf16")
-    assert 2 * resident(sums, 4)["gradients"] == resident(config, 4)["gradients"]
+    halves = 2 * resident(sums, 4)["gradients"]
+    assert resident(config, 4)["gradients"] <= halves < 1.1 * resident(config, 4)["gradients"]  # of whole tensors
 
 
 def test_offload_moves_to_the_host() -> None:
