@@ -67,7 +67,7 @@ def test_what_is_not_known_is_said(on_h100: None, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.slow
 @pytest.mark.launches
 def test_a_run_on_cpus_says_what_it_holds(tiny_config: Path, tmp_path: Path) -> None:
-    changes = [f"run.dir={tmp_path}/run", "train.num_steps=22", "parallel.zero_stage=2"]
+    changes = [f"run.dir={tmp_path}/run", "train.num_steps=22", "train.micro_batch_size=8", "parallel.zero_stage=2"]
     assert run_cases(tiny_config, [{"overrides": changes}], 2, tmp_path / "ranks") == ["done"]
     [event] = [line for line in metric_lines(tmp_path / "run") if line.get("event") == "plan"]
     assert event["step"] == STEPS
