@@ -135,7 +135,9 @@ def run_steps(run: Run) -> tuple[str, int, str]:
             save(run, last=True)
             return stopped(run)
     save(run, last=True)
-    return "done", EXIT_DONE, f"trained {run.progress.step} steps"
+    more = run.progress.step > run.plan.num_steps
+    than = f", more than the {run.plan.num_steps} of the config" if more else ""
+    return "done", EXIT_DONE, f"trained {run.progress.step} steps{than}"
 
 
 def is_over(run: Run) -> bool:
