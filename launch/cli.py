@@ -19,6 +19,7 @@ COMMANDS = {  # name: (module of launch, what it does)
     "evaluate": ("evaluate", "held-out loss, perplexity and bits per byte of a run"),
     "generate": ("generate", "sample text from a run"),
     "convert": ("convert", "convert a checkpoint for other software, and verify it"),
+    "plan": ("plan", "memory, time and cost of a run, and better settings, with no GPU"),
     "quickstart": ("quickstart", "the whole journey on a small config, offline"),
 }
 

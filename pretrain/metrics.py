@@ -11,6 +11,7 @@ import logging
 import math
 import os
 import platform
+import statistics
 import time
 from collections import deque
 from collections.abc import Mapping
@@ -209,6 +210,10 @@ class MetricLog:
         self._add_scalars(line, "train/", metrics.step)
         self._recent.append(metrics.step_seconds)
         self._show(line)
+
+    def median_step_seconds(self) -> float:
+        """Of the last twenty steps of this start."""
+        return statistics.median(self._recent)
 
     def _show(self, line: dict[str, Any]) -> None:
         step = line["step"]

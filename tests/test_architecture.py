@@ -22,15 +22,18 @@ BENCHMARKS = sorted(path.relative_to(ROOT) for path in (ROOT / "benchmarks").glo
 
 # A module imports modules of lower tiers only. `kernels` is below all of them.
 TIERS = (
-    "errors section spellings heartbeat hardware text_index",
-    "model_options run_options start_clock store_errors checkpoint_owner sequence_parallel recompute activation_offload slurm slurm_script",
-    "config",
-    "stores config_docs schedule batch_plan packing phases row_order families console tokenizer source_files matrix_exchange lion"
+    "errors section spellings heartbeat text_index scaling_laws matrix_owners",
+    "model_options run_options gpus start_clock store_errors checkpoint_owner sequence_parallel recompute activation_offload slurm slurm_script",
+    "config hardware",
+    "moments stores config_docs schedule batch_plan packing phases row_order families console tokenizer source_files matrix_exchange lion"
     " generate_options repetition stalls personal_data near_duplicates languages wikipedia",
-    "redaction checks config_changes mixture explain patient_file deepspeed_settings sentencepiece_model varied_texts table_files token_files shards tensor_files distributed watch_links layers"
+    "redaction checks config_changes mixture explain patient_file deepspeed_settings plan_shapes sentencepiece_model varied_texts table_files token_files shards tensor_files distributed watch_links layers"
     " published model_card muon compiling filters dataset_files decoding tar_files",
-    "node_cache row_table json_lines run_status",
-    "remote_corpus",
+    "node_cache row_table json_lines run_status plan_memory",
+    "remote_corpus plan_communication",
+    "plan_time",
+    "plan",
+    "plan_report",
     "prefetch settings sentencepiece_tokenizer model optim checkpoint_files writable_store shard_reader journal sources spills sampling"
     " tracking family_table profiling watchdog",
     "communication metrics guard spikes hf_tokenizer generate checkpoint_folder checkpoint_store",
@@ -48,10 +51,10 @@ TIERS = (
     "tar_index",
     "resume prepare convert quickstart",
     "run",
-    "rollback saving",
+    "rollback saving plan_check",
     "train",
-    "dry_run",
-    "prepare_options",
+    "dry_run plan_table",
+    "prepare_options plan_options",
 )
 TIER_OF = {module: tier for tier, modules in enumerate(TIERS) for module in modules.split()}
 
@@ -82,7 +85,8 @@ WITHOUT_TORCH = (
     " sources store_errors stores node_cache remote_corpus prefetch shards shard_reader row_table data_plan journal workers corpus source_sample"
     " prepare dry_run verify_shards inspect_shards store_check prepare_options repetition personal_data near_duplicates languages wikipedia"
     " filters dataset_files redaction refining shares spills json_lines decoding tar_files text_index text_shards tar_documents tar_folder"
-    " tar_index config_changes slurm slurm_script run_state submit submit_checks submit_options"
+    " tar_index gpus moments scaling_laws matrix_owners deepspeed_settings plan_shapes plan_memory plan_communication plan_time plan plan_report plan_table plan_options"
+    " config_changes slurm slurm_script run_state submit submit_checks submit_options"
 )
 
 MAX_FILE_LINES = 400
