@@ -99,8 +99,8 @@ def _check_reckoned(config: Config) -> None:
     ):
         if str(value) not in known.split(" or "):
             raise ConfigError(
-                f"planner: {name} is {value}; expected {known}, which is all that it reckons with so far. Plan with that, "
-                "which takes more memory."
+                f"planner: {name} is {value}; expected {known}, which is all that it reckons with so far. Plan with "
+                "that, which takes more memory."
             )
 
 
