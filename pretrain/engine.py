@@ -33,12 +33,14 @@ from pretrain.config import Config
 from pretrain.deepspeed_settings import deepspeed_settings, effective_stage
 from pretrain.distributed import Ranks, choose_device, export_rank_variables
 from pretrain.errors import ConfigError, LonghaulError, PeerError, TrainingError
+from pretrain.initial_weights import InitialWeights
 from pretrain.matrix_exchange import Held
 from pretrain.muon import Muon
 from pretrain.optim import create_state, make_optimizer, moment_names, param_groups
 from pretrain.profiling import PhaseClock
 
 MASTER = "master"
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _COMMUNICATION = CommunicationTimer()  # one a process, as DeepSpeed's backend is
 
 
@@ -141,6 +143,8 @@ class Engine:
     def __init__(self, model: nn.Module, config: Config, plan: BatchPlan, ranks: Ranks) -> None:
         """Wrap `model`, which is moved to this rank's device, cast and divided as the config says.
 
+        What of it is on the meta device is drawn here, and at stage 3 divided parameter by parameter.
+
         Raises:
             ConfigError: fp16 without a GPU; an entry of `optim.groups` that applies to nothing.
         """
@@ -154,13 +158,17 @@ class Engine:
         self.precision = config.train.precision
         self._names = {id(parameter): name for name, parameter in model.named_parameters()}
         self._shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-        model.to(ranks.device)
         settings = deepspeed_settings(config, plan, sum(math.prod(shape) for shape in self._shapes.values()))
         groups = param_groups(model, config.optim)
         self.states = {
             name: (MASTER, *moment_names(config.optim, group)) for group in groups for name in group["names"]
         }
         self.frozen = [name for group in groups if group["lr_ratio"] == 0 for name in group["names"]]
+        weights = InitialWeights(model, _DTYPES[self.precision], ranks)
+        if self.stage == 3:
+            deepspeed.zero.Init(weights, config_dict_or_path=settings)
+        else:
+            list(weights.parameters())
         optimizer = make_optimizer(groups, config.optim)
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=settings, dist_init_required=False

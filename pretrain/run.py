@@ -143,7 +143,8 @@ def open_run(
     check_optimizer(config, plan, ranks)
     clock.begin("model")
     objective = config.train.z_loss, config.train.label_smoothing
-    model = Transformer(shape, config.run.seed, config.train.activation_checkpointing, *objective)
+    with torch.device("meta"):  # the engine draws its weights
+        model = Transformer(shape, config.run.seed, config.train.activation_checkpointing, *objective)
     if should_compile(config, ranks.device):
         model.compile_blocks()
     samples = ranks.agree(lambda: Samples(config, model, tokenizer, ranks))
