@@ -102,6 +102,8 @@ def idle_options(config: Config) -> dict[str, str]:
     if not config.resume.from_:
         for name in ("optimizer", "schedule", "data"):
             idle[f"resume.{name}"] = "It is for beginning from another run, and resume.from is empty."
+    if config.parallel.offload == "none":
+        idle["parallel.nvme_dir"] = "It is where offloaded states lie, and parallel.offload is none."
     if not _reads_elsewhere(config):
         for name in ("cache_dir", "cache_bytes", "retry_seconds"):
             idle[f"data.{name}"] = (
@@ -210,13 +212,25 @@ def _compile_problems(config: Config) -> Iterator[Problem]:
 
 
 def _offload_problems(config: Config) -> Iterator[Problem]:
-    """Check that what is to be kept in the host's memory is divided: DeepSpeed offloads nothing else."""
-    offload, stage = config.parallel.offload, config.parallel.zero_stage
+    """Check that what is to be kept elsewhere, or sent otherwise, is divided: DeepSpeed does so with nothing else."""
+    parallel, stage = config.parallel, config.parallel.zero_stage
+    offload = parallel.offload
     least = {"none": 0, "optimizer": 1, "parameters": 3}[offload]
     if stage < least:
         text = f"parallel.offload is {offload}; expected none with parallel.zero_stage {stage}, which does not divide "
         what = "weights" if least == 3 else "anything"
         yield Problem("parallel.offload", f"{text}{what}. Use parallel.zero_stage={least}.")
+    for name, default in (("nvme_dir", ""), ("hpz_ranks", 1), ("quantize", [])):
+        value = getattr(parallel, name)
+        if value != default and stage < 3:
+            text = f"parallel.{name} is {yaml_value(value)}; expected to be left out with parallel.zero_stage {stage}. "
+            yield Problem(f"parallel.{name}", text + "DeepSpeed has it at stage 3 only: use parallel.zero_stage=3.")
+    if parallel.hpz_ranks > 1 and offload == "parameters":
+        text = f"parallel.hpz_ranks is {parallel.hpz_ranks}; expected 1 with parallel.offload parameters, which takes "
+        yield Problem("parallel.hpz_ranks", text + "weights from the GPU. Use parallel.offload=optimizer.")
+    if "gradients" in parallel.quantize and config.train.precision != "fp16":
+        text = f"parallel.quantize has gradients; expected train.precision fp16 with it, not {config.train.precision}: "
+        yield Problem("parallel.quantize", text + "DeepSpeed's kernel takes any gradient's bits for fp16. Drop it.")
 
 
 def _evaluation_problems(config: Config) -> Iterator[Problem]:

@@ -1,7 +1,7 @@
 """Initial weights, drawn one parameter at a time, so that a model which ZeRO divides is whole nowhere.
 
-A model is built on the meta device, where it has names and shapes and no memory. Here each parameter gets its memory and
-its values when somebody takes it: who divides it at once, as ZeRO's stage 3 does, holds one whole parameter at most.
+A model is built on the meta device, where it has names and shapes and no memory. Here each parameter gets its memory
+and its values when somebody takes it: who divides it at once, as ZeRO's stage 3 does, holds one whole parameter.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -35,6 +36,7 @@ from pretrain.self_test import check_optimizer
 from pretrain.spikes import Observation, SpikeGuard
 from pretrain.start_clock import StartClock
 from pretrain.stream import TokenStream, ValRows
+from pretrain.tensor_files import write_text
 from pretrain.tokenizer import Tokenizer
 from pretrain.tokenizer_files import keep_files, open_tokenizer
 from pretrain.tracking import Tracker, check_tracking
@@ -152,6 +154,7 @@ def open_run(
     engine = ranks.agree(lambda: Engine(model, config, plan, ranks))
     clock.begin("checkpoint")
     cleanup.callback(engine.close)
+    ranks.agree(lambda: keep_settings(engine, folder))
     events: list[tuple[str, str]] = []
     checkpoints = Checkpoints(place, config.checkpoint, ranks, lambda *event: events.append(event), run_path,
                               folder.run_id if folder else "")  # fmt: skip
@@ -188,6 +191,13 @@ def keep_tokenizer(tokenizer: Tokenizer, folder: RunFolder | None) -> None:
     if folder:
         with writable(folder.path):
             keep_files(tokenizer, folder.path)
+
+
+def keep_settings(engine: Engine, folder: RunFolder | None) -> None:
+    """Keep what DeepSpeed is told in the run folder, for people."""
+    if folder:
+        with writable(folder.path):
+            write_text(folder.path / "deepspeed.json", json.dumps(engine.settings, indent=2) + "\n")
 
 
 def open_metrics(

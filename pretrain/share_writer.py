@@ -75,9 +75,14 @@ class ShareWriter:
         self._copied = threading.Event()
         self._copied.set()
 
-    def start(self, fragments: Sequence[Fragment], place: Place, step: int) -> Task:
+    def start(self, fragments: Sequence[Fragment], place: Place, step: int, on_disk: bool = False) -> Task:
         """Begin to write fragments to the save of a step; they must not change before `wait_for_copy` returns.
 
+        Args:
+            fragments: of this rank.
+            place: that the checkpoint is written to.
+            step: of the checkpoint.
+            on_disk: write them as they are, without a copy in memory: they lie on a disk for want of that.
         Returns:
             The task; it raises what `Place` says if the disk is full, or the store fails.
         """
@@ -86,33 +91,31 @@ class ShareWriter:
         if self._device.type == "cuda":
             ready = torch.cuda.Event()
             ready.record()  # behind the update that the tensors are to be copied after
-        return Task(lambda: self._write(fragments, place, step, ready))
+        return Task(lambda: self._write(fragments, place, step, ready, on_disk))
 
     def wait_for_copy(self) -> None:
         """Wait until the tensors may change again."""
         self._copied.wait()
 
-    def _write(self, fragments: Sequence[Fragment], place: Place, step: int, ready: torch.cuda.Event | None) -> None:
+    def _write(
+        self, fragments: Sequence[Fragment], place: Place, step: int, ready: torch.cuda.Event | None, on_disk: bool
+    ) -> None:
+        metadata = {"format": "longhaul", "rank": str(self._rank)}
+        name = f"rank-{self._rank:05d}"
         try:
-            tensors = self._copy(fragments, ready)
+            tensors = _views(fragments) if on_disk else self._copy(fragments, ready)
+            if not on_disk:
+                self._copied.set()
+            num_bytes, sha256 = place.write_tensors(step, f"{name}.safetensors", tensors, metadata)
         finally:
             self._copied.set()
-        name, held = (
-            f"rank-{self._rank:05d}",
-            [(one.name, one.start, one.length, tuple(one.tensors)) for one in fragments],
-        )
-        metadata = {"format": "longhaul", "rank": str(self._rank)}
-        num_bytes, sha256 = place.write_tensors(step, f"{name}.safetensors", tensors, metadata)
+        held = [(one.name, one.start, one.length, tuple(one.tensors)) for one in fragments]
         share = {"file": f"{name}.safetensors", "bytes": num_bytes, "sha256": sha256, "fragments": held}
         place.write_note(step, f"{name}{_SHARE_SUFFIX}", json.dumps(share))
 
     def _copy(self, fragments: Sequence[Fragment], ready: torch.cuda.Event | None) -> dict[str, torch.Tensor]:
         """Copy the tensors to memory that is used again: to get as much anew takes as long as the copy itself."""
-        views = {
-            tensor_key(fragment.name, state, fragment.start): view.detach()
-            for fragment in fragments
-            for state, view in fragment.tensors.items()
-        }
+        views = _views(fragments)
         on_gpu = ready is not None
         for key, view in views.items():
             if key not in self._buffers:  # pinned, or a GPU could not write to it by itself
@@ -129,6 +132,15 @@ class ShareWriter:
                     self._buffers[key].copy_(view, non_blocking=True)
             stream.synchronize()  # the host waits for these copies, and not for the step that runs
         return {key: self._buffers[key] for key in views}
+
+
+def _views(fragments: Sequence[Fragment]) -> dict[str, torch.Tensor]:
+    """The tensors of fragments by their keys in a file."""
+    return {
+        tensor_key(fragment.name, state, fragment.start): view.detach()
+        for fragment in fragments
+        for state, view in fragment.tensors.items()
+    }
 
 
 def collect_shares(place: Place, step: int, world_size: int, give_up_at: Callable[[], float]) -> list[dict[str, Any]]:

@@ -31,7 +31,7 @@ TIERS = (
     " published model_card muon compiling filters dataset_files decoding tar_files",
     "node_cache row_table json_lines run_status",
     "remote_corpus",
-    "prefetch settings sentencepiece_tokenizer model optim checkpoint_files writable_store shard_reader journal sources spills sampling"
+    "prefetch settings sentencepiece_tokenizer model optim initial_weights swapped_states checkpoint_files writable_store shard_reader journal sources spills sampling"
     " tracking family_table profiling watchdog",
     "communication metrics guard spikes hf_tokenizer generate checkpoint_folder checkpoint_store",
     "engine tokenizer_files tokenizer_trial checkpoint_places",
@@ -42,7 +42,7 @@ TIERS = (
     "stream",
     "share_writer feed source_sample replicas",
     "checkpoint run_folder tokenizer_export workers",
-    "evaluate hf_export self_test samples refining verify_shards inspect_shards",
+    "evaluate hf_export self_test explain_parallel samples refining verify_shards inspect_shards",
     "shares store_check tar_documents tar_folder",
     "corpus",
     "tar_index",

@@ -2,18 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 from pathlib import Path
 
 import pytest
-import torch
 
-from pretrain.distributed import Ranks
-from pretrain.initial_weights import InitialWeights
-from pretrain.model import Transformer
-from pretrain.families import resolve_shape
-from pretrain.settings import parse_config
 from tests.rank_helpers import start_ranks
 
 FAMILIES = {
@@ -74,7 +67,8 @@ def test_the_initial_weights_are_the_same_however_they_are_divided(tmp_path):
 @pytest.mark.timeout(900)
 def test_at_stage_3_a_rank_begins_with_its_share_of_the_weights(tmp_path):
     """Peak of resident memory, which knows no tensor that somebody forgot to count."""
-    sections = [section(BIG, "bf16", zero_stage=stage, offload=offload)
-                for stage, offload in ((3, "none"), (3, "parameters"), (1, "none"))]  # fmt: skip
-    divided, offloaded, undivided = start(sections, 4, tmp_path / "ranks")
+    sections = [section(model, "bf16", zero_stage=stage, offload=offload)
+                for model, stage, offload in ((FAMILIES["llama"], 3, "none"), (BIG, 3, "none"), (BIG, 3, "parameters"),
+                                              (BIG, 1, "none"))]  # fmt: skip
+    _, divided, offloaded, undivided = start(sections, 4, tmp_path / "ranks")
     print(divided, offloaded, undivided)

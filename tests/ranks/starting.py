@@ -17,10 +17,12 @@ sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 import torch
 
+from pretrain import engine as engine_module
 from pretrain.batch_plan import BatchPlan
 from pretrain.engine import MASTER, Engine, init_distributed, leave_distributed
 from pretrain.families import resolve_shape
 from pretrain.model import Transformer
+from pretrain.optim import make_optimizer
 from pretrain.settings import parse_config
 
 
@@ -52,19 +54,35 @@ def start(section: dict, ranks) -> dict:
     gc.collect()
     forget_peak()
     before = resident("VmRSS")
+    peaks = []
+
+    def make_noted(*arguments):  # the engine's next step once the weights are drawn
+        peaks.append(resident("VmHWM") - before)
+        return make_optimizer(*arguments)
+
+    engine_module.make_optimizer = make_noted
     with torch.device("meta"):
         model = Transformer(shape, config.run.seed)
     engine = Engine(model, config, BatchPlan.of(config, ranks.world_size), ranks)
-    growth = ranks.gather(resident("VmHWM") - before)
+    peaks = ranks.gather((*peaks, resident("VmHWM") - before))
     numels = [torch.Size(one).numel() for one in engine.parameter_shapes().values()]
-    note = {"growth": growth, "num_parameters": sum(numels), "largest": max(numels), "stage": engine.stage}
+    note = {
+        "drawn": max(one for one, _ in peaks),
+        "built": max(one for _, one in peaks),
+        "num_parameters": sum(numels),
+        "largest": max(numels),
+        "stage": engine.stage,
+    }
     if sum(numels) < 1_000_000:
         weights = whole(engine, ranks)
-        note["sha256"] = hashlib.sha256(b"".join(weights[name].numpy().tobytes() for name in sorted(weights))).hexdigest()
+        note["sha256"] = hashlib.sha256(
+            b"".join(weights[name].numpy().tobytes() for name in sorted(weights))
+        ).hexdigest()
         plain = Transformer(shape, config.run.seed)
         dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[config.train.precision]
         note["as_plain"] = all(
-            torch.equal(weights[name], one.detach().to(dtype).float().view(-1)) for name, one in plain.named_parameters()
+            torch.equal(weights[name], one.detach().to(dtype).float().view(-1))
+            for name, one in plain.named_parameters()
         )
     engine.close()
     return note
