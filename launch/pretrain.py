@@ -21,8 +21,8 @@ EXAMPLES = """examples:
   python launch/pretrain.py --explain 64 configs/llama-70b.yaml     (memory by ZeRO stage, and DeepSpeed's JSON)
   sbatch launch/slurm/pretrain.sbatch configs/llama-1.3b.yaml     (on many nodes)
 
-exit status: 0 done, 1 failed, 2 wrong config or use, 69 the machine or another rank failed (try the same command again),
-75 stopped by a signal and resumable by the same command. The deepspeed launcher hides it: it is in status.json too."""
+exit status: 0 done, 1 failed, 2 wrong config or use, 69 the machine or another rank failed (worth trying
+again), 75 stopped by a signal and resumable by the same command. In status.json too, for the launcher hides it."""
 
 
 @ends_at_closed_pipe

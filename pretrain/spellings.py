@@ -115,6 +115,9 @@ _SPELLINGS_OF = {
     " use_distributed_optimizer dp_config",
     "parallel.offload": "offload_optimizer offload_param cpu_offload optimizer_cpu_offload enable_cpu_offload"
     " offload_params fsdp_cpu_offload",
+    "parallel.nvme_dir": "nvme_path offload_folder",
+    "parallel.hpz_ranks": "zero_hpz_partition_size",
+    "parallel.quantize": "zero_quantized_weights zero_quantized_gradients",
     "guard.check_replicas_every": "check_weight_hash_across_dp_replicas_interval",
     "parallel.overlap_comm": "overlap_grad_reduce",
     "parallel.timeout_seconds": "distributed_timeout_minutes ddp_timeout train_timeout_seconds dist_timeout",

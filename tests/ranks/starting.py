@@ -48,7 +48,8 @@ def whole(engine, ranks) -> dict[str, torch.Tensor]:
 
 
 def start(section: dict, ranks) -> dict:
-    """Build one engine; return what it is made of."""
+    """Build one engine, by choice of a model that is `whole` before; return what it is made of."""
+    is_whole = section.pop("whole", False)
     config = parse_config(section)
     shape = resolve_shape(config.model, config.tokenizer.vocab_size, config.data.seq_len)
     gc.collect()
@@ -61,7 +62,7 @@ def start(section: dict, ranks) -> dict:
         return make_optimizer(*arguments)
 
     engine_module.make_optimizer = make_noted
-    with torch.device("meta"):
+    with torch.device("cpu" if is_whole else "meta"):
         model = Transformer(shape, config.run.seed)
     engine = Engine(model, config, BatchPlan.of(config, ranks.world_size), ranks)
     peaks = ranks.gather((*peaks, resident("VmHWM") - before))
