@@ -65,7 +65,7 @@ def test_compiled_blocks_and_zero_3_exclude_each_other() -> None:
 
 def test_what_deepspeed_has_at_stage_3_only() -> None:
     for name, value, text in (
-        ("nvme_dir", "/nvme", "/nvme"),
+        ("nvme_dir", "/nvme", '"/nvme"'),
         ("hpz_ranks", 8, "8"),
         ("quantize", ["weights"], "[weights]"),
     ):
