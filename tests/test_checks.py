@@ -163,6 +163,7 @@ def test_options_that_do_something_are_not_idle() -> None:
         eval__sample_every_steps=5,
         data__sources=[{"name": "far", "paths": ["x"], "shards": "s3://far"}],
         data__seq_len=64,
+        parallel__offload="optimizer",
     )
     assert sorted(idle_options(config)) == [
         "optim.betas",
@@ -174,7 +175,7 @@ def test_options_that_do_something_are_not_idle() -> None:
     stores = ["data.cache_bytes", "data.cache_dir", "data.retry_seconds"]
     config = config_of(optim__name="muon", eval__sample_every_steps=5)
     assert sorted(idle_options(config)) == [
-        *stores, "eval.min_delta", "optim.alpha", "resume.data", "resume.optimizer", "resume.schedule",
+        *stores, "eval.min_delta", "optim.alpha", "parallel.nvme_dir", "resume.data", "resume.optimizer", "resume.schedule",
         "schedule.decay_steps",
     ]  # fmt: skip
     assert "optim.momentum" not in idle_options(config_of(optim__name="sgd"))
