@@ -68,8 +68,15 @@ def test_the_initial_weights_are_the_same_however_they_are_divided(tmp_path):
 def test_at_stage_3_a_rank_begins_with_its_share_of_the_weights(tmp_path, monkeypatch):
     """Peak of resident memory, which knows no tensor that somebody forgot to count."""
     monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")  # what is freed goes back to the system
-    sections = [section(model, "bf16", zero_stage=stage, offload=offload)
-                for model, stage, offload in ((FAMILIES["llama"], 3, "none"), (BIG, 3, "none"), (BIG, 3, "parameters"),
-                                              (BIG, 1, "none"))]  # fmt: skip
-    _, divided, offloaded, undivided = start(sections, 4, tmp_path / "ranks")
-    print(divided, offloaded, undivided)
+    at_3, at_1 = (section(BIG, "bf16", zero_stage=stage) for stage in (3, 1))
+    offloaded = section(BIG, "bf16", zero_stage=3, offload="parameters")
+    sections = [section(FAMILIES["llama"], zero_stage=3), at_3, offloaded, at_1, at_3 | {"whole": True}]
+    _, divided, offloaded, undivided, whole = start(sections, 4, tmp_path / "ranks")
+    num, largest = divided["num_parameters"], divided["largest"]
+    slack = 12 * largest + 4_000_000  # two parameters on their way, in fp32 and as they are kept
+    for note in (divided, offloaded):
+        assert note["drawn"] < 2 * num / 4 + slack, note
+    # weights, fp32 masters and fp32 gradients
+    assert divided["built"] < (2 + 4 + 4) * num / 4 + slack + 4_000_000, divided
+    assert undivided["drawn"] < 2 * num + slack, undivided  # no fp32 copy beside them
+    assert whole["drawn"] > 4 * num, whole  # a model that is whole before is noticed
