@@ -72,33 +72,34 @@ def test_states_on_a_disk_are_those_in_memory(tiny_config, tmp_path):
     stands_in = os.environ.get("LONGHAUL_NVME") != "1"
     disk = f"parallel={{zero_stage: 3, offload: optimizer, nvme_dir: {tmp_path}/nvme}}"
     memory, other = "parallel={zero_stage: 3, offload: optimizer}", "parallel={zero_stage: 1}"
+    parts = {"sub_group_size": 300_000}  # several files, and for Muon the same batches of matrices
     cases = []
     for name, own in {"adamw": [], "muon": ["optim={name: muon, lr: 1e-3}"], "bf16": ["train.precision=bf16"]}.items():
-        common = [f"model={LARGER}", "train.num_steps=8", "train.micro_batch_size=4", *own]
+        common = [f"model={LARGER}", "train.num_steps=4", "train.micro_batch_size=4", *own]
 
         def case(run: str, parallel: str, common=common, name=name, **more) -> dict:
-            return {"overrides": [f"run.dir={tmp_path}/{name}-{run}", *common, parallel], "files": stands_in,
-                    "zero": {"sub_group_size": 300_000} if parallel == disk else {}, **more}  # fmt: skip
+            overrides = [f"run.dir={tmp_path}/{name}-{run}", *common, parallel]
+            return {"overrides": overrides, "files": stands_in, "zero": parts, **more}
 
-        cases += [
-            case("memory", memory, poison=[3]),
-            case("disk", disk, poison=[3]),
-            case("cut", disk, signal_at=4, poison=[3]),
-            case("cut", disk),
-            case("moved", memory, signal_at=2),
-            case("moved", disk, signal_at=4),
-            case("moved", other),
-            case("still", other),
-        ]
+        cases += [case("memory", memory, poison=[2]), case("disk", disk, poison=[2])]
+        if name != "bf16":  # which a CPU without units for it computes slowly
+            cases += [
+                case("cut", disk, signal_at=3, poison=[2]),
+                case("cut", disk),
+                case("moved", memory, signal_at=1),
+                case("moved", disk, signal_at=2),
+                case("moved", other),
+                case("still", other),
+            ]
     outcomes = run_cases(tiny_config, cases, 2, tmp_path / "ranks", timeout=800)
-    assert outcomes == ["done", "done", "stopped", "done", "stopped", "stopped", "done", "done"] * 3
+    assert outcomes == [*["done", "done", "stopped", "done", "stopped", "stopped", "done", "done"] * 2, "done", "done"]
     for name in ("adamw", "muon", "bf16"):
-        for run in ("disk", "cut"):
+        for run in ("disk", "cut")[: 1 if name == "bf16" else 2]:
             assert losses(tmp_path / f"{name}-{run}") == losses(tmp_path / f"{name}-memory")
             same_tensors(newest(tmp_path / f"{name}-{run}"), newest(tmp_path / f"{name}-memory"))
-        assert list_steps(tmp_path / f"{name}-moved/checkpoints") == [2, 4, 8]
-        bound = 1e-3 if name == "bf16" else 1e-5
-        assert relative_difference(losses(tmp_path / f"{name}-moved"), losses(tmp_path / f"{name}-still")) < bound
+    for name in ("adamw", "muon"):
+        assert list_steps(tmp_path / f"{name}-moved/checkpoints") == [1, 2, 4]
+        assert relative_difference(losses(tmp_path / f"{name}-moved"), losses(tmp_path / f"{name}-still")) < 1e-5
     assert not list((tmp_path / "nvme").rglob("*.swp"))  # a run that has ended leaves none
 
 
