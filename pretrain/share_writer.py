@@ -68,9 +68,12 @@ class Task:
 class ShareWriter:
     """Copies and writes what this rank owns."""
 
-    def __init__(self, device: torch.device, rank: int) -> None:
-        """Take this rank's device and number."""
-        self._device, self._rank = device, rank
+    def __init__(self, device: torch.device, rank: int, *, asynchronous: bool = True) -> None:
+        """Take this rank's device and number, and whether training goes on while a save is written.
+
+        If it does not, tensors that the host has are written as they are, without a second share in memory.
+        """
+        self._device, self._rank, self._asynchronous = device, rank, asynchronous
         self._buffers: dict[str, torch.Tensor] = {}
         self._copied = threading.Event()
         self._copied.set()
@@ -82,7 +85,7 @@ class ShareWriter:
             fragments: of this rank.
             place: that the checkpoint is written to.
             step: of the checkpoint.
-            on_disk: write them as they are, without a copy in memory: they lie on a disk for want of that.
+            on_disk: they lie on a disk for want of memory: they are written as they are, without a copy.
         Returns:
             The task; it raises what `Place` says if the disk is full, or the store fails.
         """
@@ -91,31 +94,31 @@ class ShareWriter:
         if self._device.type == "cuda":
             ready = torch.cuda.Event()
             ready.record()  # behind the update that the tensors are to be copied after
-        return Task(lambda: self._write(fragments, place, step, ready, on_disk))
+        return Task(lambda: self._write(fragments, place, step, ready, copies=self._asynchronous and not on_disk))
 
     def wait_for_copy(self) -> None:
         """Wait until the tensors may change again."""
         self._copied.wait()
 
     def _write(
-        self, fragments: Sequence[Fragment], place: Place, step: int, ready: torch.cuda.Event | None, on_disk: bool
+        self, fragments: Sequence[Fragment], place: Place, step: int, ready: torch.cuda.Event | None, copies: bool
     ) -> None:
-        metadata = {"format": "longhaul", "rank": str(self._rank)}
         name = f"rank-{self._rank:05d}"
+        held = [(one.name, one.start, one.length, tuple(one.tensors)) for one in fragments]
+        metadata = {"format": "longhaul", "rank": str(self._rank)}
         try:
-            tensors = _views(fragments) if on_disk else self._copy(fragments, ready)
-            if not on_disk:
+            tensors = _views(fragments)
+            if copies or any(view.device.type != "cpu" for view in tensors.values()):
+                tensors = self._copy(tensors, ready)
                 self._copied.set()
             num_bytes, sha256 = place.write_tensors(step, f"{name}.safetensors", tensors, metadata)
         finally:
             self._copied.set()
-        held = [(one.name, one.start, one.length, tuple(one.tensors)) for one in fragments]
         share = {"file": f"{name}.safetensors", "bytes": num_bytes, "sha256": sha256, "fragments": held}
         place.write_note(step, f"{name}{_SHARE_SUFFIX}", json.dumps(share))
 
-    def _copy(self, fragments: Sequence[Fragment], ready: torch.cuda.Event | None) -> dict[str, torch.Tensor]:
+    def _copy(self, views: dict[str, torch.Tensor], ready: torch.cuda.Event | None) -> dict[str, torch.Tensor]:
         """Copy the tensors to memory that is used again: to get as much anew takes as long as the copy itself."""
-        views = _views(fragments)
         on_gpu = ready is not None
         for key, view in views.items():
             if key not in self._buffers:  # pinned, or a GPU could not write to it by itself
@@ -135,7 +138,7 @@ class ShareWriter:
 
 
 def _views(fragments: Sequence[Fragment]) -> dict[str, torch.Tensor]:
-    """The tensors of fragments by their keys in a file."""
+    """The tensors of fragments, each by its key in the file."""
     return {
         tensor_key(fragment.name, state, fragment.start): view.detach()
         for fragment in fragments
