@@ -38,7 +38,7 @@ from pretrain.matrix_exchange import Held
 from pretrain.muon import Muon
 from pretrain.optim import create_state, make_optimizer, moment_names, param_groups
 from pretrain.profiling import PhaseClock
-from pretrain.swapped_states import groups_in_memory, locate, on_disk, prepare_folder, remove_states
+from pretrain.swapped_states import groups_in_memory, locate, on_disk, prepare_folder, refill_weights, remove_states
 
 MASTER = "master"
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -139,7 +139,7 @@ def _import_muon_without_compiler() -> None:
 
 
 class Engine:
-    """A model under DeepSpeed."""
+    """A model under DeepSpeed; fragments of one with a `disk` are read from there, and good until the next update."""
 
     def __init__(self, model: nn.Module, config: Config, plan: BatchPlan, ranks: Ranks) -> None:
         """Wrap `model`, which is moved to this rank's device, cast and divided as the config says.
@@ -152,7 +152,7 @@ class Engine:
         import deepspeed
 
         check_machine(config, ranks.world_size, ranks.device.type, deepspeed.ops.op_builder)
-        self._disk = prepare_folder(config)
+        self.disk = prepare_folder(config)
         self.ranks = ranks
         self.stage = effective_stage(config.parallel, config.train.precision, plan.world_size)
         self.optim = config.optim
@@ -231,11 +231,6 @@ class Engine:
         self._engine.step()
         return StepResult(norm if applied else torch.full_like(norm, math.nan), applied)
 
-    @property
-    def keeps_on_disk(self) -> bool:
-        """Whether fragments are files on a disk: they are read, not copied, and are good until the next update."""
-        return self._disk is not None
-
     def fragments(self) -> Iterator[Fragment]:
         """Yield what this rank owns, in the model's order; every element belongs to exactly one rank.
 
@@ -281,7 +276,7 @@ class Engine:
         """The tensors of a flat master that a parameter's states lie in; a missing one is left for the save to find."""
         moments = self._torch_optimizer.state[flat]
         found = {MASTER: flat.data} | {state: moments[state] for state in self.states[name] if state in moments}
-        return on_disk(self._optimizer, flat, found) if self._disk else found
+        return on_disk(self._optimizer, flat, found) if self.disk else found
 
     def _held(self) -> list[Held]:
         """Where this rank's flat masters hold the parameters, in whole or in part."""
@@ -357,13 +352,7 @@ class Engine:
         if self.stage in (1, 2):
             self._optimizer.update_lp_params()
         elif self.stage == 3:
-            optimizer = self._optimizer
-            for group in groups_in_memory(optimizer):
-                optimizer._reassign_or_swap_out_partitioned_parameters(group)
-            if optimizer.persistent_parameters:
-                optimizer.persistent_parameters[0].partition(optimizer.persistent_parameters)
-                optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
-            optimizer.invalidate_secondary_tensor()  # hpZ's copies are of the weights before
+            refill_weights(self._optimizer)
 
     def loss_scale_state(self) -> dict | None:
         """State of fp16's dynamic loss scale; None in other precisions."""
@@ -383,8 +372,8 @@ class Engine:
     def close(self) -> None:
         """Remove DeepSpeed's hooks and buffers; the model can be wrapped again afterwards."""
         self._engine.destroy()
-        if self._disk:
-            remove_states(self._disk, self.ranks.rank)
+        if self.disk:
+            remove_states(self.disk, self.ranks.rank)
 
 
 def leave_distributed() -> None:

@@ -36,7 +36,7 @@ def locate(
     Returns:
         (flat master, offset in it, first element of the parameter, number of elements), or None.
     """
-    if hasattr(optimizer, "grad_position"):  # stage 3
+    if hasattr(parameter, "ds_id"):  # stage 3
         group, offset, size = optimizer.grad_position[optimizer.get_param_id(parameter)]
         length = min(size, num_elements - rank * size)  # the last partitions may be padding
         return (flats[group], offset, rank * size, length) if length > 0 else None
@@ -86,6 +86,16 @@ def groups_in_memory(optimizer: Any) -> Iterator[int]:
         yield group
         if is_swapped:
             optimizer._optimizer_states_and_gradient_swap_out(group)
+
+
+def refill_weights(optimizer: Any) -> None:
+    """Round the masters of DeepSpeed's stage-3 optimizer, once filled, to the weights; all ranks together."""
+    for group in groups_in_memory(optimizer):
+        optimizer._reassign_or_swap_out_partitioned_parameters(group)
+    if small := optimizer.persistent_parameters:
+        small[0].partition(small)
+        small[0].all_gather(small)
+    optimizer.invalidate_secondary_tensor()  # hpZ's copies are of the weights before
 
 
 def on_disk(optimizer: Any, flat: Tensor, states: dict[str, Tensor]) -> dict[str, Tensor]:
