@@ -95,9 +95,9 @@ def test_states_on_a_disk_are_those_in_memory(tiny_config, tmp_path):
     outcomes = run_cases(tiny_config, cases, 2, tmp_path / "ranks", timeout=800)
     assert outcomes == [*[*["done"] * 3, "stopped", "done", "stopped", "stopped", "done", "done"] * 2, "done", "done"]
     for name in ("adamw", "muon", "bf16"):
-        for run, other in (("disk", "memory"), ("cut", "whole"))[: 1 if name == "bf16" else 2]:
-            assert losses(tmp_path / f"{name}-{run}") == losses(tmp_path / f"{name}-{other}")
-            same_tensors(newest(tmp_path / f"{name}-{run}"), newest(tmp_path / f"{name}-{other}"))
+        for run, like in (("disk", "memory"), ("cut", "whole"))[: 1 if name == "bf16" else 2]:
+            assert losses(tmp_path / f"{name}-{run}") == losses(tmp_path / f"{name}-{like}")
+            same_tensors(newest(tmp_path / f"{name}-{run}"), newest(tmp_path / f"{name}-{like}"))
     for name in ("adamw", "muon"):
         assert list_steps(tmp_path / f"{name}-moved/checkpoints") == [1, 2, 4]
         assert relative_difference(losses(tmp_path / f"{name}-moved"), losses(tmp_path / f"{name}-still")) < 1e-5
