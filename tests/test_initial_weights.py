@@ -51,6 +51,7 @@ def test_the_initial_weights_are_the_same_however_they_are_divided(tmp_path):
     cases = [
         (name, precision, section(model, precision, zero_stage=stage, offload=offload))
         for name, model in FAMILIES.items() for precision in ("fp32", "bf16") for stage, offload in CHOICES
+        if name == "llama" or (precision == "bf16" and stage != 2)
     ]  # fmt: skip
     hashes: dict[tuple[str, str], set[str]] = {}
     for num_ranks in (1, 3):
