@@ -35,8 +35,9 @@ from pretrain.distributed import Ranks, choose_device, export_rank_variables
 from pretrain.errors import LonghaulError, PeerError, TrainingError
 from pretrain.initial_weights import InitialWeights
 from pretrain.matrix_exchange import Held
+from pretrain.moments import moment_names
 from pretrain.muon import Muon
-from pretrain.optim import create_state, make_optimizer, moment_names, param_groups
+from pretrain.optim import create_state, make_optimizer, param_groups
 from pretrain.profiling import PhaseClock
 from pretrain.swapped_states import groups_in_memory, locate, on_disk, prepare_folder, refill_weights, remove_states
 
@@ -163,7 +164,7 @@ class Engine:
         self.settings = settings = deepspeed_settings(config, plan, num_parameters)
         groups = param_groups(model, config.optim)
         self.states = {
-            name: (MASTER, *moment_names(config.optim, group)) for group in groups for name in group["names"]
+            name: (MASTER, *moment_names(config.optim, group["muon"])) for group in groups for name in group["names"]
         }
         self.frozen = [name for group in groups if group["lr_ratio"] == 0 for name in group["names"]]
         weights = InitialWeights(model, _DTYPES[self.precision], ranks)

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
-
-import torch
+from collections.abc import Iterator
 
 from pretrain.batch_plan import BatchPlan
 from pretrain.config import Config
 from pretrain.deepspeed_settings import deepspeed_settings, effective_stage
 from pretrain.errors import EXIT_DONE
-from pretrain.families import num_parameters, resolve_shape
-from pretrain.model import Transformer
-from pretrain.optim import moment_names, param_groups
+from pretrain.families import num_parameters
+from pretrain.plan_memory import disk_bytes, host_bytes, resident, shape_of
 
-PLACES = ("GPU", "host", "disk")
+_KINDS = ("parameters", "gradients", "masters", "moments", "buckets")
 _STAGES = (
     "every rank holds weights, gradients and the optimizer's states whole",
     "each rank holds its share of the masters and moments, which it updates; weights and gradients are whole",
@@ -31,87 +28,42 @@ _OFFLOADS = {
 _CHOICES = ((0, "none"), (1, "none"), (2, "none"), (2, "optimizer"), (3, "none"), (3, "optimizer"), (3, "parameters"))
 
 
-def state_bytes(config: Config, num_states: int, num_total: int, ranks: int) -> dict[tuple[str, str], int]:
-    """Return the bytes of one rank's states, without activations, buffers and gathered weights.
-
-    Args:
-        config: whose `parallel` says where they lie.
-        num_states: elements of all moments of the whole model.
-        num_total: parameters of the model.
-        ranks: number of ranks.
-    Returns:
-        by (kind, place): `weights`, `gradients` and `optimizer` (masters and moments), in one of `PLACES`.
-    Source: Rajbhandari et al. 2020 (ZeRO), section 3; DeepSpeed 0.19.8 keeps no masters beside fp32 weights at stage 3,
-        and sums in fp32 beside bf16 gradients at stage 1.
-    """
-    parallel, precision = config.parallel, config.train.precision
-    stage = effective_stage(parallel, precision, ranks)
-    weight, gradient = 4 if precision == "fp32" else 2, 2 if config.train.grad_accum_dtype == "bf16" else 4
-    share = -(-num_total // ranks)
-    weights = share * weight if stage == 3 else num_total * weight
-    if stage == 0:
-        return {("weights", "GPU"): weights, ("gradients", "GPU"): 4 * num_total, ("optimizer", "GPU"): 4 * num_states}
-    gradients = share * gradient if stage > 1 else num_total * gradient
-    if stage == 1 and precision == "bf16" and gradient == 4 and parallel.offload == "none":
-        gradients += num_total * weight
-    masters = 0 if stage == 3 and precision == "fp32" and parallel.offload == "none" else share
-    optimizer = 4 * (masters + -(-num_states // ranks))
-    is_offloaded = parallel.offload != "none"
-    if stage == 3 and parallel.hpz_ranks > 1:
-        weights += weight * -(-num_total // parallel.hpz_ranks)
-    return {
-        ("weights", "host" if parallel.offload == "parameters" else "GPU"): weights,
-        ("gradients", "host" if is_offloaded else "GPU"): gradients,
-        ("optimizer", "GPU" if not is_offloaded else "disk" if parallel.nvme_dir else "host"): optimizer,
-    }
-
-
 def explain_parallel(config: Config, ranks: int) -> str:
     """Say what a config's `parallel` means on so many ranks, beside its other values; then DeepSpeed's JSON.
 
     Raises:
         ConfigError: the batch does not divide.
     """
-    plan = BatchPlan.of(config, ranks)
-    shape = resolve_shape(config.model, config.tokenizer.vocab_size, config.data.max_seq_len)
-    with torch.device("meta"):
-        groups = param_groups(Transformer(shape, config.run.seed), config.optim)
-    num_states = sum(
-        parameter.numel() * len(moment_names(config.optim, group)) for group in groups for parameter in group["params"]
-    )
-    num_total = num_parameters(shape)
-    parallel = config.parallel
+    plan, num_total, parallel = BatchPlan.of(config, ranks), num_parameters(shape_of(config)), config.parallel
     lines = [
         f"{num_total:,} parameters on {ranks} ranks, {config.train.precision}, {config.optim.name}. Bytes of one rank, "
-        "without activations, buffers and gathered weights:",
+        "without activations and gathered weights:",
         "",
-        f"  {'zero_stage offload':<21}{'weights':>12}{'gradients':>12}{'optimizer':>12}"
-        + "".join(f"{place:>12}" for place in PLACES),
+        f"  {'zero_stage offload':<22}" + "".join(f"{name:>12}" for name in (*_KINDS, "on GPU", "on host", "on disk")),
     ]
     own = parallel.zero_stage, parallel.offload
     for stage, offload in sorted({*_CHOICES, own}):
-        other = {"zero_stage": stage, "offload": offload}
+        other: dict = {"zero_stage": stage, "offload": offload}
         if (stage, offload) != own:
-            other |= {"hpz_ranks": 1, "nvme_dir": parallel.nvme_dir if stage == 3 else ""}
-        section = parallel.model_copy(update=other)
-        found = state_bytes(config.model_copy(update={"parallel": section}), num_states, num_total, ranks)
+            other |= {"hpz_ranks": 1, "nvme_dir": parallel.nvme_dir if stage == 3 and offload != "none" else ""}
+        row = _row(config.model_copy(update={"parallel": parallel.model_copy(update=other)}), ranks)
         mark = "> " if (stage, offload) == own else "  "
-        lines.append(f"{mark}{stage:<11}{offload:<10}" + "".join(f"{_short(value):>12}" for value in _columns(found)))
+        lines.append(f"{mark}{stage:<11}{offload:<11}" + "".join(f"{_short(value):>12}" for value in row))
     lines += ["", *_words(config, ranks), "", "DeepSpeed is told:"]
     return "\n".join([*lines, json.dumps(deepspeed_settings(config, plan, num_total), indent=2)])
+
+
+def _row(config: Config, ranks: int) -> list[int]:
+    """What is on a rank's GPU, by kind and in all, in the host's memory for it, and on a disk."""
+    on_gpu = resident(config, ranks)
+    on_host = host_bytes(config, ranks)["offload"]
+    return [*(on_gpu[kind] for kind in _KINDS), sum(on_gpu.values()), on_host, disk_bytes(config, ranks)]
 
 
 def show_parallel(config: Config, ranks: int) -> int:
     """Print `explain_parallel`; return the exit status."""
     print(explain_parallel(config, ranks))
     return EXIT_DONE
-
-
-def _columns(found: Mapping[tuple[str, str], int]) -> Iterator[int]:
-    for kind in ("weights", "gradients", "optimizer"):
-        yield sum(value for (of, _), value in found.items() if of == kind)
-    for place in PLACES:
-        yield sum(value for (_, at), value in found.items() if at == place)
 
 
 def _short(value: int) -> str:
