@@ -18,12 +18,11 @@ EXAMPLES = """examples:
   deepspeed launch/pretrain.py configs/gpt2-124m.yaml
   deepspeed --num_gpus 2 launch/pretrain.py configs/quickstart.yaml train.num_steps=20 run.dir=runs/try
   torchrun --nproc-per-node 8 launch/pretrain.py configs/llama-350m.yaml
-  python launch/pretrain.py --check configs/llama-1.3b.yaml
+  python launch/pretrain.py --explain 64 configs/llama-70b.yaml     (memory by ZeRO stage, and DeepSpeed's JSON)
   python launch/submit.py configs/llama-1.3b.yaml --nodes 4 --gpus-per-node 8     (on a SLURM cluster)
 
-exit status: 0 done, 1 failed, 2 wrong config or use, 69 the machine or another rank failed (the same command is worth
-trying again), 75 stopped by a signal and resumable by the same command. The run folder's status.json says the same, for
-the deepspeed launcher hides exit statuses."""
+exit status: 0 done, 1 failed, 2 wrong config or use, 69 the machine or another rank failed (worth trying
+again), 75 stopped by a signal and resumable by the same command. In status.json too, for the launcher hides it."""
 
 
 @ends_at_closed_pipe
@@ -35,11 +34,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("config", metavar="CONFIG", help="YAML file")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="options that replace the file's")
     parser.add_argument("--check", action="store_true", help="check CONFIG, print its run folder, start nothing")
+    parser.add_argument("--explain", type=int, metavar="RANKS", help="say what `parallel` means on so many ranks")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # DeepSpeed's launcher adds it
     arguments = parser.parse_args(argv)
-    if "OMP_NUM_THREADS" not in os.environ:  # divide the cores of this node between its processes
-        local_size = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1"
-        os.environ["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // int(local_size)))
+    # Divide the cores of this node between its processes.
+    local_size = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1"
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // int(local_size))))
     rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
     is_everybodys = True  # all ranks read the same config
     with StopRequest(ends_process=True, speaks=rank == "0") as stop:  # before the imports, which take long
@@ -53,9 +53,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print(config.run.dir)
                 return 0
             is_everybodys = False
+            from pretrain.explain_parallel import show_parallel
             from pretrain.train import train
 
-            return train(config, stop)
+            return show_parallel(config, arguments.explain) if arguments.explain else train(config, stop)
         except LonghaulError as error:
             if rank == "0" or not (is_everybodys or error.agreed):
                 print_error(error, "" if rank == "0" else f" on rank {rank}")

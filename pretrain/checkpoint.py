@@ -114,7 +114,7 @@ class Checkpoints:
         training = training | {"optimizer_step": engine.optimizer_step(), "loss_scale": engine.loss_scale_state()}
         about = about | {"world_size": self.ranks.world_size, "zero_stage": engine.stage}
         content = {"format_version": FORMAT_VERSION, "step": step, "training": training, "about": about}
-        share = self._writer.start(list(engine.fragments()), self.place, step)
+        share = self._writer.start(list(engine.fragments()), self.place, step, bool(engine.disk))
         self._pending = pending = _Pending(step, content, engine.parameter_shapes(), engine.states, share)
         if self.ranks.is_first:
             pending.whole = Task(lambda: self._complete(pending, best_step))

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Set
-from dataclasses import dataclass
 
-from pretrain.batch_plan import num_steps_of, sharing_problem
+from pretrain.batch_plan import num_steps_of
 from pretrain.config import Config
 from pretrain.config_docs import yaml_value
-from pretrain.errors import ConfigError
+from pretrain.errors import ConfigError, Problem
 from pretrain.families import resolve_shape
+from pretrain.parallel_checks import parallel_problems
 from pretrain.phases import KINDS, amounts_of, kind_of_sources
 from pretrain.schedule import num_decay_steps
 from pretrain.stores import PIPE, has_credentials, is_remote, shown
@@ -33,19 +33,6 @@ _ROPE_SCALING_TYPES = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Problem:
-    """What is wrong with one option.
-
-    Args:
-        option: dotted name, whose place in the file the report gives.
-        text: `<name> is <value>; expected <rule>. <fix>`.
-    """
-
-    option: str
-    text: str
-
-
 def check_options(config: Config, given: Set[str]) -> list[Problem]:
     """Return every problem between the options of a config whose single values are right.
 
@@ -63,9 +50,6 @@ def check_options(config: Config, given: Set[str]) -> list[Problem]:
         _optimizer_problems,
         _schedule_problems,
         _batch_problems,
-        _compile_problems,
-        _offload_problems,
-        _long_row_problems,
         _evaluation_problems,
         _source_problems,
         _mixture_problems,
@@ -74,6 +58,7 @@ def check_options(config: Config, given: Set[str]) -> list[Problem]:
         _checkpoint_problems,
         _model_problems,
     )
+    problems += parallel_problems(config)
     return problems + [problem for rule in rules for problem in rule(config)]
 
 
@@ -106,6 +91,8 @@ def idle_options(config: Config) -> dict[str, str]:
     if not config.resume.from_:
         for name in ("optimizer", "schedule", "data"):
             idle[f"resume.{name}"] = "It is for beginning from another run, and resume.from is empty."
+    if config.parallel.offload == "none":
+        idle["parallel.nvme_dir"] = "It is where offloaded states lie, and parallel.offload is none."
     if not _reads_elsewhere(config):
         for name in ("cache_dir", "cache_bytes", "retry_seconds"):
             idle[f"data.{name}"] = (
@@ -204,45 +191,6 @@ def _batch_problems(config: Config) -> Iterator[Problem]:
     if config.train.grad_accum_dtype == "bf16" and config.train.precision != "bf16":
         text = f"train.grad_accum_dtype is bf16; expected fp32 with train.precision {config.train.precision}. Use fp32."
         yield Problem("train.grad_accum_dtype", text)
-
-
-def _compile_problems(config: Config) -> Iterator[Problem]:
-    """Check that what is compiled is whole: ZeRO-3 gathers weights in hooks inside of a block, autograd's keep less."""
-    train, excluded = config.train, None
-    if train.ffn_chunk_tokens:
-        excluded = f"train.ffn_chunk_tokens {train.ffn_chunk_tokens}", "train.ffn_chunk_tokens=0"
-    elif train.activation_checkpointing == "offload":
-        excluded = "train.activation_checkpointing offload", "train.activation_checkpointing=full"
-    if train.compile and excluded:
-        text = (
-            f"train.compile is true; expected false or null with {excluded[0]}, which compiled code does not heed. Use "
-        )
-        yield Problem("train.compile", f"{text}train.compile=false, or {excluded[1]}.")
-    if config.train.compile and config.parallel.zero_stage == 3:
-        text = "train.compile is true; expected false or null with parallel.zero_stage 3, which gathers weights inside "
-        yield Problem("train.compile", text + "of a block. Use train.compile=false, or parallel.zero_stage=2.")
-
-
-def _long_row_problems(config: Config) -> Iterator[Problem]:
-    """Check that ranks can share rows evenly, and that a feed-forward by chunks keeps less than a whole one."""
-    if text := sharing_problem(config):
-        yield Problem("parallel.sequence_parallel_size", text)
-    name, train = "train.ffn_chunk_tokens", config.train
-    if train.ffn_chunk_tokens and train.activation_checkpointing == "selective":
-        text = (
-            f"{name} is {train.ffn_chunk_tokens}; expected 0 with train.activation_checkpointing selective, which keeps"
-        )
-        yield Problem(name, text + " what is model.ffn_dim wide. Use train.activation_checkpointing=full, or drop it.")
-
-
-def _offload_problems(config: Config) -> Iterator[Problem]:
-    """Check that what is to be kept in the host's memory is divided: DeepSpeed offloads nothing else."""
-    offload, stage = config.parallel.offload, config.parallel.zero_stage
-    least = {"none": 0, "optimizer": 1, "parameters": 3}[offload]
-    if stage < least:
-        text = f"parallel.offload is {offload}; expected none with parallel.zero_stage {stage}, which does not divide "
-        what = "weights" if least == 3 else "anything"
-        yield Problem("parallel.offload", f"{text}{what}. Use parallel.zero_stage={least}.")
 
 
 def _evaluation_problems(config: Config) -> Iterator[Problem]:

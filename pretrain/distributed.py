@@ -94,8 +94,13 @@ class Ranks:
 
     def take_first(self, tensor: Tensor) -> Tensor:
         """Overwrite a tensor on this rank's device by rank 0's, and return it."""
-        with self.heartbeat.waiting():
-            dist.broadcast(tensor, src=0)
+        return self.take_from(0, tensor)
+
+    def take_from(self, source: int, tensor: Tensor) -> Tensor:
+        """Overwrite a tensor on this rank's device by that of rank `source`, and return it."""
+        if self.world_size > 1:
+            with self.heartbeat.waiting():
+                dist.broadcast(tensor, src=source)
         return tensor
 
     def from_first(self, value: Any) -> Any:

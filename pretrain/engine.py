@@ -30,9 +30,10 @@ from torch import nn
 from pretrain.batch_plan import BatchPlan
 from pretrain.communication import CommunicationTimer
 from pretrain.config import Config
-from pretrain.deepspeed_settings import deepspeed_settings, effective_stage
+from pretrain.deepspeed_settings import check_machine, deepspeed_settings, effective_stage
 from pretrain.distributed import Ranks, choose_device, export_rank_variables
-from pretrain.errors import ConfigError, LonghaulError, PeerError, TrainingError
+from pretrain.errors import LonghaulError, PeerError, TrainingError
+from pretrain.initial_weights import InitialWeights
 from pretrain.matrix_exchange import Held
 from pretrain.moments import moment_names
 from pretrain.muon import Muon
@@ -40,8 +41,10 @@ from pretrain.optim import create_state, make_optimizer, param_groups
 from pretrain.profiling import PhaseClock
 from pretrain.run_options import ParallelSection
 from pretrain.sequence_parallel import SequenceGroup, join_sequence_group
+from pretrain.swapped_states import groups_in_memory, locate, on_disk, prepare_folder, refill_weights, remove_states
 
 MASTER = "master"
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _COMMUNICATION = CommunicationTimer()  # one a process, as DeepSpeed's backend is
 
 
@@ -147,31 +150,39 @@ def _import_muon_without_compiler() -> None:
 
 
 class Engine:
-    """A model under DeepSpeed."""
+    """A model under DeepSpeed; fragments of one with a `disk` are read from there, and good until the next update."""
 
     def __init__(self, model: nn.Module, config: Config, plan: BatchPlan, ranks: Ranks) -> None:
         """Wrap `model`, which is moved to this rank's device, cast and divided as the config says.
 
+        What of it is on the meta device is drawn here, and at stage 3 divided parameter by parameter.
+
         Raises:
-            ConfigError: fp16 without a GPU; an entry of `optim.groups` that applies to nothing.
+            ConfigError: this machine lacks what is asked for; an entry of `optim.groups` that applies to nothing.
         """
         import deepspeed
 
-        if config.train.precision == "fp16" and ranks.device.type == "cpu":
-            raise ConfigError("train.precision is fp16; expected bf16 or fp32 on a CPU. Use train.precision=fp32.")
+        check_machine(config, ranks.world_size, ranks.device.type, deepspeed.ops.op_builder)
+        self.disk = prepare_folder(config)
         self.ranks = ranks
         self.stage = effective_stage(config.parallel, config.train.precision, plan.world_size)
         self.optim = config.optim
         self.precision = config.train.precision
         self._names = {id(parameter): name for name, parameter in model.named_parameters()}
         self._shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-        model.to(ranks.device)
-        settings = deepspeed_settings(config, plan, sum(math.prod(shape) for shape in self._shapes.values()))
+        num_parameters = sum(math.prod(shape) for shape in self._shapes.values())
+        self.settings = settings = deepspeed_settings(config, plan, num_parameters)
         groups = param_groups(model, config.optim)
         self.states = {
             name: (MASTER, *moment_names(config.optim, group["muon"])) for group in groups for name in group["names"]
         }
         self.frozen = [name for group in groups if group["lr_ratio"] == 0 for name in group["names"]]
+        weights = InitialWeights(model, _DTYPES[self.precision], ranks)
+        if self.stage == 3:
+            neighbours = deepspeed.utils.groups._get_zero_param_intra_parallel_group()  # hpZ's, from the second on
+            deepspeed.zero.Init(weights, config_dict_or_path=settings, zero_param_parallel_group=neighbours)
+        else:
+            list(weights.parameters())
         optimizer = make_optimizer(groups, config.optim)
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=settings, dist_init_required=False
@@ -237,9 +248,13 @@ class Engine:
         Before the first update the optimizer's state is created, so that it can be saved or filled.
         """
         self._create_state()
+        yield from self._fragments_of(None)
+
+    def _fragments_of(self, wanted: torch.Tensor | None) -> Iterator[Fragment]:
+        """Yield the fragments of one flat master, or all."""
         for index, (name, parameter) in enumerate(self._parameters):
             located = self._locate(index, parameter)
-            if located is None:
+            if located is None or (wanted is not None and located[0] is not wanted):
                 continue
             flat, offset, start, length = located
             tensors = {
@@ -260,8 +275,10 @@ class Engine:
         if self.stage == 0:
             tensors = [(parameter, group) for group in groups for parameter in group["params"]]
         elif self.stage == 3:  # a group may be cut into several flat tensors
-            of_flat = self._optimizer.sub_group_to_group_id
-            tensors = [(flat, groups[of_flat[index]]) for index, flat in enumerate(self._flat_masters())]
+            flats, of_flat = self._flat_masters(), self._optimizer.sub_group_to_group_id
+            for number in groups_in_memory(self._optimizer):
+                create_state(self._torch_optimizer, [(flats[number], groups[of_flat[number]])], self.optim)
+            return
         else:
             tensors = list(zip(self._flat_masters(), groups, strict=True))
         create_state(self._torch_optimizer, tensors, self.optim)
@@ -269,7 +286,8 @@ class Engine:
     def _state_of(self, name: str, flat: torch.Tensor) -> dict[str, torch.Tensor]:
         """The tensors of a flat master that a parameter's states lie in; a missing one is left for the save to find."""
         moments = self._torch_optimizer.state[flat]
-        return {MASTER: flat.data} | {state: moments[state] for state in self.states[name] if state in moments}
+        found = {MASTER: flat.data} | {state: moments[state] for state in self.states[name] if state in moments}
+        return on_disk(self._optimizer, flat, found) if self.disk else found
 
     def _held(self) -> list[Held]:
         """Where this rank's flat masters hold the parameters, in whole or in part."""
@@ -296,25 +314,19 @@ class Engine:
         if self.stage == 0:  # all ranks hold all: divide the saving between them
             owner = index % self.ranks.world_size
             return (parameter, 0, 0, parameter.numel()) if owner == self.ranks.rank else None
-        if self.stage == 3:
-            group, offset, size = self._optimizer.grad_position[self._optimizer.get_param_id(parameter)]
-            numel = math.prod(self._shapes[self._names[id(parameter)]])
-            start = self.ranks.rank * size
-            length = min(size, numel - start)  # the last partitions may be padding
-            return (self._flat_masters()[group], offset, start, length) if length > 0 else None
-        mapping = parameter._hp_mapping  # type: ignore[attr-defined]
-        if mapping is None:
-            return None
-        flat = self._flat_masters()[mapping.param_group_index]
-        return (flat, mapping.hp_fragment_address.start, mapping.lp_fragment_address.start,
-                mapping.lp_fragment_address.numel)  # fmt: skip
+        shape = self._shapes[self._names[id(parameter)]]
+        return locate(self._optimizer, parameter, math.prod(shape), self.ranks.rank, self._flat_masters())
 
     def replicated_fragments(self) -> Iterator[Fragment]:
         """Yield what this rank must be given when a checkpoint is loaded: its own part, or all at stage 0."""
-        if self.stage > 0:
-            yield from self.fragments()
-            return
         self._create_state()
+        if self.stage == 3:
+            for number in groups_in_memory(self._optimizer):
+                yield from self._fragments_of(self._flat_masters()[number])
+            return
+        if self.stage > 0:
+            yield from self._fragments_of(None)
+            return
         for name, parameter in self._parameters:
             tensors = {state: tensor.view(-1) for state, tensor in self._state_of(name, parameter).items()}
             yield Fragment(name, self._shapes[name], 0, parameter.numel(), tensors)
@@ -351,12 +363,7 @@ class Engine:
         if self.stage in (1, 2):
             self._optimizer.update_lp_params()
         elif self.stage == 3:
-            optimizer = self._optimizer
-            for group in range(len(optimizer.fp32_partitioned_groups_flat)):
-                optimizer._reassign_or_swap_out_partitioned_parameters(group)
-            if optimizer.persistent_parameters:
-                optimizer.persistent_parameters[0].partition(optimizer.persistent_parameters)
-                optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
+            refill_weights(self._optimizer)
 
     def loss_scale_state(self) -> dict | None:
         """State of fp16's dynamic loss scale; None in other precisions."""
@@ -376,6 +383,8 @@ class Engine:
     def close(self) -> None:
         """Remove DeepSpeed's hooks and buffers; the model can be wrapped again afterwards."""
         self._engine.destroy()
+        if self.disk:
+            remove_states(self.disk, self.ranks.rank)
 
 
 def leave_distributed() -> None:

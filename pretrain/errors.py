@@ -6,6 +6,8 @@ traceback. Messages follow one pattern: `<where>: <name> is <value>; expected <r
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 EXIT_DONE = 0
 EXIT_FAILED = 1
 EXIT_USAGE = 2
@@ -56,3 +58,16 @@ class PeerError(LonghaulError):
     """Another rank was lost, has failed or does not answer; this one is in order."""
 
     exit_status = EXIT_RETRY
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """What is wrong with one option.
+
+    Args:
+        option: dotted name, whose place in the file the report gives.
+        text: `<name> is <value>; expected <rule>. <fix>`.
+    """
+
+    option: str
+    text: str

@@ -97,7 +97,7 @@ class Transformer(nn.Module):
         group: SequenceGroup = ALONE,
         ffn_chunk_tokens: int = 0,
     ) -> None:
-        """Build the model and draw its initial weights.
+        """Build the model and draw its initial weights; on the meta device, nothing is drawn.
 
         Args:
             shape: from `families.resolve_shape`.
@@ -124,35 +124,35 @@ class Transformer(nn.Module):
         self.initialise()
 
     def initialise(self) -> None:
-        """Draw the initial weights; each parameter from its own generator, keyed by the seed and its name.
-
-        Weights are normal with `init_std`, those that write to the residual stream with init_std / sqrt(2 L); norms
-        are 1, biases and the padding of the vocabulary 0. The values do not depend on the device, on the dtype but
-        for rounding, or on the order in which modules are made. Nothing happens on the meta device: call this again
-        after `to_empty`.
-
-        Source: Radford et al. 2019 (GPT-2), section 2.3.
-        """
+        """Draw the initial weights of all parameters that are not on the meta device."""
         parameters = [(name, parameter) for name, parameter in self.named_parameters() if not parameter.is_meta]
         # A generator draws on one core; drawing is most of the start of a large model.
         with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-            list(pool.map(lambda item: self._initialise(*item), parameters))
+            list(pool.map(lambda item: self.draw(*item), parameters))
 
     @torch.no_grad()
-    def _initialise(self, name: str, parameter: nn.Parameter) -> None:
+    def draw(self, name: str, weight: Tensor) -> None:
+        """Fill a tensor of any dtype, on any device, with the initial values of the parameter of that name.
+
+        Weights are normal with `init_std`, those that write to the residual stream with init_std / sqrt(2 L); norms
+        are 1, biases and the padding of the vocabulary 0. Each parameter has its own generator, keyed by the seed and
+        its name: the values do not depend on the device, on the dtype but for rounding, or on the order of drawing.
+
+        Source: Radford et al. 2019 (GPT-2), section 2.3.
+        """
         owner, kind = name.rsplit(".", 1)
         if kind == "bias":
-            parameter.zero_()
+            weight.zero_()
         elif owner.endswith("norm"):
-            parameter.fill_(1.0)
+            weight.fill_(1.0)
         else:
             writes_residual = owner.endswith((".attention.output", ".ffn.down"))
             std = self.shape.init_std / (math.sqrt(2 * self.shape.num_layers) if writes_residual else 1.0)
             digest = hashlib.sha256(f"{self.seed}:{name}".encode()).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-            parameter.copy_(torch.empty(parameter.shape, device="cpu").normal_(0.0, std, generator=generator))
+            weight.copy_(torch.empty(weight.shape, device="cpu").normal_(0.0, std, generator=generator))
             if owner in ("embedding", "output"):
-                parameter[self.shape.vocab_size :] = 0.0
+                weight[self.shape.vocab_size :] = 0.0
 
     def compile_blocks(self, backend: str = "inductor") -> None:
         """Have training run the blocks through `torch.compile`, which happens in the first forward pass.

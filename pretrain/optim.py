@@ -49,7 +49,9 @@ def param_groups(model: nn.Module, section: OptimSection) -> list[dict[str, Any]
         group["names"].append(name)
         if by_muon:
             rows, cols = parameter.shape
-            group["parts"][name] = [(part, cols) for part in stacks.get(name, (rows,))]
+            parts = stacks.get(name, (rows,))
+            assert sum(parts) == rows, f"{name} has {rows} rows, and its parts {parts}"
+            group["parts"][name] = [(part, cols) for part in parts]
     return list(groups.values())
 
 

@@ -15,6 +15,7 @@ from pretrain.batch_plan import BatchPlan
 from pretrain.config import Config, OptimSection
 from pretrain.deepspeed_settings import (
     MAX_LIVE_ELEMENTS,
+    NVME_GROUP_ELEMENTS,
     PERSISTENT_ELEMENTS,
     REUSE_ELEMENTS,
     bucket_elements,
@@ -149,23 +150,32 @@ def resident(config: Config, ranks: int) -> dict[str, int]:
         found |= {"masters": 0, "moments": 0, "gradients": 0}
     if at.offload == "parameters":
         found["parameters"] = at.size * at.persistent
+    if at.kind == "weights" and config.parallel.hpz_ranks > 1:
+        found["parameters"] += at.size * at.total / config.parallel.hpz_ranks
     return {kind: int(value) for kind, value in found.items()}
 
 
 def host_bytes(config: Config, ranks: int) -> dict[str, int]:
     """Bytes of the host's memory that a rank takes beside its process: `offload`, and `snapshot` of saving."""
     at = layout_of(config, ranks)
-    states = 4 * (1 + at.num_states) * at.total / ranks
+    states, on_disk = 4 * (1 + at.num_states) * at.total / ranks, bool(config.parallel.nvme_dir)
     offload = 0.0
-    if at.offload != "none":
-        offload = states + at.grad_size * at.total / ranks
+    if at.offload != "none":  # on a disk, a part is in four buffers
+        offload = 4 * 4 * min(NVME_GROUP_ELEMENTS, at.total / ranks) if on_disk else states
+        offload += at.grad_size * at.total / ranks
         # stages 1 and 2 bring weights back through one more buffer, and gradients through one of the largest tensor's
         offload += at.size * at.largest + at.size * at.total / ranks if at.stage < 3 else 0
     if at.offload == "parameters":
         offload += at.size * at.total / ranks
     # what the host has and a save is waited for is written as it is
-    is_copied = config.checkpoint.asynchronous or at.offload == "none"
+    is_copied = (config.checkpoint.asynchronous and not on_disk) or at.offload == "none"
     return {"offload": int(offload), "snapshot": int(states if is_copied else 0)}
+
+
+def disk_bytes(config: Config, ranks: int) -> int:
+    """Bytes of a rank's masters and moments on a disk."""
+    at = layout_of(config, ranks)
+    return int(4 * (1 + at.num_states) * at.total / ranks) if config.parallel.nvme_dir else 0
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -37,6 +38,7 @@ from pretrain.sequence_parallel import SequenceGroup
 from pretrain.spikes import Observation, SpikeGuard
 from pretrain.start_clock import StartClock
 from pretrain.stream import TokenStream, ValRows
+from pretrain.tensor_files import write_text
 from pretrain.tokenizer import Tokenizer
 from pretrain.tokenizer_files import keep_files, open_tokenizer
 from pretrain.tracking import Tracker, check_tracking
@@ -153,6 +155,7 @@ def open_run(
     engine = ranks.agree(lambda: Engine(model, config, plan, ranks))
     clock.begin("checkpoint")
     cleanup.callback(engine.close)
+    ranks.agree(lambda: keep_settings(engine, folder))
     events: list[tuple[str, str]] = list(folder.events) if folder else []
     checkpoints = Checkpoints(place, config.checkpoint, ranks, lambda *event: events.append(event), run_path,
                               folder.run_id if folder else "")  # fmt: skip
@@ -185,15 +188,16 @@ def open_run(
 
 
 def make_model(config: Config, shape: ModelShape, group: SequenceGroup, device: torch.device) -> Transformer:
-    """Make the model with fresh weights.
+    """Make the model, whose weights the engine draws.
 
     Raises:
         ConfigError: activations cannot be kept as the config says.
     """
     train = config.train
     check_checkpointing(train.activation_checkpointing, device)
-    model = Transformer(shape, config.run.seed, train.activation_checkpointing, train.z_loss, train.label_smoothing,
-                        group, train.ffn_chunk_tokens)  # fmt: skip
+    with torch.device("meta"):
+        model = Transformer(shape, config.run.seed, train.activation_checkpointing, train.z_loss, train.label_smoothing,
+                            group, train.ffn_chunk_tokens)  # fmt: skip
     if should_compile(config, device):
         model.compile_blocks()
     return model
@@ -204,6 +208,13 @@ def keep_tokenizer(tokenizer: Tokenizer, folder: RunFolder | None) -> None:
     if folder:
         with writable(folder.path):
             keep_files(tokenizer, folder.path)
+
+
+def keep_settings(engine: Engine, folder: RunFolder | None) -> None:
+    """Keep what DeepSpeed is told in the run folder, for people."""
+    if folder:
+        with writable(folder.path):
+            write_text(folder.path / "deepspeed.json", json.dumps(engine.settings, indent=2) + "\n")
 
 
 def open_metrics(

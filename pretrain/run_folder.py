@@ -310,7 +310,10 @@ def load_run(run: str | Path, step: int | None = None, allow_pipe: bool = False)
     config = parse_config(reader.manifest["about"]["config"])
     config = config.model_copy(update={"data": config.data.model_copy(update={"allow_pipe": allow_pipe})})
     tokenizer = open_tokenizer(config.tokenizer, path)
-    model = Transformer(resolve_shape(config.model, tokenizer.vocab_size, config.data.max_seq_len), config.run.seed)
+    shape = resolve_shape(config.model, tokenizer.vocab_size, config.data.max_seq_len)
+    with torch.device("meta"):  # its weights are read, not drawn
+        model = Transformer(shape, config.run.seed)
+    model.to_empty(device="cpu")
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(reader.read_whole(name))

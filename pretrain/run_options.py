@@ -29,6 +29,18 @@ class ParallelSection(Section):
         "the heads (Ulysses). For rows whose activations do not fit one GPU. It divides the number of ranks, "
         "`data.seq_len` and `model.num_heads`; losses and batches stay the same.",
     )
+    nvme_dir: str = Field(
+        "", description="Folder on a disk of each node, NVMe by preference, for the masters and moments that `offload` "
+        "takes from the GPU (stage 3; DeepSpeed's operator `async_io` needs libaio). Empty: the host's memory."
+    )  # fmt: skip
+    hpz_ranks: Count = Field(
+        1, description="ZeRO++ hpZ: so many ranks in a row, those of a node, hold the weights once more among them and "
+        "the backward pass gathers from these (stage 3). Unverified on several nodes. 1: none."
+    )  # fmt: skip
+    quantize: list[Literal["weights", "gradients"]] = Field(
+        [], description="ZeRO++ on GPUs: what is sent rounded, `weights` to 8 bits (qwZ) and, with fp16 only, "
+        "`gradients` between nodes to 4 (qgZ), with less exact sums (stage 3). Unverified."
+    )  # fmt: skip
     overlap_comm: Bool = Field(
         False,
         description="DeepSpeed sends gradients while the backward pass goes on. Off, because its versions had races: "

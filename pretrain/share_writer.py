@@ -78,9 +78,14 @@ class ShareWriter:
         self._copied = threading.Event()
         self._copied.set()
 
-    def start(self, fragments: Sequence[Fragment], place: Place, step: int) -> Task:
+    def start(self, fragments: Sequence[Fragment], place: Place, step: int, on_disk: bool = False) -> Task:
         """Begin to write fragments to the save of a step; they must not change before `wait_for_copy` returns.
 
+        Args:
+            fragments: of this rank.
+            place: that the checkpoint is written to.
+            step: of the checkpoint.
+            on_disk: they lie on a disk for want of memory: they are written as they are, without a copy.
         Returns:
             The task; it raises what `Place` says if the disk is full, or the store fails.
         """
@@ -89,19 +94,21 @@ class ShareWriter:
         if self._device.type == "cuda":
             ready = torch.cuda.Event()
             ready.record()  # behind the update that the tensors are to be copied after
-        return Task(lambda: self._write(fragments, place, step, ready))
+        return Task(lambda: self._write(fragments, place, step, ready, copies=self._asynchronous and not on_disk))
 
     def wait_for_copy(self) -> None:
         """Wait until the tensors may change again."""
         self._copied.wait()
 
-    def _write(self, fragments: Sequence[Fragment], place: Place, step: int, ready: torch.cuda.Event | None) -> None:
+    def _write(
+        self, fragments: Sequence[Fragment], place: Place, step: int, ready: torch.cuda.Event | None, copies: bool
+    ) -> None:
         name = f"rank-{self._rank:05d}"
         held = [(one.name, one.start, one.length, tuple(one.tensors)) for one in fragments]
         metadata = {"format": "longhaul", "rank": str(self._rank)}
         try:
             tensors = _views(fragments)
-            if self._asynchronous or any(view.device.type != "cpu" for view in tensors.values()):
+            if copies or any(view.device.type != "cpu" for view in tensors.values()):
                 tensors = self._copy(tensors, ready)
                 self._copied.set()
             num_bytes, sha256 = place.write_tensors(step, f"{name}.safetensors", tensors, metadata)

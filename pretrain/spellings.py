@@ -119,6 +119,9 @@ _SPELLINGS_OF = {
     " use_distributed_optimizer dp_config",
     "parallel.offload": "offload_optimizer offload_param cpu_offload optimizer_cpu_offload enable_cpu_offload"
     " offload_params fsdp_cpu_offload",
+    "parallel.nvme_dir": "nvme_path offload_folder",
+    "parallel.hpz_ranks": "zero_hpz_partition_size",
+    "parallel.quantize": "zero_quantized_weights zero_quantized_gradients",
     "guard.check_replicas_every": "check_weight_hash_across_dp_replicas_interval",
     "parallel.sequence_parallel_size": "context_parallel_size context_parallel_degree cp_size sp_size sp_degree"
     " ulysses_sequence_parallel_size ulysses_degree sequence_parallel_degree ds_sequence_parallel_size"

@@ -27,14 +27,14 @@ TIERS = (
     "config hardware",
     "moments stores config_docs schedule batch_plan packing phases row_order families console tokenizer source_files matrix_exchange lion"
     " generate_options repetition stalls personal_data near_duplicates languages wikipedia",
-    "redaction checks config_changes mixture explain patient_file deepspeed_settings plan_shapes sentencepiece_model varied_texts table_files token_files shards tensor_files distributed watch_links layers"
+    "redaction parallel_checks config_changes mixture explain patient_file deepspeed_settings plan_shapes sentencepiece_model varied_texts table_files token_files shards tensor_files distributed watch_links layers"
     " published model_card muon compiling filters dataset_files decoding tar_files",
-    "node_cache row_table json_lines run_status plan_memory",
+    "checks node_cache row_table json_lines run_status plan_memory",
     "remote_corpus plan_communication",
     "plan_time",
     "plan",
     "plan_report",
-    "prefetch settings sentencepiece_tokenizer model optim checkpoint_files writable_store shard_reader journal sources spills sampling"
+    "prefetch settings sentencepiece_tokenizer model optim initial_weights swapped_states explain_parallel checkpoint_files writable_store shard_reader journal sources spills sampling"
     " tracking family_table profiling watchdog",
     "communication metrics guard spikes hf_tokenizer generate checkpoint_folder checkpoint_store",
     "engine tokenizer_files tokenizer_trial checkpoint_places",

@@ -98,6 +98,31 @@ def test_compiled_blocks_and_zero_3_exclude_each_other() -> None:
     )]  # fmt: skip
 
 
+def test_what_deepspeed_has_at_stage_3_only() -> None:
+    for name, value, text in (
+        ("nvme_dir", "/nvme", '"/nvme"'),
+        ("hpz_ranks", 8, "8"),
+        ("quantize", ["weights"], "[weights]"),
+    ):
+        wanted = {f"parallel__{name}": value, "parallel__offload": "optimizer"}
+        assert texts_of(config_of(parallel__zero_stage=3, **wanted)) == []
+        assert texts_of(config_of(parallel__zero_stage=2, **wanted)) == [(
+            f"parallel.{name}",
+            f"parallel.{name} is {text}; expected to be left out with parallel.zero_stage 2. DeepSpeed has it at stage 3 "
+            "only: use parallel.zero_stage=3.",
+        )]  # fmt: skip
+    assert texts_of(config_of(parallel__zero_stage=3, parallel__offload="parameters", parallel__hpz_ranks=8)) == [(
+        "parallel.hpz_ranks",
+        "parallel.hpz_ranks is 8; expected 1 with parallel.offload parameters, which takes weights from the GPU. Use "
+        "parallel.offload=optimizer.",
+    )]  # fmt: skip
+    assert texts_of(config_of(parallel__zero_stage=3, parallel__quantize=["gradients"], train__precision="bf16")) == [(
+        "parallel.quantize",
+        "parallel.quantize has gradients; expected train.precision fp16 with it, not bf16: DeepSpeed's kernel takes any "
+        "gradient's bits for fp16. Drop it.",
+    )]  # fmt: skip
+
+
 def test_only_what_is_divided_is_offloaded() -> None:
     for stage, offload in ((0, "none"), (1, "optimizer"), (3, "optimizer"), (3, "parameters")):
         assert texts_of(config_of(parallel__zero_stage=stage, parallel__offload=offload)) == []
@@ -173,6 +198,7 @@ def test_options_that_do_something_are_not_idle() -> None:
         eval__sample_every_steps=5,
         data__sources=[{"name": "far", "paths": ["x"], "shards": "s3://far"}],
         data__seq_len=64,
+        parallel__offload="optimizer",
     )
     assert sorted(idle_options(config)) == [
         "optim.betas",
@@ -184,7 +210,7 @@ def test_options_that_do_something_are_not_idle() -> None:
     stores = ["data.cache_bytes", "data.cache_dir", "data.retry_seconds"]
     config = config_of(optim__name="muon", eval__sample_every_steps=5)
     assert sorted(idle_options(config)) == [
-        *stores, "eval.min_delta", "optim.alpha", "resume.data", "resume.optimizer", "resume.schedule",
+        *stores, "eval.min_delta", "optim.alpha", "parallel.nvme_dir", "resume.data", "resume.optimizer", "resume.schedule",
         "schedule.decay_steps",
     ]  # fmt: skip
     assert "optim.momentum" not in idle_options(config_of(optim__name="sgd"))

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from pretrain.batch_plan import BatchPlan
-from pretrain.deepspeed_settings import deepspeed_settings, effective_stage
+from pretrain.deepspeed_settings import check_machine, deepspeed_settings, effective_stage
+from pretrain.errors import ConfigError
 from pretrain.run_options import ParallelSection
 from pretrain.settings import parse_config
 
@@ -42,6 +43,65 @@ def test_what_is_offloaded_goes_to_the_hosts_memory():
     assert offloaded(3, "none") == (None, None, None)
     assert offloaded(1, "optimizer") == offloaded(3, "optimizer") == (host, None, False)
     assert offloaded(3, "parameters") == (host, host, False)
+
+
+def test_states_on_a_disk_have_a_folder_of_their_run():
+    def folder(run: str) -> str:
+        config = config_of(run={"dir": run}, parallel={"zero_stage": 3, "offload": "parameters", "nvme_dir": "/nvme"})
+        zero = deepspeed_settings(config, BatchPlan.of(config, 2), 1000)["zero_optimization"]
+        assert zero["sub_group_size"] == 100_000_000 and zero["offload_param"] == {"device": "cpu"}
+        assert zero["offload_optimizer"] | {"nvme_path": ""} == {"device": "nvme", "nvme_path": "", "buffer_count": 4}
+        return zero["offload_optimizer"]["nvme_path"]
+
+    assert folder("runs/a") == folder("runs/../runs/a") != folder("runs/b")
+    assert folder("runs/a").startswith("/nvme/longhaul-")
+
+
+def test_zero_plus_is_passed_on():
+    config = config_of(
+        parallel={"zero_stage": 3, "hpz_ranks": 8, "quantize": ["weights", "gradients"]}, train={"precision": "fp16"}
+    )
+    settings = deepspeed_settings(config, BatchPlan.of(config, 8), 1000)
+    zero = settings["zero_optimization"]
+    assert zero["zero_hpz_partition_size"] == 8
+    assert zero["zero_quantized_weights"] and zero["zero_quantized_gradients"]
+    assert settings["communication_data_type"] == "fp16"  # whose bits the kernel reads
+    plain = deepspeed_settings(config_of(parallel={"zero_stage": 3}), BatchPlan.of(config, 8), 1000)
+    assert not [name for name in plain["zero_optimization"] if name.startswith("zero_")]
+
+
+class Builders:
+    """DeepSpeed's builders of operators, which can or cannot build."""
+
+    def __init__(self, can_build: bool) -> None:
+        builder = type("Builder", (), {"is_compatible": lambda _: can_build})
+        self.QuantizerBuilder = self.AsyncIOBuilder = builder
+
+
+@pytest.mark.parametrize(
+    ("parallel", "train", "device", "can_build", "message"),
+    [
+        ({}, {"precision": "fp16"}, "cpu", True,
+         "train.precision is fp16; expected bf16 or fp32 on a CPU. Use train.precision=fp32."),
+        ({"quantize": ["weights"]}, {}, "cpu", True,
+         "parallel.quantize is [weights]; expected [] on a CPU: the kernels are CUDA's. Leave it out."),
+        ({"quantize": ["weights"]}, {}, "cuda", False,
+         "parallel.quantize is [weights]; expected DeepSpeed's operator `quantizer`, which is compiled by CUDA's nvcc. "
+         "Install the CUDA toolkit of torch's version, or leave it out."),
+        ({"hpz_ranks": 3}, {}, "cpu", True,
+         "on 4 ranks: parallel.hpz_ranks is 3; expected a divisor of 4. Use the number of GPUs of a node, or 1."),
+        ({"offload": "optimizer", "nvme_dir": "/nvme"}, {}, "cpu", False,
+         "parallel.nvme_dir is /nvme; expected DeepSpeed's operator `async_io`, which needs libaio's headers and g++. "
+         "Install libaio-dev (Debian, Ubuntu) or libaio-devel (Fedora, RHEL), or leave it out."),
+    ],
+)  # fmt: skip
+def test_what_this_machine_lacks_is_an_error(parallel, train, device, can_build, message):
+    config = config_of(parallel={"zero_stage": 3} | parallel, train=train)
+    with pytest.raises(ConfigError) as caught:
+        check_machine(config, 4, device, Builders(can_build))
+    assert str(caught.value) == message
+    good = config_of(parallel={"zero_stage": 3, "hpz_ranks": 2, "quantize": ["weights"]})
+    check_machine(good, 4, "cuda", Builders(True))
 
 
 def test_settings_follow_the_batch_plan():

@@ -2,7 +2,7 @@
 
 Started by the tests on every rank: `cases.py CONFIG CASES.json`. CASES.json holds a list of
 {"overrides": [...], and by choice "signal_at", "signal_rank", "poison", "out_of_memory", "damage", "fail_save",
-"slow_save", "lose_state", "flip": [step, rank or -1 for all, name], "watch_loading",
+"slow_save", "lose_state", "zero": settings of DeepSpeed's, "files" instead of its disk operator, "flip": [step, rank or -1 for all, name], "watch_loading",
 "window", "bad_rows"}. What a case leaves behind is in its run folder.
 """
 
@@ -34,6 +34,7 @@ from pretrain.settings import load_config
 from pretrain.start_clock import StartClock
 from tests.host_reads import HostReads
 from tests.ranks import loading
+from tests.ranks.file_operator import use_files
 
 
 def run_case(case: dict, config_path: str, ranks, stop: StopRequest) -> str:
@@ -80,14 +81,16 @@ def run_case(case: dict, config_path: str, ranks, stop: StopRequest) -> str:
         engine_module.make_optimizer = lambda groups, section: torch.optim.SGD(groups, lr=section.lr)
     sample = train_module.sample
     settings = engine_module.deepspeed_settings
-    if case.get("count_after_sampling"):  # what sampling leaves in memory
+    if "zero" in case:
 
-        def settings_without_reuse(*args):  # else DeepSpeed keeps up to 10^9 elements whole that it will use again
+        def other_settings(*args):
             found = settings(*args)
-            found["zero_optimization"] |= {"stage3_max_reuse_distance": 0, "stage3_max_live_parameters": 0}
-            return found
+            return found | {"zero_optimization": found["zero_optimization"] | case["zero"]}
 
-        engine_module.deepspeed_settings = settings_without_reuse
+        engine_module.deepspeed_settings = other_settings
+    if case.get("files"):
+        use_files()
+    if case.get("count_after_sampling"):  # what sampling leaves in memory
 
         def sample_and_count(run):
             sample(run)

@@ -1,0 +1,56 @@
+"""What is said of `parallel`: the figures are ZeRO's, and the JSON is what DeepSpeed is told."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from launch.pretrain import main
+from pretrain.batch_plan import BatchPlan
+from pretrain.deepspeed_settings import deepspeed_settings
+from pretrain.explain_parallel import explain_parallel
+from pretrain.families import num_parameters, resolve_shape
+from pretrain.plan_memory import disk_bytes, host_bytes, resident
+from pretrain.settings import load_config
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIG = ROOT / "configs/llama-7b.yaml"
+TOTAL = 6_738_415_616
+
+
+def test_a_disk_and_hpz_move_what_they_say():
+    def places(*overrides: str) -> tuple[dict[str, int], int, int]:
+        config = load_config(CONFIG, ["train.micro_batch_size=1", "parallel.zero_stage=3", *overrides])
+        return resident(config, 64), host_bytes(config, 64)["offload"], disk_bytes(config, 64)
+
+    plain, no_host, no_disk = places()
+    in_memory, host, _ = places("parallel.offload=optimizer")
+    on_disk, less_host, disk = places("parallel.offload=optimizer", "parallel.nvme_dir=/nvme")
+    assert (no_host, no_disk) == (0, 0) and in_memory == on_disk
+    assert disk == pytest.approx(12 * TOTAL / 64)  # a master and two moments
+    assert host - less_host == pytest.approx(disk - 4 * 4 * 100_000_000)  # but for the buffers
+    twice, *_ = places("parallel.hpz_ranks=8")
+    assert twice["parameters"] - plain["parameters"] == pytest.approx(2 * TOTAL / 8)
+
+
+def test_the_json_is_what_deepspeed_is_told():
+    config = load_config(CONFIG, ["parallel={zero_stage: 3, offload: optimizer, nvme_dir: /nvme, hpz_ranks: 8}"])
+    text = explain_parallel(config, 64)
+    words, _, settings = text.partition("DeepSpeed is told:\n")
+    shape = resolve_shape(config.model, config.tokenizer.vocab_size, config.data.seq_len)
+    assert json.loads(settings) == deepspeed_settings(config, BatchPlan.of(config, 64), num_parameters(shape))
+    assert "6,738,415,616 parameters on 64 ranks, bf16, adamw." in words
+    [own] = [line.split() for line in words.splitlines() if line.startswith("> ")]
+    assert own[:3] == [">", "3", "optimizer"] and own[-2:] == ["1.26", "GB"]  # on disk: 12 bytes a parameter / 64
+    assert "masters and moments are kept in files in /nvme, gradients come to the host's memory" in words
+    assert "parallel.hpz_ranks 8: so many neighbouring ranks hold the weights once more" in words
+    assert "runs as 1 here" in explain_parallel(load_config(CONFIG, ["parallel.zero_stage=0"]), 64)
+
+
+def test_the_command_says_it_and_starts_nothing(capsys):
+    assert main(["--explain", "64", str(CONFIG)]) == 0
+    assert capsys.readouterr().out == explain_parallel(load_config(CONFIG), 64) + "\n"
+    assert main(["--explain", "7", str(CONFIG)]) == 2
+    assert "on 7 ranks: train.global_batch_size is" in capsys.readouterr().err
