@@ -39,14 +39,21 @@ class Store(Protocol):
 
 @dataclass(frozen=True)
 class Route:
-    """How this node reaches another one: by which interface, and with which address of its own."""
+    """How this node reaches another one.
+
+    Attributes:
+        interface: by which.
+        address: of this node there.
+        is_own: the address that is reached is this node's own.
+    """
 
     interface: str
     address: str
+    is_own: bool
 
     @property
     def is_loopback(self) -> bool:
-        """Whether nothing but this node is reached."""
+        """Whether nothing but this node is reached that way."""
         return ipaddress.ip_address(self.address).is_loopback
 
 
@@ -66,10 +73,10 @@ def route_to(host: str) -> Route:
             except OSError as error:
                 problem = error
                 continue
-            own = probe.getsockname()[0].partition("%")[0]
+            own, other = (end[0].partition("%")[0] for end in (probe.getsockname(), address))
         for name, known in psutil.net_if_addrs().items():
             if any(one.address.partition("%")[0] == own for one in known):
-                return Route(name, own)
+                return Route(name, own, is_own=own == other or ipaddress.ip_address(own).is_loopback)
     raise problem
 
 
@@ -106,7 +113,7 @@ def find_route(ranks: Mapping[str, str], environment: Mapping[str, str]) -> Rout
     master = ranks["MASTER_ADDR"]
     route = _resolve(master)
     means_loopback = [name for name in given if any(_is_loopback(one.address) for one in known[name])]
-    if route.is_loopback and not means_loopback and not _is_own(master, ranks, environment):
+    if route.is_own and not means_loopback and not _may_be_own(master, ranks, environment):
         raise ConfigError(
             f"launch: MASTER_ADDR is {master}, by which {platform.node()} means itself; expected an address of rank "
             f"0's node. {_SET_IT}; if a name is meant, mend /etc/hosts on {platform.node()}."
@@ -129,15 +136,13 @@ def _resolve(master: str) -> Route:
         time.sleep(min(1.0, RESOLVE_SECONDS / 10))
 
 
-def _is_own(master: str, ranks: Mapping[str, str], environment: Mapping[str, str]) -> bool:
-    """Whether MASTER_ADDR is this node's own name, which may stand for 127.0.1.1 there, or can only be this node."""
+def _may_be_own(master: str, ranks: Mapping[str, str], environment: Mapping[str, str]) -> bool:
+    """Whether MASTER_ADDR, where there are several nodes, may mean this one."""
     if _is_loopback(master) or master == "localhost":
         return False
-    names = {platform.node(), socket.gethostname(), environment.get("SLURMD_NODENAME", "")}
-    if master.partition(".")[0] in {name.partition(".")[0] for name in names}:
+    if "TORCHELASTIC_RUN_ID" in environment:  # its agents have met there already, on whichever node it is
         return True
-    number = next((environment[name] for name in ("GROUP_RANK", "CROSS_RANK", "SLURM_NODEID") if name in environment),
-                  None)  # fmt: skip
+    number = next((environment[name] for name in ("CROSS_RANK", "SLURM_NODEID") if name in environment), None)
     return number == "0" if number is not None else ranks["RANK"] == ranks["LOCAL_RANK"]
 
 
