@@ -3,7 +3,7 @@
 Started by the tests on every rank: `cases.py CONFIG CASES.json`. CASES.json holds a list of
 {"overrides": [...], and by choice "signal_at", "signal_rank", "poison", "out_of_memory", "damage", "fail_save",
 "slow_save", "lose_state", "flip": [step, rank or -1 for all, name], "watch_loading",
-"window", "bad_rows"}. What a case leaves behind is in its run folder.
+"window", "bad_rows", "lie", "last_overrides"}. What a case leaves behind is in its run folder.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import os
 import signal
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[2])
@@ -33,12 +34,13 @@ from pretrain.optim import make_optimizer
 from pretrain.settings import load_config
 from pretrain.start_clock import StartClock
 from tests.host_reads import HostReads
-from tests.ranks import loading
+from tests.ranks import lies, loading
 
 
 def run_case(case: dict, config_path: str, ranks, stop: StopRequest) -> str:
     """Run one case; return `done`, `stopped` or the error's text."""
-    config = load_config(case.get("config", config_path), case["overrides"])
+    own = case.get("last_overrides", []) if ranks.rank == ranks.world_size - 1 else []
+    config = load_config(case.get("config", config_path), [*case["overrides"], *own])
     if "damage" in case:  # flip a bit of the newest checkpoint
         if ranks.is_first:
             path = sorted((Path(config.run.dir) / "checkpoints").glob("step-*[0-9]"))[-1] / case["damage"]
@@ -182,7 +184,8 @@ def run_case(case: dict, config_path: str, ranks, stop: StopRequest) -> str:
 
         train_module.train_step = watched_step
     try:
-        return {0: "done", 75: "stopped"}[train_module.train_on(config, ranks, stop, StartClock())]
+        with lies.told(case["lie"], ranks) if "lie" in case else nullcontext():
+            return {0: "done", 75: "stopped"}[train_module.train_on(config, ranks, stop, StartClock())]
     except LonghaulError as error:
         return f"{type(error).__name__}: {error}"
     finally:

@@ -72,6 +72,7 @@ class Cluster:
         self.folder = Path(tempfile.mkdtemp(prefix="slurm-", dir="/tmp"))  # a socket's path may have 108 characters
         self.environment = {name: value for name, value in os.environ.items() if not name.startswith("SLURM")}
         self.environment |= {"SLURM_CONF": f"{self.folder}/slurm.conf", "PATH": os.environ["PATH"] + ":/usr/sbin:/sbin"}
+        self.environment["GLOO_SOCKET_IFNAME"] = "lo"  # the nodes are this machine: else ranks refuse such addresses
         self.daemons: list[subprocess.Popen] = []
         try:
             self._start()
