@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -45,15 +45,17 @@ class LinkSpeeds:
         all_reduce_bytes_per_second: bus bandwidth of a sum over all ranks: what each rank sends a second if the sum
             is made in a ring, 2 (n - 1) / n of its size.
         links: of each rank to the next one.
+        on_gpus: between GPUs; within a node CPUs have no links, only copies that wait for a processor.
     """
 
     all_reduce_bytes_per_second: float
     links: Sequence[Link]
+    on_gpus: bool
 
     def slow(self) -> list[str]:
         """Say which links are slow beside the others of their kind, and which node if all of its links are."""
         texts = []
-        for inside in (True, False):
+        for inside in (True, False) if self.on_gpus else (False,):
             links = [link for link in self.links if link.is_inside == inside]
             if len(links) < 3:  # of two nobody can say which one is wrong
                 continue
@@ -115,11 +117,11 @@ def measure_links(ranks: Ranks, hosts: Sequence[str]) -> LinkSpeeds:
     """
     num = ranks.world_size
     all_reduced = _bytes_per_second(ranks, lambda tensor: dist.all_reduce(tensor)) * 2 * (num - 1) / num
-    speeds = LinkSpeeds(all_reduced, _measure_ring(ranks, hosts))
+    speeds = LinkSpeeds(all_reduced, _measure_ring(ranks, hosts), ranks.device.type == "cuda")
     if speeds.slow():  # a busy processor may have been why: what is slow twice is
         again = _measure_ring(ranks, hosts)
         best = [max(pair, key=lambda link: link.bytes_per_second) for pair in zip(speeds.links, again, strict=True)]
-        speeds = LinkSpeeds(all_reduced, best)
+        speeds = replace(speeds, links=best)
     return speeds
 
 

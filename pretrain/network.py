@@ -73,7 +73,7 @@ def route_to(host: str) -> Route:
             except OSError as error:
                 problem = error
                 continue
-            own, other = (end[0].partition("%")[0] for end in (probe.getsockname(), address))
+            own, other = (str(end[0]).partition("%")[0] for end in (probe.getsockname(), address))
         for name, known in psutil.net_if_addrs().items():
             if any(one.address.partition("%")[0] == own for one in known):
                 return Route(name, own, is_own=own == other or ipaddress.ip_address(own).is_loopback)

@@ -61,11 +61,11 @@ def test_each_link_of_the_ring_has_its_round_and_no_rank_two_at_once(num_ranks: 
         assert len(ends) == len(set(ends))
 
 
-def speeds(rates: list[float], ranks_a_node: int = 1) -> LinkSpeeds:
+def speeds(rates: list[float], ranks_a_node: int = 1, on_gpus: bool = True) -> LinkSpeeds:
     num = len(rates)
     hosts = [f"node{rank // ranks_a_node}" for rank in range(num)]
     return LinkSpeeds(5e9, [Link((r, (r + 1) % num), (hosts[r], hosts[(r + 1) % num]), rate * 1e9)
-                            for r, rate in enumerate(rates)])  # fmt: skip
+                            for r, rate in enumerate(rates)], on_gpus)  # fmt: skip
 
 
 def test_a_slow_node_and_a_slow_link_are_named():
@@ -83,6 +83,7 @@ def test_a_slow_node_and_a_slow_link_are_named():
 
 def test_links_within_nodes_are_compared_with_each_other():
     assert speeds([200, 10, 210, 9, 190, 11], ranks_a_node=2).slow() == []
+    assert speeds([200, 10, 60, 9, 190, 11], ranks_a_node=2, on_gpus=False).slow() == []
     (text,) = speeds([200, 10, 60, 9, 190, 11], ranks_a_node=2).slow()
     assert text.startswith(
         "the link between node1 (rank 2) and node1 (rank 3) carries 60 GB/s, where good ones within a"
