@@ -284,7 +284,7 @@ def join_process_group(variables: Mapping[str, str], device: torch.device, timeo
     Raises:
         ConfigError: the environment names an address or interface that cannot be right.
         PeerError: the others were not met.
-        TrainingError: the port is taken.
+        TrainingError: the port is taken, or ranks share a GPU.
     """
     limit = timedelta(seconds=timeout_seconds)
     route = find_route(variables, os.environ)
@@ -293,7 +293,7 @@ def join_process_group(variables: Mapping[str, str], device: torch.device, timeo
         store.set_timeout(limit)
         os.environ.update(interface_variables(route, variables, os.environ, store))
         dist.init_process_group(
-            "nccl" if device.type == "cuda" else "gloo", store=dist.PrefixStore("longhaul", store), rank=rank,
+            "nccl" if device.type == "cuda" else "gloo", store=dist.PrefixStore("default_pg", store), rank=rank,
             world_size=world_size, timeout=limit,
             # Known from the start, NCCL connects at once, and an error is one of the start.
             device_id=device if device.type == "cuda" and world_size > 1 else None,
@@ -306,9 +306,10 @@ def _cannot_meet(error: RuntimeError, variables: Mapping[str, str], device: torc
     """What to say where the ranks do not find each other: a port that is taken stays so, a late node may come."""
     text = str(error).splitlines()[0]
     is_taken = "address already in use" in text.lower() or "EADDRINUSE" in text
+    is_final = is_taken or (isinstance(error, dist.DistBackendError) and not is_communication_failure(error))
     name = NCCL if device.type == "cuda" else GLOO
     interface = f"; {name} is {os.environ[name]}" if name in os.environ else ""
-    return (TrainingError if is_taken else PeerError)(
+    return (TrainingError if is_final else PeerError)(
         f"launch: rank {variables['RANK']} of {variables['WORLD_SIZE']} cannot meet the others at "
         f"{variables['MASTER_ADDR']}:{variables['MASTER_PORT']}; expected a free port there that all nodes reach, and "
         f"all ranks within parallel.start_timeout_seconds ({text}{interface}). Look whether all were started, or "
