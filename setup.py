@@ -58,6 +58,7 @@ setup(
             "py3langid>=0.3,<0.5",
             "pytest>=8.3,<10",
             "pytest-timeout>=2.3,<3",
+            "pytest-xdist>=3.6,<4",
             "ruff>=0.15,<1",
             "s3fs>=2024.6",
             "wandb>=0.31,<1",

@@ -83,7 +83,7 @@ class Checkpoints:
         self.section = section
         self.ranks = ranks
         self.report = report
-        self._writer = ShareWriter(ranks.device, ranks.rank)
+        self._writer = ShareWriter(ranks.device, ranks.rank, asynchronous=section.asynchronous)
         self._pending: _Pending | None = None
         record = ranks.agree(lambda: place.claim(run_id, run_path) if ranks.is_first else "")
         place.join(ranks.from_first(record))

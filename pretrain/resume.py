@@ -9,12 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.checkpoint import Checkpoints, fill, list_together
-from pretrain.checkpoint_files import MANIFEST, CheckpointReader
+from pretrain.checkpoint_files import MANIFEST, CheckpointReader, step_of
+from pretrain.checkpoint_places import Place
+from pretrain.checkpoint_store import StorePlace
+from pretrain.config import Config, DataSection
 from pretrain.distributed import Ranks
 from pretrain.engine import Engine
 from pretrain.errors import CheckpointError, ConfigError
 from pretrain.run_folder import place_of_run
-from pretrain.run_options import ResumeSection
+from pretrain.stores import is_remote
 from pretrain.stream import TokenStream
 
 
@@ -48,7 +51,7 @@ class Start:
 
 
 def load_start(
-    section: ResumeSection,
+    config: Config,
     checkpoints: Checkpoints,
     engine: Engine,
     stream: TokenStream,
@@ -59,7 +62,7 @@ def load_start(
     """Fill engine and stream with what the run begins with; all ranks together.
 
     Args:
-        section: the config's `resume`.
+        config: of the run; its `resume` says what to begin with.
         checkpoints: of the run folder; the newest good one of them wins.
         engine: filled with weights and moments.
         stream: moved to the rows that come next.
@@ -71,13 +74,14 @@ def load_start(
         CheckpointError: no checkpoint is good, or it does not fit the config.
         DataError: rows up to the checkpoint would be others.
     """
+    section = config.resume
     own = checkpoints.load_newest(engine)
     if own is not None:
         ranks.agree(lambda: stream.load_state(own["data"]))
         return Start(Progress(**own["progress"]), own.get("spikes", {}), own=True)
     if not section.from_:
         return Start(Progress(), {}, own=False)
-    reader = _open_other(Path(section.from_), checkpoints, ranks, report)
+    reader = _open_other(config, checkpoints, ranks, report)
     other = reader.manifest["about"].get("tokenizer", fingerprint)
     if other != fingerprint:
         raise ConfigError(
@@ -100,16 +104,18 @@ def load_start(
 
 
 def _open_other(
-    path: Path, checkpoints: Checkpoints, ranks: Ranks, report: Callable[[str, str], None]
+    config: Config, checkpoints: Checkpoints, ranks: Ranks, report: Callable[[str, str], None]
 ) -> CheckpointReader:
     """Open the checkpoint that `resume.from` names, or the newest good one of the run that it names."""
-    if path.resolve() == checkpoints.run_path.resolve():
-        raise ConfigError(f"resume.from is {path}, the run folder itself; expected another one. Leave it out.")
-    readers = _candidates(path, ranks)
+    named = config.resume.from_
+    if not is_remote(named) and Path(named).resolve() == checkpoints.run_path.resolve():
+        raise ConfigError(f"resume.from is {named}, the run folder itself; expected another one. Leave it out.")
+    readers = _candidates(named, config.data, ranks)
     if not readers:
         raise ConfigError(
-            f"resume.from is {path}; expected a run folder with checkpoints, or a folder with a {MANIFEST}. Name one, "
-            "such as runs/other or runs/other/checkpoints/step-00001000."
+            f"resume.from is {named}; expected a run folder with checkpoints, a folder with a {MANIFEST}, or the URL "
+            "of one. Name one, such as runs/other, runs/other/checkpoints/step-00001000 or "
+            "s3://bucket/other/step-00001000."
         )
     damaged = []
     for open_reader in readers:
@@ -119,14 +125,21 @@ def _open_other(
         if ranks.is_first:
             report("checkpoint_damaged", f"{'; '.join(problems)}. Looking at the one before.")
     raise CheckpointError(
-        f"resume.from is {path}; expected a checkpoint that is intact ({damaged[0]}). Restore it from a backup, or "
+        f"resume.from is {named}; expected a checkpoint that is intact ({damaged[0]}). Restore it from a backup, or "
         "name another one."
     )
 
 
-def _candidates(path: Path, ranks: Ranks) -> list[Callable[[], CheckpointReader]]:
+def _candidates(named: str, data: DataSection, ranks: Ranks) -> list[Callable[[], CheckpointReader]]:
     """What opens each checkpoint that is meant, the newest first."""
-    if ranks.from_first((path / MANIFEST).is_file()):
-        return [partial(CheckpointReader, path)]
-    place = ranks.agree(lambda: place_of_run(path))
+    if is_remote(named):
+        above, _, last = named.rstrip("/").rpartition("/")
+        step = step_of(last)
+        place: Place = ranks.agree(lambda: StorePlace(named if step is None else above, data))
+        if step is not None:
+            return [partial(place.open, step)]
+    elif ranks.from_first((Path(named) / MANIFEST).is_file()):
+        return [partial(CheckpointReader, Path(named))]
+    else:
+        place = ranks.agree(lambda: place_of_run(Path(named)))
     return [partial(place.open, step) for step in reversed(list_together(place, ranks))]

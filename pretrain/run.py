@@ -157,7 +157,7 @@ def open_run(
     checkpoints = Checkpoints(place, config.checkpoint, ranks, lambda *event: events.append(event), run_path,
                               folder.run_id if folder else "")  # fmt: skip
     cleanup.callback(checkpoints.close)
-    start = load_start(config.resume, checkpoints, engine, stream, ranks, tokenizer.fingerprint,
+    start = load_start(config, checkpoints, engine, stream, ranks, tokenizer.fingerprint,
                        lambda *event: events.append(event))  # fmt: skip
     progress = start.progress
     if start.own:
