@@ -51,6 +51,7 @@ SwitchType=switch/none
 MpiDefault=none
 MailProg=/bin/true
 KillWait=60
+FirstJobId={first_job}
 NodeName={nodes[0]} NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=2 RealMemory=1000
 NodeName={nodes[1]} NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=2 RealMemory=1000
 PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
@@ -87,7 +88,9 @@ class Cluster:
         for probe in probes:
             probe.close()
         host = socket.gethostname().partition(".")[0]
-        conf = CONF.format(folder=self.folder, host=host, ports=ports, nodes=NODES)
+        # Ranks meet at a port that follows from the job's number: clusters beside each other must not have the same.
+        first_job = 1 + secrets.randbelow(1200)
+        conf = CONF.format(folder=self.folder, host=host, ports=ports, nodes=NODES, first_job=first_job)
         (self.folder / "slurm.conf").write_text(conf)
         if not self.call("slurmctld", "-V").startswith("slurm-wlm 22."):  # newer ones ask for cgroups even so
             (self.folder / "cgroup.conf").write_text("CgroupPlugin=disabled\n")

@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 
 from tests.fork_server import ForkServer
-from tests.rank_helpers import ROOT, losses
+from tests.rank_helpers import ROOT, free_port, losses
 from tests.slurm.cluster import NODES, Cluster, why_not
 
 pytestmark = [pytest.mark.slow, pytest.mark.slurm, pytest.mark.launches, pytest.mark.timeout(600)]
 BIN = Path(sys.executable).parent
 SIZES = ["train.micro_batch_size=4", "train.num_steps=3", "checkpoint.every_steps=0"]
-TORCHRUN = ["--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d", f"--rdzv-endpoint={NODES[0]}:29417"]
+TORCHRUN = ["--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d"]
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ def test_a_run_over_both_nodes(cluster: Cluster, tiny_config: Path, tmp_path: Pa
     srun = ["srun", "--nodes=2", "--ntasks-per-node=1"]
     command: list[str | Path] = {
         "srun": [*srun, sys.executable],
-        "torchrun": [*srun, BIN / "torchrun", *TORCHRUN],
+        "torchrun": [*srun, BIN / "torchrun", *TORCHRUN, f"--rdzv-endpoint={NODES[0]}:{free_port()}"],
         "deepspeed": [BIN / "deepspeed", f"--hostfile={hostfile}", "--launcher=slurm", "--no_ssh_check",
                       f"--master_addr={NODES[0]}", "--launcher_args=--nodes=2 --ntasks-per-node=1"],
     }[form]  # fmt: skip
