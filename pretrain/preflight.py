@@ -103,10 +103,9 @@ def check_start(config: Config, ranks: Ranks) -> Findings:
     if isinstance(place, FolderPlace):
         if len(set(hosts)) > 1:
             check_shared(place.folder, ranks, hosts)
-        findings.add("little_space", missing_space(config, place.folder))
-    for name in facts[0].similar:
-        found = difference(name, [one.similar.get(name, "absent") for one in facts], hosts)
-        findings.add("uneven_nodes", f"{found}. All wait for the slowest" if found else "")
+        findings.add("little_space", missing_space(config, place.folder) if ranks.is_first else "")
+    for name in dict.fromkeys(name for one in facts for name in one.similar):
+        findings.add("uneven_nodes", difference(name, [one.similar.get(name, "absent") for one in facts], hosts))
     for text in clock_skews(ranks, hosts):
         findings.add("clock_skew", text)
     speeds = measure_links(ranks, hosts)
@@ -122,7 +121,7 @@ def _check_same(
     facts: Sequence[Facts], hosts: Sequence[str], details: Mapping[str, Mapping[str, str]], ranks: Ranks
 ) -> None:
     problems = []
-    for name in facts[0].same:
+    for name in dict.fromkeys(name for one in facts for name in one.same):
         if found := difference(name, [one.same.get(name, "absent") for one in facts], hosts):
             if name in details:  # what of it differs is asked for now only
                 found += _what_differs(ranks, details[name])
@@ -306,10 +305,13 @@ def missing_space(config: Config, folder: Path) -> str:
     """Say whether the disk lacks space for the checkpoints that are kept at once, beside those that are there."""
     shape = resolve_shape(config.model, config.tokenizer.vocab_size, config.data.max_seq_len)
     size = 4 * (1 + len(moment_names(config.optim, {"muon": True}))) * num_parameters(shape)
-    there = len(list(folder.glob("step-*"))) if folder.exists() else 0
+    try:
+        there = len(list(folder.glob("step-*"))) if folder.exists() else 0
+        existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        free = shutil.disk_usage(existing).free
+    except OSError as error:
+        return f"{folder} does not tell how much space it has ({error})"
     needed = size * max(config.checkpoint.keep_last + 1 - there, 1)
-    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    free = shutil.disk_usage(existing).free
     if free >= needed:
         return ""
     return (

@@ -118,6 +118,7 @@ def test_the_rank_that_differs_is_named_before_the_run_begins(tiny_config: Path,
         ({"lie": "shards"}, r"DataError: start: data is f{12} on node2 \(rank 2\); expected .* \(rows of code is 7, not "),
         ({"lie": "clock"}, "done"),
         ({"lie": "slow"}, "done"),
+        ({"lie": "similar"}, "done"),
     ]  # fmt: skip
     given = [case | {"overrides": [f"run.dir={tmp_path}/{n}"]} for n, (case, _) in enumerate(cases)]
     outcomes = run_cases(tiny_config, given, 3, tmp_path / "cases", overrides=SIZES)
@@ -126,12 +127,13 @@ def test_the_rank_that_differs_is_named_before_the_run_begins(tiny_config: Path,
     failed = json.loads((tmp_path / "0/status.json").read_text())
     assert (failed["status"], failed["exit_status"]) == ("failed", 2) and "torch is 0.1 on node2" in failed["reason"]
     events = {name: {line["event"]: line["message"] for line in metric_lines(tmp_path / name) if "event" in line}
-              for name in ("5", "6")}  # fmt: skip
+              for name in ("5", "6", "7")}  # fmt: skip
     assert events["5"]["clock_skew"].startswith("the clock of node2 is 3600 s ahead of the median node's")
     assert "clock_skew" not in events["6"]
     assert events["6"]["slow_link"].startswith("node2 is slow: its links to other nodes carry ")
     assert events["6"]["network"].startswith("3 ranks on 3 nodes, lo: all-reduce ")
-    for name in ("5", "6"):
+    assert re.match(r"numpy is 0\.1 on node2 \(rank 2\); expected [\d.]+, as on 2 other", events["7"]["uneven_nodes"])
+    for name in ("5", "6", "7"):
         assert not list((tmp_path / name / "checkpoints").glob(".*"))  # nor is a sign left
 
 

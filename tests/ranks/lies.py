@@ -30,6 +30,9 @@ def told(lie: str, ranks: Ranks) -> Iterator[None]:
             match lie:
                 case "version":
                     replace(preflight, "_versions", lambda names: versions(names) | dict.fromkeys(names, "0.1"))
+                case "similar":
+                    replace(preflight, "_versions",
+                            lambda names: versions(names) | ({"numpy": "0.1"} if "numpy" in names else {}))  # fmt: skip
                 case "code":
                     replace(preflight, "source_hashes", lambda: sources() | {"pretrain/optim.py": "f" * 64})
                 case "clock":
