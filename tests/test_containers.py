@@ -77,7 +77,8 @@ case "$*" in
   "-m venv"*) echo "$*" >>"{image}/calls"; /bin/mkdir -p .venv/bin; /bin/cp "{image}/venv-python" .venv/bin/python ;;
 esac"""
     write(image / "bin/python3", python)
-    write(image / "bin/useradd", f'echo "useradd $*" >>"{image}/calls"')
+    for name in ("useradd", "chown"):
+        write(image / "bin" / name, f'echo "{name} $*" >>"{image}/calls"')
     return subprocess.run(["sh", "launch/containers/install.sh"], cwd=image, capture_output=True, text=True, timeout=60,
                           env={"PATH": f"{image}/bin", "PIP_CONSTRAINT": "/etc/pip/constraint.txt"})  # fmt: skip
 
@@ -90,6 +91,7 @@ def test_the_script_does_what_make_setup_does_and_keeps_torch(image: Path) -> No
         "-m venv --system-site-packages .venv",
         "SYSTEM_TORCH=1 PIP_CONSTRAINT= -m pip install --quiet --disable-pip-version-check -e .[test]",
         "useradd --create-home --uid 10001 longhaul",
+        "chown longhaul .",
     ]
 
 

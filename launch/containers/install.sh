@@ -25,3 +25,4 @@ after=$(where .venv/bin/python)
 
 # Training needs no rights. Apptainer brings its own user, and has none of this name.
 id longhaul >/dev/null 2>&1 || useradd --create-home --uid 10001 longhaul
+chown longhaul . # so that data/ and runs/ can be made here
