@@ -99,6 +99,9 @@ def idle_options(config: Config) -> dict[str, str]:
     if config.eval.sample_every_steps == 0:
         for name in ("sample_prompts", "sample_tokens", "sample_temperature"):
             idle[f"eval.{name}"] = "It is for text sampled during training, and eval.sample_every_steps is 0."
+    if config.guard.spike_sigmas == 0:
+        for name in ("spike_steps", "rollback_steps", "max_rollbacks"):
+            idle[f"guard.{name}"] = "It is about spikes, and guard.spike_sigmas is 0."
     if not config.resume.from_:
         for name in ("optimizer", "schedule", "data"):
             idle[f"resume.{name}"] = "It is for beginning from another run, and resume.from is empty."

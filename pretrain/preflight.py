@@ -27,14 +27,14 @@ import torch
 from pretrain.checkpoint_folder import FolderPlace
 from pretrain.checkpoint_places import open_place
 from pretrain.config import Config
+from pretrain.config_changes import flatten
 from pretrain.distributed import Ranks
 from pretrain.errors import ConfigError, DataError
 from pretrain.families import num_parameters, resolve_shape
 from pretrain.link_speeds import LinkSpeeds, measure_links
+from pretrain.moments import moment_names
 from pretrain.network import GLOO, NCCL
-from pretrain.optim import moment_names
 from pretrain.redaction import storable
-from pretrain.run_folder import flatten
 
 ROOT = Path(__file__).resolve().parents[1]
 CLOCK_SECONDS = 5.0  # that a node's clock may be off before it is named
@@ -304,7 +304,7 @@ def check_shared(folder: Path, ranks: Ranks, hosts: Sequence[str]) -> None:
 def missing_space(config: Config, folder: Path) -> str:
     """Say whether the disk lacks space for the checkpoints that are kept at once, beside those that are there."""
     shape = resolve_shape(config.model, config.tokenizer.vocab_size, config.data.max_seq_len)
-    size = 4 * (1 + len(moment_names(config.optim, {"muon": True}))) * num_parameters(shape)
+    size = 4 * (1 + len(moment_names(config.optim, by_muon=True))) * num_parameters(shape)
     try:
         there = len(list(folder.glob("step-*"))) if folder.exists() else 0
         existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())

@@ -52,6 +52,7 @@ class Start:
 
 def load_start(
     config: Config,
+    num_steps: int,
     checkpoints: Checkpoints,
     engine: Engine,
     stream: TokenStream,
@@ -63,6 +64,7 @@ def load_start(
 
     Args:
         config: of the run; its `resume` says what to begin with.
+        num_steps: of the whole run.
         checkpoints: of the run folder; the newest good one of them wins.
         engine: filled with weights and moments.
         stream: moved to the rows that come next.
@@ -92,11 +94,17 @@ def load_start(
     training, progress = reader.training, Progress()
     spikes: dict[str, Any] = {}
     if section.data:
-        ranks.agree(lambda: stream.load_state(reader.training["data"]))
+        way_on = "train on other rows by resume.data=false."
+        ranks.agree(lambda: stream.load_state(reader.training["data"], way_on))
     if section.schedule:  # but which of its checkpoints was the best means nothing in another folder
         progress = replace(Progress(**training["progress"]), best_loss=None, best_step=None, best_counted_loss=None,
                            evals_without_improvement=0)  # fmt: skip
         spikes = training.get("spikes", {}) if section.data else {}
+    if progress.step >= num_steps:
+        raise ConfigError(
+            f"train.num_steps is {num_steps}; expected more than the {progress.step} steps of resume.from, from which "
+            "this run goes on counting. Raise it, or count from 0 by resume.schedule=false."
+        )
     if ranks.is_first:
         taken = [name for name in ("optimizer", "schedule", "data") if getattr(section, name)]
         report("resumed_from", f"{reader.folder}: {', '.join(['weights', *taken])}")
