@@ -25,6 +25,7 @@ setup(
         "deepspeed==0.19.8",  # options vanish between its patch releases
         "fsspec[http]>=2024.6",  # http is aiohttp; no upper bound: s3fs and gcsfs want the version of their own date
         "numpy>=1.26,<3",
+        "psutil>=5.9,<8",  # DeepSpeed asks for it too
         "pyarrow>=18,<30",
         "pydantic>=2.11,<3",
         "ruamel.yaml>=0.18,<0.20",
@@ -54,7 +55,6 @@ setup(
             "moto[s3]>=5,<6",
             "mwparserfromhell>=0.6.6,<0.8",
             "mypy>=1.15,<3",
-            "psutil>=5.9,<8",
             "py3langid>=0.3,<0.5",
             "pytest>=8.3,<10",
             "pytest-timeout>=2.3,<3",

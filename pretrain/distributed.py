@@ -19,8 +19,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pretrain.errors import ConfigError, LonghaulError
+from pretrain.errors import ConfigError, LonghaulError, PeerError, TrainingError
 from pretrain.heartbeat import Heartbeat
+from pretrain.network import GLOO, NCCL, find_route, interface_variables
 
 T = TypeVar("T")
 
@@ -276,3 +277,46 @@ def export_rank_variables() -> dict[str, str]:
     variables = read_rank_variables(os.environ)
     os.environ.update(variables)
     return variables
+
+
+def join_process_group(variables: Mapping[str, str], device: torch.device, timeout_seconds: float) -> None:
+    """Meet the other ranks, over an interface that leads to them: by NCCL on GPUs, by gloo on CPUs.
+
+    Args:
+        variables: the rank variables, which the environment has too.
+        device: of this rank.
+        timeout_seconds: how long ranks wait for each other, here and in collectives.
+    Raises:
+        ConfigError: the environment names an address or interface that cannot be right.
+        PeerError: the others were not met.
+        TrainingError: the port is taken, or ranks share a GPU.
+    """
+    limit = timedelta(seconds=timeout_seconds)
+    route = find_route(variables, os.environ)
+    try:
+        store, rank, world_size = next(dist.rendezvous("env://", timeout=limit))
+        store.set_timeout(limit)
+        os.environ.update(interface_variables(route, variables, os.environ, store))
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo", store=dist.PrefixStore("default_pg", store), rank=rank,
+            world_size=world_size, timeout=limit,
+            # Known from the start, NCCL connects at once, and an error is one of the start.
+            device_id=device if device.type == "cuda" and world_size > 1 else None,
+        )  # fmt: skip
+    except RuntimeError as error:  # torch's network and store errors are such
+        raise _cannot_meet(error, variables, device) from None
+
+
+def _cannot_meet(error: RuntimeError, variables: Mapping[str, str], device: torch.device) -> LonghaulError:
+    """What to say where the ranks do not find each other: a port that is taken stays so, a late node may come."""
+    text = str(error).splitlines()[0]
+    is_taken = "address already in use" in text.lower() or "EADDRINUSE" in text
+    is_final = is_taken or (isinstance(error, dist.DistBackendError) and not is_communication_failure(error))
+    name = NCCL if device.type == "cuda" else GLOO
+    interface = f"; {name} is {os.environ[name]}" if name in os.environ else ""
+    return (TrainingError if is_final else PeerError)(
+        f"launch: rank {variables['RANK']} of {variables['WORLD_SIZE']} cannot meet the others at "
+        f"{variables['MASTER_ADDR']}:{variables['MASTER_PORT']}; expected a free port there that all nodes reach, and "
+        f"all ranks within parallel.start_timeout_seconds ({text}{interface}). Look whether all were started, or "
+        "choose another port (deepspeed --master_port, torchrun --master-port, MASTER_PORT)."
+    )

@@ -19,7 +19,6 @@ import os
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import timedelta
 from types import ModuleType
 from typing import Any
 
@@ -31,8 +30,7 @@ from pretrain.batch_plan import BatchPlan
 from pretrain.communication import CommunicationTimer
 from pretrain.config import Config
 from pretrain.deepspeed_settings import check_machine, deepspeed_settings, effective_stage
-from pretrain.distributed import Ranks, choose_device, export_rank_variables
-from pretrain.errors import LonghaulError, PeerError, TrainingError
+from pretrain.distributed import Ranks, choose_device, export_rank_variables, join_process_group
 from pretrain.initial_weights import InitialWeights
 from pretrain.matrix_exchange import Held
 from pretrain.moments import moment_names
@@ -90,16 +88,10 @@ def init_distributed(timeout_seconds: int) -> Ranks:
     device = choose_device(int(variables["LOCAL_RANK"]), os.environ)
     if device.type == "cuda":
         torch.cuda.set_device(device)
+        os.environ["LOCAL_RANK"] = str(device.index)  # DeepSpeed takes it for the GPU's number
     if not dist.is_initialized():
-        try:
-            deepspeed.init_distributed(
-                dist_backend="nccl" if device.type == "cuda" else "gloo",
-                auto_mpi_discovery=False,
-                verbose=False,
-                timeout=timedelta(seconds=timeout_seconds),
-            )
-        except RuntimeError as error:  # torch's network and store errors are such
-            raise _cannot_meet(error, variables) from None
+        join_process_group(variables, device, timeout_seconds)
+        deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)  # takes the group that there is
     ranks = Ranks(int(variables["RANK"]), int(variables["LOCAL_RANK"]), int(variables["WORLD_SIZE"]), device)
     _COMMUNICATION.heartbeat = ranks.heartbeat
     _COMMUNICATION.watch(deepspeed.comm.comm.cdb)
@@ -112,18 +104,6 @@ def sequence_group(section: ParallelSection, ranks: Ranks) -> SequenceGroup:
 
     size, timeout_seconds = section.sequence_parallel_size, section.start_timeout_seconds
     return join_sequence_group(size, ranks.rank, ranks.world_size, timeout_seconds, comm.cdb.all_to_all_single)
-
-
-def _cannot_meet(error: RuntimeError, variables: dict[str, str]) -> LonghaulError:
-    """What to say where the ranks do not find each other: a port that is taken stays so, a late node may come."""
-    text = str(error).splitlines()[0]
-    is_taken = "address already in use" in text.lower() or "EADDRINUSE" in text
-    return (TrainingError if is_taken else PeerError)(
-        f"launch: rank {variables['RANK']} of {variables['WORLD_SIZE']} cannot meet the others at "
-        f"{variables['MASTER_ADDR']}:{variables['MASTER_PORT']}; expected a free port there that all nodes reach, and "
-        f"all ranks within parallel.start_timeout_seconds ({text}). Look whether all were started, or choose another "
-        "port (deepspeed --master_port, torchrun --master-port, MASTER_PORT)."
-    )
 
 
 def _quieten(deepspeed: ModuleType) -> None:

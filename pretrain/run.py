@@ -28,6 +28,7 @@ from pretrain.hardware import peak_flops
 from pretrain.metrics import MetricLog, StepMetrics
 from pretrain.model import Transformer
 from pretrain.phases import phases_of
+from pretrain.preflight import Findings, check_same_rows
 from pretrain.profiling import PhaseClock, Profiler
 from pretrain.redaction import storable
 from pretrain.resume import Progress, load_start
@@ -143,6 +144,7 @@ def open_run(
     reader = plan.reader_of(ranks.rank)
     stream = ranks.agree(lambda: TokenStream(config, plan, reader, tokenizer.fingerprint, is_new=is_new))
     cleanup.callback(stream.close)
+    check_same_rows(stream.plan.hash, stream.plan.pieces, ranks)
     val_rows = ranks.agree(lambda: ValRows(config, tokenizer.fingerprint, config.eval.max_rows, is_new)
                            if config.eval.every_steps else None)  # fmt: skip
     clock.begin("self-test")
@@ -247,6 +249,14 @@ def announce(run: Run, events: Sequence[tuple[str, str]], is_resumed: bool) -> N
     phases = describe_phases(run.stream.plan, phases_of(config), plan.num_steps)
     for number, text in enumerate(phases, 1):
         run.event("mixture", text if len(phases) == 1 else f"phase {number} of {len(phases)}: {text}")
+
+
+def record(run: Run, findings: Findings) -> None:
+    """Record what was found before the run was opened."""
+    if run.folder and findings.details:
+        run.folder.add_to_environment(findings.details)
+    for event in findings.events:
+        run.event(*event)
 
 
 def flops_by_length(shape: ModelShape, seq_lens: Sequence[int]) -> dict[int, tuple[float, float]]:

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -173,6 +173,18 @@ class RunFolder:
         starts.append(environment())
         write_text(path, json.dumps({"run_id": self.run_id, "starts": starts}, indent=1))
         return len(starts)
+
+    def add_to_environment(self, details: Mapping[str, Any]) -> None:
+        """Add to what `environment.json` says of this start.
+
+        Raises:
+            ConfigError: it cannot be written.
+        """
+        path = self.path / "environment.json"
+        with writable(self.path):
+            content = json.loads(path.read_bytes())
+            content["starts"][-1] |= details
+            write_text(path, json.dumps(content, indent=1))
 
     def write_status(
         self, status: str, exit_status: int | None, step: int, reason: str = "", saved_step: int | None = None

@@ -23,10 +23,11 @@ from pretrain.guard import StopRequest
 from pretrain.hardware import peak_memory_bytes
 from pretrain.metrics import StepMetrics
 from pretrain.plan_check import compare_with_plan
+from pretrain.preflight import check_start
 from pretrain.profiling import PhaseClock
 from pretrain.replicas import check_when_due
 from pretrain.rollback import roll_back
-from pretrain.run import PendingStep, Run, open_run
+from pretrain.run import PendingStep, Run, open_run, record
 from pretrain.run_folder import RunFolder, log_path
 from pretrain.run_status import write_failure
 from pretrain.samples import save_samples
@@ -63,14 +64,17 @@ def train_on(config: Config, ranks: Ranks, stop: StopRequest, clock: StartClock)
         watchdog = Watchdog(ranks, limits.timeout_seconds, limits.start_timeout_seconds, log_path(path, ranks))
         cleanup.callback(watchdog.close)
         clock.heartbeat = ranks.heartbeat
-        clock.begin("data")
+        clock.begin("pre-flight")
         run = folder = None
         try:
             folder = ranks.agree(lambda: RunFolder(config) if ranks.is_first else None)
             if folder:
                 cleanup.callback(folder.close)
             watchdog.on_end = partial(write_failure, path)
+            findings = check_start(config, ranks)
+            clock.begin("data")
             run = open_run(config, ranks, folder, stop, watchdog, cleanup, clock)
+            record(run, findings)
             watchdog.attend(run.checkpoints.close)
             status, exit_status, reason = run_steps(run)
         except BaseException as error:

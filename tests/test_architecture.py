@@ -23,7 +23,7 @@ BENCHMARKS = sorted(path.relative_to(ROOT) for path in (ROOT / "benchmarks").glo
 # A module imports modules of lower tiers only. `kernels` is below all of them.
 TIERS = (
     "errors section spellings heartbeat text_index scaling_laws matrix_owners",
-    "model_options run_options gpus start_clock store_errors checkpoint_owner sequence_parallel recompute activation_offload slurm slurm_script",
+    "model_options run_options gpus start_clock store_errors checkpoint_owner sequence_parallel recompute activation_offload network slurm slurm_script",
     "config hardware",
     "moments stores config_docs schedule batch_plan packing phases row_order families console tokenizer source_files matrix_exchange lion"
     " generate_options repetition stalls personal_data near_duplicates languages wikipedia",
@@ -36,7 +36,7 @@ TIERS = (
     "plan_report",
     "prefetch settings sentencepiece_tokenizer model optim initial_weights swapped_states explain_parallel checkpoint_files writable_store shard_reader journal sources spills sampling"
     " tracking family_table profiling watchdog",
-    "communication metrics guard spikes hf_tokenizer generate checkpoint_folder checkpoint_store",
+    "communication link_speeds metrics guard spikes hf_tokenizer generate checkpoint_folder checkpoint_store",
     "engine tokenizer_files tokenizer_trial checkpoint_places",
     "text_shards",
     "data_plan",
@@ -45,7 +45,7 @@ TIERS = (
     "stream submit_checks",
     "share_writer feed source_sample replicas submit",
     "checkpoint run_folder tokenizer_export workers submit_options",
-    "evaluate hf_export self_test samples refining verify_shards inspect_shards",
+    "evaluate hf_export self_test samples preflight refining verify_shards inspect_shards",
     "shares store_check tar_documents tar_folder",
     "corpus",
     "tar_index",
@@ -66,6 +66,7 @@ FILE_OF_LIBRARY = {
     "fsspec": "pretrain/stores.py",
     "mwparserfromhell": "pretrain/wikipedia.py",
     "py3langid": "pretrain/languages.py",
+    "psutil": "pretrain/network.py",
     "pyarrow": "pretrain/table_files.py",
     "pydantic_core": "pretrain/settings.py",
     "ruamel": "pretrain/settings.py",

@@ -10,7 +10,7 @@ import pytest
 
 from tests.rank_helpers import ROOT
 
-NEEDED = ["make", "gcc", "g++", "slurmctld", "slurmd", "srun", "munged", "ip", "faketime"]
+NEEDED = ["make", "gcc", "g++", "slurmctld", "slurmd", "srun", "munged", "ip", "faketime", "sshd", "ssh", "pdsh"]
 
 
 @pytest.fixture
@@ -52,7 +52,8 @@ def test_what_is_missing_is_installed(machine: Path) -> None:
     done = ci(machine)
     assert done.returncode == 0, done.stderr
     assert (
-        "apt-get install -y -qq --no-install-recommends faketime g++ gcc iproute2 make munge slurm-wlm\n" in done.stdout
+        "apt-get install -y -qq --no-install-recommends faketime g++ gcc iproute2 make munge openssh-client openssh-server pdsh slurm-wlm\n"
+        in done.stdout
     )
 
 
@@ -62,7 +63,7 @@ def test_an_installation_that_fails_fails(machine: Path) -> None:
     done = ci(machine)
     assert done.returncode == 1
     assert (
-        ".ci/run: apt-get could not install faketime g++ gcc iproute2 make munge slurm-wlm; the tests need them"
+        ".ci/run: apt-get could not install faketime g++ gcc iproute2 make munge openssh-client openssh-server pdsh slurm-wlm; the tests need them"
         in done.stderr
     )
 
@@ -73,10 +74,15 @@ def test_an_installation_that_does_nothing_fails(machine: Path) -> None:
     done = ci(machine)
     assert (
         done.returncode == 1
-        and ".ci/run: still missing after apt-get: faketime g++ gcc iproute2 make munge slurm-wlm" in done.stderr
+        and ".ci/run: still missing after apt-get: faketime g++ gcc iproute2 make munge openssh-client openssh-server pdsh slurm-wlm"
+        in done.stderr
     )
 
 
 def test_another_distribution(machine: Path) -> None:
     done = ci(machine)
-    assert done.returncode == 1 and ".ci/run: install faketime g++ gcc iproute2 make munge slurm-wlm" in done.stderr
+    assert (
+        done.returncode == 1
+        and ".ci/run: install faketime g++ gcc iproute2 make munge openssh-client openssh-server pdsh slurm-wlm"
+        in done.stderr
+    )

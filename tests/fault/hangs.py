@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import ctypes
 import os
+import platform
 import signal
+import socket
 import time
 from typing import Any
 
-CLONE_NEWNET = 0x40000000
+CLONE_NEWNET, CLONE_NEWUTS = 0x40000000, 0x04000000
 
 
-def enter_namespaces(rank: int, names: list[str]) -> None:
-    """Let every rank live on a host of its own, as far as the network goes."""
-    descriptor = os.open(f"/run/netns/{names[rank]}", os.O_RDONLY)
+def enter_hosts(rank: int, namespaces: list[str], names: list[str]) -> None:
+    """Let every rank live on a host of its own, as far as network and name go; see `tests/hosts.py`."""
+    descriptor = os.open(f"/run/netns/{namespaces[rank]}", os.O_RDONLY)
     libc = ctypes.CDLL(None, use_errno=True)
     assert libc.setns(descriptor, CLONE_NEWNET) == 0, os.strerror(ctypes.get_errno())
     os.close(descriptor)
-    os.environ["GLOO_SOCKET_IFNAME"] = "link0"
+    assert libc.unshare(CLONE_NEWUTS) == 0, os.strerror(ctypes.get_errno())
+    socket.sethostname(names[rank])
+    platform.uname.__globals__["_uname_cache"] = None  # of the process that has forked this one
 
 
 def open_fifo(rank: int, at_rank: int, number: int, fifo: str) -> None:

@@ -10,13 +10,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 import pytest
 
+from tests.hosts import Hosts, ip, require
 from tests.rank_helpers import ROOT, losses, metric_lines, newest, state_hash
 
 pytestmark = [pytest.mark.slow, pytest.mark.launches, pytest.mark.timeout(300)]
@@ -105,39 +105,15 @@ def test_a_rank_that_hangs_reading_is_named_and_the_one_that_waits_for_it_is_not
     assert "in train_step" in (run / "log.txt").read_text()  # all ranks say what they did
 
 
-@contextmanager
-def two_hosts() -> Iterator[list[str]]:
-    """Two network namespaces with a cable between them; skips the test where they are not allowed."""
-    if not shutil.which("ip") or os.geteuid() != 0:
-        pytest.skip("network namespaces need root and iproute2")
-    names = [f"longhaul-{os.getpid()}-{number}" for number in (0, 1)]
-
-    def ip(*arguments: str, check: bool = True) -> subprocess.CompletedProcess:
-        return subprocess.run(["ip", *arguments], check=check, capture_output=True, text=True)
-
-    try:
-        made = ip("netns", "add", names[0], check=False)
-        if made.returncode:
-            pytest.skip(f"network namespaces are not allowed here: {made.stderr.strip()}")
-        ip("netns", "add", names[1])
-        ip("link", "add", "link0", "netns", names[0], "type", "veth", "peer", "name", "link0", "netns", names[1])
-        for number, name in enumerate(names):
-            ip("-n", name, "address", "add", f"10.111.0.{number + 1}/24", "dev", "link0")
-            for device in ("lo", "link0"):
-                ip("-n", name, "link", "set", device, "up")
-        yield names
-    finally:
-        for name in names:
-            ip("netns", "delete", name, check=False)
-
-
 def test_a_network_that_goes_down_ends_both_sides(start, tmp_path):
     run = tmp_path / "run"
-    with two_hosts() as names:
-        ranks = start(run, *ENDLESS, hooks=hook("enter_namespaces", names=names), MASTER_ADDR="10.111.0.1")
+    require()
+    with Hosts(2) as hosts:
+        enter = hook("enter_hosts", namespaces=hosts.namespaces, names=hosts.names)
+        ranks = start(run, *ENDLESS, hooks=enter, MASTER_ADDR=hosts.addresses[0], LOCAL_WORLD_SIZE="1")
         wait_for_step(run, 5, ranks)
         began = time.monotonic()
-        subprocess.run(["ip", "-n", names[1], "link", "set", "link0", "down"], check=True)
+        ip("-n", hosts.namespaces[1], "link", "set", "eth0", "down")
         assert ranks.wait(LIMIT + 10) == [69, 69]
         print(f"ended after {time.monotonic() - began:.1f} s")
         words = r" on \S+ has not been heard of for [345] s.* its node or the network to it is down"
@@ -202,7 +178,7 @@ def test_a_signal_in_the_start_ends_it_before_the_first_step(start, tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_a_signal_while_other_ranks_are_missing_ends_at_once(start, tmp_path, number):
-    ranks = start(tmp_path / "run", num_ranks=1, WORLD_SIZE="2", log=tmp_path / "log")
+    ranks = start(tmp_path / "run", num_ranks=1, WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", log=tmp_path / "log")
     time.sleep(2)  # it waits in C++ by now
     assert ranks.is_running()
     began = time.monotonic()

@@ -2,8 +2,9 @@
 
 Started by the tests on every rank: `cases.py CONFIG CASES.json`. CASES.json holds a list of
 {"overrides": [...], and by choice "signal_at", "signal_rank", "poison", "out_of_memory", "damage", "fail_save",
-"slow_save", "lose_state", "zero": settings of DeepSpeed's, "files" instead of its disk operator, "flip": [step, rank or -1 for all, name], "watch_loading",
-"window", "bad_rows"}. What a case leaves behind is in its run folder.
+"slow_save", "lose_state", "zero": settings of DeepSpeed's, "files" instead of its disk operator, "flip": [step, rank or
+-1 for all, name], "watch_loading", "window", "bad_rows", "lie", "last_overrides"}. What a case leaves behind is in its run
+folder.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import os
 import signal
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[2])
@@ -33,13 +35,14 @@ from pretrain.optim import make_optimizer
 from pretrain.settings import load_config
 from pretrain.start_clock import StartClock
 from tests.host_reads import HostReads
-from tests.ranks import loading
+from tests.ranks import lies, loading
 from tests.ranks.file_operator import use_files
 
 
 def run_case(case: dict, config_path: str, ranks, stop: StopRequest) -> str:
     """Run one case; return `done`, `stopped` or the error's text."""
-    config = load_config(case.get("config", config_path), case["overrides"])
+    own = case.get("last_overrides", []) if ranks.rank == ranks.world_size - 1 else []
+    config = load_config(case.get("config", config_path), [*case["overrides"], *own])
     if "damage" in case:  # flip a bit of the newest checkpoint
         if ranks.is_first:
             path = sorted((Path(config.run.dir) / "checkpoints").glob("step-*[0-9]"))[-1] / case["damage"]
@@ -185,7 +188,8 @@ def run_case(case: dict, config_path: str, ranks, stop: StopRequest) -> str:
 
         train_module.train_step = watched_step
     try:
-        return {0: "done", 75: "stopped"}[train_module.train_on(config, ranks, stop, StartClock())]
+        with lies.told(case["lie"], ranks) if "lie" in case else nullcontext():
+            return {0: "done", 75: "stopped"}[train_module.train_on(config, ranks, stop, StartClock())]
     except LonghaulError as error:
         return f"{type(error).__name__}: {error}"
     finally:

@@ -51,6 +51,7 @@ SwitchType=switch/none
 MpiDefault=none
 MailProg=/bin/true
 KillWait=60
+FirstJobId={first_job}
 NodeName={nodes[0]} NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=2 RealMemory=1000
 NodeName={nodes[1]} NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=2 RealMemory=1000
 PreemptType=preempt/partition_prio
@@ -75,6 +76,7 @@ class Cluster:
         self.folder = Path(tempfile.mkdtemp(prefix="slurm-", dir="/tmp"))  # a socket's path may have 108 characters
         self.environment = {name: value for name, value in os.environ.items() if not name.startswith("SLURM")}
         self.environment |= {"SLURM_CONF": f"{self.folder}/slurm.conf", "PATH": os.environ["PATH"] + ":/usr/sbin:/sbin"}
+        self.environment["GLOO_SOCKET_IFNAME"] = "lo"  # the nodes are this machine: else ranks refuse such addresses
         self.daemons: list[subprocess.Popen] = []
         try:
             self._start()
@@ -89,7 +91,9 @@ class Cluster:
         for probe in probes:
             probe.close()
         host = socket.gethostname().partition(".")[0]
-        conf = CONF.format(folder=self.folder, host=host, ports=ports, nodes=NODES)
+        # Ranks meet at a port that follows from the job's number: clusters beside each other must not have the same.
+        first_job = 1 + secrets.randbelow(1200)
+        conf = CONF.format(folder=self.folder, host=host, ports=ports, nodes=NODES, first_job=first_job)
         (self.folder / "slurm.conf").write_text(conf)
         if not self.call("slurmctld", "-V").startswith("slurm-wlm 22."):  # newer ones ask for cgroups even so
             (self.folder / "cgroup.conf").write_text("CgroupPlugin=disabled\n")
