@@ -13,6 +13,7 @@ if sys.path[0] == str(Path(__file__).resolve().parent):  # run as a file: launch
 
 from pretrain.console import ends_at_closed_pipe, write_patiently
 from pretrain.guard import StopRequest
+from pretrain.start_clock import StartClock
 
 EXAMPLES = """examples:
   deepspeed launch/pretrain.py configs/gpt2-124m.yaml
@@ -21,9 +22,8 @@ EXAMPLES = """examples:
   python launch/pretrain.py --check configs/llama-1.3b.yaml
   sbatch launch/slurm/pretrain.sbatch configs/llama-1.3b.yaml     (on many nodes)
 
-exit status: 0 done, 1 failed, 2 wrong config or use, 69 the machine or another rank failed (the same command is worth
-trying again), 75 stopped by a signal and resumable by the same command. The run folder's status.json says the same, for
-the deepspeed launcher hides exit statuses."""
+exit status: 0 done, 1 failed, 2 wrong config or use, 69 the machine or another rank failed (worth trying again), 75
+stopped by a signal and resumable. The run folder's status.json says the same, for the deepspeed launcher hides it."""
 
 
 @ends_at_closed_pipe
@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         local_size = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1"
         os.environ["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // int(local_size)))
     rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
-    is_everybodys = True  # all ranks read the same config
+    is_everybodys, clock = True, StartClock("config")  # all ranks read the same config
     with StopRequest(ends_process=True, speaks=rank == "0") as stop:  # before the imports, which take long
         from pretrain.errors import LonghaulError
         from pretrain.redaction import print_error
@@ -53,9 +53,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print(config.run.dir)
                 return 0
             is_everybodys = False
+            clock.begin("imports")
             from pretrain.train import train
 
-            return train(config, stop)
+            return train(config, stop, clock)
         except LonghaulError as error:
             if rank == "0" or not (is_everybodys or error.agreed):
                 print_error(error, "" if rank == "0" else f" on rank {rank}")

@@ -25,7 +25,7 @@ TIERS = (
     "errors section spellings heartbeat hardware text_index",
     "model_options run_options start_clock store_errors checkpoint_owner",
     "config",
-    "stores config_docs schedule batch_plan packing phases row_order families console tokenizer source_files matrix_exchange lion"
+    "stores config_docs schedule batch_plan packing phases row_order families console tokenizer source_files matrix_exchange lion torch_optimizers"
     " generate_options repetition stalls personal_data near_duplicates languages wikipedia",
     "redaction checks mixture explain patient_file deepspeed_settings sentencepiece_model varied_texts table_files token_files shards tensor_files distributed watch_links layers recompute"
     " published model_card muon compiling filters dataset_files decoding tar_files",
