@@ -19,9 +19,8 @@ COLOURS = {
 PANEL_WIDTH, PANEL_HEIGHT, MARGIN, GAP = 170, 180, 46, 18
 
 
-def draw(record: dict[str, Any]) -> str:
-    """Write the picture of a result of `benchmarks/memory.py` as SVG."""
-    rows = record["rows"]
+def draw(rows: Sequence[dict[str, Any]]) -> str:
+    """Write the picture of rows of `benchmarks/memory.py` as SVG."""
     precisions = sorted({row["precision"] for row in rows})
     stages = sorted({row["stage"] for row in rows})
     top = max(sum(_heights(row).values()) for row in rows)
@@ -59,10 +58,10 @@ def _panel(rows: list[dict[str, Any]], title: str, left: int, bottom: int, top: 
         parts.append(f'<text transform="translate({left - 30},{bottom - 40}) rotate(-90)">bytes a parameter</text>')
     step = PANEL_WIDTH / max(len(rows), 1)
     for number, row in enumerate(sorted(rows, key=lambda row: row["ranks"])):
-        x, y = left + (number + 0.15) * step, float(bottom)
+        x, top_of_bar = left + (number + 0.15) * step, float(bottom)
         for kind, value in _heights(row).items():
-            y -= value * scale
-            parts.append(f'<rect x="{x:.1f}" y="{y:.1f}" width="{0.7 * step:.1f}" height="{value * scale:.2f}" '
+            top_of_bar -= value * scale
+            parts.append(f'<rect x="{x:.1f}" y="{top_of_bar:.1f}" width="{0.7 * step:.1f}" height="{value * scale:.2f}" '
                          f'fill="{COLOURS[kind]}"/>')  # fmt: skip
         theory = bottom - sum(row["theory"].values()) / row["num_parameters"] * scale
         parts.append(f'<line x1="{x - 3:.1f}" x2="{x + 0.7 * step + 3:.1f}" y1="{theory:.1f}" y2="{theory:.1f}" '
@@ -73,7 +72,8 @@ def _panel(rows: list[dict[str, Any]], title: str, left: int, bottom: int, top: 
 
 
 def _legend(y: int) -> list[str]:
-    parts, x = [], MARGIN
+    parts: list[str] = []
+    x = MARGIN
     for kind, colour in COLOURS.items():
         parts.append(f'<rect x="{x}" y="{y - 9}" width="10" height="10" fill="{colour}"/>' + _text(x + 14, y, kind))
         x += 104
@@ -88,11 +88,11 @@ def _text(x: float, y: float, text: str, anchor: str = "start", weight: str = "n
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit status."""
     parser = argparse.ArgumentParser(prog="plot", description=__doc__)
-    parser.add_argument("result", type=Path, help="JSON file of benchmarks/memory.py")
+    parser.add_argument("results", type=Path, nargs="+", metavar="FILE", help="JSON files of benchmarks/memory.py")
     parser.add_argument("picture", type=Path, help="SVG file to write")
     arguments = parser.parse_args(argv)
-    picture = draw(json.loads(arguments.result.read_text(encoding="utf-8")))
-    arguments.picture.write_text(picture, encoding="utf-8")
+    rows = [row for path in arguments.results for row in json.loads(path.read_text(encoding="utf-8"))["rows"]]
+    arguments.picture.write_text(draw(rows), encoding="utf-8")
     return 0
 
 

@@ -6,6 +6,7 @@ does not matter whether DeepSpeed or this project called them. `measure` trains 
 
 from __future__ import annotations
 
+import gc
 import math
 import weakref
 from collections import Counter
@@ -126,8 +127,10 @@ def resident(engine: Engine, usage: Usage) -> dict[str, int]:
     """Sum the bytes of all storages that live, each once, by kind.
 
     `activations` are what the last forward pass left and nothing else owns: what the backward pass will need, and the
-    gradients that the loss has computed already. `other` is what remains, such as rows and scalars.
+    gradients that the loss has computed already. `other` is what remains, such as rows and scalars. Python's cycles are
+    collected first: DeepSpeed's hold a bucket now and then, until Python looks for them.
     """
+    gc.collect()
     optimizer, module = engine._optimizer, engine._engine.module
     parameters = list(module.parameters())
     masters = engine._flat_masters()

@@ -3,7 +3,7 @@
 Started by the tests on every rank: `cases.py CONFIG CASES.json`. CASES.json holds a list of
 {"overrides": [...], and by choice "signal_at", "signal_rank", "poison", "out_of_memory", "damage", "fail_save",
 "slow_save", "lose_state", "flip": [step, rank or -1 for all, name], "watch_loading",
-"window", "bad_rows"}. What a case leaves behind is in its run folder.
+"window", "bad_rows", "measure"}. What a case leaves behind is in its run folder.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 import torch
 
+from benchmarks.usage import measure
 from pretrain import checkpoint_folder, share_writer, spikes
 from pretrain import engine as engine_module
 from pretrain import train as train_module
@@ -182,6 +183,10 @@ def run_case(case: dict, config_path: str, ranks, stop: StopRequest) -> str:
 
         train_module.train_step = watched_step
     try:
+        if case.get("measure"):  # what each rank sends and holds
+            found = measure(config, ranks)
+            (Path(config.run.dir) / f"usage-{ranks.rank}.json").write_text(json.dumps(found))
+            return "done"
         return {0: "done", 75: "stopped"}[train_module.train_on(config, ranks, stop, StartClock())]
     except LonghaulError as error:
         return f"{type(error).__name__}: {error}"
