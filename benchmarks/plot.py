@@ -49,11 +49,11 @@ def _heights(row: dict[str, Any]) -> dict[str, float]:
 def _panel(rows: list[dict[str, Any]], title: str, left: int, bottom: int, top: float, with_axis: bool) -> list[str]:
     scale = (PANEL_HEIGHT - 36) / top
     parts = [_text(left + PANEL_WIDTH / 2, bottom - PANEL_HEIGHT + 26, title, "middle", "bold")]
-    for value in range(0, int(top) + 1, 4):
-        y = bottom - value * scale
+    for mark in range(0, int(top) + 1, 4):
+        y = bottom - mark * scale
         parts.append(f'<line x1="{left}" x2="{left + PANEL_WIDTH}" y1="{y:.1f}" y2="{y:.1f}" stroke="#ddd"/>')
         if with_axis:
-            parts.append(_text(left - 6, y + 4, str(value), "end"))
+            parts.append(_text(left - 6, y + 4, str(mark), "end"))
     if with_axis:
         parts.append(f'<text transform="translate({left - 30},{bottom - 40}) rotate(-90)">bytes a parameter</text>')
     step = PANEL_WIDTH / max(len(rows), 1)
@@ -61,8 +61,8 @@ def _panel(rows: list[dict[str, Any]], title: str, left: int, bottom: int, top: 
         x, top_of_bar = left + (number + 0.15) * step, float(bottom)
         for kind, value in _heights(row).items():
             top_of_bar -= value * scale
-            parts.append(f'<rect x="{x:.1f}" y="{top_of_bar:.1f}" width="{0.7 * step:.1f}" height="{value * scale:.2f}" '
-                         f'fill="{COLOURS[kind]}"/>')  # fmt: skip
+            parts.append(f'<rect x="{x:.1f}" y="{top_of_bar:.1f}" width="{0.7 * step:.1f}" '
+                         f'height="{value * scale:.2f}" fill="{COLOURS[kind]}"/>')  # fmt: skip
         theory = bottom - sum(row["theory"].values()) / row["num_parameters"] * scale
         parts.append(f'<line x1="{x - 3:.1f}" x2="{x + 0.7 * step + 3:.1f}" y1="{theory:.1f}" y2="{theory:.1f}" '
                      'stroke="black" stroke-width="2"/>')  # fmt: skip
