@@ -7,6 +7,9 @@ BIN := .venv/bin
 SYSTEM_TORCH ?= $(if $(wildcard .venv/.installed-with-system-torch),1)
 STAMP := .venv/.installed-with-$(if $(SYSTEM_TORCH),system,own)-torch
 
+# Files of tests run side by side, on as many cores as there are, but four at most: many start several ranks themselves.
+BESIDE := --numprocesses logical --maxprocesses 4 --dist loadfile
+
 .PHONY: help setup quickstart test check soak bench clean
 .DEFAULT_GOAL := help
 
@@ -37,8 +40,8 @@ quickstart: setup ## text -> tokenizer -> training -> held-out loss -> sample ->
 	@$(BIN)/python launch/quickstart.py
 
 test: setup ## run the tests on the CPU: first the quick ones, then faults, clusters and many ranks
-	@$(BIN)/python -m pytest -m "not slow"
-	@$(BIN)/python -m pytest -m slow
+	@$(BIN)/python -m pytest $(BESIDE) -m "not slow"
+	@$(BIN)/python -m pytest $(BESIDE) -m slow
 
 check: setup ## check format, lint and types, then run the tests
 	@$(BIN)/ruff format --check .
@@ -46,7 +49,7 @@ check: setup ## check format, lint and types, then run the tests
 	@$(BIN)/mypy
 	@$(MAKE) test
 
-soak: setup ## the tests of faults with all their repetitions; a line each, a summary last
+soak: setup ## the tests of faults with all their repetitions (10 to 30 minutes; LONGHAUL_SOAK=5: five of each)
 	@LONGHAUL_SOAK=$(or $(LONGHAUL_SOAK),1) $(BIN)/python -m pytest tests/fault -s
 
 bench: setup ## measure speed beside plain PyTorch and transformers; a table, and JSON in bench-results

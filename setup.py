@@ -17,7 +17,7 @@ setup(
     description="Pretraining of decoder-only Transformers, from raw text to a verified export",
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
-    package_data={"kernels": ["tiles/*.json"]},
+    package_data={"kernels": ["tiles/*.json"], "launch": ["slurm/*.sbatch"]},
     python_requires=">=3.11",
     packages=find_packages(include=["pretrain", "pretrain.*", "kernels", "kernels.*", "launch", "launch.*"]),
     install_requires=[
@@ -58,6 +58,7 @@ setup(
             "py3langid>=0.3,<0.5",
             "pytest>=8.3,<10",
             "pytest-timeout>=2.3,<3",
+            "pytest-xdist>=3.6,<4",
             "ruff>=0.15,<1",
             "s3fs>=2024.6",
             "wandb>=0.31,<1",

@@ -45,7 +45,7 @@ from pretrain.settings import load_config
 EXAMPLES = """examples:
   python benchmarks/checkpoint.py configs/llama-350m.yaml --out bench-results/checkpoint.json
   python benchmarks/checkpoint.py configs/llama-350m.yaml --ranks 4 --stage 3 --rounds 2
-  python benchmarks/checkpoint.py configs/llama-1.3b.yaml --only longhaul --rounds 1     (needs 16 bytes a parameter)
+  python benchmarks/checkpoint.py configs/llama-1.3b.yaml --only longhaul,disk --rounds 1 --precision bf16 --synchronous
   python benchmarks/checkpoint.py configs/gpt2-124m.yaml --shrink         (shows that it runs, not how fast)"""
 
 Action = Callable[[], None]
@@ -190,8 +190,9 @@ def work(arguments: argparse.Namespace) -> None:
     """Measure on one rank; rank 0 prints the rows as JSON."""
     ranks = init_distributed(1800)
     overrides = [
-        "train.precision=fp32", f"parallel.zero_stage={arguments.stage}", "train.micro_batch_size=1",
+        f"train.precision={arguments.precision}", f"parallel.zero_stage={arguments.stage}", "train.micro_batch_size=1",
         f"train.global_batch_size={ranks.world_size}", "checkpoint.keep_last=2", "checkpoint.keep_best=false",
+        f"checkpoint.asynchronous={str(not arguments.synchronous).lower()}",
         *(SHRINK if arguments.shrink else ()),
     ]  # fmt: skip
     config = load_config(arguments.config, overrides)
@@ -214,6 +215,8 @@ def work(arguments: argparse.Namespace) -> None:
                     seconds.setdefault(f"{one.name} load", []).append(timed(one.load, ranks))
                 if one.name == "longhaul":
                     growth = max(growth, grown[0])
+            if arguments.synchronous:
+                continue
             blocked = timed(ours.start, ranks)
             seconds.setdefault("longhaul blocked", []).append(blocked)
             rest = timed(lambda: _ignore(ours.checkpoints.finish_save()), ranks)
@@ -247,6 +250,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=3, help="of all in turn")
     parser.add_argument("--only", default="", help="names with commas: longhaul, deepspeed, torch dcp, disk")
     parser.add_argument("--folder", help="on the disk to be measured (default: where temporary files go)")
+    parser.add_argument("--precision", default="fp32", help="of the model: bf16 leaves more memory")
+    parser.add_argument("--synchronous", action="store_true", help="save without a copy, and leave out `blocked`")
     parser.add_argument("--shrink", action="store_true", help="a tiny model")
     parser.add_argument("--out", type=Path, help="JSON file")
     arguments = parser.parse_args(argv)

@@ -20,26 +20,14 @@ import torch
 from torch import Tensor
 
 from kernels.cross_entropy import cross_entropy_, new_logits
+from kernels.loss_chunks import chunk_rows
 from kernels.matmul import add_matmul, matmul_into
 
-CHUNK_ELEMENTS = 2**28  # 1 GiB of logits: 2092 tokens of 128k classes
-CHUNK_ROWS = 4096  # each chunk passes over the gradient of the weights: fewer, larger chunks where memory allows
 # fp16 has nothing between 0 and 6e-8, and many probabilities among 128k classes are smaller. A gradient of a logit is
 # at most 1 + 2 z_loss lse; times this, up to 63 of it is finite in fp16. The backward pass divides by it, in fp32.
 _GRAD_SCALE_FP16 = 2.0**10
 
 _Options = tuple[float, float, float | None]  # z_loss, label_smoothing, softcap
-
-
-def chunk_rows(num_tokens: int, num_classes: int) -> int:
-    """Choose how many tokens have logits at a time: as many as 1 GiB holds, or a quarter, up to 4096, if that is more.
-
-    Unfused, logits take 12 bytes an element (fp32 log-probabilities and two gradients of that size) against 4 here: a
-    quarter of the tokens is a twelfth, to which the fp32 gradient of the weights comes.
-    """
-    most = max(CHUNK_ELEMENTS // num_classes, min(CHUNK_ROWS, num_tokens // 4), 1)
-    num_chunks = -(-num_tokens // most)
-    return -(-num_tokens // max(num_chunks, 1))  # chunks of one size: a short last one would idle most of the GPU
 
 
 def grad_scale(dtype: torch.dtype) -> float:

@@ -15,9 +15,11 @@ from pretrain.console import ends_at_closed_pipe
 COMMANDS = {  # name: (module of launch, what it does)
     "prepare": ("prepare", "turn raw text into a tokenizer and shards"),
     "train": ("pretrain", "train, or go on from the newest good checkpoint"),
+    "submit": ("submit", "train on a SLURM cluster; how a run stands; stop it"),
     "evaluate": ("evaluate", "held-out loss, perplexity and bits per byte of a run"),
     "generate": ("generate", "sample text from a run"),
     "convert": ("convert", "convert a checkpoint for other software, and verify it"),
+    "plan": ("plan", "memory, time and cost of a run, and better settings, with no GPU"),
     "quickstart": ("quickstart", "the whole journey on a small config, offline"),
 }
 

@@ -20,7 +20,7 @@ EXAMPLES = """examples:
   deepspeed --num_gpus 2 launch/pretrain.py configs/quickstart.yaml train.num_steps=20 run.dir=runs/try
   torchrun --nproc-per-node 8 launch/pretrain.py configs/llama-350m.yaml
   python launch/pretrain.py --check configs/llama-1.3b.yaml
-  sbatch launch/slurm/pretrain.sbatch configs/llama-1.3b.yaml     (on many nodes)
+  python launch/submit.py configs/llama-1.3b.yaml --nodes 4 --gpus-per-node 8     (on a SLURM cluster)
 
 exit status: 0 done, 1 failed, 2 wrong config or use, 69 the machine or another rank failed (worth trying again), 75
 stopped by a signal and resumable. The run folder's status.json says the same, for the deepspeed launcher hides it."""

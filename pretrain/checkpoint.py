@@ -83,7 +83,7 @@ class Checkpoints:
         self.section = section
         self.ranks = ranks
         self.report = report
-        self._writer = ShareWriter(ranks.device, ranks.rank)
+        self._writer = ShareWriter(ranks.device, ranks.rank, asynchronous=section.asynchronous)
         self._pending: _Pending | None = None
         record = ranks.agree(lambda: place.claim(run_id, run_path) if ranks.is_first else "")
         place.join(ranks.from_first(record))
@@ -220,7 +220,7 @@ class Checkpoints:
                 for bad, problem in damaged.items():
                     self.ranks.agree(partial(self._set_aside, bad))
                     if self.ranks.is_first:
-                        self.report("checkpoint_damaged", f"{problem}. Going on from the one before.")
+                        self.report("checkpoint_damaged", f"{problem}; set aside. Going on from the one before.")
                 reader = self.ranks.agree(partial(self.place.open, step))
                 fill(engine, reader, self.ranks)
                 return reader.training
@@ -280,7 +280,7 @@ class Checkpoints:
                 self.ranks.heartbeat.beat()
             return "; ".join(problem for problem in problems if problem) or None
         except CheckpointError as error:
-            return str(error)
+            return str(error).partition("; expected")[0]  # what to do about it is another matter here
 
     def _prune(self, best_step: int | None) -> None:
         """Remove all but the newest `keep_last` checkpoints, the multiples of `keep_every` and the best one."""
@@ -334,8 +334,8 @@ def fill(engine: Engine, reader: CheckpointReader, ranks: Ranks, with_optimizer:
 def _read_into(engine: Engine, reader: CheckpointReader, with_optimizer: bool) -> None:
     if reader.shapes != engine.parameter_shapes():
         raise CheckpointError(
-            f"{reader.folder}: holds another model than the config's; expected the same parameters. Use the `model` of "
-            "the config that wrote it, or begin with another run.dir."
+            f"{reader.folder}: holds another model than the config's ({_difference(engine, reader)}); expected the "
+            "same parameters. Use the `model` of the config that wrote it, or begin with another run.dir."
         )
     if with_optimizer and (lacking := _lacking(engine, reader)):
         raise CheckpointError(
@@ -347,6 +347,14 @@ def _read_into(engine: Engine, reader: CheckpointReader, with_optimizer: bool) -
             if with_optimizer or state == MASTER:
                 view.copy_(reader.read(fragment.name, state, fragment.start, fragment.length))
         engine.ranks.heartbeat.beat()
+
+
+def _difference(engine: Engine, reader: CheckpointReader) -> str:
+    """Name the first parameter that a checkpoint has otherwise."""
+    ours, theirs = engine.parameter_shapes(), reader.shapes
+    name = next(name for name in [*ours, *theirs] if ours.get(name) != theirs.get(name))
+    shapes = [f"of shape {list(one[name])}" if name in one else "not there" for one in (theirs, ours)]
+    return f"{name} is {shapes[0]}, and would be {shapes[1]}"
 
 
 def _lacking(engine: Engine, reader: CheckpointReader) -> str:

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 import torch
 
-from pretrain.errors import CheckpointError
+from pretrain.errors import CheckpointError, ConfigError
 from pretrain.tensor_files import TensorFile, sha256_of
 
 FORMAT_VERSION = 2
@@ -160,6 +160,13 @@ class FolderFiles:
         """As `Files` says; the files are closed when they are forgotten."""
 
 
+def _why(error: Exception) -> str:
+    """Say in words why a manifest cannot be used."""
+    if isinstance(error, KeyError):
+        return f"it lacks {error}"
+    return f"it is not JSON: {error}" if isinstance(error, json.JSONDecodeError) else str(error)
+
+
 class CheckpointReader:
     """A complete checkpoint: its manifest and any range of any tensor."""
 
@@ -167,7 +174,8 @@ class CheckpointReader:
         """Read the manifest.
 
         Raises:
-            CheckpointError: it is missing, damaged or of a newer format.
+            CheckpointError: it is missing or damaged.
+            ConfigError: it is of a newer format.
             StoreAccessError: the store that it lies in cannot be read.
         """
         self.folder = folder
@@ -179,7 +187,7 @@ class CheckpointReader:
                 raise ValueError("its sha256 is not the one that was written")
             version = self.manifest["format_version"]
             if version not in (1, FORMAT_VERSION):
-                raise CheckpointError(
+                raise ConfigError(  # not damage: it must not be passed over
                     f"{folder}: format version is {version}; expected at most {FORMAT_VERSION}. Use the Longhaul that "
                     "wrote it."
                 )
@@ -199,7 +207,7 @@ class CheckpointReader:
                     raise ValueError(f"{name!r} is no file of a checkpoint")
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(
-                f"{folder}/{MANIFEST}: is not readable ({error!r}); expected a checkpoint's manifest. "
+                f"{folder}/{MANIFEST}: is not readable ({_why(error)}); expected a checkpoint's manifest. "
                 "Use another checkpoint (--step), or remove this folder."
             ) from None
 

@@ -99,6 +99,9 @@ def idle_options(config: Config) -> dict[str, str]:
     if config.eval.sample_every_steps == 0:
         for name in ("sample_prompts", "sample_tokens", "sample_temperature"):
             idle[f"eval.{name}"] = "It is for text sampled during training, and eval.sample_every_steps is 0."
+    if config.guard.spike_sigmas == 0:
+        for name in ("spike_steps", "rollback_steps", "max_rollbacks"):
+            idle[f"guard.{name}"] = "It is about spikes, and guard.spike_sigmas is 0."
     if not config.resume.from_:
         for name in ("optimizer", "schedule", "data"):
             idle[f"resume.{name}"] = "It is for beginning from another run, and resume.from is empty."
@@ -254,22 +257,21 @@ def _source_problems(config: Config) -> Iterator[Problem]:
 
 def _reads_elsewhere(config: Config) -> bool:
     """Whether something is in no folder."""
-    return any(is_remote(place) for place in (config.checkpoint.dir, *(one.shards for one in config.data.sources)))
+    places = [config.checkpoint.dir, config.resume.from_, *(source.shards for source in config.data.sources)]
+    return any(map(is_remote, places))
 
 
 def _checkpoint_problems(config: Config) -> Iterator[Problem]:
-    """Check where checkpoints are written."""
-    place, name = config.checkpoint.dir, "checkpoint.dir"
-    if not is_remote(place):
-        return
-    protocol = place.partition(":")[0].lower()
-    if protocol in ("pipe", "http", "https", "memory"):
-        yield Problem(
-            name, f"{name} is {shown(place)}; expected a folder or an object store. Use s3:// or gs://, or none."
-        )
-    elif has_credentials(place):
-        text = f"{name} is {shown(place)} with a password or a query; expected neither, for this is written to the run"
-        yield Problem(name, f"{text} folder. Leave them out: credentials come from the environment.")
+    """Check where checkpoints are written, and where others are read."""
+    for place, name in ((config.checkpoint.dir, "checkpoint.dir"), (config.resume.from_, "resume.from")):
+        if not is_remote(place):
+            continue
+        if place.partition(":")[0].lower() in ("pipe", "http", "https", "memory"):
+            text = f"{name} is {shown(place)}; expected a folder or an object store. Use s3:// or gs://, or none."
+            yield Problem(name, text)
+        elif has_credentials(place):
+            text = f"{name} is {shown(place)} with a password or a query; expected neither, for this is written to the"
+            yield Problem(name, f"{text} run folder. Leave them out: credentials come from the environment.")
 
 
 def _store_problems(config: Config) -> Iterator[Problem]:

@@ -6,6 +6,10 @@ from pretrain.batch_plan import BatchPlan
 from pretrain.config import Config
 from pretrain.run_options import ParallelSection
 
+# DeepSpeed's own defaults for stage 3, in elements: a smaller tensor stays whole on every rank; what is used again
+# within so many is kept gathered; and so much is gathered at most.
+PERSISTENT_ELEMENTS, REUSE_ELEMENTS, MAX_LIVE_ELEMENTS = 100_000, 1_000_000_000, 1_000_000_000
+
 
 def effective_stage(parallel: ParallelSection, precision: str, world_size: int) -> int:
     """The stage that runs, where two would compute the same.
@@ -22,11 +26,17 @@ def effective_stage(parallel: ParallelSection, precision: str, world_size: int) 
 def bucket_elements(world_size: int) -> int:
     """Gradients that are reduced at once: more where each rank's share would else be too small to fill the network.
 
-    DeepSpeed allocates them whatever the model's size, in fp32 (stage 1) or the weights' type; its own default is 2 GB.
+    DeepSpeed allocates them whatever the model's size, in fp32 (stage 1) or the weights' type; its own default is 500
+    million, which is the most here: 10,000 ranks would else hold 40 GB of them at stage 3.
 
     Source: Megatron-LM's distributed data parallel, max(40 million, 1 million x ranks).
     """
-    return max(40_000_000, 1_000_000 * world_size)
+    return min(max(40_000_000, 1_000_000 * world_size), 500_000_000)
+
+
+def prefetch_elements(num_parameters: int, num_layers: int) -> int:
+    """Weights that stage 3 gathers ahead of their use: those of a block, or more."""
+    return max(50_000_000, num_parameters // num_layers)
 
 
 def deepspeed_settings(config: Config, plan: BatchPlan, num_parameters: int) -> dict:
@@ -47,7 +57,10 @@ def deepspeed_settings(config: Config, plan: BatchPlan, num_parameters: int) -> 
             "reduce_bucket_size": min(num_parameters, bucket_elements(plan.world_size)),
             # Even, as DeepSpeed wants it; nothing is allocated for it where the backend gathers into one tensor.
             "allgather_bucket_size": 500_000_000,
-            "stage3_prefetch_bucket_size": max(50_000_000, num_parameters // config.model.num_layers),
+            "stage3_prefetch_bucket_size": prefetch_elements(num_parameters, config.model.num_layers),
+            "stage3_param_persistence_threshold": PERSISTENT_ELEMENTS,
+            "stage3_max_reuse_distance": REUSE_ELEMENTS,
+            "stage3_max_live_parameters": MAX_LIVE_ELEMENTS,
         },
         "data_types": {"grad_accum_dtype": config.train.grad_accum_dtype},
         "communication_data_type": config.train.grad_accum_dtype,  # else bf16 and fp16 gradients are rounded to be sent

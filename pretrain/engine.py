@@ -34,8 +34,9 @@ from pretrain.deepspeed_settings import deepspeed_settings, effective_stage
 from pretrain.distributed import Ranks, choose_device, export_rank_variables
 from pretrain.errors import ConfigError, LonghaulError, PeerError, TrainingError
 from pretrain.matrix_exchange import Held
+from pretrain.moments import moment_names
 from pretrain.muon import Muon
-from pretrain.optim import create_state, make_optimizer, moment_names, param_groups
+from pretrain.optim import create_state, make_optimizer, param_groups
 from pretrain.profiling import PhaseClock
 from pretrain.start_clock import StartClock
 
@@ -162,7 +163,7 @@ class Engine:
         settings = deepspeed_settings(config, plan, sum(math.prod(shape) for shape in self._shapes.values()))
         groups = param_groups(model, config.optim)
         self.states = {
-            name: (MASTER, *moment_names(config.optim, group)) for group in groups for name in group["names"]
+            name: (MASTER, *moment_names(config.optim, group["muon"])) for group in groups for name in group["names"]
         }
         self.frozen = [name for group in groups if group["lr_ratio"] == 0 for name in group["names"]]
         optimizer = make_optimizer(groups, config.optim)

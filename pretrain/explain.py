@@ -39,9 +39,15 @@ def _is_needed_in(inner: Option, section: Option) -> bool:
     return inner.required and inner.name.rpartition(".")[0] in (section.name, f"{section.name}.*")
 
 
+# Others' words for values.
+_MEANT = {"cpu": "optimizer", "float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "half": "fp16"}
+
+
 def _mend(option: Option, value: Any) -> str:
     """Return what to write instead of a wrong value, where that is clear."""
     if option.choices:
+        if (meant := _MEANT.get(str(value).lower())) in option.choices:
+            return f" Use {meant}."
         close = difflib.get_close_matches(str(value).lower(), option.choices, n=1, cutoff=0.5)
         if close:
             return f" Use {close[0]}."

@@ -89,6 +89,6 @@ class SkipGuard:
             raise TrainingError(
                 f"step {step}: gradients are not finite for {self._in_a_row} steps in a row (rows {rows[0]} to "
                 f"{rows[1] - 1} last); expected at most guard.max_skipped_steps ({self.max_skipped_steps}). The "
-                "weights and the last checkpoint are untouched by them. Lower optim.lr, raise schedule.warmup_steps "
-                "or use train.precision=fp32."
+                "weights, and what was saved, are untouched by them. Lower optim.lr, raise schedule.warmup_steps, or "
+                "compute in more digits (train.precision bf16 rather than fp16, or fp32)."
             )

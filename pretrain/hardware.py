@@ -7,39 +7,7 @@ import time
 
 import torch
 
-# Dense peak FLOP/s: (bf16 and fp16 with matrix units and fp32 sums, fp32 without TF32). Source: the makers' data
-# sheets, whose figures "with sparsity" are twice these. The longest key that the device's name contains counts.
-GPU_PEAK_FLOPS = {
-    "GB200": (2500e12, 80e12),
-    "B200": (2250e12, 75e12),
-    "B300": (2250e12, 75e12),
-    "GH200": (989e12, 67e12),
-    "H200": (989e12, 67e12),
-    "H200 NVL": (835e12, 60e12),
-    "H100": (989e12, 67e12),
-    "H100 NVL": (835e12, 60e12),
-    "H100 PCIe": (756e12, 51e12),
-    "H800": (989e12, 67e12),
-    "H20": (148e12, 44e12),
-    "A100": (312e12, 19.5e12),
-    "A800": (312e12, 19.5e12),
-    "A40": (149.7e12, 37.4e12),
-    "A30": (165e12, 10.3e12),
-    "A10": (125e12, 31.2e12),
-    "A10G": (70e12, 31.5e12),
-    "L40S": (362e12, 91.6e12),
-    "L40": (181e12, 90.5e12),
-    "L4": (121e12, 30.3e12),
-    "RTX A6000": (154.8e12, 38.7e12),
-    "RTX 6000 Ada": (364.2e12, 91.1e12),
-    "RTX 5090": (209.5e12, 104.8e12),
-    "RTX 4090": (165e12, 82.6e12),
-    "RTX 3090": (71e12, 35.6e12),
-    "V100": (125e12, 15.7e12),
-    "MI300X": (1307.4e12, 163.4e12),
-    "MI325X": (1307.4e12, 163.4e12),
-}
-
+from pretrain.gpus import gpu_of_device
 
 _SLOW_FLOPS = 10e9  # of a CPU without instructions for a dtype, as most have none for bf16
 
@@ -52,12 +20,10 @@ def peak_flops(device: torch.device, precision: str) -> float | None:
     """
     if device.type == "cpu":
         return _measure_matmul(torch.bfloat16 if precision == "bf16" else torch.float32)
-    name = torch.cuda.get_device_name(device)
-    key = max((key for key in GPU_PEAK_FLOPS if key in name), key=len, default=None)
-    if key is None:
+    found = gpu_of_device(torch.cuda.get_device_name(device))
+    if found is None:
         return None
-    low, single = GPU_PEAK_FLOPS[key]
-    return single if precision == "fp32" else low
+    return found[1].flops_fp32 if precision == "fp32" else found[1].flops
 
 
 def _measure_matmul(dtype: torch.dtype, repeats: int = 8) -> float:

@@ -17,29 +17,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from pretrain.matrix_owners import Matrix, assign_owners
+
 BUCKET_ELEMENTS = 2**25  # of whole matrices on one rank at once; one larger matrix is a bucket of its own
-
-
-@dataclass(frozen=True)
-class Matrix:
-    """Rows of a parameter that are worked on as one matrix; what comes back is multiplied by `scale`."""
-
-    parameter: str
-    start: int  # first flat element within the parameter
-    rows: int
-    cols: int
-    scale: float = 1.0
-
-    @property
-    def numel(self) -> int:
-        """Number of elements."""
-        return self.rows * self.cols
-
-    @property
-    def cost(self) -> int:
-        """Multiplications of a Newton-Schulz iteration, which work is balanced by."""
-        short, long = sorted((self.rows, self.cols))
-        return 2 * short * short * long + short**3
 
 
 @dataclass(frozen=True)
@@ -83,20 +63,6 @@ class Bucket:
     batches: list[tuple[int, int, int]] = field(default_factory=list)
     moves: list[_Move] = field(default_factory=list)
     travels: bool = False
-
-
-def assign_owners(matrices: Sequence[Matrix], holders: Sequence[set[int]], num_ranks: int) -> list[int]:
-    """Return for each matrix the rank that works on it: its only holder, else, largest first, the least busy rank."""
-    load = [0] * num_ranks
-    owners = [next(iter(ranks)) if len(ranks) == 1 else -1 for ranks in holders]
-    for matrix, owner in zip(matrices, owners, strict=True):
-        if owner >= 0:
-            load[owner] += matrix.cost
-    divided = [index for index, owner in enumerate(owners) if owner < 0]
-    for index in sorted(divided, key=lambda index: (-matrices[index].cost, index)):
-        owners[index] = min(range(num_ranks), key=lambda rank: (load[rank], rank))
-        load[owners[index]] += matrices[index].cost
-    return owners
 
 
 def plan_buckets(

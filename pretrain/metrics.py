@@ -11,6 +11,7 @@ import logging
 import math
 import os
 import platform
+import statistics
 import time
 from collections import deque
 from collections.abc import Mapping
@@ -64,15 +65,22 @@ def _json_number(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def drop_lines_after(path: Path, step: int) -> None:
-    """Remove the lines of a `metrics.jsonl` beyond a step, and a last line that a crash cut short."""
+def drop_lines_after(path: Path, step: int) -> int:
+    """Remove the lines of a `metrics.jsonl` beyond a step, and a last line that a crash cut short.
+
+    Returns:
+        The last step that there were lines of.
+    """
+    last = 0
     if not path.exists():
-        return
+        return last
     kept = []
     for line in path.read_bytes().splitlines(keepends=True):
         try:
-            if line.endswith(b"\n") and json.loads(line)["step"] <= step:
-                kept.append(line)
+            if line.endswith(b"\n"):
+                last = max(last, own := int(json.loads(line)["step"]))
+                if own <= step:
+                    kept.append(line)
         except (ValueError, KeyError, TypeError):
             continue
     temporary = path.with_suffix(".tmp")
@@ -82,6 +90,7 @@ def drop_lines_after(path: Path, step: int) -> None:
     except OSError as error:
         temporary.unlink(missing_ok=True)
         warn(f"{path}: lines past step {step} cannot be removed ({error.strerror}); these steps will be there twice")
+    return last
 
 
 class _Events:
@@ -131,7 +140,11 @@ class _Events:
 
 
 class MetricLog:
-    """Rank 0's record of the run."""
+    """Rank 0's record of the run.
+
+    Attributes:
+        last_dropped: the last step that the files told of before what is past the checkpoint was dropped.
+    """
 
     def __init__(
         self, folder: Path, section: LogSection, *, num_steps: int, tokens_per_step: int, world_size: int,
@@ -163,7 +176,7 @@ class MetricLog:
 
     def _open_files(self, after_step: int, is_first: bool) -> None:
         path = self._folder / "metrics.jsonl"
-        drop_lines_after(path, after_step)
+        self.last_dropped = drop_lines_after(path, after_step)
         self._file, self._events = PatientFile(path), None
         if self.section.tensorboard:
             self._events = _Events(self._folder / "tensorboard", None if is_first else after_step + 1)
@@ -197,6 +210,10 @@ class MetricLog:
         self._add_scalars(line, "train/", metrics.step)
         self._recent.append(metrics.step_seconds)
         self._show(line)
+
+    def median_step_seconds(self) -> float:
+        """Of the last twenty steps of this start."""
+        return statistics.median(self._recent)
 
     def _show(self, line: dict[str, Any]) -> None:
         step = line["step"]

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pretrain.matrix_exchange import Held, Matrix, MatrixExchange
+from pretrain.matrix_exchange import Held, MatrixExchange
+from pretrain.matrix_owners import Matrix
 from pretrain.torch_optimizers import AdamW
 
 _A, _B, _C = 3.4445, -4.7750, 2.0315

@@ -14,11 +14,9 @@ from torch import nn
 from pretrain.config import OptimGroupSection, OptimSection
 from pretrain.errors import ConfigError
 from pretrain.lion import Lion
+from pretrain.moments import is_hidden_matrix, moment_names
 from pretrain.muon import Muon
 from pretrain.torch_optimizers import SGD, Adam, AdamW, RMSprop
-
-# Two-dimensional, but lookups or classifiers rather than maps between hidden states: Muon leaves them to AdamW.
-_NO_HIDDEN_MATRIX = ("embedding.", "position_embedding.", "output.")
 
 
 def param_groups(model: nn.Module, section: OptimSection) -> list[dict[str, Any]]:
@@ -43,8 +41,7 @@ def param_groups(model: nn.Module, section: OptimSection) -> list[dict[str, Any]
         if rule and rule.weight_decay is not None:
             decay = rule.weight_decay
         lr_ratio = rule.lr_ratio if rule else 1.0
-        is_hidden = is_matrix and not name.startswith(_NO_HIDDEN_MATRIX)
-        by_muon = section.name == "muon" and is_hidden
+        by_muon = section.name == "muon" and is_hidden_matrix(name, parameter.dim())
         group = groups.setdefault((by_muon, lr_ratio, decay), {
             "params": [], "names": [], "weight_decay": decay, "lr_ratio": lr_ratio, "lr": section.lr * lr_ratio,
             "muon": by_muon, "parts": {},
@@ -105,22 +102,6 @@ def make_optimizer(groups: list[dict[str, Any]], section: OptimSection) -> torch
             return RMSprop(groups, lr=lr, alpha=section.alpha, eps=eps, momentum=section.momentum, foreach=True)
 
 
-def moment_names(section: OptimSection, group: dict[str, Any]) -> tuple[str, ...]:
-    """Names of the state tensors kept for each weight of a group, each of the weight's shape, fp32."""
-    momentum = ("momentum_buffer",) if section.momentum > 0 else ()
-    match section.name:
-        case "muon" if group["muon"]:
-            return ("momentum_buffer",)
-        case "adamw" | "adam" | "muon":
-            return ("exp_avg", "exp_avg_sq")
-        case "lion":
-            return ("exp_avg",)
-        case "sgd":
-            return momentum
-        case "rmsprop":
-            return ("square_avg", *momentum)
-
-
 def create_state(
     optimizer: torch.optim.Optimizer, tensors: Iterable[tuple[torch.Tensor, dict[str, Any]]], section: OptimSection
 ) -> None:
@@ -137,7 +118,7 @@ def create_state(
         state = optimizer.state[tensor]
         if state:
             continue
-        names = moment_names(section, group)
+        names = moment_names(section, group["muon"])
         if "exp_avg_sq" in names:  # the fused ones count their steps beside the parameter
             state["step"] = torch.zeros((), dtype=torch.float32, device=tensor.device)
         elif section.name == "rmsprop":

@@ -9,12 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.checkpoint import Checkpoints, fill, list_together
-from pretrain.checkpoint_files import MANIFEST, CheckpointReader
+from pretrain.checkpoint_files import MANIFEST, CheckpointReader, step_of
+from pretrain.checkpoint_places import Place
+from pretrain.checkpoint_store import StorePlace
+from pretrain.config import Config, DataSection
 from pretrain.distributed import Ranks
 from pretrain.engine import Engine
 from pretrain.errors import CheckpointError, ConfigError
 from pretrain.run_folder import place_of_run
-from pretrain.run_options import ResumeSection
+from pretrain.stores import is_remote
 from pretrain.stream import TokenStream
 
 
@@ -48,7 +51,8 @@ class Start:
 
 
 def load_start(
-    section: ResumeSection,
+    config: Config,
+    num_steps: int,
     checkpoints: Checkpoints,
     engine: Engine,
     stream: TokenStream,
@@ -59,7 +63,8 @@ def load_start(
     """Fill engine and stream with what the run begins with; all ranks together.
 
     Args:
-        section: the config's `resume`.
+        config: of the run; its `resume` says what to begin with.
+        num_steps: of the whole run.
         checkpoints: of the run folder; the newest good one of them wins.
         engine: filled with weights and moments.
         stream: moved to the rows that come next.
@@ -71,13 +76,14 @@ def load_start(
         CheckpointError: no checkpoint is good, or it does not fit the config.
         DataError: rows up to the checkpoint would be others.
     """
+    section = config.resume
     own = checkpoints.load_newest(engine)
     if own is not None:
         ranks.agree(lambda: stream.load_state(own["data"]))
         return Start(Progress(**own["progress"]), own.get("spikes", {}), own=True)
     if not section.from_:
         return Start(Progress(), {}, own=False)
-    reader = _open_other(Path(section.from_), checkpoints, ranks, report)
+    reader = _open_other(config, checkpoints, ranks, report)
     other = reader.manifest["about"].get("tokenizer", fingerprint)
     if other != fingerprint:
         raise ConfigError(
@@ -88,11 +94,17 @@ def load_start(
     training, progress = reader.training, Progress()
     spikes: dict[str, Any] = {}
     if section.data:
-        ranks.agree(lambda: stream.load_state(reader.training["data"]))
+        way_on = "train on other rows by resume.data=false."
+        ranks.agree(lambda: stream.load_state(reader.training["data"], way_on))
     if section.schedule:  # but which of its checkpoints was the best means nothing in another folder
         progress = replace(Progress(**training["progress"]), best_loss=None, best_step=None, best_counted_loss=None,
                            evals_without_improvement=0)  # fmt: skip
         spikes = training.get("spikes", {}) if section.data else {}
+    if progress.step >= num_steps:
+        raise ConfigError(
+            f"train.num_steps is {num_steps}; expected more than the {progress.step} steps of resume.from, from which "
+            "this run goes on counting. Raise it, or count from 0 by resume.schedule=false."
+        )
     if ranks.is_first:
         taken = [name for name in ("optimizer", "schedule", "data") if getattr(section, name)]
         report("resumed_from", f"{reader.folder}: {', '.join(['weights', *taken])}")
@@ -100,16 +112,18 @@ def load_start(
 
 
 def _open_other(
-    path: Path, checkpoints: Checkpoints, ranks: Ranks, report: Callable[[str, str], None]
+    config: Config, checkpoints: Checkpoints, ranks: Ranks, report: Callable[[str, str], None]
 ) -> CheckpointReader:
     """Open the checkpoint that `resume.from` names, or the newest good one of the run that it names."""
-    if path.resolve() == checkpoints.run_path.resolve():
-        raise ConfigError(f"resume.from is {path}, the run folder itself; expected another one. Leave it out.")
-    readers = _candidates(path, ranks)
+    named = config.resume.from_
+    if not is_remote(named) and Path(named).resolve() == checkpoints.run_path.resolve():
+        raise ConfigError(f"resume.from is {named}, the run folder itself; expected another one. Leave it out.")
+    readers = _candidates(named, config.data, ranks)
     if not readers:
         raise ConfigError(
-            f"resume.from is {path}; expected a run folder with checkpoints, or a folder with a {MANIFEST}. Name one, "
-            "such as runs/other or runs/other/checkpoints/step-00001000."
+            f"resume.from is {named}; expected a run folder with checkpoints, a folder with a {MANIFEST}, or the URL "
+            "of one. Name one, such as runs/other, runs/other/checkpoints/step-00001000 or "
+            "s3://bucket/other/step-00001000."
         )
     damaged = []
     for open_reader in readers:
@@ -119,14 +133,21 @@ def _open_other(
         if ranks.is_first:
             report("checkpoint_damaged", f"{'; '.join(problems)}. Looking at the one before.")
     raise CheckpointError(
-        f"resume.from is {path}; expected a checkpoint that is intact ({damaged[0]}). Restore it from a backup, or "
+        f"resume.from is {named}; expected a checkpoint that is intact ({damaged[0]}). Restore it from a backup, or "
         "name another one."
     )
 
 
-def _candidates(path: Path, ranks: Ranks) -> list[Callable[[], CheckpointReader]]:
+def _candidates(named: str, data: DataSection, ranks: Ranks) -> list[Callable[[], CheckpointReader]]:
     """What opens each checkpoint that is meant, the newest first."""
-    if ranks.from_first((path / MANIFEST).is_file()):
-        return [partial(CheckpointReader, path)]
-    place = ranks.agree(lambda: place_of_run(path))
+    if is_remote(named):
+        above, _, last = named.rstrip("/").rpartition("/")
+        step = step_of(last)
+        place: Place = ranks.agree(lambda: StorePlace(named if step is None else above, data))
+        if step is not None:
+            return [partial(place.open, step)]
+    elif ranks.from_first((Path(named) / MANIFEST).is_file()):
+        return [partial(CheckpointReader, Path(named))]
+    else:
+        place = ranks.agree(lambda: place_of_run(Path(named)))
     return [partial(place.open, step) for step in reversed(list_together(place, ranks))]

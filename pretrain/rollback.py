@@ -45,18 +45,22 @@ def roll_back(run: Run, spike: Spike) -> None:
     if run.folder and run.log:
         drop_samples_after(run.folder.path, step)
         run.log.rewind(step)
+        run.folder.write_status("running", None, step, saved_step=step)
     done = "to compute the same steps again" if repeat else f"rows {describe_ranges(ranges)} are left out"
     losses = ", ".join(f"{loss:.4g}" for loss in spike.losses)
-    run.event("rollback", f"steps {spike.first_step} to {spike.last_step} were bad (losses {losses}); back to step "
-              f"{step}, {done}", rows=ranges, bad_steps=[spike.first_step, spike.last_step])  # fmt: skip
+    text = f"steps {spike.first_step} to {spike.last_step} were bad (losses {losses}); back to step {step}, {done}"
+    if run.log:  # as of the step to come: who starts from this checkpoint, for want of a later one, has not gone back
+        bad_steps = [spike.first_step, spike.last_step]
+        run.log.event(step + 1, "rollback", text, rows=ranges, bad_steps=bad_steps)
 
 
 def _give_up(run: Run, spike: Spike) -> TrainingError:
     left_out = f", though rows {describe_ranges(run.stream.skipped)} were left out" if run.stream.skipped else ""
     return TrainingError(
-        f"steps {spike.first_step} to {spike.last_step}: the loss or the gradient norm spikes for the "
-        f"{run.spikes.num_rollbacks + 1}. time{left_out}; expected at most guard.max_rollbacks "
-        f"({run.config.guard.max_rollbacks}) rollbacks. Earlier checkpoints are untouched. Look at the samples and at "
+        f"steps {spike.first_step} to {spike.last_step}: the loss or the gradient norm spikes after "
+        f"{run.spikes.num_rollbacks} of guard.max_rollbacks={run.config.guard.max_rollbacks} rollbacks{left_out}; "
+        "expected no such spike any more. The newest checkpoint from before is of step "
+        f"{max(step for step in run.checkpoints.steps() if step < spike.first_step)}. Look at the samples and at "
         "the data of these rows, lower optim.lr (run.allow_changes=[optim.lr]), or raise guard.spike_sigmas if this is "
         "how the data is."
     )

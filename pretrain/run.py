@@ -153,11 +153,11 @@ def open_run(
     engine = ranks.agree(lambda: Engine(model, config, plan, ranks))
     clock.begin("checkpoint")
     cleanup.callback(engine.close)
-    events: list[tuple[str, str]] = []
+    events: list[tuple[str, str]] = list(folder.events) if folder else []
     checkpoints = Checkpoints(place, config.checkpoint, ranks, lambda *event: events.append(event), run_path,
                               folder.run_id if folder else "")  # fmt: skip
     cleanup.callback(checkpoints.close)
-    start = load_start(config.resume, checkpoints, engine, stream, ranks, tokenizer.fingerprint,
+    start = load_start(config, plan.num_steps, checkpoints, engine, stream, ranks, tokenizer.fingerprint,
                        lambda *event: events.append(event))  # fmt: skip
     progress = start.progress
     if start.own:
@@ -214,6 +214,8 @@ def announce(run: Run, events: Sequence[tuple[str, str]], is_resumed: bool) -> N
     if engine.frozen:
         run.event("frozen", f"optim.groups has lr_ratio 0 for, and these stay as they are: {', '.join(engine.frozen)}")
     action = f"going on after step {run.progress.step}" if is_resumed else "starting"
+    if run.log and run.log.last_dropped > run.progress.step:
+        action += f", and doing steps {run.progress.step + 1} to {run.log.last_dropped} again"
     run.event("start", f"{action}: {ranks.world_size} ranks on {ranks.device.type}, ZeRO stage {engine.stage}, "
               f"{config.train.precision}, {plan.tokens_per_step} tokens a step, {plan.num_steps} steps")  # fmt: skip
     phases = describe_phases(run.stream.plan, phases_of(config), plan.num_steps)

@@ -25,6 +25,7 @@ from pretrain.checkpoint_files import CheckpointReader
 from pretrain.checkpoint_folder import FolderPlace
 from pretrain.checkpoint_places import Place, open_place
 from pretrain.config import Config
+from pretrain.config_changes import check_same_run, describe_changes
 from pretrain.console import warn
 from pretrain.distributed import Ranks
 from pretrain.errors import CheckpointError, ConfigError
@@ -32,23 +33,13 @@ from pretrain.families import resolve_shape
 from pretrain.model import Transformer
 from pretrain.patient_file import PatientFile
 from pretrain.redaction import RedactingFormatter, storable
-from pretrain.run_status import write_status
+from pretrain.run_status import read_saved_step, write_status
 from pretrain.settings import load_config, parse_config, resolved_yaml
 from pretrain.tensor_files import write_text
 from pretrain.tokenizer import Tokenizer
 from pretrain.tokenizer_files import open_tokenizer
 
 CONFIG_FILE = "config.yaml"
-# Changing these does not change what the run computes, beyond its length. What is already done of `data.sources` and
-# `data.phases` cannot be changed either: a checkpoint is compared with the plan of the rows up to it.
-FREE_TO_CHANGE = (
-    "parallel.", "train.micro_batch_size", "train.num_steps", "train.num_tokens", "eval.", "checkpoint.", "log.",
-    "guard.", "resume.", "run.allow_changes", "run.dir", "data.prefetch_steps", "data.prepare_processes",
-    "train.compile", "data.sources", "data.phases",
-    "data.allow_pipe", "data.cache_dir", "data.cache_bytes", "data.retry_seconds", "data.max_damaged_fraction",
-)  # fmt: skip
-# Changing these would make other rows of what is already done, which no checkpoint can follow; phases can.
-FIXES_ROWS = ("data.seq_len", "data.packing", "data.shuffle_window_shards", "run.seed")
 _PACKAGES = (
     "torch",
     "deepspeed",
@@ -62,23 +53,6 @@ _PACKAGES = (
 )
 
 
-def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """Return a nested mapping as one of dotted names; lists are values."""
-    if not isinstance(tree, dict):
-        return {prefix[:-1]: tree}
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= flatten(value, f"{prefix}{key}.")
-    return flat
-
-
-def changed_options(old: Config, new: Config) -> list[tuple[str, Any, Any]]:
-    """Return (option, old value, new value) of every difference, in the config's order."""
-    before, after = flatten(old.model_dump(mode="json")), flatten(new.model_dump(mode="json"))
-    names = dict.fromkeys([*after, *before])  # a section that may be null has its options in one of them only
-    return [(name, before.get(name), after.get(name)) for name in names if before.get(name) != after.get(name)]
-
-
 class RunFolder:
     """Rank 0's hold on a run folder; one process may hold it at a time.
 
@@ -86,6 +60,7 @@ class RunFolder:
         path: the folder.
         attempt: number of this start.
         run_id: what tells the run from others, wherever its folder is moved to.
+        events: what taking it up amounted to, as (event, message).
     """
 
     def __init__(self, config: Config) -> None:
@@ -96,6 +71,7 @@ class RunFolder:
             StoreAccessError: the store of its checkpoints cannot be reached.
         """
         self.path = Path(config.run.dir)
+        self.events: list[tuple[str, str]] = []
         self._status_problem = ""
         with writable(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
@@ -131,10 +107,21 @@ class RunFolder:
                     f"{self.path}: has checkpoints and no {CONFIG_FILE}; expected both. Restore it, or use another "
                     "run.dir."
                 )
-            self._compare(old, config)  # what else does not fit is found when the checkpoint is loaded
+            check_same_run(self.path, old, config)  # what else does not fit is found when the checkpoint is loaded
+            if config.resume.from_scratch:
+                text = "was done by an earlier start, and this one goes on. To begin anew once more, leave it out once."
+                self.events.append(("not_from_scratch", f"resume.from_scratch {text}"))
+            if changes := describe_changes(old, config):
+                self.events.append(("config_changed", changes))
         else:
             if old is not None and old.checkpoint.dir != config.checkpoint.dir and not begins_anew:
                 self._check_moved(open_place(old.checkpoint, self.path, old.data), place)
+            if saved_step := read_saved_step(self.path):
+                raise ConfigError(
+                    f"{self.path}: its status.json tells of a checkpoint of step {saved_step}, and {place} holds none; "
+                    "expected that one. Restore the checkpoints, or mount what they are on; or begin anew with "
+                    "resume.from_scratch=true or another run.dir."
+                )
             self.accept(config)
         return self._write_environment()
 
@@ -153,13 +140,14 @@ class RunFolder:
                 f"resume.from_scratch is true, and checkpoint.dir is {place}, which holds checkpoints; expected none: "
                 "only those in the run folder can be set aside. Use another checkpoint.dir, or move them away."
             )
+        write_status(self.path, "running", None, 0, "", saved_step=0)  # first: who is killed now does this again
         checkpoints, number = self.path / "checkpoints", 1
         if not checkpoints.exists():
             return
         while (aside := self.path / f"checkpoints.abandoned-{number}").exists():
             number += 1
         checkpoints.rename(aside)
-        print(f"resume.from_scratch: the checkpoints of before are in {aside}", file=sys.stderr)
+        self.events.append(("from_scratch", f"the checkpoints of before are in {aside}, and stay there"))
 
     def accept(self, config: Config) -> None:
         """Write the config that the run goes on with: once it does, for a refused one must not lock out the old one.
@@ -170,29 +158,6 @@ class RunFolder:
         with writable(self.path):
             stored = Config.model_validate_json(json.dumps(storable(config.model_dump(mode="json"))))
             write_text(self.path / CONFIG_FILE, resolved_yaml(stored))
-
-    def _compare(self, old: Config, new: Config) -> None:
-        refused = [
-            change for change in changed_options(old, new)
-            if not change[0].startswith(FREE_TO_CHANGE)
-            and (change[0] not in new.run.allow_changes or change[0] in FIXES_ROWS)
-        ]  # fmt: skip
-        before, after = old.data.max_seq_len, new.data.max_seq_len
-        shape = resolve_shape(new.model, new.tokenizer.vocab_size, after)
-        if before != after and shape.positions == "learned":  # one parameter for each
-            refused.append(("data.phases", f"rows of up to {before} tokens", f"rows of up to {after} tokens"))
-        if refused:
-            lines = "\n".join(
-                f"  {name}: {before!r} in the run folder, {after!r} now" for name, before, after in refused
-            )
-            names, fixed = ", ".join(name for name, _, _ in refused), [n for n, _, _ in refused if n in FIXES_ROWS]
-            way_on = f", or go on with the change by 'run.allow_changes=[{names}]'."
-            if fixed:
-                way_on = f": the rows that are to come cannot be others ({', '.join(fixed)})."
-            raise ConfigError(
-                f"{self.path}: belongs to another config; expected the same one:\n{lines}\n"
-                f"Start a new run with run.dir=…{way_on}"
-            )
 
     def _write_environment(self) -> int:
         path = self.path / "environment.json"
@@ -252,7 +217,7 @@ def environment() -> dict[str, Any]:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
     return {
         "command": storable(sys.argv), "versions": versions, "git_commit": commit.stdout.strip() or None,
-        "host": platform.node(),
+        "host": platform.node(), "slurm_job": os.environ.get("SLURM_ARRAY_JOB_ID") or os.environ.get("SLURM_JOB_ID"),
         "device": device, "cpu_cores": os.cpu_count(), "world_size": int(os.environ.get("WORLD_SIZE", "1")),
         "timestamp": time.time(),
     }  # fmt: skip

@@ -30,18 +30,22 @@ def write_status(
     Args:
         folder: the run folder.
         status, exit_status, step, reason: what it says.
-        saved_step: of the newest checkpoint; None leaves what it says.
+        saved_step: of the newest checkpoint; None leaves what it says, 0 says that there is none.
     """
     path = folder / "status.json"
-    with suppress(OSError, ValueError, AttributeError):  # there is none, or it is not ours
-        saved_step = (
-            json.loads(path.read_text(encoding="utf-8")).get("saved_step") if saved_step is None else saved_step
-        )
+    saved_step = read_saved_step(folder) if saved_step is None else saved_step or None
     content = {"status": status, "exit_status": exit_status, "step": step, "saved_step": saved_step,
                "reason": redact(reason), "pid": os.getpid(), "host": platform.node(),
                "timestamp": time.time()}  # fmt: skip
     try:
-        write_text(path, json.dumps(content, indent=1))
+        write_text(path, json.dumps(content, indent=1) + "\n")
     except OSError as error:
         return f"{path}: cannot be written ({error.strerror}); it does not say '{status}'."
     return ""
+
+
+def read_saved_step(folder: Path) -> int | None:
+    """The step of the newest checkpoint that `status.json` tells of."""
+    with suppress(OSError, ValueError, AttributeError):  # there is none, or it is not ours
+        return json.loads((folder / "status.json").read_text(encoding="utf-8")).get("saved_step") or None
+    return None

@@ -26,6 +26,7 @@ from pretrain.config_docs import options, yaml_value
 from pretrain.errors import ConfigError
 from pretrain.explain import OptionPath, dotted, explain, pattern, short
 from pretrain.section import Section, option_of
+from pretrain.spellings import suggest_option
 
 _COMMAND_LINE = 10**9  # places on the command line sort behind all lines of a file
 _LARGEST_EXACT = 2**53  # a float up to here that is a whole number is that number
@@ -337,6 +338,11 @@ def _validate(given: _Given) -> Config:
         for problem in check_options(config, given.names()):
             segments = [int(part) if part.isdecimal() else part for part in problem.option.split(".")]
             given.report(given.place_of(tuple(segments)), problem.text)
+        known = [name for name in options() if "*" not in name]
+        for number, name in enumerate(config.run.allow_changes):
+            if name not in known:
+                text = f"run.allow_changes has {short(name)}; expected options. {suggest_option(name, known)}"
+                given.report(given.place_of(("run", "allow_changes", number)), text)
     given.raise_problems()
     assert config is not None, "a config that is not valid has problems, which were raised"
     return config

@@ -68,9 +68,12 @@ class Task:
 class ShareWriter:
     """Copies and writes what this rank owns."""
 
-    def __init__(self, device: torch.device, rank: int) -> None:
-        """Take this rank's device and number."""
-        self._device, self._rank = device, rank
+    def __init__(self, device: torch.device, rank: int, *, asynchronous: bool = True) -> None:
+        """Take this rank's device and number, and whether training goes on while a save is written.
+
+        If it does not, tensors that the host has are written as they are, without a second share in memory.
+        """
+        self._device, self._rank, self._asynchronous = device, rank, asynchronous
         self._buffers: dict[str, torch.Tensor] = {}
         self._copied = threading.Event()
         self._copied.set()
@@ -93,26 +96,22 @@ class ShareWriter:
         self._copied.wait()
 
     def _write(self, fragments: Sequence[Fragment], place: Place, step: int, ready: torch.cuda.Event | None) -> None:
+        name = f"rank-{self._rank:05d}"
+        held = [(one.name, one.start, one.length, tuple(one.tensors)) for one in fragments]
+        metadata = {"format": "longhaul", "rank": str(self._rank)}
         try:
-            tensors = self._copy(fragments, ready)
+            tensors = _views(fragments)
+            if self._asynchronous or any(view.device.type != "cpu" for view in tensors.values()):
+                tensors = self._copy(tensors, ready)
+                self._copied.set()
+            num_bytes, sha256 = place.write_tensors(step, f"{name}.safetensors", tensors, metadata)
         finally:
             self._copied.set()
-        name, held = (
-            f"rank-{self._rank:05d}",
-            [(one.name, one.start, one.length, tuple(one.tensors)) for one in fragments],
-        )
-        metadata = {"format": "longhaul", "rank": str(self._rank)}
-        num_bytes, sha256 = place.write_tensors(step, f"{name}.safetensors", tensors, metadata)
         share = {"file": f"{name}.safetensors", "bytes": num_bytes, "sha256": sha256, "fragments": held}
         place.write_note(step, f"{name}{_SHARE_SUFFIX}", json.dumps(share))
 
-    def _copy(self, fragments: Sequence[Fragment], ready: torch.cuda.Event | None) -> dict[str, torch.Tensor]:
+    def _copy(self, views: dict[str, torch.Tensor], ready: torch.cuda.Event | None) -> dict[str, torch.Tensor]:
         """Copy the tensors to memory that is used again: to get as much anew takes as long as the copy itself."""
-        views = {
-            tensor_key(fragment.name, state, fragment.start): view.detach()
-            for fragment in fragments
-            for state, view in fragment.tensors.items()
-        }
         on_gpu = ready is not None
         for key, view in views.items():
             if key not in self._buffers:  # pinned, or a GPU could not write to it by itself
@@ -129,6 +128,15 @@ class ShareWriter:
                     self._buffers[key].copy_(view, non_blocking=True)
             stream.synchronize()  # the host waits for these copies, and not for the step that runs
         return {key: self._buffers[key] for key in views}
+
+
+def _views(fragments: Sequence[Fragment]) -> dict[str, torch.Tensor]:
+    """The tensors of fragments, each by its key in the file."""
+    return {
+        tensor_key(fragment.name, state, fragment.start): view.detach()
+        for fragment in fragments
+        for state, view in fragment.tensors.items()
+    }
 
 
 def collect_shares(place: Place, step: int, world_size: int, give_up_at: Callable[[], float]) -> list[dict[str, Any]]:

@@ -159,8 +159,9 @@ for _option, _words in _SPELLINGS_OF.items():
 def suggest_option(name: str, known: Sequence[str]) -> str:
     """Say which option was probably meant by `name`, or which ones its section has.
 
-    Looked up in this order: the table of other trainers' spellings, options whose last segment is the same, names
-    that look alike (difflib at 0.8: its usual 0.6 suggests nonsense), and else what the section has.
+    Looked up in this order: the table of other trainers' spellings; in the same section, names that begin alike, or
+    look alike (difflib at 0.7: its usual 0.6 suggests nonsense); elsewhere, options whose last segment is the same or
+    looks alike (at 0.8); and else what the section has.
 
     Args:
         name: dotted name that is no option; an item of a list is `*`.
@@ -174,8 +175,9 @@ def suggest_option(name: str, known: Sequence[str]) -> str:
     inside = [option for option in known if option.rpartition(".")[0] == section]
     for close in (
         [option for option in SPELLINGS.get(word, []) if option in known],
+        _begins(word, inside) if section else [],
+        _alike(word, inside, 0.7) if section else [],
         _same(word, known),
-        _alike(word, inside),
         _alike(word, known),
     ):
         if close:
@@ -190,9 +192,18 @@ def _same(word: str, known: Sequence[str]) -> list[str]:
     return [option for option in found if "*" not in option or f"{option.partition('.')[0]}.{word}" not in found]
 
 
-def _alike(word: str, known: Sequence[str]) -> list[str]:
+def _begins(word: str, known: Sequence[str]) -> list[str]:
+    """Return the options whose last segment begins with `word`, or `word` with that and more words."""
+    names = {option: option.rpartition(".")[2] for option in known}
+    return [
+        option for option, name in names.items()
+        if (len(word) > 3 and name.startswith(word)) or word.startswith(f"{name}_")
+    ]  # fmt: skip
+
+
+def _alike(word: str, known: Sequence[str], cutoff: float = 0.8) -> list[str]:
     """Return the options whose last segment is spelled like `word`, the likeliest word's only."""
-    words = difflib.get_close_matches(word, {option.rpartition(".")[2] for option in known}, n=1, cutoff=0.8)
+    words = difflib.get_close_matches(word, {option.rpartition(".")[2] for option in known}, n=1, cutoff=cutoff)
     return [option for option in known if option.rpartition(".")[2] in words]
 
 

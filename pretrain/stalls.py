@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pretrain.errors import EXIT_RETRY, PeerError
 from pretrain.heartbeat import Beat
 
-GO_ON = "The same command goes on from the newest checkpoint."
+GO_ON = "The same command goes on from the newest checkpoint, or begins again if there is none."
 _SLOW_RATIO = 1.5  # of a rank's seconds a step to the median rank's
 _READINGS = 3  # in a row that agree before a rank is named, or no longer is
 _STEPS = 5  # that all ranks must have timed for a reading

@@ -316,7 +316,8 @@ def _open_filesystem(url: str, stall_seconds: float, caches_listings: bool) -> t
         raise DataError(f"{shown(url)}: {error}. Install what reads {protocol}: pip install '{package}'") from error
     except ValueError as error:
         raise DataError(
-            f"{shown(url)} cannot be opened: {error}. Use a folder, s3://, gs://, hf://, https:// or pipe:"
+            f"{shown(url)} cannot be opened: {error}. Use a folder or s3://, gs:// and the like; data may also be at "
+            "hf://, https:// and pipe:"
         ) from error
     return filesystem, root, opening
 

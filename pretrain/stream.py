@@ -275,9 +275,12 @@ class TokenStream:
             "skipped_rows": [list(one) for one in self.skipped],
         }
 
-    def load_state(self, state: dict[str, Any]) -> None:
+    def load_state(self, state: dict[str, Any], way_on: str = "begin another run with run.dir=…") -> None:
         """Go to where another stream was whose plan has the same rows up to there; later phases may differ.
 
+        Args:
+            state: what `state` returned.
+            way_on: what can be done if they do not, besides putting back what changed.
         Raises:
             DataError: The rows before are those of another plan; names what differs.
         """
@@ -286,7 +289,7 @@ class TokenStream:
             if difference := self.plan.explain_difference(state.get("plan", {}), cursor):
                 raise DataError(
                     f"data: the order of rows differs from the checkpoint's: {difference}. "
-                    "Put back what changed, or begin another run with run.dir=…"
+                    f"Put back what changed, or {way_on}"
                 )
         self._check_steps(cursor)
         self._go_to(cursor, [(begin, end) for begin, end in state.get("skipped_rows", ())])

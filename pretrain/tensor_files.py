@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from pretrain.errors import CheckpointError
 
 _FIXES = {
-    errno.ENOSPC: "Free space or inodes on that file system, or lower checkpoint.keep_last.",
+    errno.ENOSPC: "Free space or inodes there, or keep fewer checkpoints (checkpoint.keep_last, keep_every).",
     errno.EDQUOT: "Free space within this user's quota, or have it raised.",
     errno.EROFS: "Have the file system mounted writable again; the machine's log says why it is not.",
     errno.EACCES: "Give this user the right to write there.",

@@ -22,6 +22,7 @@ from pretrain.feed import StepInput
 from pretrain.guard import StopRequest
 from pretrain.hardware import peak_memory_bytes
 from pretrain.metrics import StepMetrics
+from pretrain.plan_check import compare_with_plan
 from pretrain.profiling import PhaseClock
 from pretrain.replicas import check_when_due
 from pretrain.rollback import roll_back
@@ -114,6 +115,7 @@ def run_steps(run: Run) -> tuple[str, int, str]:
             run.watchdog.first_step_is_over()
             seconds = run.clock.end()
             run.event("first_step", str(run.clock), seconds=seconds, cpu_seconds=run.clock.cpu_seconds)
+        compare_with_plan(run, first_step)
         for sentence in run.watchdog.take_stragglers():
             run.event("straggler", sentence)
         at_end = progress.step == run.plan.num_steps
@@ -135,7 +137,9 @@ def run_steps(run: Run) -> tuple[str, int, str]:
             save(run, last=True)
             return stopped(run)
     save(run, last=True)
-    return "done", EXIT_DONE, f"trained {run.progress.step} steps"
+    more = run.progress.step > run.plan.num_steps
+    than = f", more than the {run.plan.num_steps} of the config" if more else ""
+    return "done", EXIT_DONE, f"trained {run.progress.step} steps{than}"
 
 
 def is_over(run: Run) -> bool:

@@ -1,13 +1,14 @@
 """Compiles the attention programs of a tile table for GPUs that this machine need not have; prints JSON lines.
 
-Run in a process of its own, without `TRITON_INTERPRET`: `python tests/compile_attention.py sm_90 sm_100:long`, where
-`:long` leaves all other shape classes of the table out.
+Run in a process of its own, without `TRITON_INTERPRET`: `python tests/compile_attention.py sm_90 sm_100:long sm_80:128`,
+where `:long` leaves all other lengths of the table out, and `:128` all other widths of heads.
 Every distinct program of the table is compiled once, with the widest head of its class; those of the class `extra`
 with a soft-cap, and with dropout.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import subprocess
@@ -22,7 +23,7 @@ from triton.compiler import ASTSource
 
 from kernels.attention_backward import delta_kernel, grad_kv_kernel, grad_q_kernel
 from kernels.attention_forward import forward_kernel
-from kernels.tile_table import Tile, read_table
+from kernels.tile_table import FOLDER, Tile, read_table
 from tests.compile_programs import assemble
 
 PROGRAMS = {
@@ -148,20 +149,27 @@ def spills_in_loops(cubin: bytes) -> int:
     return sum("STL" in line for body in bodies for line in body)
 
 
-def programs_of(table: str, only: str | None = None) -> list[tuple[str, Tile, int, dict[str, bool]]]:
+def programs_of(table: str, only: str = "") -> list[tuple[str, Tile, int, dict[str, bool]]]:
     """List the distinct programs of a table: name, tile, width of heads, and soft-cap or dropout.
 
     Args:
         table: its name.
-        only: a length, `few`, `short`, `long` or `extra`; None: all.
+        only: a length, `few`, `short`, `long` or `extra`, or a width of heads; empty: all.
     """
     found = []
     for name, tiles in read_table(table)["tiles"].items():
         for shape_class, numbers in tiles.items():
             width, length = shape_class.split()
             variants = ({"softcap": True}, {"dropout": True}) if length == "extra" else ({},)
-            found += [(name, Tile(*numbers), int(width), flags) for flags in variants if only in (None, length)]
+            found += [(name, Tile(*numbers), int(width), flags) for flags in variants if only in ("", length, width)]
     return [program for index, program in enumerate(found) if program not in found[:index]]
+
+
+def sources_digest() -> str:
+    """All that the programs depend on: what the kernels are made of, the tables, and Triton itself."""
+    parts = [triton.__version__, *(kernel.cache_key for kernel in PROGRAMS.values())]
+    parts += [path.read_text(encoding="utf-8") for path in sorted(FOLDER.glob("*.json"))]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
 def main() -> None:
@@ -169,7 +177,7 @@ def main() -> None:
     for argument in sys.argv[1:]:
         table, _, only = argument.partition(":")
         print(json.dumps(compile_program(table, "delta", Tile(64, 64, 4, 2), 128)), flush=True)
-        for name, tile, width, flags in programs_of(table, only or None):
+        for name, tile, width, flags in programs_of(table, only):
             print(json.dumps(compile_program(table, name, tile, width, **flags)), flush=True)
 
 

@@ -14,7 +14,6 @@ import json
 import os
 import runpy
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -106,11 +105,10 @@ class ForkServer:
                 is also given `rank`.
             environment: variables besides a launcher's.
         """
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        from tests.rank_helpers import free_port  # not where ranks are forked from
+
         common = {"WORLD_SIZE": num_ranks, "LOCAL_WORLD_SIZE": num_ranks, "MASTER_ADDR": "127.0.0.1",
-                  "MASTER_PORT": port} | environment  # fmt: skip
+                  "MASTER_PORT": free_port()} | environment  # fmt: skip
         request = {
             "arguments": [str(argument) for argument in arguments], "num_ranks": num_ranks, "log": str(log),
             "hooks": list(hooks), "environment": {name: str(value) for name, value in common.items()},

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from kernels import cross_entropy as program
 from kernels import linear_cross_entropy_op as operator
+from kernels import loss_chunks
 from kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_truth, token_losses
 from tests import interpreter_bf16, interpreter_speed
 from tests.loss_cases import DTYPES, OPTIONS, draw, loss_of_logits, measure, results
@@ -52,9 +53,9 @@ def test_rows_of_several_blocks_whose_gradient_lies_over_their_logits(several_bl
 def test_chunks_give_what_one_chunk_gives(rows, dtype, options, monkeypatch):
     x, weight, targets = draw(17, 100, dtype)
     whole = results(lambda *a, **o: linear_cross_entropy(*a, 100, **o), x, weight, targets, 0.7, **options)
-    monkeypatch.setattr(operator, "CHUNK_ELEMENTS", rows * 100)
-    monkeypatch.setattr(operator, "CHUNK_ROWS", 1)
-    assert operator.chunk_rows(17, 100) <= rows
+    monkeypatch.setattr(loss_chunks, "CHUNK_ELEMENTS", rows * 100)
+    monkeypatch.setattr(loss_chunks, "CHUNK_ROWS", 1)
+    assert loss_chunks.chunk_rows(17, 100) <= rows
     parts = results(lambda *a, **o: linear_cross_entropy(*a, 100, **o), x, weight, targets, 0.7, **options)
     for a, b in zip(parts, whole, strict=True):
         torch.testing.assert_close(a, b, rtol=1.6e-2 if dtype == torch.bfloat16 else 1e-3, atol=1e-5)
@@ -223,9 +224,9 @@ class CountBytes(TorchDispatchMode):
 
 
 def test_memory_is_what_the_formula_says(monkeypatch):
-    monkeypatch.setattr(operator, "CHUNK_ELEMENTS", 1000)
+    monkeypatch.setattr(loss_chunks, "CHUNK_ELEMENTS", 1000)
     x, weight, targets = draw(33, 100, torch.float32)
-    N, D, Vp, rows = 33, 24, 113, operator.chunk_rows(33, 100)
+    N, D, Vp, rows = 33, 24, 113, loss_chunks.chunk_rows(33, 100)
     with CountBytes() as count:
         outputs = operator.compute(x, weight, targets, 100, (0.0, 0.0, None), True)
     ours = {t.untyped_storage().data_ptr() for t in (x, weight, targets)}

@@ -32,11 +32,16 @@ def prepare(config: Path, *overrides: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def start_ranks(script: str, arguments: list[str], num_ranks: int, log: Path) -> list[subprocess.Popen]:
-    """Start `num_ranks` processes of a script as a launcher would."""
+def free_port() -> int:
+    """A port of this machine that nothing listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+        return probe.getsockname()[1]
+
+
+def start_ranks(script: str, arguments: list[str], num_ranks: int, log: Path) -> list[subprocess.Popen]:
+    """Start `num_ranks` processes of a script as a launcher would."""
+    port = free_port()
     processes = []
     for rank in range(num_ranks):
         variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": num_ranks, "LOCAL_WORLD_SIZE": num_ranks,

@@ -22,15 +22,18 @@ BENCHMARKS = sorted(path.relative_to(ROOT) for path in (ROOT / "benchmarks").glo
 
 # A module imports modules of lower tiers only. `kernels` is below all of them.
 TIERS = (
-    "errors section spellings heartbeat hardware text_index",
-    "model_options run_options start_clock store_errors checkpoint_owner",
-    "config",
-    "stores config_docs schedule batch_plan packing phases row_order families console tokenizer source_files matrix_exchange lion torch_optimizers"
+    "errors section spellings heartbeat text_index scaling_laws matrix_owners",
+    "model_options run_options gpus start_clock store_errors checkpoint_owner slurm slurm_script",
+    "config hardware",
+    "moments stores config_docs schedule batch_plan packing phases row_order families console tokenizer source_files matrix_exchange lion torch_optimizers"
     " generate_options repetition stalls personal_data near_duplicates languages wikipedia",
-    "redaction checks mixture explain patient_file deepspeed_settings sentencepiece_model varied_texts table_files token_files shards tensor_files distributed watch_links layers recompute"
+    "redaction checks config_changes mixture explain patient_file deepspeed_settings plan_shapes sentencepiece_model varied_texts table_files token_files shards tensor_files distributed watch_links layers recompute"
     " published model_card muon compiling filters dataset_files decoding tar_files",
-    "node_cache row_table json_lines run_status",
-    "remote_corpus",
+    "node_cache row_table json_lines run_status plan_memory",
+    "remote_corpus plan_communication",
+    "plan_time",
+    "plan",
+    "plan_report",
     "prefetch settings sentencepiece_tokenizer model optim checkpoint_files writable_store shard_reader journal sources spills sampling"
     " tracking family_table profiling watchdog",
     "communication metrics guard spikes hf_tokenizer generate checkpoint_folder checkpoint_store",
@@ -38,20 +41,20 @@ TIERS = (
     "text_shards",
     "data_plan",
     "damage",
-    "row_reader",
-    "stream",
-    "share_writer feed source_sample replicas",
-    "checkpoint run_folder tokenizer_export workers",
+    "row_reader run_state",
+    "stream submit_checks",
+    "share_writer feed source_sample replicas submit",
+    "checkpoint run_folder tokenizer_export workers submit_options",
     "evaluate hf_export self_test samples refining verify_shards inspect_shards",
     "shares store_check tar_documents tar_folder",
     "corpus",
     "tar_index",
     "resume prepare convert quickstart",
     "run",
-    "rollback saving",
+    "rollback saving plan_check",
     "train",
-    "dry_run",
-    "prepare_options",
+    "dry_run plan_table",
+    "prepare_options plan_options",
 )
 TIER_OF = {module: tier for tier, modules in enumerate(TIERS) for module in modules.split()}
 
@@ -82,7 +85,8 @@ WITHOUT_TORCH = (
     " sources store_errors stores node_cache remote_corpus prefetch shards shard_reader row_table data_plan journal workers corpus source_sample"
     " prepare dry_run verify_shards inspect_shards store_check prepare_options repetition personal_data near_duplicates languages wikipedia"
     " filters dataset_files redaction refining shares spills json_lines decoding tar_files text_index text_shards tar_documents tar_folder"
-    " tar_index"
+    " tar_index gpus moments scaling_laws matrix_owners deepspeed_settings plan_shapes plan_memory plan_communication plan_time plan plan_report plan_table plan_options"
+    " config_changes slurm slurm_script run_state submit submit_checks submit_options"
 )
 
 MAX_FILE_LINES = 400

@@ -16,7 +16,7 @@ from pretrain.checkpoint_files import (
     manifest_digest,
     tensor_key,
 )
-from pretrain.errors import CheckpointError
+from pretrain.errors import CheckpointError, ConfigError
 from pretrain.tensor_files import write_tensors
 
 WHOLE = torch.arange(24, dtype=torch.float32)
@@ -107,9 +107,7 @@ def test_version_1_had_one_list_of_states(folder):
 def test_a_newer_format_is_refused(folder):
     manifest = {"format_version": FORMAT_VERSION + 1, "parameters": {"w": {"something": "else"}}}
     seal(folder, manifest)
-    with pytest.raises(
-        CheckpointError, match=f"format version is {FORMAT_VERSION + 1}; expected at most {FORMAT_VERSION}"
-    ):
+    with pytest.raises(ConfigError, match=f"format version is {FORMAT_VERSION + 1}; expected at most {FORMAT_VERSION}"):
         CheckpointReader(folder)
 
 

@@ -397,9 +397,14 @@ def test_checkpoints_go_where_writing_is_possible_and_no_secret_is_written() -> 
         "https://host/run": "is https://host/run; expected a folder or an object store. Use s3:// or gs://, or none.",
         "memory://run": "is memory://run; expected a folder or an object store.",
     }.items():
-        (problem,) = texts_of(config_of(checkpoint__dir=place))
-        assert problem[0] == "checkpoint.dir" and problem[1].startswith(f"checkpoint.dir {text}"), problem
-        assert "hidden" not in problem[1]
+        for name, config in (
+            ("checkpoint.dir", config_of(checkpoint__dir=place)),
+            ("resume.from", config_of(resume__from=place)),
+        ):
+            (problem,) = texts_of(config)
+            assert problem[0] == name and problem[1].startswith(f"{name} {text}"), problem
+            assert "hidden" not in problem[1]
     for place in ("", "/somewhere", "s3://bucket/run", "sftp://me@host/run"):
-        assert texts_of(config_of(checkpoint__dir=place)) == []
+        assert texts_of(config_of(checkpoint__dir=place)) == [] == texts_of(config_of(resume__from=place))
+    assert texts_of(config_of(resume__from="s3://bucket/run"), "data.retry_seconds") == []
     assert texts_of(config_of(checkpoint__dir="s3://bucket/run"), "data.retry_seconds") == []  # it is read then

@@ -26,7 +26,9 @@ def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
 def test_an_unknown_command_is_wrong_use(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["trian"]) == 2
     error = capsys.readouterr().err
-    assert error.startswith("error: command is 'trian'; expected one of prepare, train, evaluate, generate, convert")
+    assert error.startswith(
+        "error: command is 'trian'; expected one of prepare, train, submit, evaluate, generate, convert"
+    )
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from kernels import linear_cross_entropy as module
 from kernels.cross_entropy import row_stride, vocabulary_block
 from kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_truth, soft_cap, token_losses
-from kernels.linear_cross_entropy_op import chunk_rows
+from kernels.loss_chunks import chunk_rows
 
 ROOT = Path(__file__).resolve().parent.parent
 OPTIONS = [

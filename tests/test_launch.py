@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.rank_helpers import ROOT, losses, run_command
+from tests.rank_helpers import ROOT, free_port, losses, run_command
 
 pytestmark = pytest.mark.launches
 COMMANDS = sorted(path.stem for path in (ROOT / "launch").glob("*.py") if path.stem not in ("__init__", "cli"))
@@ -44,10 +44,20 @@ def test_every_form_finds_the_library(command, tmp_path):
 
 @pytest.mark.parametrize("launcher", ["torchrun", "deepspeed", "deepspeed --module", "one process"])
 def test_every_launcher_trains(tiny_config, tmp_path, launcher):
+    port = str(free_port())
+    deepspeed = ["-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", port]
     target = {
-        "torchrun": ["-m", "torch.distributed.run", "--nproc-per-node", "2", "launch/pretrain.py"],
-        "deepspeed": ["-m", "deepspeed.launcher.runner", "--num_gpus", "2", "launch/pretrain.py"],
-        "deepspeed --module": ["-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--module", "launch.pretrain"],
+        "torchrun": [
+            "-m",
+            "torch.distributed.run",
+            "--nproc-per-node",
+            "2",
+            "--master-port",
+            port,
+            "launch/pretrain.py",
+        ],
+        "deepspeed": [*deepspeed, "launch/pretrain.py"],
+        "deepspeed --module": [*deepspeed, "--module", "launch.pretrain"],
         "one process": ["launch/pretrain.py"],
     }[launcher]
     overrides = [f"run.dir={tmp_path}/run", "train.num_steps=4", "train.micro_batch_size=8", "log.tensorboard=true"]

@@ -9,8 +9,9 @@ from torch import nn
 from pretrain.config import OptimSection
 from pretrain.errors import ConfigError
 from pretrain.lion import Lion
+from pretrain.moments import moment_names
 from pretrain.muon import Muon
-from pretrain.optim import create_state, make_optimizer, moment_names, param_groups
+from pretrain.optim import create_state, make_optimizer, param_groups
 
 
 class Block(nn.Module):
@@ -120,7 +121,7 @@ def test_created_state_is_what_the_optimizer_creates(section):
     tensors = [(tensor, group) for group in eager.param_groups for tensor in group["params"]]
     create_state(eager, tensors, section)
     for tensor, group in tensors:
-        assert set(moment_names(section, group)) == set(eager.state.get(tensor, {})) - {"step"}
+        assert set(moment_names(section, group["muon"])) == set(eager.state.get(tensor, {})) - {"step"}
     for _ in range(3):
         for optimizer, model in ((lazy, models[0]), (eager, models[1])):
             for number, parameter in enumerate(model.parameters()):

@@ -33,6 +33,7 @@ def runs(tiny_config, tmp_path_factory):
         "weights of another": [f"resume={{from: {folder}/other optimizer, optimizer: false}}", "train.num_steps=21"],
         "another model": [f"resume={{from: {base}}}", "model.num_layers=1"],
         "another plan": [f"resume={{from: {base}}}", "run.seed=8"],
+        "past its end": [f"resume={{from: {base}}}", "train.num_steps=15"],
         "itself": [f"resume={{from: {folder}/itself}}"],
         "nothing there": [f"resume={{from: {folder}}}"],
         "scratch": ["checkpoint.every_steps=5", "train.num_steps=10"],
@@ -96,8 +97,9 @@ def test_what_does_not_fit_says_what_to_do(runs):
     assert outcomes["another plan"].startswith("DataError: data: the order of rows differs from the checkpoint's")
     assert "the run folder itself" in outcomes["itself"]
     assert outcomes["nothing there"] == (
-        f"ConfigError: resume.from is {folder}; expected a run folder with checkpoints, or a folder with a "
-        "manifest.json. Name one, such as runs/other or runs/other/checkpoints/step-00001000."
+        f"ConfigError: resume.from is {folder}; expected a run folder with checkpoints, a folder with a manifest.json, "
+        "or the URL of one. Name one, such as runs/other, runs/other/checkpoints/step-00001000 or "
+        "s3://bucket/other/step-00001000."
     )
 
 
@@ -139,3 +141,21 @@ def test_a_damaged_checkpoint_of_the_other_run_is_left_as_it_is(runs, tiny_confi
     assert list_steps(other / "checkpoints") == [5, 10, 15, 20]
     one, two = CheckpointReader(other / "checkpoints" / folder_name(15)), newest(folder / "base")
     assert not torch.equal(one.read_whole("embedding.weight"), two.read_whole("embedding.weight"))
+
+
+def test_a_run_that_would_do_nothing_is_refused(runs):
+    text = runs[0]["past its end"]
+    assert text.startswith("ConfigError: train.num_steps is 15; expected more than the 20 steps of resume.from"), text
+
+
+def test_other_rows_name_the_way_on(runs):
+    assert runs[0]["another plan"].endswith("Put back what changed, or train on other rows by resume.data=false.")
+
+
+def test_what_from_scratch_did_is_recorded(runs):
+    run = runs[1] / "scratch"
+    events = {line["event"]: line["message"] for line in metric_lines(run) if "event" in line}
+    assert events["from_scratch"].endswith("checkpoints.abandoned-1, and stay there")
+    assert events["not_from_scratch"].startswith(
+        "resume.from_scratch was done by an earlier start, and this one goes on."
+    )

@@ -6,9 +6,11 @@ import json
 
 import pytest
 
+from pretrain.config_changes import changed_options, flatten
 from pretrain.errors import ConfigError
 from pretrain.model_options import RopeScalingSection
-from pretrain.run_folder import RunFolder, changed_options, flatten
+from pretrain.run_folder import RunFolder
+from pretrain.run_status import read_saved_step
 from pretrain.settings import load_config
 from tests.conftest import write_tiny_corpus
 
@@ -68,10 +70,55 @@ def test_sources_and_phases_may_change_but_not_the_number_of_learned_positions(t
     changes = [f"run.dir={tmp_path}/run", gpt2, "data.sources.0.weight=1", "data.phases=[{from_step: 5, seq_len: 16}]"]
     RunFolder(load_config(path, changes)).close()  # what of it is past is for the plan of the rows to judge
     with pytest.raises(
-        ConfigError, match=r"data\.phases: 'rows of up to 32 tokens' in the run folder, 'rows of up to 64 t"
+        ConfigError, match=r"data\.phases: rows of up to 32 tokens in the run folder, rows of up to 64 t"
     ):
         RunFolder(load_config(path, [*changes, "data.phases=[{from_step: 5, seq_len: 64}]"]))
     (tmp_path / "run" / "config.yaml").unlink()
+
+
+def test_other_weights_or_moments_are_not_offered_as_a_change(tmp_path):
+    path = write_tiny_corpus(tmp_path / "corpus")
+    run = f"run.dir={tmp_path}/run"
+    RunFolder(load_config(path, [run])).close()
+    save_one(tmp_path / "run")
+
+    def refused(*changes: str) -> str:
+        with pytest.raises(ConfigError) as caught:
+            RunFolder(load_config(path, [run, *changes]))
+        return str(caught.value).splitlines()[-1]
+
+    text = refused("model.dim=64", "optim.lr=1", "run.allow_changes=[model.dim]")
+    assert text == "Start a new run with run.dir=…: the checkpoints are of another model (model.dim)."
+    text = refused("optim.name=muon", "optim.betas=[0.8, 0.9]", "run.allow_changes=[optim.name]")
+    assert text.endswith(f"run.dir=… resume.from={tmp_path}/run resume.optimizer=false: another optimizer has other "
+                         "moments (optim.name).")  # fmt: skip
+    text = refused("model.dropout=0.1", "optim.clip_norm=0", "run.allow_changes=[optim.lr, model.dropout]")
+    assert text.endswith("or go on with the change by 'run.allow_changes=[optim.lr, model.dropout, optim.clip_norm]'.")
+
+
+def test_a_run_whose_checkpoints_are_gone_does_not_begin_anew(tmp_path):
+    path = write_tiny_corpus(tmp_path / "corpus")
+    config = load_config(path, [f"run.dir={tmp_path}/run"])
+    folder = RunFolder(config)
+    folder.write_status("running", None, 3, saved_step=3)
+    folder.close()
+    with pytest.raises(
+        ConfigError, match=r"tells of a checkpoint of step 3, and .*/run/checkpoints holds none; expected"
+    ):
+        RunFolder(config)
+    anew = load_config(path, [f"run.dir={tmp_path}/run", "resume.from_scratch=true"])
+    RunFolder(anew).close()
+    assert read_saved_step(tmp_path / "run") is None
+    RunFolder(anew).close()
+    save_one(tmp_path / "run")
+    again = RunFolder(anew)
+    again.close()
+    assert [event for event, _ in again.events] == ["not_from_scratch"]
+    changed = RunFolder(
+        load_config(path, [f"run.dir={tmp_path}/run", "parallel.zero_stage=0", "checkpoint.keep_last=4"])
+    )
+    changed.close()
+    assert changed.events == [("config_changed", "checkpoint.keep_last: 3, now 4; parallel.zero_stage: 1, now 0")]
 
 
 def test_a_folder_without_its_config_is_refused(config):

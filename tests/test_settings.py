@@ -100,6 +100,7 @@ def test_all_problems_are_reported_sorted_by_line(tmp_path: Path) -> None:
         ("run: {seed: '7'}", "run.seed is '7'; expected a whole number of at least 0 and below 4294967296. Drop the quotes."),
         ("run: {dir: 2024}", 'run.dir is 2024; expected text. Put it in quotes: "2024".'),
         ("run: {allow_changes: optim.lr}", "run.allow_changes is 'optim.lr'; expected a list of texts. Write [optim.lr]."),
+        ("run: {allow_changes: [optim.lrr, optim.lr]}", "run.allow_changes has 'optim.lrr'; expected options. Did you mean optim.lr?"),
         ("run: {allow_changes: [3]}", "run.allow_changes.0 is 3; expected run.allow_changes to be a list of texts."),
         ("run: 3", "run is 3; expected a section of options."),
         ("log: {tensorboard: on}", "log.tensorboard is 'on'; expected true or false. Write true."),
@@ -363,6 +364,10 @@ def test_spellings_lead_to_options() -> None:
         ("model.rope_scaling.rope_type", "model.rope_scaling.type"),
         ("model.rope_scaling.original_max_position_embeddings", "model.rope_scaling.original_seq_len"),
         ("model.attn_logit_softcapping", "model.attention_softcap"),
+        ("resume.form", "resume.from"),
+        ("resume.from_checkpoint", "resume.from"),
+        ("parallel.timeout", "parallel.timeout_seconds"),
+        ("checkpoint.async", "checkpoint.asynchronous"),
         ("batch_size", "train.global_batch_size or train.micro_batch_size"),  # of a step here, of a GPU there
     ],
 )

@@ -52,7 +52,17 @@ def runs(tiny_config, tmp_path_factory):
         content = filesystem.cat_file(path)
         filesystem.pipe_file(path, content[:-1] + bytes([content[-1] ^ 1]))
         others = case("other", "checkpoint.dir=s3://runs/store")
-        cases = [case("folder"), case("store"), case("damaged"), others]
+        branches = [
+            {
+                "overrides": [
+                    f"run.dir={folder}/branch-{n}",
+                    f"resume.from=s3://runs/{url}",
+                    f"data.cache_dir={folder}/c{n}",
+                ]
+            }
+            for n, url in enumerate(["folderless", "store", "store/step-00000016", "store/step-00000004"])
+        ]
+        cases = [case("folder"), case("store"), case("damaged"), others, *branches]
         outcomes += run_cases(tiny_config, cases, 1, folder / "ranks-1", overrides=common)
         yield outcomes, folder, changes
 
@@ -132,3 +142,17 @@ def test_credentials_are_in_nothing_that_is_written(runs):
     assert "s3://runs/store" in config
     owner = json.loads((folder / "store" / "environment.json").read_text())
     assert len(owner["run_id"]) == 32
+
+
+def test_another_run_begins_with_what_is_at_a_url(runs):
+    outcomes, folder, _ = runs
+    nothing, newest_one, named, pruned = outcomes[8:]
+    assert nothing.startswith(
+        "ConfigError: resume.from is s3://runs/folderless; expected a run folder with checkpoints"
+    )
+    assert newest_one == "done" and losses(folder / "branch-1") == []  # all steps of the run were done
+    assert named == "done" and losses(folder / "branch-2") == losses(folder / "store")[16:]
+    assert pruned.startswith(
+        "CheckpointError: resume.from is s3://runs/store/step-00000004; expected a checkpoint that"
+    )
+    assert "s3://runs/store/step-00000004" in pruned and "there is no such file" in pruned

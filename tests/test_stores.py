@@ -144,7 +144,7 @@ def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch, url: str, m
 
 
 def test_an_unknown_protocol_is_named() -> None:
-    with pytest.raises(DataError, match=r"ftpx://h/c cannot be opened: .*Use a folder, s3://, gs://"):
+    with pytest.raises(DataError, match=r"ftpx://h/c cannot be opened: .*Use a folder or s3://, gs://"):
         Store("ftpx://h/c", 5)
 
 

@@ -12,6 +12,8 @@ from benchmarks.table import ring_bytes
 from benchmarks.usage import KINDS, MOMENTS, Usage
 from pretrain.families import resolve_shape
 from pretrain.model import Transformer
+from pretrain.plan_communication import communication
+from pretrain.plan_memory import resident
 from pretrain.settings import load_config
 from tests.rank_helpers import run_cases
 
@@ -89,6 +91,20 @@ def test_every_stage_sends_and_holds_what_theory_has(tiny_config, tmp_path, num_
         for found in every:
             assert found["num_parameters"] == sum(sizes)
             check_memory(found, sizes, stage, precision, num_ranks)
+        planned = load_config(tiny_config, [*overrides, *cases[kinds.index(where)]["overrides"]])
+        check_plan(every, planned, num_ranks, where)
+
+
+def check_plan(every, config, num_ranks, where):
+    """Whether the planner foresees it: payload within 1%, resident memory of the rank that holds most within 5%."""
+    sent = {name: size for name, (_, size) in every[0]["traffic"]["step"].items()}
+    foreseen = communication(config, num_ranks, on_cpu=True)
+    assert set(foreseen) == set(sent), where
+    for name, size in foreseen.items():
+        assert size == pytest.approx(sent[name], rel=0.01), (name, *where)
+    held = resident(config, num_ranks)
+    most = max(sum(found["memory"]["backward"][kind] for kind in held) for found in every)
+    assert sum(held.values()) == pytest.approx(most, rel=0.05), where
 
 
 def check_traffic(traffic, theory, where):

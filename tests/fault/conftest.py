@@ -6,6 +6,7 @@ import os
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +117,17 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.write_line(f"soak: {line}")
 
 
+def not_held_by_others(names: set[str]) -> set[str]:
+    """Those of the names in /dev/shm that no process of other tests, which may run beside, has open or mapped."""
+    own = {os.getpid(), *(process.pid for process in psutil.Process().children(recursive=True))}
+    for process in psutil.process_iter() if names else ():
+        if process.pid not in own:
+            with suppress(psutil.Error, OSError):  # it has ended, or is another user's
+                for file in [*process.open_files(), *process.memory_maps()]:
+                    names.discard(Path(file.path).name)
+    return names
+
+
 @pytest.fixture(autouse=True)
 def nothing_is_left(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[None]:
     """After every test of a fault there is no process, no shared memory, no mount and no temporary file more."""
@@ -128,7 +140,7 @@ def nothing_is_left(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[
         mounts = [line.split()[1] for line in Path("/proc/mounts").read_text().splitlines()]
         return [
             *(f"process {p.pid}" for p in psutil.Process().children(recursive=True) if p.pid not in own),
-            *(f"/dev/shm/{name}" for name in set(os.listdir("/dev/shm")) - shared),
+            *(f"/dev/shm/{name}" for name in not_held_by_others(set(os.listdir("/dev/shm")) - shared)),
             *(f"mount {path}" for path in mounts if path.startswith(str(tmp_path))),
             *(str(path) for path in tmp_path.rglob("*") if ".tmp" in path.name),
             *(str(path) for path in (tmp_path / "temporary-files").glob("*")),

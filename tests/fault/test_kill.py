@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,17 +14,14 @@ import psutil
 import pytest
 
 from tests.fault.conftest import Starter
-from tests.rank_helpers import ROOT, losses, metric_lines, newest, state_hash
+from tests.rank_helpers import ROOT, free_port, losses, metric_lines, newest, state_hash
 
 pytestmark = [pytest.mark.slow, pytest.mark.launches, pytest.mark.timeout(600)]
 LAST, OVERRIDES = 60, ["train.num_steps=60", "checkpoint={every_steps: 7, keep_last: 3}"]
 
 
 def launch(config: Path, run: Path) -> subprocess.Popen:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", str(port)]
+    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", str(free_port())]
     arguments = ["launch/pretrain.py", str(config), f"run.dir={run}", "train.micro_batch_size=4", *OVERRIDES]
     with open(run.with_suffix(".log"), "a") as log:
         environment = os.environ | {"OMP_NUM_THREADS": "1"}

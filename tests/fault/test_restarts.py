@@ -116,7 +116,7 @@ def test_another_config_is_refused_and_shown(start, tmp_path, tiny_config):
         ranks = start(run, override, log=tmp_path / f"log-{number}")
         assert ranks.wait() == [2, 2] and shown in ranks.log(), ranks.log()
         assert ranks.log().startswith(f"error: {run}: belongs to another config; expected the same one:\n")
-        assert ("run.allow_changes" in ranks.log()) == (not override.startswith(("run.", "data.")))
+        assert ("run.allow_changes" in ranks.log()) == (not override.startswith(("run.", "data.", "model.")))
         assert (run / "config.yaml").read_bytes() == config and losses(run) == before
     start.finish(run, "optim.lr=0.001", "run.allow_changes=[optim.lr]")
     assert [line["lr"] for line in metric_lines(run) if "loss" in line][2:4] == pytest.approx([0.003, 0.001], rel=0.1)

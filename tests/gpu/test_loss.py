@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kernels import linear_cross_entropy_op as operator
+from kernels import loss_chunks
 from kernels.linear_cross_entropy import linear_cross_entropy, token_losses
 from tests.loss_cases import DTYPES, OPTIONS, draw, measure, results
 
@@ -31,7 +31,7 @@ def test_errors_stay_within_twice_those_of_eager_code(dtype, options):
 @pytest.mark.parametrize("options", [OPTIONS[0], OPTIONS[-1]], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_large_vocabulary_in_several_chunks(dtype, options, monkeypatch):
-    monkeypatch.setattr(operator, "CHUNK_ELEMENTS", 2**26)
+    monkeypatch.setattr(loss_chunks, "CHUNK_ELEMENTS", 2**26)
     for num_classes in (128256, 50257):
         inputs = draw(1500, num_classes, dtype, "cuda", width=256, padding=47)
         assert measure(inputs, num_classes, **options) <= 1.0
@@ -96,6 +96,6 @@ def test_peak_memory_is_a_sixth_of_the_unfused():
         peaks.append(torch.cuda.max_memory_allocated() - before)
         x.grad = weight.grad = None
     fused, plain = peaks
-    formula = 4 * (operator.chunk_rows(N, V) * V + V * D + N * D) + 8 * N
+    formula = 4 * (loss_chunks.chunk_rows(N, V) * V + V * D + N * D) + 8 * N
     assert fused <= 1.03 * formula + 2**26, f"{fused:,} bytes; the formula says {formula:,}"
     assert fused <= plain / 5.5, f"{fused:,} against {plain:,} bytes"

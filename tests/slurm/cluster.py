@@ -53,7 +53,10 @@ MailProg=/bin/true
 KillWait=60
 NodeName={nodes[0]} NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=2 RealMemory=1000
 NodeName={nodes[1]} NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=2 RealMemory=1000
-PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+PartitionName=main Nodes=ALL Default=YES MaxTime=2-0 State=UP PriorityTier=1 GraceTime=60
+PartitionName=urgent Nodes=ALL MaxTime=60 MaxNodes=1 State=UP PriorityTier=9 PreemptMode=OFF
 """
 
 
@@ -113,6 +116,12 @@ class Cluster:
         done = subprocess.run(command, env=self.environment, cwd=ROOT, capture_output=True, text=True, timeout=60)
         assert done.returncode == 0, f"{command}: {done.stderr}{self.logs()}"
         return done.stdout.strip()
+
+    def refused(self, *command: str) -> str:
+        """Run a command of this project, which must end with status 2; return its error."""
+        done = subprocess.run(command, env=self.environment, cwd=ROOT, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 2 and done.stdout == "", done
+        return done.stderr
 
     def attempt(self, *command: str) -> str:
         """Run one of SLURM's commands, which may fail; return what it printed."""

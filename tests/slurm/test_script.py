@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from pretrain.slurm_script import ScriptSettings, fill_in
 from tests.rank_helpers import ROOT
 from tests.slurm.cluster import why_not
 
@@ -24,10 +25,10 @@ while [ "${1#--}" != "$1" ]; do [ "$1" = --label ] && trains=1; shift; done
 number=$(grep -c -e --label "$FOLDER/calls")
 nth() { local last=$#; [ "$number" -lt "$last" ] && last=$number; echo "${!last}"; }
 [ -n "$STEP" ] && mkdir -p "$FOLDER/run/checkpoints/step-$(nth $STEP)"
-[ -n "$TERM_SENT" ] && kill -TERM "$PPID"
+[ -n "$SIGNAL_SENT" ] && kill "-$SIGNAL_SENT" "$PPID"
 exit "$(nth $STATUS)"
 """
-SCONTROL = '#!/bin/bash\necho "scontrol $*" >>"$FOLDER/calls"\nexit "${SCONTROL_STATUS:-0}"\n'
+SCONTROL = '#!/bin/bash\necho "${0##*/} $*" >>"$FOLDER/calls"\nexit "${SCONTROL_STATUS:-0}"\n'
 CONFIG = """\
 model: {dim: 32, num_layers: 1, num_heads: 2}
 tokenizer: {model: tokenizer.model, vocab_size: 512}
@@ -39,22 +40,22 @@ train: {num_steps: 10, global_batch_size: 8, micro_batch_size: 1}
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Return a folder with stand-ins for srun and scontrol, and a config."""
-    for name, body in (("srun", SRUN), ("scontrol", SCONTROL)):
+    """Return a folder with stand-ins for srun, scontrol and scancel, and a config."""
+    for name, body in (("srun", SRUN), ("scontrol", SCONTROL), ("scancel", SCONTROL)):
         (tmp_path / name).write_text(body)
         (tmp_path / name).chmod(0o755)
     (tmp_path / "mine.yaml").write_text(CONFIG)
     return tmp_path
 
 
-def run(folder: Path, *arguments: str, cwd: Path = ROOT, **variables: str) -> tuple[int, str]:
+def run(folder: Path, *arguments: str, cwd: Path = ROOT, script: Path = SCRIPT, **variables: str) -> tuple[int, str]:
     """Run the script as a job would; return its status and what it said."""
     environment = {
         "PATH": f"{folder}:{os.environ['PATH']}", "FOLDER": str(folder), "PYTHON": sys.executable, "STATUS": "0",
         "SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "2", "SLURM_NTASKS": "16", "SLURM_TASKS_PER_NODE": "8(x2)",
         "SLURM_JOB_NODELIST": "n[1-2]",
     }  # fmt: skip
-    done = subprocess.run(["bash", SCRIPT, *arguments], cwd=cwd, env=environment | variables, capture_output=True,
+    done = subprocess.run(["bash", script, *arguments], cwd=cwd, env=environment | variables, capture_output=True,
                           text=True, timeout=60)  # fmt: skip
     return done.returncode, done.stderr
 
@@ -137,9 +138,55 @@ def test_progress_of_checkpoints_that_lie_elsewhere(folder: Path) -> None:
 
 
 def test_what_slurm_ends_slurm_requeues(folder: Path) -> None:
-    code, said = train(folder, STATUS="75", STEP="00000003", TERM_SENT="1")
+    code, said = train(folder, STATUS="75", STEP="00000003", SIGNAL_SENT="TERM")
     assert code == 75 and "requeue" not in calls(folder)
     assert "SLURM ends this job; if it starts it again, training goes on after step 3" in said
+
+
+@pytest.mark.parametrize("status", ["75", "138"])  # 138: before Python could take the signal
+def test_a_run_that_was_told_to_stop_is_not_brought_back(folder: Path, status: str) -> None:
+    code, said = train(folder, STATUS=status, STEP="00000003", SIGNAL_SENT="USR1")
+    assert code == int(status) and "requeue" not in calls(folder) and calls(folder).count("--label") == 1
+    assert "stopped after step 3 as it was told, and not requeued. Submit the same command again to go on" in said
+
+
+CHAIN = {"SLURM_ARRAY_JOB_ID": "5", "SLURM_ARRAY_TASK_ID": "1", "SLURM_ARRAY_TASK_MAX": "3"}
+
+
+def test_a_chain_goes_on_with_its_next_job(folder: Path) -> None:
+    code, said = train(folder, STATUS="75", STEP="00000003", **CHAIN)
+    assert code == 75 and "status 75; the next job of array 5 goes on after step 3" in said
+    assert "requeue" not in calls(folder) and "scancel" not in calls(folder)
+    code, said = train(folder, STATUS="75", STEP="00000004", **CHAIN | {"SLURM_ARRAY_TASK_ID": "3"})
+    assert code == 75 and "status 75 at step 4; this was the last job of array 5. Submit the same command" in said
+
+
+@pytest.mark.parametrize(
+    ("status", "signal"), [("0", ""), ("1", ""), ("75", "USR1"), ("69", "")], ids=["done", "failed", "told", "loop"]
+)
+def test_a_chain_ends_where_its_next_job_has_nothing_to_do(folder: Path, status: str, signal: str) -> None:
+    code, _ = train(folder, STATUS=status, STEP="00000003", SIGNAL_SENT=signal, **CHAIN)
+    assert code == int(status) and calls(folder).splitlines()[-1] == "scancel --state=PENDING 5"
+    assert run(folder, "absent.yaml", **CHAIN)[0] == 2 and calls(folder).count("scancel --state=PENDING 5") == 2
+
+
+def test_jobs_of_a_chain_count_their_attempts_together(folder: Path) -> None:
+    for number, job in enumerate(("5", "6", "7"), 1):
+        said = train(folder, STATUS="75", STEP="00000003", **CHAIN | {"SLURM_JOB_ID": job})[1]
+        assert ("three attempts in a row ended at step 3" in said) == (number == 3)
+
+
+def test_the_script_that_is_submitted_needs_no_arguments(folder: Path) -> None:
+    settings = ScriptSettings(
+        options={"nodes": "2"}, arguments=[str(folder / "mine.yaml"), f"run.dir={folder}/run of it"],
+        python=sys.executable, command=["submit"], path=folder / "submit.sbatch", folder=folder,
+        variables={"NCCL_DEBUG": "INFO"},
+    )  # fmt: skip
+    settings.path.write_text(fill_in(SCRIPT.read_text(), settings))
+    code, said = run(folder, cwd=folder, script=settings.path, STEP="00000010")
+    assert code == 0 and said.endswith("done\n"), said
+    command = f"{sys.executable} {ROOT}/launch/pretrain.py {folder}/mine.yaml run.dir={folder}/run of it"
+    assert command in calls(folder)
 
 
 def test_a_cluster_that_does_not_requeue(folder: Path) -> None:

@@ -1,0 +1,33 @@
+"""Memory, step time, tokens per second, days and cost of a run, on a machine with no GPU; and what would be better."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+if sys.path[0] == str(Path(__file__).resolve().parent):  # run as a file: launch/ would shadow the package `pretrain`
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from pretrain.console import ends_at_closed_pipe
+
+
+@ends_at_closed_pipe
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; return its exit status."""
+    from pretrain.errors import LonghaulError
+    from pretrain.plan_options import parse, report
+
+    arguments = parse(argv, __doc__)
+    try:
+        print(report(arguments))
+    except LonghaulError as error:
+        from pretrain.redaction import print_error
+
+        print_error(error)
+        return error.exit_status
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,217 @@
+"""What a run will need and take, foreseen on a machine without a GPU, and which settings are best."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from pretrain.batch_plan import BatchPlan
+from pretrain.config import Config
+from pretrain.deepspeed_settings import effective_stage
+from pretrain.errors import ConfigError
+from pretrain.gpus import GIB, find_gpu
+from pretrain.plan_memory import Memory, memory_of
+from pretrain.plan_time import Machine, StepTime, step_time, utilisation
+from pretrain.scaling_laws import SECONDS_PER_DAY
+
+DEFAULT_GPU, DEFAULT_NUM_GPUS, MOST_GPUS = "H100", 8, 16_384
+HOST_GIB = 1800.0  # of a node with eight GPUs and 2 TB
+_CHECKPOINTING = ("none", "selective", "full")
+# (stage, offload), in the order in which equally fast ones are preferred
+_DIVISIONS = ((0, "none"), (1, "none"), (2, "none"), (3, "none"), (1, "optimizer"), (2, "optimizer"), (3, "optimizer"),
+              (3, "parameters"))  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A config on a number of GPUs: what it takes of each and how long.
+
+    Args:
+        config: of the run.
+        batch: its rows on the ranks.
+        machine: the GPUs.
+        memory: of one rank at its most.
+        time: of a step.
+    """
+
+    config: Config
+    batch: BatchPlan
+    machine: Machine
+    memory: Memory
+    time: StepTime
+
+    @property
+    def free_bytes(self) -> int:
+        """Memory of the GPU that is left; below 0 where it does not fit."""
+        return self.machine.gpu.memory_bytes - self.memory.total
+
+    @property
+    def node_bytes(self) -> int:
+        """Memory of a node's host that its ranks take, beside their processes."""
+        return min(self.machine.gpus_per_node, self.machine.num_gpus) * sum(self.memory.host.values())
+
+    @property
+    def fits(self) -> bool:
+        """Whether the GPU has enough memory, and the host."""
+        return self.free_bytes >= 0 and self.node_bytes <= self.machine.host_bytes
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of all GPUs."""
+        return self.batch.tokens_per_step / self.time.total
+
+    @property
+    def days(self) -> float:
+        """Of all steps, without evaluation, saves, failures and waiting in a queue."""
+        return self.batch.num_steps * self.time.total / SECONDS_PER_DAY
+
+    @property
+    def cost(self) -> float | None:
+        """Dollars for these days."""
+        price = self.machine.price
+        return None if price is None else price * 24 * self.days * self.machine.num_gpus
+
+    @property
+    def mfu(self) -> tuple[float, float]:
+        """Model FLOPs utilisation: by the peers' convention, and with causal attention counted once."""
+        return utilisation(self.config, self.batch, self.machine, self.time.total)
+
+
+def make_plan(config: Config, machine: Machine) -> Plan:
+    """Foresee a config as it is.
+
+    Raises:
+        ConfigError: the batch does not divide over the GPUs.
+    """
+    batch = BatchPlan.of(config, machine.num_gpus)
+    memory = memory_of(config, batch, machine.masks_attention)
+    return Plan(config, batch, machine, memory, step_time(config, batch, machine))
+
+
+def choose_machine(
+    config: Config, gpu: str = DEFAULT_GPU, num_gpus: int | None = None, gpus_per_node: int = 8,
+    network_gbits: float | None = None, price: float | None = None, host_gib: float = HOST_GIB,
+) -> Machine:  # fmt: skip
+    """Return the machine that is meant.
+
+    Args:
+        config: of the run.
+        gpu: name of the GPU.
+        num_gpus: ranks; None: 8, or as many more as the config needs to fit.
+        gpus_per_node: at most.
+        network_gbits: Gbit/s to other nodes for each GPU; None: as machines with this GPU usually have.
+        price: dollars an hour for each GPU; None: the table's.
+        host_gib: memory of each node's host.
+
+    Raises:
+        ConfigError: the GPU is not known, or cannot compute in the config's precision.
+    """
+    name, found = find_gpu(gpu)
+    if config.train.precision == "bf16" and not found.has_bf16:
+        raise ConfigError(
+            f"--gpu: train.precision is bf16; expected fp16 or fp32 on {name}, whose matrix units have no bf16. "
+            "Use train.precision=fp16."
+        )
+    network = found.network if network_gbits is None else network_gbits / 8
+    price = found.price if price is None else price
+
+    def machine(number: int) -> Machine:
+        return Machine(name, found, number, gpus_per_node, network, price, host_gib * GIB)
+
+    if num_gpus is not None:
+        return machine(num_gpus)
+    number = DEFAULT_NUM_GPUS
+    while number <= MOST_GPUS and _divides(config, number):
+        if make_plan(config, machine(number)).fits:
+            return machine(number)
+        number *= 2
+    return machine(DEFAULT_NUM_GPUS)
+
+
+def _divides(config: Config, num_gpus: int) -> bool:
+    return config.train.global_batch_size % (config.train.micro_batch_size * num_gpus) == 0
+
+
+def changed(config: Config, **options: Any) -> Config:
+    """Return the config with other values of options of `parallel` and `train`, by their names."""
+    sections: dict[str, dict[str, Any]] = {"parallel": {}, "train": {}}
+    for name, value in options.items():
+        sections["parallel" if name in ("zero_stage", "offload") else "train"][name] = value
+    return config.model_copy(
+        update={name: getattr(config, name).model_copy(update=update) for name, update in sections.items()}
+    )
+
+
+def overrides(plan: Plan, config: Config) -> list[str]:
+    """Return what to put on the command line to get from a config to a plan's."""
+    names = ("parallel.zero_stage", "parallel.offload", "train.micro_batch_size", "train.activation_checkpointing")
+    found = []
+    for name in names:
+        section, _, key = name.partition(".")
+        value = getattr(getattr(plan.config, section), key)
+        if value != getattr(getattr(config, section), key):
+            found.append(f"{name}={value}")
+    return found
+
+
+@dataclass(frozen=True)
+class Search:
+    """What a search found.
+
+    Args:
+        best: of each way to divide and to compute again, the fastest micro-batch that fits, the fastest way first.
+        too_large: of those ways where nothing fits, the smallest micro-batch, the least that the GPU lacks first.
+    """
+
+    best: list[Plan]
+    too_large: list[Plan]
+
+
+def search(config: Config, machine: Machine) -> Search:
+    """Try ZeRO stages, offload, activation checkpointing and micro-batches, with the same global batch.
+
+    Raises:
+        ConfigError: no micro-batch divides the batch over the GPUs.
+    """
+    sizes = _micro_batches(config, machine.num_gpus)
+    best, too_large = [], []
+    for stage, offload in _divisions(config, machine.num_gpus):
+        for mode in _CHECKPOINTING:
+            plans = [
+                make_plan(changed(config, zero_stage=stage, offload=offload, micro_batch_size=size,
+                                  activation_checkpointing=mode), machine)
+                for size in sizes
+            ]  # fmt: skip
+            fitting = [plan for plan in plans if plan.fits]
+            if fitting:
+                best.append(min(fitting, key=lambda plan: (plan.time.total, plan.memory.total)))
+            else:
+                too_large.append(plans[0])
+    return Search(
+        sorted(best, key=lambda plan: plan.time.total), sorted(too_large, key=lambda plan: -plan.free_bytes)
+    )  # fmt: skip
+
+
+def _divisions(config: Config, ranks: int) -> Iterator[tuple[int, str]]:
+    """Yield ways to divide that are allowed and differ from each other."""
+    for stage, offload in _DIVISIONS:
+        parallel = config.parallel.model_copy(update={"zero_stage": stage, "offload": offload})
+        if effective_stage(parallel, config.train.precision, ranks) != stage:
+            continue  # it would run as another
+        if stage == 3 and config.train.compile:
+            continue
+        yield stage, offload
+
+
+def _micro_batches(config: Config, num_gpus: int) -> list[int]:
+    """Return micro-batches that divide a rank's rows, the smallest first: those that double, about."""
+    rows, remainder = divmod(config.train.global_batch_size, num_gpus)
+    if remainder or not rows:
+        BatchPlan.of(config, num_gpus)  # says what does divide
+    divisors = [size for size in range(1, rows + 1) if rows % size == 0]
+    chosen: list[int] = []
+    for size in divisors:
+        if not chosen or size >= 2 * chosen[-1] or size == config.train.micro_batch_size:
+            chosen.append(size)
+    return chosen

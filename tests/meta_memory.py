@@ -1,0 +1,85 @@
+"""Memory of a micro-batch with the operators that run on a GPU, on the meta device: sizes without any data."""
+
+from __future__ import annotations
+
+import weakref
+from contextlib import ExitStack
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from kernels import activation, attention, dropout, layer_norm, linear_cross_entropy, rms_norm, rope
+from kernels.loss_chunks import chunk_rows
+from pretrain.config import Config
+from pretrain.model import Transformer
+from pretrain.plan_memory import shape_of
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+class LiveBytes(TorchDispatchMode):
+    """Bytes of all storages that operators make, as long as they live, and at most."""
+
+    def __init__(self, known: list[torch.Tensor]) -> None:
+        """Count from zero, and not what is `known`."""
+        super().__init__()
+        self._sizes = {tensor.untyped_storage()._cdata: 0 for tensor in known}
+        self.now = self.peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, torch.Tensor):
+                self._see(leaf)
+        self.peak = max(self.peak, self.now + self._hidden(str(func), args))
+        return out
+
+    def _hidden(self, name: str, args: Any) -> int:
+        """What our operators allocate inside."""
+        if name.startswith("longhaul.linear_cross_entropy"):
+            x, _, _, num_classes, *_ = args
+            return 4 * chunk_rows(x.shape[0], num_classes) * num_classes
+        return 4 * args[1].numel() if name.startswith("longhaul.attention_backward") else 0
+
+    def _see(self, tensor: torch.Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key not in self._sizes:
+            self._sizes[key] = storage.nbytes()
+            self.now += storage.nbytes()
+            weakref.finalize(storage, self._forget, key)
+
+    def _forget(self, key: int) -> None:
+        self.now -= self._sizes.pop(key, 0)
+
+
+def measure(config: Config) -> tuple[int, int]:
+    """Return the bytes that are live when the forward pass is over, and at most in forward and backward pass.
+
+    Weights and their gradients are not among them, except those that the output layer's backward hands on.
+    """
+    shape, train = shape_of(config), config.train
+    B, T = train.micro_batch_size, config.data.seq_len
+    with ExitStack() as stack:
+        for module in (activation, attention, dropout, layer_norm, linear_cross_entropy, rms_norm, rope):
+            stack.enter_context(patch.object(module, "use_triton", lambda x: True))
+        stack.enter_context(patch.object(torch, "is_autocast_enabled", lambda kind: False))  # which meta has none of
+        default = torch.get_default_dtype()
+        stack.callback(torch.set_default_dtype, default)
+        torch.set_default_dtype(DTYPES[train.precision])
+        with torch.device("meta"):
+            model = Transformer(shape, 1, train.activation_checkpointing, train.z_loss, train.label_smoothing)
+        torch.set_default_dtype(default)
+        for parameter in model.parameters():
+            parameter.grad = torch.empty_like(parameter)
+        tokens_BT = torch.zeros(B, T, dtype=torch.int64, device="meta")
+        doc_start_BT, row_ids_B = tokens_BT.int(), torch.arange(B, device="meta")
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        with LiveBytes([*model.parameters(), *gradients, tokens_BT, doc_start_BT, row_ids_B]) as live:
+            objective, _ = model(tokens_BT, tokens_BT, doc_start_BT, row_ids_B, 0)
+            at_end = live.now
+            objective.backward()
+    return at_end, live.peak
