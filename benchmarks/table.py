@@ -282,8 +282,11 @@ def _verdict(is_met: bool, target: str, found: str) -> str:
 
 
 def _startup(record: dict[str, Any]) -> str:
-    lines = [["start to first step", "seconds"]]
-    lines += [[row["part"], f"{row['seconds']:.2f}"] for row in record["rows"]]
+    num_ranks = record["settings"].get("ranks", 1)
+    lines = [[f"start to first step, ranks: {num_ranks}", "seconds", "of CPU"]]
+    for row in record["rows"]:
+        cpu_seconds = row.get("cpu_seconds")
+        lines.append([row["part"], f"{row['seconds']:.2f}", "" if cpu_seconds is None else f"{cpu_seconds:.2f}"])
     return _aligned(lines)
 
 
@@ -307,6 +310,28 @@ def _checkpoint(record: dict[str, Any]) -> str:
     return text
 
 
+def ring_bytes(traffic: dict[str, list[int]], num_ranks: int) -> float:
+    """What a rank sends, and gets, if its collectives of a step, as calls and payload, go round a ring.
+
+    Source: Patarasu and Yuan 2009: an all-reduce is a reduce-scatter and an all-gather.
+    """
+    share = (num_ranks - 1) / num_ranks
+    return sum(size * share * (2 if name == "all_reduce" else 1) for name, (_, size) in traffic.items())
+
+
+def _memory(record: dict[str, Any]) -> str:
+    states = ("parameters", "masters", "moments", "gradients")
+    lines = [["bytes a parameter", "ranks", *states, "states", "in theory", "buckets", "peak", "sent in a step"]]
+    for row in record["rows"]:
+        found, num_parameters = row["memory"]["backward"], row["num_parameters"]
+        numbers = [found[kind] for kind in states]
+        numbers += [sum(numbers), sum(row["theory"].values()), row["memory"]["forward"]["buckets"]]
+        numbers += [max(row["peaks"].values()), ring_bytes(row["traffic"]["step"], row["ranks"])]
+        cells = [f"{number / num_parameters:.2f}" for number in numbers]
+        lines.append([f"ZeRO {row['stage']}, {row['precision']}", str(row["ranks"]), *cells])
+    return _aligned(lines)
+
+
 def _attention_cpu(record: dict[str, Any]) -> str:
     lines = [["forward and backward", "ours ms", "masked ms", "best SDPA ms", "ours/best", "cutting ms"]]
     for row in record["rows"]:
@@ -328,6 +353,7 @@ _TABLES = {
     "overhead": _overhead,
     "startup": _startup,
     "checkpoint": _checkpoint,
+    "memory": _memory,
     "prepare": _prepare,
     "filters": _filters,
     "tars": _tars,

@@ -13,6 +13,7 @@ if sys.path[0] == str(Path(__file__).resolve().parent):  # run as a file: launch
 
 from pretrain.console import ends_at_closed_pipe, write_patiently
 from pretrain.guard import StopRequest
+from pretrain.start_clock import StartClock
 
 EXAMPLES = """examples:
   deepspeed launch/pretrain.py configs/gpt2-124m.yaml
@@ -37,11 +38,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--explain", type=int, metavar="RANKS", help="say what `parallel` means on so many ranks")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # DeepSpeed's launcher adds it
     arguments = parser.parse_args(argv)
-    # Divide the cores of this node between its processes.
-    local_size = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1"
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // int(local_size))))
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1")
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // local_size)))
     rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
-    is_everybodys = True  # all ranks read the same config
+    is_everybodys, clock = True, StartClock("config")  # all ranks read the same config
     with StopRequest(ends_process=True, speaks=rank == "0") as stop:  # before the imports, which take long
         from pretrain.errors import LonghaulError
         from pretrain.redaction import print_error
@@ -53,10 +53,11 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print(config.run.dir)
                 return 0
             is_everybodys = False
+            clock.begin("imports")
             from pretrain.explain_parallel import show_parallel
             from pretrain.train import train
 
-            return show_parallel(config, arguments.explain) if arguments.explain else train(config, stop)
+            return show_parallel(config, arguments.explain) if arguments.explain else train(config, stop, clock)
         except LonghaulError as error:
             if rank == "0" or not (is_everybodys or error.agreed):
                 print_error(error, "" if rank == "0" else f" on rank {rank}")
@@ -66,5 +67,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 if __name__ == "__main__":
     status = main()
     write_patiently(sys.stderr, "")
-    # threads of gloo can abort a process that is done ("terminate called without an active exception")
-    os._exit(status)
+    os._exit(
+        status
+    )  # threads of gloo can abort a process that is done ("terminate called without an active exception")

@@ -39,6 +39,7 @@ from pretrain.optim import create_state, make_optimizer, param_groups
 from pretrain.profiling import PhaseClock
 from pretrain.run_options import ParallelSection
 from pretrain.sequence_parallel import SequenceGroup, join_sequence_group
+from pretrain.start_clock import StartClock
 from pretrain.swapped_states import groups_in_memory, locate, on_disk, prepare_folder, refill_weights, remove_states
 
 MASTER = "master"
@@ -73,8 +74,10 @@ class StepResult:
     applied: bool
 
 
-def init_distributed(timeout_seconds: int) -> Ranks:
+def init_distributed(timeout_seconds: int, clock: StartClock | None = None) -> Ranks:
     """Join the process group (NCCL on GPUs, gloo on CPUs) and return this rank's place in it."""
+    clock = clock or StartClock()
+    clock.begin("deepspeed")
     variables = export_rank_variables()
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it found no GPU
@@ -85,6 +88,7 @@ def init_distributed(timeout_seconds: int) -> Ranks:
     # DeepSpeed would compile a shared-memory operator for minutes at the first start on a CPU and leak 66 MiB of
     # /dev/shm a rank with it; training never calls it.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    clock.begin("process group")
     device = choose_device(int(variables["LOCAL_RANK"]), os.environ)
     if device.type == "cuda":
         torch.cuda.set_device(device)

@@ -9,6 +9,8 @@ import torch
 
 from pretrain.gpus import gpu_of_device
 
+_SLOW_FLOPS = 10e9  # of a CPU without instructions for a dtype, as most have none for bf16
+
 
 def peak_flops(device: torch.device, precision: str) -> float | None:
     """Return the most FLOP/s that one rank's device can do in this precision.
@@ -24,14 +26,17 @@ def peak_flops(device: torch.device, precision: str) -> float | None:
     return found[1].flops_fp32 if precision == "fp32" else found[1].flops
 
 
-def _measure_matmul(dtype: torch.dtype, size: int = 768, repeats: int = 8) -> float:
-    a, b = torch.ones(size, size, dtype=dtype), torch.ones(size, size, dtype=dtype)
-    seconds = []
-    for _ in range(repeats):
-        begin = time.perf_counter()
-        torch.mm(a, b)
-        seconds.append(time.perf_counter() - begin)
-    return 2 * size**3 / min(seconds)
+def _measure_matmul(dtype: torch.dtype, repeats: int = 8) -> float:
+    best = 0.0
+    for size in (256, 768):
+        a, b = torch.ones(size, size, dtype=dtype), torch.ones(size, size, dtype=dtype)
+        for _ in range(repeats):
+            begin = time.perf_counter()
+            torch.mm(a, b)
+            best = max(best, 2 * size**3 / (time.perf_counter() - begin))
+        if best < _SLOW_FLOPS:  # larger ones would take seconds, and be no faster
+            break
+    return best
 
 
 def peak_memory_bytes(device: torch.device) -> int:

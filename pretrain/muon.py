@@ -16,6 +16,7 @@ from torch import Tensor
 
 from pretrain.matrix_exchange import Held, MatrixExchange
 from pretrain.matrix_owners import Matrix
+from pretrain.torch_optimizers import AdamW
 
 _A, _B, _C = 3.4445, -4.7750, 2.0315
 _NUM_ITERATIONS = 5
@@ -45,7 +46,7 @@ def update_scale(rows: int, cols: int) -> float:
     return 0.2 * math.sqrt(max(rows, cols))
 
 
-class Muon(torch.optim.AdamW):
+class Muon(AdamW):
     """Muon for the groups with `muon`, torch's fused AdamW for the others.
 
     A group with `muon` has `names`, one a parameter, and `parts`: for each name the (rows, cols) of the matrices that

@@ -16,6 +16,7 @@ from pretrain.errors import ConfigError
 from pretrain.lion import Lion
 from pretrain.moments import is_hidden_matrix, moment_names
 from pretrain.muon import Muon
+from pretrain.torch_optimizers import SGD, Adam, AdamW, RMSprop
 
 
 def param_groups(model: nn.Module, section: OptimSection) -> list[dict[str, Any]]:
@@ -90,19 +91,17 @@ def make_optimizer(groups: list[dict[str, Any]], section: OptimSection) -> torch
     lr, betas, eps = section.lr, section.betas, section.eps
     match section.name:
         case "adamw":
-            return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
+            return AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
         case "adam":
-            return torch.optim.Adam(groups, lr=lr, betas=betas, eps=eps, fused=True)
+            return Adam(groups, lr=lr, betas=betas, eps=eps, fused=True)
         case "muon":
             return Muon(groups, lr, betas, eps, section.momentum, section.nesterov)
         case "lion":
             return Lion(groups, lr, betas)
         case "sgd":
-            return torch.optim.SGD(groups, lr=lr, momentum=section.momentum, nesterov=section.nesterov, foreach=True)
+            return SGD(groups, lr=lr, momentum=section.momentum, nesterov=section.nesterov, foreach=True)
         case "rmsprop":
-            return torch.optim.RMSprop(
-                groups, lr=lr, alpha=section.alpha, eps=eps, momentum=section.momentum, foreach=True
-            )
+            return RMSprop(groups, lr=lr, alpha=section.alpha, eps=eps, momentum=section.momentum, foreach=True)
 
 
 def create_state(

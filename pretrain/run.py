@@ -134,19 +134,16 @@ def open_run(
     ranks.agree(lambda: check_tracking(config.log.wandb) if folder else None)
     plan = ranks.agree(lambda: BatchPlan.of(config, ranks.world_size))
     group = sequence_group(config.parallel, ranks)
+    clock.begin("tokenizer")
     tokenizer = ranks.agree(lambda: open_tokenizer(config.tokenizer))
     ranks.agree(lambda: keep_tokenizer(tokenizer, folder))
     shape = resolve_shape(config.model, tokenizer.vocab_size, config.data.max_seq_len)
+    clock.begin("data")
     run_path = ranks.from_first(folder.path if folder else None)
     place = ranks.agree(lambda: open_place(config.checkpoint, run_path, config.data))
     # A run that goes on puts up with what was lost meanwhile, within data.max_damaged_fraction.
     is_new = not list_together(place, ranks)
-    reader = plan.reader_of(ranks.rank)
-    stream = ranks.agree(lambda: TokenStream(config, plan, reader, tokenizer.fingerprint, is_new=is_new))
-    cleanup.callback(stream.close)
-    check_same_rows(stream.plan.hash, stream.plan.pieces, ranks)
-    val_rows = ranks.agree(lambda: ValRows(config, tokenizer.fingerprint, config.eval.max_rows, is_new)
-                           if config.eval.every_steps else None)  # fmt: skip
+    stream, val_rows = open_rows(config, plan, ranks, tokenizer.fingerprint, is_new, cleanup)
     clock.begin("self-test")
     set_determinism(config.train.deterministic)
     check_optimizer(config, plan, ranks)
@@ -170,7 +167,7 @@ def open_run(
             events.append(("damage_mended", f"{num_mended:,} documents that were damaged before are in order"))
         stream.damage.check()
         ranks.agree(lambda: folder.accept(config) if folder else None)
-    clock.begin("first step")
+    clock.begin("metrics")
     open_log(run_path, ranks)
     tracker = ranks.agree(lambda: start_tracking(config, folder, events.append))
     log = None
@@ -186,7 +183,21 @@ def open_run(
     run = Run(config, ranks, group, plan, tokenizer, stream, val_rows, engine, checkpoints, samples, guard, spikes,
               profiler, folder, log, stop, watchdog, clock, progress)  # fmt: skip
     announce(run, events, is_resumed=start.own)
+    clock.begin("first step")
     return run
+
+
+def open_rows(
+    config: Config, plan: BatchPlan, ranks: Ranks, fingerprint: str, is_new: bool, cleanup: ExitStack
+) -> tuple[TokenStream, ValRows | None]:
+    """Open this rank's rows, which are those of one plan on all ranks, and the held-out ones if they are used."""
+    reader = plan.reader_of(ranks.rank)
+    stream = ranks.agree(lambda: TokenStream(config, plan, reader, fingerprint, is_new=is_new))
+    cleanup.callback(stream.close)
+    check_same_rows(stream.plan.hash, stream.plan.pieces, ranks)
+    val_rows = ranks.agree(lambda: ValRows(config, fingerprint, config.eval.max_rows, is_new)
+                           if config.eval.every_steps else None)  # fmt: skip
+    return stream, val_rows
 
 
 def make_model(config: Config, shape: ModelShape, group: SequenceGroup, device: torch.device) -> Transformer:
@@ -283,6 +294,7 @@ def set_determinism(wanted: bool) -> None:
     """Have the same bits come out on every run, as far as that is free; or, if wanted, whatever it costs."""
     # cuBLAS is deterministic only with a workspace for each stream, here 32 MiB; it is read at the first product.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(wanted)
+    if torch.are_deterministic_algorithms_enabled() != wanted:  # else torch imports its compiler only to tell it
+        torch.use_deterministic_algorithms(wanted)
     # Else every torch.empty is filled, DeepSpeed's gradient buckets too, which are up to 2 GB a micro-step.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]

@@ -9,17 +9,22 @@ from pretrain.heartbeat import Heartbeat
 
 
 class StartClock:
-    """Seconds of each part of a start, in order; the first part is everything before this object: Python and imports.
+    """Seconds of each part of a start, in order; the first one, `python`, is everything before this object.
 
+    Args:
+        part: that begins now.
     Attributes:
         seconds: by part.
+        cpu_seconds: of this process, by part: the rest is waiting, for a file system or for other ranks.
         heartbeat: told of every part that begins.
     """
 
-    def __init__(self) -> None:
-        self._part, self._last = "imports", time.monotonic() - process_age()
+    def __init__(self, part: str = "imports") -> None:
+        self._part, self._last, self._last_cpu = "python", time.monotonic() - process_age(), 0.0
         self.seconds: dict[str, float] = {}
+        self.cpu_seconds: dict[str, float] = {}
         self.heartbeat = Heartbeat()
+        self.begin(part)
 
     def begin(self, part: str) -> None:
         """Say that a part begins, and so the last one ends."""
@@ -29,9 +34,9 @@ class StartClock:
 
     def end(self) -> dict[str, float]:
         """Say that the last part is over; return the seconds by part."""
-        now = time.monotonic()
-        self.seconds[self._part] = now - self._last
-        self._last = now
+        now, now_cpu = time.monotonic(), time.process_time()
+        self.seconds[self._part], self.cpu_seconds[self._part] = now - self._last, now_cpu - self._last_cpu
+        self._last, self._last_cpu = now, now_cpu
         return self.seconds
 
     def __str__(self) -> str:

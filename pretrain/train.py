@@ -40,17 +40,19 @@ logger = logging.getLogger("longhaul")
 REPORT_SECONDS = 5.0  # that a failed run waits at most for the last step's loss
 
 
-def train(config: Config, stop: StopRequest) -> int:
+def train(config: Config, stop: StopRequest, clock: StartClock) -> int:
     """Train to the end of the schedule, going on from the newest good checkpoint in the run folder.
 
+    Args:
+        config: of the run.
+        stop: told of signals.
+        clock: of this start.
     Returns:
         The exit status: 0 done, 75 stopped by a signal after saving.
     Raises:
         LonghaulError: nothing was lost; the message says what to do.
     """
-    clock = StartClock()
-    clock.begin("process group")
-    ranks = init_distributed(config.parallel.start_timeout_seconds)
+    ranks = init_distributed(config.parallel.start_timeout_seconds, clock)
     stop.ends_process = False  # from now on all ranks agree about it
     status = train_on(config, ranks, stop, clock)
     leave_distributed()  # not after an error: the other ranks may be gone
@@ -64,15 +66,15 @@ def train_on(config: Config, ranks: Ranks, stop: StopRequest, clock: StartClock)
         watchdog = Watchdog(ranks, limits.timeout_seconds, limits.start_timeout_seconds, log_path(path, ranks))
         cleanup.callback(watchdog.close)
         clock.heartbeat = ranks.heartbeat
-        clock.begin("pre-flight")
+        clock.begin("run folder")
         run = folder = None
         try:
             folder = ranks.agree(lambda: RunFolder(config) if ranks.is_first else None)
             if folder:
                 cleanup.callback(folder.close)
             watchdog.on_end = partial(write_failure, path)
+            clock.begin("pre-flight")
             findings = check_start(config, ranks)
-            clock.begin("data")
             run = open_run(config, ranks, folder, stop, watchdog, cleanup, clock)
             record(run, findings)
             watchdog.attend(run.checkpoints.close)
@@ -116,7 +118,7 @@ def run_steps(run: Run) -> tuple[str, int, str]:
         if progress.step == first_step:
             run.watchdog.first_step_is_over()
             seconds = run.clock.end()
-            run.event("first_step", str(run.clock), seconds=seconds)
+            run.event("first_step", str(run.clock), seconds=seconds, cpu_seconds=run.clock.cpu_seconds)
         compare_with_plan(run, first_step)
         for sentence in run.watchdog.take_stragglers():
             run.event("straggler", sentence)

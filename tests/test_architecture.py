@@ -25,7 +25,7 @@ TIERS = (
     "errors section spellings heartbeat text_index scaling_laws matrix_owners",
     "model_options run_options gpus start_clock store_errors checkpoint_owner sequence_parallel recompute activation_offload network slurm slurm_script",
     "config hardware",
-    "moments stores config_docs schedule batch_plan packing phases row_order families console tokenizer source_files matrix_exchange lion"
+    "moments stores config_docs schedule batch_plan packing phases row_order families console tokenizer source_files matrix_exchange lion torch_optimizers"
     " generate_options repetition stalls personal_data near_duplicates languages wikipedia",
     "redaction parallel_checks config_changes mixture explain patient_file deepspeed_settings plan_shapes sentencepiece_model varied_texts table_files token_files shards tensor_files distributed watch_links layers"
     " published model_card muon compiling filters dataset_files decoding tar_files",

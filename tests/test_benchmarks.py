@@ -11,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from benchmarks import (
     filters,
     norms,
     optimizers,
+    plot,
     prepare,
     startup,
     step,
@@ -265,17 +267,39 @@ def test_the_loop_is_compared_with_a_bare_one_that_computes_the_same(tiny_config
 @pytest.mark.launches
 def test_a_start_is_measured_by_part(tiny_config: Path, tmp_path: Path) -> None:
     out = tmp_path / "startup.json"
-    done = run_command("benchmarks/startup.py", tiny_config, "--runs", "1", "--out", out)
+    arguments = ("train.micro_batch_size=8", "--ranks", "2", "--runs", "1", "--out", out)
+    done = run_command("benchmarks/startup.py", tiny_config, *arguments, timeout=300)
     assert done.returncode == 0, done.stderr
     rows = json.loads(out.read_text(encoding="utf-8"))["rows"]
     parts = [row["part"] for row in rows]
     assert parts == [
-        "imports", "process group", "data", "self-test", "model", "engine", "checkpoint", "first step",
-        "last checkpoint and exit",
+        "python", "config", "imports", "deepspeed", "process group", "run folder", "tokenizer", "data", "self-test",
+        "model", "engine", "checkpoint", "metrics", "first step", "to the end of the first step",
+        "last checkpoint and exit", "in all",
     ]  # fmt: skip
-    assert all(0 <= row["seconds"] < 100 for row in rows) and rows[0]["seconds"] > 0.5
-    with pytest.raises(RuntimeError, match="ended with status 2: error: .*model.dmi is unknown"):
+    assert all(0 <= row["seconds"] < 100 for row in rows) and rows[2]["seconds"] > 0.5
+    of_rank_0, of_all = rows[-3]["cpu_seconds"], rows[-1]["cpu_seconds"]
+    assert 0.5 < of_rank_0 == pytest.approx(sum(row["cpu_seconds"] for row in rows[:-3])) and of_all > 1.5 * of_rank_0
+    with pytest.raises(RuntimeError, match="rank 0 ended with 2: error: .*model.dmi is unknown"):
         startup.start_once(str(tiny_config), ["model.dmi=3"], tmp_path / "run")
+
+
+@pytest.mark.launches
+def test_memory_is_measured_by_kind_and_drawn(tiny_config: Path, tmp_path: Path) -> None:
+    out, picture = tmp_path / "memory.json", tmp_path / "memory.svg"
+    arguments = ("--ranks", "2", "--stages", "1,3", "--precisions", "fp32", "--out", out)
+    done = run_command("benchmarks/memory.py", tiny_config, *arguments, timeout=300)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(out.read_text(encoding="utf-8"))["rows"]
+    assert [(row["stage"], row["ranks"]) for row in rows] == [(1, 2), (3, 2)]
+    for row in rows:
+        assert row["memory"]["backward"]["moments"] == pytest.approx(row["theory"]["moments"], rel=0.02)
+        assert row["traffic"]["step"] and min(row["peaks"].values()) > sum(row["theory"].values())
+    assert "ZeRO 3, fp32" in done.stdout and "sent in a step" in done.stdout
+    assert plot.main([str(out), str(picture)]) == 0
+    elements = [element.tag.rpartition("}")[2] for element in ElementTree.parse(picture).iter()]
+    num_bars, num_kinds = 2, len(plot.COLOURS)
+    assert elements.count("rect") == 1 + num_bars * num_kinds + num_kinds  # ground, bars, legend
 
 
 def test_the_table_shows_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

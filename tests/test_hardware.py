@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import time
+
+import pytest
 import torch
 
 from pretrain.hardware import best_device, peak_flops, peak_memory_bytes
@@ -10,6 +13,18 @@ from pretrain.hardware import best_device, peak_flops, peak_memory_bytes
 def test_a_cpu_is_measured():
     rate = peak_flops(torch.device("cpu"), "fp32")
     assert 1e8 < rate < 1e14
+
+
+def test_a_cpu_is_not_measured_for_long_where_it_has_no_instructions_for_a_dtype(monkeypatch):
+    sizes = []
+
+    def slow_mm(a, b):
+        sizes.append(len(a))
+        time.sleep(0.005)
+
+    monkeypatch.setattr(torch, "mm", slow_mm)
+    assert peak_flops(torch.device("cpu"), "bf16") == pytest.approx(2 * 256**3 / 0.005, rel=0.5)
+    assert set(sizes) == {256}
 
 
 def test_a_gpu_is_looked_up_by_the_most_particular_name(monkeypatch):

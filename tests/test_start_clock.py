@@ -8,14 +8,18 @@ from pretrain.start_clock import StartClock, process_age
 
 
 def test_parts_follow_each_other_and_are_said_in_order():
-    clock = StartClock()
+    clock = StartClock("config")
     clock.begin("data")
     time.sleep(0.02)
     clock.begin("model")
+    begin = time.process_time()
+    while time.process_time() < begin + 0.05:
+        pass
     clock.end()
-    assert list(clock.seconds) == ["imports", "data", "model"]
+    assert list(clock.seconds) == list(clock.cpu_seconds) == ["python", "config", "data", "model"]
+    assert clock.cpu_seconds["data"] < 0.02 and clock.cpu_seconds["model"] >= 0.05  # sleeping is no work
     assert clock.heartbeat.read().phase == "model"
-    assert 0.02 <= clock.seconds["data"] < 5 and 0 <= clock.seconds["model"] < 1
+    assert 0.02 <= clock.seconds["data"] < 5 and 0 <= clock.seconds["model"] < 5
     clock.seconds = {"imports": 2.04, "data": 1.0}
     assert str(clock) == "3.0 s from the start of the process: imports 2.0, data 1.0"
 

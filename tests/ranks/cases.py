@@ -3,8 +3,8 @@
 Started by the tests on every rank: `cases.py CONFIG CASES.json`. CASES.json holds a list of
 {"overrides": [...], and by choice "signal_at", "signal_rank", "poison", "out_of_memory", "damage", "fail_save",
 "slow_save", "lose_state", "zero": settings of DeepSpeed's, "files" instead of its disk operator, "flip": [step, rank or
--1 for all, name], "watch_loading", "window", "bad_rows", "lie", "last_overrides"}. What a case leaves behind is in its run
-folder.
+-1 for all, name], "watch_loading", "window", "bad_rows", "lie", "last_overrides", "measure"}. What a case leaves behind is
+in its run folder.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 import torch
 
+from benchmarks.usage import measure
 from pretrain import checkpoint_folder, share_writer, spikes
 from pretrain import engine as engine_module
 from pretrain import train as train_module
@@ -188,6 +189,10 @@ def run_case(case: dict, config_path: str, ranks, stop: StopRequest) -> str:
 
         train_module.train_step = watched_step
     try:
+        if case.get("measure"):  # what each rank sends and holds
+            found = measure(config, ranks)
+            (Path(config.run.dir) / f"usage-{ranks.rank}.json").write_text(json.dumps(found))
+            return "done"
         with lies.told(case["lie"], ranks) if "lie" in case else nullcontext():
             return {0: "done", 75: "stopped"}[train_module.train_on(config, ranks, stop, StartClock())]
     except LonghaulError as error:
