@@ -67,6 +67,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 if __name__ == "__main__":
     status = main()
     write_patiently(sys.stderr, "")
-    os._exit(
-        status
-    )  # threads of gloo can abort a process that is done ("terminate called without an active exception")
+    os._exit(status)  # threads of gloo can abort a process that is done
