@@ -51,7 +51,7 @@ def compile_kernel(kernel: Any, capability: int, constants: dict[str, Any], num_
             signature[name] = "i64"
         else:
             signature[name] = "i32"
-        if name not in constants and name not in ("num_rows", "seed", "step_ptr", "layer_ptr"):
+        if name not in constants and name not in ("num_rows", "seed", "step_ptr", "layer_ptr", "first_group"):
             multiples[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(
         fn=kernel,
@@ -109,7 +109,8 @@ def programs(widths: list[int]) -> Iterator[tuple[str, Any, dict[str, Any], int]
             yield str(width), kernel, constants, activation.NUM_WARPS
     for kernel in (activation._gelu_kernel, activation._gelu_backward_kernel):
         yield "any", kernel, {"BLOCK": activation.BLOCK}, activation.NUM_WARPS
-    constants = {"SITE": 3, "SITES_PER_LAYER": 8, "THRESHOLD": 429496730, "SCALE": 1 / 0.9, "BLOCK": dropout.BLOCK}
+    constants = {"SITE": 3, "SITES_PER_LAYER": 8, "THRESHOLD": 429496730, "SCALE": 1 / 0.9, "BLOCK": dropout.BLOCK,
+                 "SKIPPED": 0}  # fmt: skip
     yield "any", dropout._dropout_kernel, constants, dropout.NUM_WARPS
     for heads, head_dim in HEADS:
         block_t, block_h, block_r, num_warps = rope.rope_tile(heads, head_dim)

@@ -273,7 +273,8 @@ def test_a_start_is_measured_by_part(tiny_config: Path, tmp_path: Path) -> None:
     rows = json.loads(out.read_text(encoding="utf-8"))["rows"]
     parts = [row["part"] for row in rows]
     assert parts == [
-        "python", "config", "imports", "deepspeed", "process group", "run folder", "tokenizer", "data", "self-test",
+        "python", "config", "imports", "deepspeed", "process group", "run folder", "pre-flight",
+            "tokenizer", "data", "self-test",
         "model", "engine", "checkpoint", "metrics", "first step", "to the end of the first step",
         "last checkpoint and exit", "in all",
     ]  # fmt: skip

@@ -66,7 +66,8 @@ def test_a_start_on_a_cpu_imports_no_compiler(tiny_config: Path, tmp_path: Path)
     assert "torch._dynamo" not in done.stderr and "torch._inductor" not in done.stderr
     event = next(line for line in metric_lines(tmp_path / "run") if line.get("event") == "first_step")
     assert list(event["seconds"]) == list(event["cpu_seconds"]) == [
-        "python", "config", "imports", "deepspeed", "process group", "run folder", "tokenizer", "data", "self-test",
+        "python", "config", "imports", "deepspeed", "process group", "run folder", "pre-flight",
+            "tokenizer", "data", "self-test",
         "model", "engine", "checkpoint", "metrics", "first step",
     ]  # fmt: skip
     assert 0.5 < sum(event["cpu_seconds"].values()) < 100
