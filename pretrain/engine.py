@@ -119,6 +119,14 @@ def _quieten(deepspeed: ModuleType) -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
 
 
+def _trust(optimizer: type) -> None:
+    """Keep DeepSpeed from warning of an optimizer that is not on its list; that each is right is tested here."""
+    from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
+
+    if optimizer not in ZERO_SUPPORTED_OPTIMIZERS:
+        ZERO_SUPPORTED_OPTIMIZERS.append(optimizer)
+
+
 def _import_muon_without_compiler() -> None:
     """Import DeepSpeed's Muon, which it does for every optimizer, without the compiler that its decorators ask for.
 
@@ -168,6 +176,7 @@ class Engine:
         else:
             list(weights.parameters())
         optimizer = make_optimizer(groups, config.optim)
+        _trust(type(optimizer))
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=settings, dist_init_required=False
         )

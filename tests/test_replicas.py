@@ -139,6 +139,6 @@ def test_a_flipped_bit_ends_the_start_before_it_is_saved(tiny_config, tmp_path):
     assert "step 4: memory is corrupted" in stopped and "CorruptionError" in stopped
     assert [resumed, unchecked, between] == ["done"] * 3
     events = [line["message"] for line in metric_lines(tmp_path / "save") if line.get("event") == "start"]
-    assert events[-1].startswith("going on after step 2:")  # 4 was not saved
+    assert events[-1].startswith("going on after step 2, and doing steps 3 to 4 again:")  # 4 was not saved
     assert len(losses(tmp_path / "save")) == 6
     assert losses(tmp_path / "unchecked") != losses(tmp_path / "save")

@@ -12,7 +12,7 @@ from tests.rank_helpers import good_steps, losses, metric_lines, newest, state_h
 from tests.small_disk import remount, small_disk
 
 pytestmark = [pytest.mark.slow, pytest.mark.launches]
-SPACE = "Free space or inodes on that file system, or lower checkpoint.keep_last."
+SPACE = "Free space or inodes there, or keep fewer checkpoints (checkpoint.keep_last, keep_every)."
 
 
 def failed_saves(run) -> dict[int, str]:
