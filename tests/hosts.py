@@ -55,11 +55,17 @@ def why_not(*commands: str) -> str | None:
         return f"{', '.join(missing)} not found: apt-get install iproute2 openssh-server openssh-client pdsh"
     if os.geteuid() != 0:
         return "network namespaces need root"
-    made = subprocess.run(["ip", "netns", "add", f"longhaul-{os.getpid()}"], capture_output=True, text=True)
-    if made.returncode:
-        return f"network namespaces are not allowed here: {made.stderr.strip()}"
-    subprocess.run(["ip", "netns", "delete", f"longhaul-{os.getpid()}"], check=True)
-    return None
+    name, reason = f"longhaul-{os.getpid()}", None
+    for command in (
+        f"netns add {name}", f"-n {name} link add bridge0 type bridge",
+        f"-n {name} link add link0 type veth peer name link1",
+    ):  # fmt: skip
+        made = subprocess.run(["ip", *command.split()], capture_output=True, text=True)
+        if made.returncode:
+            reason = f"networks of one's own are not allowed here: ip {command}: {made.stderr.strip()}"
+            break
+    subprocess.run(["ip", "netns", "delete", name], capture_output=True)
+    return reason
 
 
 def require(*commands: str) -> None:
