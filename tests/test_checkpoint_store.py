@@ -345,7 +345,7 @@ def test_a_store_that_cannot_be_reached_or_read_is_no_damage(bucket: str, tmp_pa
     url = f"{bucket}/far"
     save(open_store(url, tmp_path), 5)
     with proxied() as proxy:
-        place = StorePlace(url, section(tmp_path / "other cache", retry_seconds=1))
+        place = StorePlace(url, section(tmp_path / "other cache", retry_seconds=5))
         proxy.faults[".safetensors"] = ["503"] * 1000
         with pytest.raises(StoreAccessError, match=r"far/step-00000005/rank-0000\d\.safetensors cannot be read: "):
             place.open(5).verify()
