@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -55,6 +56,13 @@ def write_tiny_corpus(folder: Path) -> Path:
     config = folder / "tiny.yaml"
     config.write_text(TINY_CONFIG.format(folder=folder), encoding="utf-8")
     return config
+
+
+@pytest.fixture(autouse=True)
+def drawn_the_same_each_time() -> None:
+    """Seed torch before each test: what passes today passes tomorrow."""
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(0)
 
 
 @pytest.fixture(scope="session")

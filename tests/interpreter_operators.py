@@ -76,13 +76,14 @@ def test_no_elements(kind, shape):
 def test_gradient_matches_finite_differences(kind):
     x = drawn(SMALL[kind], torch.float32, "cpu").requires_grad_()
     run, direction, h = operation(kind, x).run, torch.randn_like(x), 1e-2
+    weights = {-2: 1 / 12, -1: -2 / 3, 1: 2 / 3, 2: -1 / 12}  # the error grows with h^4: no draw comes near the bound
 
     def loss(at):
         return run(at).double().sin().sum()
 
     slope = (torch.autograd.grad(loss(x), x)[0] * direction).sum().item()
-    moved = [loss(x.detach() + sign * h * direction).item() for sign in (-1, 1)]
-    assert slope == pytest.approx((moved[1] - moved[0]) / (2 * h), rel=3e-3, abs=3e-3)
+    moved = sum(weight * loss(x.detach() + step * h * direction).item() for step, weight in weights.items())
+    assert slope == pytest.approx(moved / h, rel=1e-3, abs=1e-3)
 
 
 @pytest.mark.parametrize("kind", KINDS)
