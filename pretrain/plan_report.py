@@ -37,6 +37,8 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "network_gbits": machine.network * 8, "price_per_hour": machine.price,
         "zero_stage": plan.config.parallel.zero_stage, "offload": plan.config.parallel.offload,
         "micro_batch_size": plan.batch.micro_batch_size, "num_micro_steps": plan.batch.num_micro_steps,
+        "sequence_parallel_size": plan.batch.sequence_parallel_size,
+        "ffn_chunk_tokens": plan.config.train.ffn_chunk_tokens,
         "activation_checkpointing": plan.config.train.activation_checkpointing,
         "tokens_per_step": plan.batch.tokens_per_step, "num_steps": plan.batch.num_steps,
         "fits": plan.fits, "memory_bytes": plan.memory.total, "allocated_bytes": plan.memory.allocated,
@@ -79,9 +81,12 @@ def settings_of(plan: Plan) -> str:
     """Name what a search changes, of a plan."""
     parallel, batch = plan.config.parallel, plan.batch
     offload = "" if parallel.offload == "none" else f", offload {parallel.offload}"
+    shared = "" if batch.sequence_parallel_size == 1 else f", {batch.sequence_parallel_size} ranks share rows"
+    chunks = plan.config.train.ffn_chunk_tokens
     return (
-        f"ZeRO {parallel.zero_stage}{offload}, micro-batch {batch.micro_batch_size} x {batch.num_micro_steps} "
+        f"ZeRO {parallel.zero_stage}{offload}{shared}, micro-batch {batch.micro_batch_size} x {batch.num_micro_steps} "
         f"micro-step{'s' * (batch.num_micro_steps > 1)}, checkpointing {plan.config.train.activation_checkpointing}"
+        + (f", feed-forward by {chunks:,} tokens" if chunks else "")
     )
 
 
@@ -102,8 +107,13 @@ def reason(plan: Plan) -> str:
     }[stage]  # fmt: skip
     if plan.config.parallel.offload != "none":
         said += f", the CPU updates ({100 * plan.time.update / plan.time.total:.0f}% of the step)"
-    again = {"none": "nothing is computed twice", "selective": "norms and activations are computed twice",
-             "full": "each forward pass is computed twice"}[plan.config.train.activation_checkpointing]  # fmt: skip
+    if (sharers := plan.batch.sequence_parallel_size) > 1:
+        said += f", {sharers} ranks share each row"
+    again = {
+        "none": "nothing is computed twice", "selective": "norms and activations are computed twice",
+        "full": "each forward pass is computed twice",
+        "offload": "each forward pass is computed twice, from inputs that the host keeps",
+    }[plan.config.train.activation_checkpointing]  # fmt: skip
     return f"{said}; {again}; {100 * plan.time.communication / plan.time.total:.0f}% of a step is communication"
 
 

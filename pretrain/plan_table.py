@@ -84,8 +84,8 @@ def tables() -> str:
 
 SCALE_NOTE = """
 The best settings that fit, by the search of `launch/plan.py`, for each number of GPUs, 8 to a node. The batch is the
-config's as long as that gives each GPU the same number of rows, at least one; else the next larger one that does,
-which is marked `+`: whether such a batch still trains as well is another question. Days and dollars are of the
+config's as long as that divides over the GPUs, of which up to eight may share a row; else the next larger one that
+does, which is marked `+`: whether such a batch still trains as well is another question. Days and dollars are of the
 config's tokens, without failures, saves and evaluation.
 """
 PUBLISHED_NOTE = """
@@ -109,8 +109,9 @@ assumptions; `--network` and `--price` replace them.
 
 
 def _enlarged(config: Config, num_gpus: int) -> Config:
-    """Return the config with the next batch that gives each GPU the same number of rows, and a row a micro-batch."""
-    rows = -(-config.train.global_batch_size // num_gpus) * num_gpus
+    """Return the config with the next batch that divides over the GPUs, of which eight may share a row."""
+    readers = num_gpus if config.train.global_batch_size >= num_gpus else num_gpus // 8
+    rows = -(-config.train.global_batch_size // readers) * readers
     return changed(config, global_batch_size=rows, micro_batch_size=1)
 
 
@@ -133,9 +134,12 @@ def _scale_rows(name: str, gpu: str) -> Iterator[str]:
 
 def _scale_row(plan: Plan, tokens: str) -> str:
     offload = "" if plan.config.parallel.offload == "none" else f", offload {plan.config.parallel.offload}"
+    sharers = plan.batch.sequence_parallel_size
+    shared = f", {sharers} share rows" if sharers > 1 else ""
+    mode = plan.config.train.activation_checkpointing
     settings = (
-        f"ZeRO {plan.config.parallel.zero_stage}{offload}, {plan.batch.micro_batch_size} x "
-        f"{plan.batch.num_micro_steps}, {plan.config.train.activation_checkpointing}"
+        f"ZeRO {plan.config.parallel.zero_stage}{offload}{shared}, {plan.batch.micro_batch_size} x "
+        f"{plan.batch.num_micro_steps}, {'inputs on the host' if mode == 'offload' else mode}"
     )
     cost = "" if plan.cost is None else f"${format_count(plan.cost)}"
     return (

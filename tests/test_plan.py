@@ -17,6 +17,8 @@ from launch.plan import main
 from pretrain.config import Config
 from pretrain.errors import ConfigError
 from pretrain.plan import HOST_GIB, Plan, changed, choose_machine, make_plan, overrides, search
+from pretrain.plan_communication import collectives
+from pretrain.plan_memory import shape_of
 from pretrain.plan_report import as_json, lack, reason, render
 from pretrain.plan_time import ASSUMPTIONS, Machine, step_time
 from pretrain.settings import load_config
@@ -83,14 +85,15 @@ def test_assumptions_can_be_others() -> None:
 
 
 def test_the_search_keeps_what_fits_and_puts_the_fastest_first() -> None:
-    config = load("llama-7b")
-    found = search(config, on(config))
+    config = load("llama-70b")
+    machine = on(config, number=64)
+    found = search(config, machine)
     assert found.best and found.too_large
     times = [plan.time.total for plan in found.best]
     assert times == sorted(times)
     assert all(plan.fits for plan in found.best) and not any(plan.fits for plan in found.too_large)
     assert all(plan.batch.global_batch_size == 1024 for plan in [*found.best, *found.too_large])
-    as_configured = make_plan(config, on(config))
+    as_configured = make_plan(config, machine)
     assert found.best[0].time.total <= as_configured.time.total
     ways = {(plan.config.parallel.zero_stage, plan.config.parallel.offload,
              plan.config.train.activation_checkpointing) for plan in [*found.best, *found.too_large]}  # fmt: skip
@@ -125,20 +128,50 @@ def test_as_many_gpus_as_are_needed() -> None:
     assert choose_machine(load("llama-400b")).num_gpus == 8  # it never fits
 
 
-@pytest.mark.parametrize(
-    ("change", "known"),
-    [("parallel.sequence_parallel_size=2", "1"), ("train.ffn_chunk_tokens=512", "0"),
-     ("train.activation_checkpointing=offload", "none or selective or full")],
-)  # fmt: skip
-def test_what_is_not_reckoned_with_is_said(change: str, known: str) -> None:
-    config = load("llama-7b", change)
-    with pytest.raises(ConfigError) as caught:
-        make_plan(config, on(config))
-    name, _, value = change.partition("=")
-    assert str(caught.value) == (
-        f"planner: {name} is {value}; expected {known}, which is all that it reckons with so far. Plan with that, which "
-        "takes more memory."
-    )
+def test_long_rows_are_shared_where_nothing_else_fits() -> None:
+    rows = ("data.seq_len=131072", "train.global_batch_size=16", "train.micro_batch_size=1")
+    config = load("llama-7b", *rows)
+    found = search(config, on(config, number=16))
+    assert not make_plan(config, on(config, number=16)).fits
+    shared = [plan for plan in found.best if plan.batch.sequence_parallel_size > 1]
+    assert shared and all("parallel.sequence_parallel_size=" in " ".join(overrides(plan, config)) for plan in shared)
+    assert all("ranks share each row" in reason(plan) for plan in shared)
+    assert all(plan.batch.sequence_parallel_size in (1, 2, 4, 8) for plan in [*found.best, *found.too_large])
+    assert {plan.config.train.activation_checkpointing for plan in found.best} >= {"none", "offload"}
+    for plan in found.best:  # what it says can be put on the command line
+        load("llama-7b", *rows, *overrides(plan, config))
+
+
+def test_fewer_rows_than_gpus_are_shared() -> None:
+    config = load("llama-7b", "train.global_batch_size=8", "train.micro_batch_size=1", "data.seq_len=32768")
+    found = search(config, on(config, number=32))
+    assert found.best and {plan.batch.sequence_parallel_size for plan in found.best} <= {4, 8}
+
+
+def test_long_rows_cost_what_they_must() -> None:
+    config = load("llama-7b", "data.seq_len=32768", "train.global_batch_size=64", "train.micro_batch_size=1")
+    machine = on(config, number=16)
+
+    def plan(**options: object) -> Plan:
+        return make_plan(changed(config, **options), machine)
+
+    alone, shared, across = plan(), plan(sequence_parallel_size=2), plan(sequence_parallel_size=16)
+    sent = [one for one in collectives(shared.config, shared.batch) if one.name == "all_to_all_single"]
+    shape = shape_of(config)
+    elements = 4 * shape.num_heads * shape.head_dim * shape.num_layers * 32768 / 2
+    assert [one.num_bytes for one in sent] == [2 * 3 * elements * shared.batch.num_micro_steps]  # forward, again, back
+    assert sent[0].wire_bytes(16) == sent[0].num_bytes / 2, "a half stays on its rank"
+    assert shared.time.communication > alone.time.communication
+    assert across.time.communication > 4 * shared.time.communication, "to another node"
+    assert shared.memory.parts["activations"] == pytest.approx(alone.memory.parts["activations"] / 2, rel=0.05)
+    moved, chunks = plan(activation_checkpointing="offload"), plan(ffn_chunk_tokens=2048)
+    assert moved.memory.host["activations"] == 63 * shape.dim * 32768 * 2 and "activations" not in alone.memory.host
+    assert moved.memory.parts["activations"] < alone.memory.parts["activations"]
+    assert chunks.memory.parts["activations"] < alone.memory.parts["activations"]
+    none, slow = plan(activation_checkpointing="none"), plan(activation_checkpointing="none", ffn_chunk_tokens=2048)
+    assert slow.time.matmul > 1.1 * none.time.matmul, "feed-forwards are computed twice"
+    link = replace(ASSUMPTIONS, host_link=0.5)
+    assert step_time(moved.config, moved.batch, machine, link).host > moved.time.host
 
 
 def test_bf16_needs_units_for_it() -> None:
