@@ -254,7 +254,8 @@ def _batches(config: Config, machine: Machine) -> Iterator[Config]:
 
 def _divisions(config: Config, ranks: int) -> Iterator[tuple[int, str]]:
     """Yield ways to divide that are allowed and differ from each other."""
-    asked, seen = config.parallel, set()
+    asked = config.parallel
+    seen: set[tuple[int, str]] = set()
     for stage, offload in ((asked.zero_stage, asked.offload), *_DIVISIONS):
         parallel = asked.model_copy(update={"zero_stage": stage, "offload": offload})
         runs_as = effective_stage(parallel, config.train.precision, ranks), offload
