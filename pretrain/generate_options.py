@@ -132,18 +132,27 @@ def prompts_from(arguments: argparse.Namespace) -> list[str]:
     return [prompt for prompt in prompts for _ in range(arguments.num_samples)]
 
 
+def read_text(option: str, name: str) -> str:
+    """Read a file of text that an option of the command line names, or the standard input (`-`).
+
+    Raises:
+        ConfigError: it cannot be read or is not UTF-8.
+    """
+    try:
+        return sys.stdin.read() if name == "-" else Path(name).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"{option} is {name}; expected a readable file of UTF-8 text ({error}). Name another."
+        ) from None
+
+
 def read_prompts(name: str) -> list[str]:
     """Read prompts from a file of lines or JSON lines, or from the standard input (`-`).
 
     Raises:
         ConfigError: it cannot be read, is not UTF-8, or a JSON line holds no prompt.
     """
-    try:
-        text = sys.stdin.read() if name == "-" else Path(name).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(
-            f"--prompt-file is {name}; expected a readable file of UTF-8 text ({error}). Name another."
-        ) from None
+    text = read_text("--prompt-file", name)
     # Not splitlines(): it cuts at form feeds and U+2028 too, which may well stand inside a prompt.
     lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     if not name.endswith(".jsonl"):
