@@ -13,6 +13,7 @@ from torch import Tensor
 from kernels.attention_torch import attention_probabilities
 from kernels.visibility import Visibility
 from pretrain.errors import ConfigError, TrainingError
+from pretrain.layers import Block
 from pretrain.model import Transformer
 from pretrain.tokenizer import Tokenizer
 
@@ -144,7 +145,7 @@ class _Watch:
     @contextmanager
     def installed(self) -> Iterator[None]:
         """Look at the model's parts as they run."""
-        blocks = list(self._model.blocks)
+        blocks = [block for block in self._model.blocks if isinstance(block, Block)]
         handles = [blocks[0].register_forward_pre_hook(lambda _, inputs: self._see_stream(*inputs[:2]))]
         for block in blocks:
             handles.append(block.register_forward_hook(lambda _, __, outputs: self._see_stream(*outputs)))

@@ -29,7 +29,7 @@ TIERS = (
     " generate_options repetition stalls personal_data near_duplicates languages wikipedia",
     "redaction chat parallel_checks config_changes mixture explain patient_file deepspeed_settings plan_shapes sentencepiece_model varied_texts table_files token_files shards tensor_files distributed watch_links layers"
     " published model_card muon compiling filters dataset_files decoding tar_files",
-    "checks node_cache row_table json_lines run_status plan_memory",
+    "messages checks node_cache row_table json_lines run_status plan_memory",
     "remote_corpus plan_communication",
     "plan_time",
     "plan",
@@ -37,8 +37,8 @@ TIERS = (
     "prefetch settings sentencepiece_tokenizer model optim initial_weights swapped_states explain_parallel checkpoint_files writable_store shard_reader journal sources spills sampling"
     " tracking family_table profiling watchdog",
     "communication link_speeds metrics guard spikes hf_tokenizer generate checkpoint_folder checkpoint_store",
-    "engine tokenizer_files tokenizer_trial checkpoint_places",
-    "text_shards",
+    "conversation engine tokenizer_files tokenizer_trial checkpoint_places",
+    "text_shards talk",
     "data_plan",
     "damage",
     "row_reader run_state",
@@ -64,6 +64,7 @@ FILE_OF_LIBRARY = {
     "datasketch": "pretrain/near_duplicates.py",
     "deepspeed": "pretrain/engine.py",
     "fsspec": "pretrain/stores.py",
+    "jinja2": "pretrain/messages.py",
     "mwparserfromhell": "pretrain/wikipedia.py",
     "py3langid": "pretrain/languages.py",
     "psutil": "pretrain/network.py",
