@@ -126,8 +126,8 @@ def end_ids(tokenizer: Tokenizer) -> list[int]:
     """
     exchange = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
     ids, is_answer = encode_messages(tokenizer, exchange)
-    last = [token for token, is_own in zip(ids, is_answer, strict=True) if is_own][-1]
-    own = [last] if last in tokenizer.special_tokens().values() else []
+    of_answer = [token for token, is_own in zip(ids, is_answer, strict=True) if is_own]
+    own = [token for token in of_answer[-1:] if token in tokenizer.special_tokens().values()]
     return list(dict.fromkeys([*stop_ids(tokenizer), *own]))
 
 

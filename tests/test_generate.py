@@ -359,7 +359,7 @@ def test_command_reads_prompts_from_files(run, tmp_path, monkeypatch, capsys):
         ([], "--prompt is missing; expected at least one prompt. Add --prompt TEXT or --prompt-file FILE."),
         (["--prompt-file", "none.txt"], "--prompt-file is none.txt; expected a readable file of UTF-8 text ("),
         (["--prompt-file", "empty.txt"], "--prompt is missing and empty.txt holds none; expected at least one prompt."),
-        (["--prompt-file", "bad.jsonl"], 'bad.jsonl:2: the line is {"text": "a"}; expected JSON such as {"prompt": "text"}.'),
+        (["--prompt-file", "bad.jsonl"], 'bad.jsonl:2: the line is {"text": "a"}; expected JSON such as {"prompt": "text"} or {"messages": ['),
         (["--prompt-file", "latin.txt"], "--prompt-file is latin.txt; expected a readable file of UTF-8 text ("),
         (["--prompt", "a", "--num-samples", "0"], "--num-samples is 0; expected at least 1. Use 1 or more."),
         (["--prompt", "a", "--min-p", "1.5"], "--min-p is 1.5; expected 0 to 1. Use 0 for all tokens."),
