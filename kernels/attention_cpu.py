@@ -74,8 +74,8 @@ def _by_pieces(q_BTHC: Tensor, k_BSKC: Tensor, v_BSKC: Tensor, visible: Visibili
 def _one_query(q_B1HC: Tensor, k_BSKC: Tensor, v_BSKC: Tensor, bias_B11S: Tensor | None, scale: float | None) -> Tensor:
     """Attend with one query a row, as generation does: the heads that share a key head are the queries of one.
 
-    PyTorch's kernel reads the keys for each head, and for all queries of a head at once. Of 1,500 keys of 4 heads of 64,
-    which 16 query heads share, a query took 257 us instead of 684 on one core of an AMD EPYC.
+    PyTorch's kernel reads the keys for each head, and for all queries of a head at once. Of 1,500 keys of 4 heads of
+    64, which 16 query heads share, a query took 257 us instead of 684 on one core of an AMD EPYC.
     """
     B, _, H, C = q_B1HC.shape
     K = k_BSKC.shape[2]

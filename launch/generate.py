@@ -38,13 +38,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         options, prompts = options_from(arguments), prompts_from(arguments)  # before seconds are spent on loading
         from pretrain.conversation import Conversation
-        from pretrain.generate import generate
-        from pretrain.hardware import best_device
+        from pretrain.generate import generate, place
         from pretrain.run_folder import load_run
         from pretrain.talk import take_template, talk
 
         run = load_run(arguments.run, arguments.step)
-        model = run.model.to(best_device())
+        model = place(run.model, run.config.train.precision, arguments.dtype)
         take_template(run.tokenizer, arguments.chat_template)
         if arguments.chat:
             talk(Conversation(model, run.tokenizer, options, arguments.system))

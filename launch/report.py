@@ -12,8 +12,8 @@ if sys.path[0] == str(Path(__file__).resolve().parent):  # run as a file: launch
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from pretrain.console import ends_at_closed_pipe, format_bytes
-from pretrain.errors import ConfigError, LonghaulError
-from pretrain.generate_options import read_text
+from pretrain.errors import LonghaulError
+from pretrain.report_options import add_arguments, text_from
 
 EXAMPLES = """examples:
   python launch/report.py runs/quickstart --inspect 'def main():'
@@ -27,27 +27,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="report", description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("run", metavar="RUN", help="run folder")
-    which = parser.add_mutually_exclusive_group()
-    which.add_argument(
-        "--inspect", metavar="TEXT", help="loss of each token, what each layer would predict, attention maps"
-    )
-    which.add_argument(
-        "--inspect-file", metavar="FILE", help="likewise, of the text in a file; - is the standard input"
-    )
-    parser.add_argument("--step", type=int, help="checkpoint to use; the newest good one by default")
-    parser.add_argument("--out", metavar="FILE", type=Path, help="page to write; by default in RUN/inspect")
-    parser.add_argument("--json", action="store_true", help="print one JSON object on stdout and nothing else there")
+    add_arguments(parser)
     arguments = parser.parse_args(argv)
     try:
-        text = arguments.inspect
-        if arguments.inspect_file is not None:
-            text = read_text("--inspect-file", arguments.inspect_file)
-        if text is None:
-            raise ConfigError(
-                "--inspect is missing; expected a text to look at. Add --inspect TEXT or --inspect-file FILE; a run's "
-                "curves are in its tensorboard/ and metrics.jsonl."
-            )
+        text = text_from(arguments)
         from pretrain.hardware import best_device
         from pretrain.inspection import inspect
         from pretrain.inspection_page import facts_of, write_page

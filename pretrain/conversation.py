@@ -128,8 +128,8 @@ class Conversation:
             if num_tokens + (1 if is_last else room) <= seq_len:
                 return kept, first - num_kept_first
         raise ConfigError(
-            f"message: it is {num_tokens} tokens with what the template and --system put before it; expected fewer than "
-            f"data.seq_len ({seq_len}). Shorten it."
+            f"message: it is {num_tokens} tokens with what the template and --system put before it; expected fewer "
+            f"than data.seq_len ({seq_len}). Shorten it."
         )
 
     def _next_ids(self, messages: list[Message], is_same: bool) -> list[int]:

@@ -12,11 +12,11 @@ from torch import Tensor
 from pretrain.chat import stop_ids
 from pretrain.errors import ConfigError, TrainingError
 from pretrain.generate_options import GenerateOptions
+from pretrain.hardware import best_device
 from pretrain.messages import Message, encode_messages
 from pretrain.model import KVCache, Transformer
 from pretrain.sampling import NOT_FINITE, TextStream, choose_tokens
 from pretrain.tokenizer import Tokenizer
-
 
 Prompt = str | Sequence[Message]  # the beginning of a document, or a conversation to answer in
 
@@ -29,8 +29,8 @@ class Completion:
         prompt: as given.
         text: what was generated, without the prompt, a stop string or the end of the document.
         ids: the generated token ids, without eos; with a stop string they may hold more than `text`.
-        finish: `eos` (the document or the answer ended), `stop` (a stop string), `length` (max_new_tokens), or `context` (prompt and
-            text fill the length that the model was trained on).
+        finish: `eos` (the document or the answer ended), `stop` (a stop string), `length` (max_new_tokens), or
+            `context` (prompt and text fill the length that the model was trained on).
     """
 
     prompt: Prompt
@@ -116,6 +116,20 @@ def encode_prompts(
                 f"data.seq_len ({seq_len}). Shorten it by at least {len(ids) - seq_len + 1} tokens."
             )
     return prompt_ids
+
+
+def place(model: Transformer, precision: str, dtype: str) -> Transformer:
+    """Move a model to the best device, in the dtype that text is sampled in.
+
+    Args:
+        model: fp32.
+        precision: that it was trained in.
+        dtype: `fp32`, `bf16`, or `auto`: on a GPU that of training, with the kernels of training; on a CPU fp32.
+    """
+    device = best_device()
+    if dtype == "auto":
+        dtype = "bf16" if precision == "bf16" and device.type == "cuda" else "fp32"
+    return model.to(device, torch.bfloat16 if dtype == "bf16" else torch.float32)
 
 
 def end_ids(tokenizer: Tokenizer) -> list[int]:

@@ -105,6 +105,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             about["help"] += " (%(default)s)"
         parser.add_argument(_flag(option.name), **about)
     parser.add_argument(
+        "--dtype", choices=("auto", "fp32", "bf16"), default="auto",
+        help="of weights and activations; auto: on a GPU as in training, on a CPU fp32",
+    )  # fmt: skip
+    parser.add_argument(
         "--stream", action=argparse.BooleanOptionalAction, default=None,
         help="show text as it is written, not when it is done; by default on a terminal",
     )  # fmt: skip

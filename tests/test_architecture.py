@@ -29,7 +29,7 @@ TIERS = (
     " generate_options repetition stalls personal_data near_duplicates languages wikipedia",
     "redaction chat parallel_checks config_changes mixture explain patient_file deepspeed_settings plan_shapes sentencepiece_model varied_texts table_files token_files shards tensor_files distributed watch_links layers"
     " published model_card muon compiling filters dataset_files decoding tar_files",
-    "messages checks node_cache row_table json_lines run_status plan_memory",
+    "messages report_options checks node_cache row_table json_lines run_status plan_memory",
     "remote_corpus plan_communication",
     "plan_time",
     "plan",

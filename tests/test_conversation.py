@@ -309,7 +309,9 @@ def test_ctrl_c_at_the_prompt_asks_once(monkeypatch, capsys):
 
 @pytest.fixture
 def run(monkeypatch):
-    config = types.SimpleNamespace(data=types.SimpleNamespace(max_seq_len=SEQ_LEN))
+    config = types.SimpleNamespace(
+        data=types.SimpleNamespace(max_seq_len=SEQ_LEN), train=types.SimpleNamespace(precision="fp32")
+    )
     loaded = types.SimpleNamespace(model=spell("fine"), tokenizer=Characters(), step=7, config=config)
     monkeypatch.setattr("pretrain.run_folder.load_run", lambda run, step: loaded)
     return loaded

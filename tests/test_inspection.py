@@ -10,8 +10,10 @@ import math
 import re
 import shutil
 import subprocess
+import sys
 import types
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -29,6 +31,7 @@ from pretrain.inspection_page import BYTES, SPECIAL, TEXT, page_data, render
 from pretrain.model import Transformer
 from pretrain.row_reader import Batch
 
+ROOT = Path(__file__).resolve().parents[1]
 SEQ_LEN = 48
 SENTENCE = "the cat sat on the mat\n\tand \u00e9\u2603 <b>"
 CASES = pytest.mark.parametrize("case", ["llama", "gpt2", "window", "softcap"])
@@ -288,6 +291,13 @@ def test_command_says_what_it_cannot_do(run, tmp_path, capsys):
     ):
         assert command.main(["tiny", *arguments]) == 2
         assert capsys.readouterr().err.startswith(f"error: {message}")
+
+
+@pytest.mark.launches
+def test_help_is_quick():
+    code = "import sys, launch.report as r\ntry: r.main(['--help'])\nfinally: print('torch' in sys.modules, file=sys.stderr)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stderr.strip() == "False" and "--inspect-file" in done.stdout
 
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
