@@ -25,7 +25,7 @@ from pretrain.generate import generate
 from pretrain.generate_options import GenerateOptions
 from pretrain.model import Transformer
 
-SHAPES = {"6.5m": (256, 6, 4, 2, 8192), "110m": (768, 12, 12, 4, 32000)}  # width, layers, heads, key heads, vocabulary
+SHAPES = {"6.5m": (256, 6, 4, 2, 8192), "100m": (768, 12, 12, 4, 32000)}  # width, layers, heads, key heads, vocabulary
 CASES = ((1, 100), (16, 100), (1, 900))  # rows and tokens of their prompts
 Texts = list[list[int]]
 
