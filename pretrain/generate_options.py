@@ -134,8 +134,9 @@ def prompts_from(arguments: argparse.Namespace) -> list[str | list[dict[str, str
         ConfigError: there is none, or the file cannot be read; they do not go with `--chat`, or `--system` without.
     """
     if arguments.chat:
-        for name in ("prompt", "prompt_file", "json"):
-            if value := getattr(arguments, name):
+        unused: dict[str, Any] = {"prompt": [], "prompt_file": None, "json": False, "num_samples": 1, "stream": None}
+        for name, default in unused.items():
+            if (value := getattr(arguments, name)) != default:
                 raise ConfigError(f"{_flag(name)} is {value}; expected none with --chat. Leave one of them out.")
         return []
     if arguments.system:
@@ -148,6 +149,11 @@ def prompts_from(arguments: argparse.Namespace) -> list[str | list[dict[str, str
     if not prompts:
         where = "is missing" if arguments.prompt_file is None else f"is missing and {arguments.prompt_file} holds none"
         raise ConfigError(f"--prompt {where}; expected at least one prompt. Add --prompt TEXT or --prompt-file FILE.")
+    if arguments.chat_template is not None and all(isinstance(prompt, str) for prompt in prompts):
+        raise ConfigError(
+            f"--chat-template is {arguments.chat_template}; expected none for prompts that are plain text. Leave it "
+            "out, or use --chat, or `messages` in the lines of a .jsonl file."
+        )
     return [prompt for prompt in prompts for _ in range(arguments.num_samples)]
 
 

@@ -343,6 +343,9 @@ def test_command_answers_messages_of_a_file(run, tmp_path, capsys):
     [
         (["--chat", "--prompt", "a"], "--prompt is ['a']; expected none with --chat. Leave one of them out."),
         (["--chat", "--json"], "--json is True; expected none with --chat."),
+        (["--chat", "--num-samples", "2"], "--num-samples is 2; expected none with --chat."),
+        (["--chat", "--no-stream"], "--stream is False; expected none with --chat."),
+        (["--chat-template", "x", "--prompt", "a"], "--chat-template is x; expected none for prompts that are plain text."),
         (["--system", "x", "--prompt", "a"], "--system is 'x'; expected none without --chat. Add --chat."),
         (["--chat", "--chat-template", "none.jinja"], "--chat-template is none.jinja; expected a readable file of UTF-8 text ("),
         (["--prompt-file", "bad.jsonl"], 'bad.jsonl:1: the line is {"messages": [{"role": "user"}]}; expected JSON such as {"prompt": "text"} or {"mess'),
