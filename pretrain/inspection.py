@@ -19,9 +19,9 @@ from pretrain.tokenizer import Tokenizer
 
 MAX_TOKENS = 4096  # of a text: what a browser shows quickly
 NUM_CHOICES, NUM_LENS_CHOICES = 10, 3  # the most probable tokens that are kept of a place, after all layers and of each
-# Of an analysis; what is beyond is cut at a token, so that a page is 15.6 MB at most.
+# Of an analysis; what is beyond is cut at a token, so that a page is 26.8 MB at most.
 MAX_LENS_CELLS = 40_000
-MAX_MAP_VALUES = 8 * 2**20
+MAX_MAP_VALUES = 16 * 2**20
 MAX_MAP_TOKENS = 512
 _ROWS_AT_ONCE = 64  # places whose logits are held at once: fp32, the whole vocabulary
 _MOST_DIFFERENT = 1e-3  # of the largest value: fused attention and the explicit one round differently
