@@ -22,7 +22,6 @@ from benchmarks import (
     data,
     data_peers,
     filters,
-    generation,
     norms,
     optimizers,
     plot,
@@ -426,20 +425,6 @@ def test_attention_on_a_cpu_is_measured(tmp_path: Path, capsys: pytest.CaptureFi
         assert 0 < row["best_sdpa_seconds"] <= row["masked_seconds"] and row["ours_seconds"] > 0
         assert row["ratio"] == row["ours_seconds"] / row["best_sdpa_seconds"] and row["num_pieces"] >= 1
     assert "attention on a CPU: 2 query heads, 1 key heads of 64" in capsys.readouterr().out
-
-
-def test_generation_is_measured(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(generation, "SHAPES", {"tiny": (32, 2, 4, 2, 128)})
-    monkeypatch.setattr(generation, "CASES", ((3, 9),))
-    out = tmp_path / "generation.json"
-    assert generation.main(["--models", "tiny", "--new-tokens", "5", "--repeats", "1", "--out", str(out)]) == 0
-    [row] = json.loads(out.read_text(encoding="utf-8"))["rows"]
-    assert (row["num_rows"], row["num_prompt"]) == (3, 9) and row["ours_tokens_per_second"] > 0
-    assert "generation on a CPU: 5 new tokens a row" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="other: its tokens are not ours"):
-        generation.measure({"ours": lambda: [[1]], "other": lambda: [[2]]}, 1)
 
 
 def test_calls_a_document_are_what_ours_is_measured_against() -> None:

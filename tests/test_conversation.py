@@ -169,6 +169,13 @@ def test_a_template_of_others_says_what_ends_an_answer(tmp_path):
     assert end_ids(tokenizer) == [2, 7]
 
 
+def test_a_template_of_others_gets_at_nothing():
+    tokenizer = Characters()
+    tokenizer.files["chat_template.jinja"] = b"{{ ''.__class__.__mro__[1].__subclasses__() }}"
+    with pytest.raises(ConfigError, match=r"its chat template refuses a conversation .*'__class__'.*unsafe"):
+        Conversation(build(), tokenizer, GREEDY)
+
+
 def test_the_oldest_turns_are_forgotten_where_all_do_not_fit(monkeypatch):
     model = build()
     conversation = Conversation(model, Characters(), GREEDY, system="S")
