@@ -17,13 +17,14 @@ setup(
     description="Pretraining of decoder-only Transformers, from raw text to a verified export",
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
-    package_data={"kernels": ["tiles/*.json"], "launch": ["slurm/*.sbatch"]},
+    package_data={"kernels": ["tiles/*.json"], "launch": ["slurm/*.sbatch"], "pretrain": ["pages/*"]},
     python_requires=">=3.11",
     packages=find_packages(include=["pretrain", "pretrain.*", "kernels", "kernels.*", "launch", "launch.*"]),
     install_requires=[
         *TORCH,
         "deepspeed==0.19.8",  # options vanish between its patch releases
         "fsspec[http]>=2024.6",  # http is aiohttp; no upper bound: s3fs and gcsfs want the version of their own date
+        "jinja2>=3.1,<4",  # torch asks for it too
         "numpy>=1.26,<3",
         "psutil>=5.9,<8",  # DeepSpeed asks for it too
         "pyarrow>=18,<30",

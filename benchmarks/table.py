@@ -343,7 +343,19 @@ def _attention_cpu(record: dict[str, Any]) -> str:
     return f"attention on a CPU: {heads}; threads: {settings['num_threads']}\n" + _aligned(lines)
 
 
+def _generation(record: dict[str, Any]) -> str:
+    ways = ("ours", "recomputed", "transformers")
+    lines = [["greedy, prompt included", "rows", "prompt", *(f"{way} tokens/s" for way in ways), "ours/transformers"]]
+    for row in record["rows"]:
+        rates = [row[f"{way}_tokens_per_second"] for way in ways]
+        cells = [str(row["num_rows"]), str(row["num_prompt"]), *(f"{rate:.1f}" for rate in rates)]
+        lines.append([row["model"], *cells, f"{rates[0] / rates[2]:.2f}"])
+    new, threads = record["settings"]["new_tokens"], record["settings"]["num_threads"]
+    return f"generation on a CPU: {new} new tokens a row, by processor time; threads: {threads}\n" + _aligned(lines)
+
+
 _TABLES = {
+    "generation": _generation,
     "attention": _attention,
     "attention_cpu": _attention_cpu,
     "norms": _norms,

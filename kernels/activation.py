@@ -38,7 +38,9 @@ def swiglu(gate_up: Tensor) -> Tensor:
     if use_triton(gate_up) and gate_up.dtype != torch.float64:
         return _swiglu_op(gate_up)
     # A compiler fuses the plain form, and cannot trace writing into halves.
-    return swiglu_truth(gate_up) if torch.compiler.is_compiling() else _SwiGLU.apply(gate_up)
+    if torch.compiler.is_compiling():
+        return swiglu_truth(gate_up)
+    return _SwiGLU.apply(gate_up) if torch.is_grad_enabled() else _gate(gate_up)
 
 
 def gelu_truth(x: Tensor) -> Tensor:
@@ -58,6 +60,11 @@ def gelu(x: Tensor) -> Tensor:
     return _gelu_op(x) if use_triton(x) and x.dtype != torch.float64 else gelu_truth(x)
 
 
+def _gate(gate_up: Tensor) -> Tensor:
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate).mul_(up)
+
+
 class _SwiGLU(torch.autograd.Function):
     """Keeps its input only, where autograd keeps silu(gate) as well, and makes no copies of halves.
 
@@ -67,8 +74,7 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate_up: Tensor) -> Tensor:
         ctx.save_for_backward(gate_up)
-        gate, up = gate_up.chunk(2, dim=-1)
-        return F.silu(gate).mul_(up)
+        return _gate(gate_up)
 
     @staticmethod
     @once_differentiable

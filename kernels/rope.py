@@ -127,7 +127,8 @@ def rope(x_BTHC: Tensor, cos_BT1R: Tensor, sin_BT1R: Tensor) -> Tensor:
     """
     if use_triton(x_BTHC) and x_BTHC.dtype != torch.float64:
         return _rope_op(x_BTHC, cos_BT1R, sin_BT1R, False)
-    if torch.compiler.is_compiling():  # which fuses the plain form
+    # A compiler fuses the plain form. For one token without gradients it takes 23 us and the other 56; same bits.
+    if torch.compiler.is_compiling() or (x_BTHC.shape[1] == 1 and not torch.is_grad_enabled()):
         return rope_truth(x_BTHC, cos_BT1R, sin_BT1R)
     return _Rope.apply(x_BTHC, cos_BT1R, sin_BT1R)
 

@@ -27,9 +27,9 @@ TIERS = (
     "config hardware",
     "moments stores config_docs schedule batch_plan packing phases row_order families console tokenizer source_files matrix_exchange lion torch_optimizers"
     " generate_options repetition stalls personal_data near_duplicates languages wikipedia",
-    "redaction parallel_checks config_changes mixture explain patient_file deepspeed_settings plan_shapes plan_activations sentencepiece_model varied_texts table_files token_files shards tensor_files distributed watch_links layers"
+    "redaction chat parallel_checks config_changes mixture explain patient_file deepspeed_settings plan_shapes plan_activations sentencepiece_model varied_texts table_files token_files shards tensor_files distributed watch_links layers"
     " published model_card muon compiling filters dataset_files decoding tar_files",
-    "checks node_cache row_table json_lines run_status plan_memory",
+    "messages report_options checks node_cache row_table json_lines run_status plan_memory",
     "remote_corpus plan_communication",
     "plan_time",
     "plan",
@@ -37,19 +37,19 @@ TIERS = (
     "prefetch settings sentencepiece_tokenizer model optim initial_weights swapped_states explain_parallel checkpoint_files writable_store shard_reader journal sources spills sampling"
     " tracking family_table profiling watchdog",
     "communication link_speeds metrics guard spikes hf_tokenizer generate checkpoint_folder checkpoint_store",
-    "engine tokenizer_files tokenizer_trial checkpoint_places",
-    "text_shards",
+    "conversation engine tokenizer_files tokenizer_trial checkpoint_places",
+    "text_shards talk",
     "data_plan",
     "damage",
     "row_reader run_state",
     "stream submit_checks",
     "share_writer feed source_sample replicas submit",
     "checkpoint run_folder tokenizer_export workers submit_options",
-    "evaluate hf_export self_test samples preflight refining verify_shards inspect_shards",
+    "inspection evaluate hf_export self_test samples preflight refining verify_shards inspect_shards",
     "shares store_check tar_documents tar_folder",
     "corpus",
     "tar_index",
-    "resume prepare convert quickstart",
+    "resume prepare convert quickstart inspection_page",
     "run",
     "rollback saving plan_check",
     "train",
@@ -64,6 +64,7 @@ FILE_OF_LIBRARY = {
     "datasketch": "pretrain/near_duplicates.py",
     "deepspeed": "pretrain/engine.py",
     "fsspec": "pretrain/stores.py",
+    "jinja2": "pretrain/messages.py",
     "mwparserfromhell": "pretrain/wikipedia.py",
     "py3langid": "pretrain/languages.py",
     "psutil": "pretrain/network.py",
@@ -86,8 +87,8 @@ WITHOUT_TORCH = (
     " sources store_errors stores node_cache remote_corpus prefetch shards shard_reader row_table data_plan journal workers corpus source_sample"
     " prepare dry_run verify_shards inspect_shards store_check prepare_options repetition personal_data near_duplicates languages wikipedia"
     " filters dataset_files redaction refining shares spills json_lines decoding tar_files text_index text_shards tar_documents tar_folder"
-    " tar_index gpus moments scaling_laws matrix_owners deepspeed_settings plan_shapes plan_activations plan_memory plan_communication plan_time plan plan_report plan_table plan_options"
-    " config_changes slurm slurm_script run_state submit submit_checks submit_options"
+    " tar_index chat gpus moments scaling_laws matrix_owners deepspeed_settings plan_shapes plan_activations plan_memory plan_communication plan_time plan plan_report plan_table plan_options"
+    " messages report_options config_changes slurm slurm_script run_state submit submit_checks submit_options"
 )
 
 MAX_FILE_LINES = 400

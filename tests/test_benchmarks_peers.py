@@ -17,7 +17,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from benchmarks import overhead, step, table, updates
+from benchmarks import generation, overhead, step, table, updates
 from benchmarks.peers import TrainerLoop, copy_weights, make_model, use_liger
 from benchmarks.record import Record
 from pretrain.config import Config
@@ -222,3 +222,17 @@ def test_wheels_of_the_peers_are_installed_where_they_are_missing(tmp_path: Path
         assert ("called: -m pip install" in log) == provided
         variants = "ours-deepspeed,baseline-compiled,transformers,transformers-liger"
         assert f"--variants {variants} --seconds" in log and "norms" not in log
+
+
+def test_generation_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(generation, "SHAPES", {"tiny": (32, 2, 4, 2, 128)})
+    monkeypatch.setattr(generation, "CASES", ((3, 9),))
+    out = tmp_path / "generation.json"
+    assert generation.main(["--models", "tiny", "--new-tokens", "5", "--repeats", "1", "--out", str(out)]) == 0
+    [row] = json.loads(out.read_text(encoding="utf-8"))["rows"]
+    assert (row["num_rows"], row["num_prompt"]) == (3, 9) and row["ours_tokens_per_second"] > 0
+    assert "generation on a CPU: 5 new tokens a row" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="other: its tokens are not ours"):
+        generation.measure({"ours": lambda: [[1]], "other": lambda: [[2]]}, 1)

@@ -181,7 +181,7 @@ def test_options_that_mean_nothing(options, message):
 
 @pytest.fixture
 def run(monkeypatch):
-    config = SimpleNamespace(data=SimpleNamespace(max_seq_len=SEQ_LEN))
+    config = SimpleNamespace(data=SimpleNamespace(max_seq_len=SEQ_LEN), train=SimpleNamespace(precision="bf16"))
     loaded = SimpleNamespace(model=spell("abcdefgh"), tokenizer=Characters(), step=7, config=config)
     asked = []
     monkeypatch.setattr("pretrain.run_folder.load_run", lambda run, step: asked.append((run, step)) or loaded)
@@ -192,6 +192,20 @@ def test_command_prints_prompt_and_text(run, capsys):
     assert command.main(["runs/x", "--prompt", "a", "--temperature", "0", "--step", "7"]) == 0
     assert capsys.readouterr().out == "abcdefgh\n"
     assert run == [("runs/x", 7)]
+
+
+@pytest.mark.parametrize("dtype", ["auto", "fp32", "bf16"])
+def test_dtype_is_that_of_the_weights(run, monkeypatch, capsys, dtype):
+    seen = []
+    monkeypatch.setattr("pretrain.generate.generate", lambda model, *rest: seen.append(model.output.weight.dtype) or [])
+    assert command.main(["runs/x", "--prompt", "a", "--dtype", dtype]) == 0
+    on_gpu = torch.cuda.is_available() and dtype == "auto"
+    assert seen == [torch.bfloat16 if dtype == "bf16" or on_gpu else torch.float32]
+
+
+def test_text_is_sampled_in_bf16_too():
+    [completion] = generate(spell("abcdefgh").bfloat16(), Characters(), ["a"], GenerateOptions(temperature=0))
+    assert completion.text == "bcdefgh"
 
 
 def test_command_prints_one_json_object(run, capsys):
@@ -359,7 +373,7 @@ def test_command_reads_prompts_from_files(run, tmp_path, monkeypatch, capsys):
         ([], "--prompt is missing; expected at least one prompt. Add --prompt TEXT or --prompt-file FILE."),
         (["--prompt-file", "none.txt"], "--prompt-file is none.txt; expected a readable file of UTF-8 text ("),
         (["--prompt-file", "empty.txt"], "--prompt is missing and empty.txt holds none; expected at least one prompt."),
-        (["--prompt-file", "bad.jsonl"], 'bad.jsonl:2: the line is {"text": "a"}; expected JSON such as {"prompt": "text"}.'),
+        (["--prompt-file", "bad.jsonl"], 'bad.jsonl:2: the line is {"text": "a"}; expected JSON such as {"prompt": "text"} or {"messages": ['),
         (["--prompt-file", "latin.txt"], "--prompt-file is latin.txt; expected a readable file of UTF-8 text ("),
         (["--prompt", "a", "--num-samples", "0"], "--num-samples is 0; expected at least 1. Use 1 or more."),
         (["--prompt", "a", "--min-p", "1.5"], "--min-p is 1.5; expected 0 to 1. Use 0 for all tokens."),

@@ -28,3 +28,10 @@ def test_swiglu_equals_the_truth_forward_and_backward(dtype):
 
 def test_swiglu_gradient_matches_finite_differences():
     assert torch.autograd.gradcheck(swiglu, (torch.randn(2, 6, dtype=torch.float64, requires_grad=True),))
+
+
+def test_without_gradients_the_bits_are_the_same():
+    x = torch.randn(2, 3, 14)
+    with_gradients = swiglu(x)
+    with torch.no_grad():
+        assert torch.equal(swiglu(x), with_gradients)

@@ -108,3 +108,11 @@ def test_gradients_turn_back_with_the_scaled_tables(scaling):
     grad = torch.randn(1, 6, 2, 8)
     found, expected = (torch.autograd.grad(f(x, cos, sin), x, grad)[0] for f in (rope, rope_truth))
     torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 3])
+def test_without_gradients_the_bits_are_the_same(num_tokens):
+    x, tables = torch.randn(2, num_tokens, 3, 16), rope_tables(torch.arange(num_tokens).expand(2, -1) + 7, 16, 1e4)
+    with_gradients = rope(x, *tables)
+    with torch.no_grad():
+        assert torch.equal(rope(x, *tables), with_gradients)

@@ -1,0 +1,62 @@
+"""Look at what a model does with a text, on one page: `python launch/report.py RUN --inspect TEXT`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+if sys.path[0] == str(Path(__file__).resolve().parent):  # run as a file: launch/ would shadow the package `pretrain`
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from pretrain.console import ends_at_closed_pipe, format_bytes
+from pretrain.errors import LonghaulError
+from pretrain.report_options import add_arguments, text_from
+
+EXAMPLES = """examples:
+  python launch/report.py runs/quickstart --inspect 'def main():'
+  python launch/report.py runs/quickstart --step 400 --inspect-file example.py --out example.html
+  python launch/report.py runs/quickstart --inspect-file - < example.py"""
+
+
+@ends_at_closed_pipe
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; return its exit status."""
+    parser = argparse.ArgumentParser(
+        prog="report", description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_arguments(parser)
+    arguments = parser.parse_args(argv)
+    try:
+        text = text_from(arguments)
+        from pretrain.hardware import best_device
+        from pretrain.inspection import inspect
+        from pretrain.inspection_page import facts_of, write_page
+        from pretrain.run_folder import load_run
+
+        run = load_run(arguments.run, arguments.step)
+        run.model.to(best_device())
+        inspection = inspect(run.model, run.tokenizer, text)
+        path = write_page(run, inspection, text, arguments.out)
+    except LonghaulError as error:
+        from pretrain.redaction import print_error
+
+        print_error(error)
+        return error.exit_status
+    facts, size = facts_of(run, inspection), path.stat().st_size
+    if arguments.json:
+        loss = float(inspection.loss_T.double().mean())
+        print(
+            json.dumps(
+                {"out": str(path), "bytes": size, "step": run.step, "tokens": len(inspection.ids) - 1, "loss": loss}
+            )
+        )
+    else:
+        print(f"{path} ({format_bytes(size)}): {facts['text']}, loss {facts['loss']}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
