@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from pretrain.command_line import CommandLine, count
 from pretrain.console import warn
 
 EXAMPLES = """examples:
@@ -28,8 +29,8 @@ def parse(argv: Sequence[str] | None, description: str | None) -> argparse.Names
     """Read the arguments; ends the process with status 2 and a message where they do not fit each other."""
     given = list(sys.argv[1:] if argv is None else argv)
     given, extra = (given[: given.index("--")], given[given.index("--") + 1 :]) if "--" in given else (given, [])
-    parser = argparse.ArgumentParser(
-        prog="submit", description=description, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = CommandLine(
+        prog="submit", description=description, epilog=EXAMPLES,
         usage="submit CONFIG [key=value ...] --nodes N --gpus-per-node N [options] [-- options of sbatch]\n"
               "       submit --status RUN | --cancel RUN",
     )  # fmt: skip
@@ -41,20 +42,20 @@ def parse(argv: Sequence[str] | None, description: str | None) -> argparse.Names
         "--dry-run", action="store_true", help="check, print script and command, submit and write nothing"
     )
     add("--json", action="store_true", help="print one JSON object on stdout and nothing else there")
-    add("--nodes", metavar="N", type=_count)
+    add("--nodes", metavar="N", type=count)
     add("--gpus-per-node", metavar="N", type=int, choices=range(0, 1025), help="one rank each; 0: ranks on CPUs")
-    add("--tasks-per-node", metavar="N", type=_count, help="ranks of a node; only with --gpus-per-node 0")
-    add("--cpus-per-task", metavar="N", type=_count, help="by default a rank's part of the node's")
+    add("--tasks-per-node", metavar="N", type=count, help="ranks of a node; only with --gpus-per-node 0")
+    add("--cpus-per-task", metavar="N", type=count, help="by default a rank's part of the node's")
     add("--time", default="24:00:00", help="limit of a job, after which it is requeued; default: %(default)s")
     for name in ("partition", "account", "qos", "constraint"):
         add(f"--{name}", default="", help="as sbatch takes it")
     add("--job-name", metavar="NAME", help="by default the run folder's")
-    add("--grace", metavar="SECONDS", type=_count, default=600,
+    add("--grace", metavar="SECONDS", type=count, default=600,
         help="before the limit, when training saves and leaves; default: %(default)s")  # fmt: skip
     add(
         "--chain",
         metavar="K",
-        type=_count,
+        type=count,
         default=1,
         help="K jobs, one after the other, instead of one that is requeued",
     )
@@ -76,12 +77,6 @@ def parse(argv: Sequence[str] | None, description: str | None) -> argparse.Names
     if (arguments.gpus_per_node == 0) != (arguments.tasks_per_node is not None):
         parser.error("--tasks-per-node goes with --gpus-per-node 0, and only with it: on GPUs it is one rank a GPU")
     return arguments
-
-
-def _count(text: str) -> int:
-    if not (text.isascii() and text.isdigit() and int(text)):
-        raise argparse.ArgumentTypeError(f"it is {text or 'empty'}; expected a whole number from 1")
-    return int(text)
 
 
 def _variable(text: str) -> tuple[str, str]:
