@@ -116,12 +116,11 @@ def nvme_folder(config: Config) -> Path | None:
     return Path(config.parallel.nvme_dir) / f"longhaul-{name}"
 
 
-def check_machine(config: Config, world_size: int, device_type: str, builders: ModuleType) -> None:
+def check_machine(config: Config, device_type: str, builders: ModuleType) -> None:
     """Check what a config alone cannot tell: whether this machine has what is asked for.
 
     Args:
         config: the config.
-        world_size: number of ranks.
         device_type: `cpu` or `cuda`.
         builders: DeepSpeed's, of the operators that it compiles.
     Raises:
@@ -133,11 +132,6 @@ def check_machine(config: Config, world_size: int, device_type: str, builders: M
     if device_type == "cpu" and parallel.quantize:
         text = f"parallel.quantize is [{', '.join(parallel.quantize)}]; expected [] on a CPU: the kernels are CUDA's. "
         raise ConfigError(text + "Leave it out.")
-    if world_size % parallel.hpz_ranks:
-        text = (
-            f"on {world_size} ranks: parallel.hpz_ranks is {parallel.hpz_ranks}; expected a divisor of {world_size}. "
-        )
-        raise ConfigError(text + "Use the number of GPUs of a node, or 1.")
     if parallel.quantize and not builders.QuantizerBuilder().is_compatible():
         text = (
             f"parallel.quantize is [{', '.join(parallel.quantize)}]; expected DeepSpeed's operator `quantizer`, which "

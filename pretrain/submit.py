@@ -28,6 +28,8 @@ from pretrain.submit_checks import (
     Request,
     check_cluster,
     check_data,
+    check_extra_options,
+    check_files,
     check_run,
     check_time,
     choose_cpus,
@@ -74,13 +76,15 @@ def prepare_submission(
     config = load_config(path, overrides)
     BatchPlan.of(config, request.num_ranks)
     check_time(request)
+    check_extra_options(request)
     check_run(config)
-    try:
-        check_data(config)
-    except LonghaulError as error:
-        if not is_trial:
-            raise
-        warn(str(error))
+    for check in (lambda: check_files(request), lambda: check_data(config)):
+        try:
+            check()
+        except LonghaulError as error:
+            if not is_trial:
+                raise
+            warn(str(error))
     groups = list_nodes()
     check_cluster(request, groups)
     refuse_secrets([*overrides, *(f"{name}={value}" for name, value in request.variables.items())])
