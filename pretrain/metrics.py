@@ -222,8 +222,8 @@ class MetricLog:
         if line["mfu"] and line["mfu"] > 1 and not self._has_doubted:
             self._has_doubted = True
             self.say(
-                f"step {step}  MFU is left out where it is above 100%: the peak of a rank, {self._peak_flops:.3g} FLOP/s, is "
-                "too low. A CPU's is measured at the start, and was when others used it."
+                f"step {step}  MFU is left out where above 100%: the peak of a rank, {self._peak_flops:.3g} FLOP/s, "
+                "is too low. A CPU's is measured at the start, and was when others used it."
             )
         text = (
             f"step {step}/{self.num_steps}  loss {line['loss']:.4f}  "

@@ -56,9 +56,7 @@ def test_a_utilisation_that_cannot_be_is_left_out_and_said_once(tmp_path, capsys
         log.step(replace(step_metrics(step), step_seconds=seconds))
     log.close()
     doubt, second, fourth = capsys.readouterr().err.splitlines()
-    assert doubt.startswith(
-        "step 1  MFU is left out where it is above 100%: the peak of a rank, 1e+06 FLOP/s, is too low"
-    )
+    assert doubt.startswith("step 1  MFU is left out where above 100%: the peak of a rank, 1e+06 FLOP/s, is too low")
     assert "tokens/s  lr " in second and "MFU 6.0%" in fourth
     assert read(tmp_path)[0]["mfu"] == pytest.approx(3.0)
 
