@@ -42,17 +42,12 @@ class BatchPlan:
         """Divide the config's global batch over `world_size` ranks.
 
         Raises:
-            ConfigError: the ranks are not whole groups that share rows, or hold weights once more, or the global batch
-                is not a whole number of micro-batches on every rank.
+            ConfigError: the ranks are not whole groups that share rows, or the global batch is not a whole number of
+                micro-batches on every rank.
         """
         train, shared_by = config.train, config.parallel.sequence_parallel_size
         if world_size % shared_by:
             raise ConfigError(_not_whole_groups(shared_by, world_size))
-        if world_size % config.parallel.hpz_ranks:
-            raise ConfigError(
-                f"on {_count(world_size, 'rank')}: parallel.hpz_ranks is {config.parallel.hpz_ranks}; expected a "
-                f"divisor of {world_size}. Use the number of GPUs of a node, or 1."
-            )
         together = train.micro_batch_size * (world_size // shared_by)
         if train.global_batch_size % together:
             raise ConfigError(_not_divisible(train.global_batch_size, train.micro_batch_size, world_size, shared_by))

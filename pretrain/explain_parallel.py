@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from pretrain.batch_plan import BatchPlan
 from pretrain.config import Config
-from pretrain.deepspeed_settings import deepspeed_settings, effective_stage
+from pretrain.deepspeed_settings import check_hpz, deepspeed_settings, effective_stage
 from pretrain.errors import EXIT_DONE
 from pretrain.families import num_parameters
 from pretrain.plan_memory import disk_bytes, host_bytes, layout_of, resident, shape_of
@@ -36,9 +36,10 @@ def explain_parallel(config: Config, ranks: int) -> str:
     """Say what a config's `parallel` means on so many ranks, beside its other values; then DeepSpeed's JSON.
 
     Raises:
-        ConfigError: the batch does not divide.
+        ConfigError: the batch does not divide, or `parallel.hpz_ranks` does not.
     """
     plan, num_total, parallel = BatchPlan.of(config, ranks), num_parameters(shape_of(config)), config.parallel
+    check_hpz(parallel, ranks)
     lines = [
         f"{num_total:,} parameters on {ranks} rank{'s' * (ranks > 1)}, {config.train.precision}, {config.optim.name}.",
         "Bytes of one rank when the last backward pass of a step is over, without activations and gathered weights;",

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pretrain.batch_plan import BatchPlan
 from pretrain.config import Config
-from pretrain.deepspeed_settings import effective_stage
+from pretrain.deepspeed_settings import check_hpz, effective_stage
 from pretrain.errors import ConfigError
 from pretrain.gpus import GIB, find_gpu
 from pretrain.parallel_checks import parallel_problems
@@ -19,6 +19,7 @@ from pretrain.scaling_laws import SECONDS_PER_DAY
 DEFAULT_GPU, DEFAULT_NUM_GPUS, MOST_GPUS = "H100", 8, 16_384
 HOST_GIB = 1800.0  # of a node with eight GPUs and 2 TB
 _CHECKPOINTING = ("none", "selective", "full", "offload")
+_NOISE = 0.03  # far less than these times are off by
 _SHARED_BY = (1, 2, 4, 8)  # ranks of a node that may share rows
 # (stage, offload), in the order in which equally fast ones are preferred
 _DIVISIONS = ((0, "none"), (1, "none"), (2, "none"), (3, "none"), (1, "optimizer"), (2, "optimizer"), (3, "optimizer"),
@@ -84,11 +85,34 @@ def make_plan(config: Config, machine: Machine) -> Plan:
     """Foresee a config as it is.
 
     Raises:
-        ConfigError: the batch does not divide over the GPUs.
+        ConfigError: the batch does not divide over the GPUs, or they are no whole groups.
     """
     batch = BatchPlan.of(config, machine.num_gpus)
+    check_hpz(config.parallel, machine.num_gpus)
     memory = memory_of(config, batch, machine.masks_attention)
     return Plan(config, batch, machine, memory, step_time(config, batch, machine))
+
+
+def not_reckoned(config: Config) -> list[str]:
+    """Name the options of a config that change memory or time, and are not part of a plan."""
+    parallel, found = config.parallel, []
+    if config.train.compile:
+        found.append("train.compile")
+    if parallel.quantize:
+        found.append("parallel.quantize")
+    if parallel.nvme_dir:
+        found.append("the time of parallel.nvme_dir")
+    if parallel.hpz_ranks > 1:
+        found.append("the time that parallel.hpz_ranks saves")
+    return [*found, *(["data.phases"] if config.data.phases else [])]
+
+
+def more_gpus_help(plan: Plan) -> bool:
+    """Say whether a plan that does not fit would on many times as many GPUs, each with the same rows."""
+    times = 64
+    machine = replace(plan.machine, num_gpus=times * plan.machine.num_gpus)
+    config = changed(plan.config, global_batch_size=times * plan.config.train.global_batch_size)
+    return make_plan(config, machine).fits
 
 
 def choose_machine(
@@ -167,7 +191,8 @@ class Search:
     """What a search found.
 
     Args:
-        best: of each way to divide and to compute again, the fastest batch that fits, the fastest way first.
+        best: of each way to divide and to compute again, the fastest batch that fits; the fastest way first, but the
+            config as it is before it where it is as fast within 3%.
         too_large: of those ways where nothing fits, the smallest batch, the least that the GPU lacks first.
     """
 
@@ -193,9 +218,24 @@ def search(config: Config, machine: Machine) -> Search:
                 too_large.append(max(plans, key=lambda plan: plan.free_bytes))
     if not best and not too_large:
         BatchPlan.of(config, machine.num_gpus)  # says what does divide
+    configured = make_plan(config, machine) if best and _divides(config, machine.num_gpus) else None
     return Search(
-        sorted(best, key=lambda plan: plan.time.total), sorted(too_large, key=lambda plan: -plan.free_bytes)
-    )  # fmt: skip
+        _in_order(best, configured if configured and configured.fits else None),
+        sorted(too_large, key=lambda plan: -plan.free_bytes),
+    )
+
+
+def _in_order(plans: list[Plan], configured: Plan | None) -> list[Plan]:
+    """Order plans by their speed; but a config that fits and is as fast as the best, about, comes first as it is."""
+    ordered = sorted(plans, key=lambda plan: plan.time.total)
+    if configured is None or configured.time.total > (1 + _NOISE) * ordered[0].time.total:
+        return ordered
+    return [configured, *(plan for plan in ordered if _way(plan) != _way(configured))]
+
+
+def _way(plan: Plan) -> tuple[int, str, str]:
+    parallel = plan.config.parallel
+    return parallel.zero_stage, parallel.offload, plan.config.train.activation_checkpointing
 
 
 def _batches(config: Config, machine: Machine) -> Iterator[Config]:
@@ -214,11 +254,14 @@ def _batches(config: Config, machine: Machine) -> Iterator[Config]:
 
 def _divisions(config: Config, ranks: int) -> Iterator[tuple[int, str]]:
     """Yield ways to divide that are allowed and differ from each other."""
-    for stage, offload in _DIVISIONS:
-        parallel = config.parallel.model_copy(update={"zero_stage": stage, "offload": offload})
-        if effective_stage(parallel, config.train.precision, ranks) != stage:
-            continue  # it would run as another
-        yield stage, offload
+    asked = config.parallel
+    seen: set[tuple[int, str]] = set()
+    for stage, offload in ((asked.zero_stage, asked.offload), *_DIVISIONS):
+        parallel = asked.model_copy(update={"zero_stage": stage, "offload": offload})
+        runs_as = effective_stage(parallel, config.train.precision, ranks), offload
+        if runs_as not in seen and (not seen or runs_as[0] == stage):
+            seen.add(runs_as)
+            yield stage, offload
 
 
 def _micro_batches(rows: int, configured: int) -> list[int]:

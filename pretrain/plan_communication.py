@@ -109,12 +109,7 @@ def _exchanges(config: Config, plan: BatchPlan, size: int) -> Collective:
 def _divided_weights(config: Config, plan: BatchPlan, at: Layout, sizes: list[int]) -> list[Collective]:
     """Stage 3: weights are gathered for each pass, gradients scattered after each backward pass."""
     ranks, steps = plan.world_size, plan.num_micro_steps
-    recomputes = config.train.activation_checkpointing != "none"
-    order = [[_padded(numel, ranks) for numel in module if numel > PERSISTENT_ELEMENTS]
-             for module in modules_in_order(shape_of(config))]  # fmt: skip
-    weights = gathered_elements(
-        [sum(module) for module in order], kept_elements(recomputes), shape_of(config).tie_embeddings
-    )
+    weights = gathered_weights(config, ranks)
     persistent = sum(_padded(numel, ranks) for numel in sizes if numel <= PERSISTENT_ELEMENTS)
     gradients = sum(_padded(numel, ranks) for numel in sizes)
     ahead = min(prefetch_elements(at.total, config.model.num_layers), MAX_LIVE_ELEMENTS)
@@ -124,6 +119,16 @@ def _divided_weights(config: Config, plan: BatchPlan, at: Layout, sizes: list[in
         Collective("reduce_scatter_tensor", at.grad_size * gradients * steps, steps * -(-at.total // at.bucket),
                    "passes"),
     ]  # fmt: skip
+
+
+def gathered_weights(config: Config, ranks: int) -> int:
+    """Count the weights that stage 3 brings together in one micro-step, on each of so many ranks."""
+    recomputes = config.train.activation_checkpointing != "none"
+    order = [[_padded(numel, ranks) for numel in module if numel > PERSISTENT_ELEMENTS]
+             for module in modules_in_order(shape_of(config))]  # fmt: skip
+    return gathered_elements(
+        [sum(module) for module in order], kept_elements(recomputes), shape_of(config).tie_embeddings
+    )
 
 
 def _padded(numel: int, ranks: int) -> int:

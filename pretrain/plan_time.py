@@ -14,7 +14,7 @@ from pretrain.config import Config
 from pretrain.families import ModelShape, flops_per_token
 from pretrain.gpus import Gpu
 from pretrain.plan_activations import offloaded_bytes
-from pretrain.plan_communication import Collective, collectives
+from pretrain.plan_communication import Collective, collectives, gathered_weights
 from pretrain.plan_memory import Layout, layout_of, shape_of
 
 
@@ -111,7 +111,7 @@ class Machine:
 class StepTime:
     """Seconds of a step, by what they are spent on; they add up to `total`.
 
-    `host` is what the GPU waits for the host: to start kernels, and to take and give activations.
+    `host` is what the GPU waits for the host: to start kernels, to take and give activations, to give weights.
     """
 
     matmul: float
@@ -157,6 +157,9 @@ def step_time(config: Config, plan: BatchPlan, machine: Machine, assumed: Assump
     if mode == "offload":  # one way beside the forward passes, the other beside the backward passes, of 1 to 3
         copying = repeats * offloaded_bytes(shape, N, at.size) / (assumed.host_link * 1e9)
         waiting += max(0.0, copying - passes / 4) + max(0.0, copying - passes * 3 / 4)
+    if at.offload == "parameters":
+        fetched = repeats * at.size * gathered_weights(config, at.ranks) / at.ranks
+        waiting += fetched / (assumed.host_link * 1e9)
     return StepTime(matmul, attention, memory, update, exposed, waiting)
 
 

@@ -17,6 +17,7 @@ from typing import Any
 from pretrain.batch_plan import BatchPlan
 from pretrain.config import Config
 from pretrain.console import warn
+from pretrain.deepspeed_settings import check_hpz
 from pretrain.errors import ConfigError, LonghaulError
 from pretrain.redaction import redact, storable
 from pretrain.run_state import LIVE, SUBMISSIONS, SUBMITTED_CONFIG, last_job, read_json, read_state
@@ -75,6 +76,7 @@ def prepare_submission(
     """
     config = load_config(path, overrides)
     BatchPlan.of(config, request.num_ranks)
+    check_hpz(config.parallel, request.num_ranks)
     check_time(request)
     check_extra_options(request)
     check_run(config)

@@ -88,6 +88,8 @@ class Builders:
         ({"quantize": ["weights"]}, {}, "cuda", False,
          "parallel.quantize is [weights]; expected DeepSpeed's operator `quantizer`, which is compiled by CUDA's nvcc. "
          "Install the CUDA toolkit of torch's version, or leave it out."),
+        ({"hpz_ranks": 3}, {}, "cpu", True,
+         "on 4 ranks: parallel.hpz_ranks is 3; expected a divisor of 4. Use the number of GPUs of a node, or 1."),
         ({"offload": "optimizer", "nvme_dir": "/nvme"}, {}, "cpu", False,
          "parallel.nvme_dir is /nvme; expected DeepSpeed's operator `async_io`, which needs libaio's headers and g++. "
          "Install libaio-dev (Debian, Ubuntu) or libaio-devel (Fedora, RHEL), or leave it out."),
@@ -96,10 +98,10 @@ class Builders:
 def test_what_this_machine_lacks_is_an_error(parallel, train, device, can_build, message):
     config = config_of(parallel={"zero_stage": 3} | parallel, train=train)
     with pytest.raises(ConfigError) as caught:
-        check_machine(config, device, Builders(can_build))
+        check_machine(config, 4, device, Builders(can_build))
     assert str(caught.value) == message
     good = config_of(parallel={"zero_stage": 3, "hpz_ranks": 2, "quantize": ["weights"]})
-    check_machine(good, "cuda", Builders(True))
+    check_machine(good, 4, "cuda", Builders(True))
 
 
 def test_settings_follow_the_batch_plan():

@@ -82,5 +82,7 @@ def test_ranks_that_share_rows_are_mentioned():
 def test_the_command_says_it_and_starts_nothing(capsys):
     assert main(["--explain", "64", str(CONFIG)]) == 0
     assert capsys.readouterr().out == explain_parallel(load_config(CONFIG), 64) + "\n"
+    assert main(["--explain", "64", str(CONFIG), "parallel={zero_stage: 3, hpz_ranks: 3}"]) == 2
+    assert "on 64 ranks: parallel.hpz_ranks is 3; expected a divisor of 64." in capsys.readouterr().err
     assert main(["--explain", "7", str(CONFIG)]) == 2
     assert "on 7 ranks: train.global_batch_size is" in capsys.readouterr().err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 from launch.plan import main
 from pretrain.config import Config
 from pretrain.errors import ConfigError
+from pretrain.families import num_parameters
 from pretrain.plan import HOST_GIB, Plan, changed, choose_machine, make_plan, overrides, search
 from pretrain.plan_communication import collectives
 from pretrain.plan_memory import shape_of
@@ -181,6 +183,50 @@ def test_bf16_needs_units_for_it() -> None:
     assert make_plan(half, on(half, "V100")).memory.parts["activations"] > 0
 
 
+def test_a_config_that_is_as_fast_comes_first_as_it_is() -> None:
+    config = load("gpt2-124m")
+    found = search(config, on(config))
+    assert overrides(found.best[0], config) == [] and found.best[1].time.total < found.best[0].time.total
+    slower = load("gpt2-124m", "train.activation_checkpointing=full")
+    assert overrides(search(slower, on(slower)).best[0], slower) != []
+    one = load("quickstart", "train.precision=fp32")  # whose stage 1 runs as 0 on one GPU
+    stages = {plan.config.parallel.zero_stage for plan in search(one, on(one, number=1)).best}
+    assert 0 not in stages and 1 in stages
+
+
+def test_offloaded_weights_are_fetched() -> None:
+    config = load("llama-7b", "parallel.zero_stage=3", "parallel.offload=optimizer")
+    rest = make_plan(config, on(config, number=1)).time
+    moved = make_plan(changed(config, offload="parameters"), on(config, number=1))
+    fetched = 2 * 2 * num_parameters(shape_of(config)) * moved.batch.num_micro_steps / 20e9
+    assert moved.time.host - rest.host == pytest.approx(fetched, rel=0.1)
+    assert "waiting for the host" in render(config, moved, search(config, on(config)))
+
+
+def test_what_is_left_out_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    config = load("llama-7b", "parallel.zero_stage=3", "parallel.quantize=[weights]", "parallel.hpz_ranks=8",
+                  "parallel.offload=optimizer", "parallel.nvme_dir=/nvme")  # fmt: skip
+    plan = make_plan(config, on(config))
+    text = render(config, plan, search(config, on(config)))
+    assert ("Not reckoned with: parallel.quantize, the time of parallel.nvme_dir, the time that parallel.hpz_ranks saves."
+            in text)  # fmt: skip
+    assert "of parallel.nvme_dir of each node: 75.3 GiB" in text and as_json(plan)["not_reckoned"]
+    assert as_json(plan)["host_memory_of_node"] == 8 * sum(plan.memory.host.values())
+    assert "Not reckoned" not in render(load("llama-7b"), plan, search(config, on(config)))
+    with pytest.raises(ConfigError, match=r"on 8 ranks: parallel.hpz_ranks is 3; expected a divisor of 8\."):
+        make_plan(load("llama-7b", "parallel.zero_stage=3", "parallel.hpz_ranks=3"), on(config))
+
+
+def test_where_more_gpus_do_not_help_it_says_so() -> None:
+    config = load("llama-7b", "data.seq_len=8388608", "train.global_batch_size=8", "train.micro_batch_size=1")
+    plan = make_plan(config, on(config))
+    assert "and more GPUs do not help" in render(config, plan, search(config, on(config)))
+    config = load("llama-400b")
+    plan = make_plan(config, on(config, number=8))
+    assert "Nothing fits: use more GPUs" in render(config, plan, search(config, on(config, number=8)))
+    assert re.search(r"GiB too many, and .* GiB of each node's host, which has 1800.0 GiB", lack(plan))
+
+
 def test_reasons_differ_with_what_they_are_for() -> None:
     config = load("llama-7b")
     plans = {stage: make_plan(changed(config, zero_stage=stage), on(config)) for stage in (1, 2, 3)}
@@ -258,6 +304,12 @@ def test_wrong_use_is_one_message(
         (["--price", "-1", "c.yaml"], "it is -1; expected a number above 0"),
         (["--network", "fast", "c.yaml"], "it is fast; expected a number above 0"),
         (["--gpu-days", "3", "--mfu", "40"], "it is 40; expected a number above 0 and up to 1"),
+        (["--gpu-days", "3", "--price", "2"], "--price goes with CONFIG"),
+        (["c.yaml", "--mfu", "0.5"], "--mfu goes with --gpu-days"),
+        (
+            ["train.num_steps=2", "c.yaml"],
+            "CONFIG is train.num_steps=2; expected a YAML file before the first key=value",
+        ),
         (["c.yaml", "--parameters", "7e9"], "--parameters takes no CONFIG; use --scaling-law with one"),
     ],
 )
@@ -271,6 +323,7 @@ def test_scaling_laws_of_the_command(capsys: pytest.CaptureFixture[str]) -> None
     law = run_json(capsys, "--gpu-days", "100", "--gpu", "A100", "--mfu", "0.5")
     assert law["value"] == pytest.approx(100 * 86_400 * 312e12 * 0.5) and law["fit"]["tokens"] > 1e10
     assert run_json(capsys, "--tokens", "1e12")["ratio"]["parameters"] == pytest.approx(5e10)
+    assert run_json(capsys, "--tokens", "1T") == run_json(capsys, "--tokens", "1e12")
     assert main(["--parameters", "7e9"]) == 0
     assert "For 7B parameters:" in (text := capsys.readouterr().out) and "140B tokens" in text
     laws = run_json(capsys, str(ROOT / "configs/llama-1.3b.yaml"), "--scaling-law")["scaling_laws"]
