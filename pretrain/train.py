@@ -299,7 +299,9 @@ def judge(run: Run) -> Evaluation:
     progress = run.progress
     count_held_out_damage(run)
     if run.log:
-        run.log.evaluation(progress.step, progress.num_tokens, result.loss, result.perplexity, result.bits_per_byte)
+        run.log.evaluation(
+            progress.step, progress.num_tokens, result.loss, result.perplexity, result.bits_per_byte, result.by_source()
+        )
     if progress.best_counted_loss is None or result.loss < progress.best_counted_loss - run.config.eval.min_delta:
         progress.best_counted_loss, progress.evals_without_improvement = result.loss, 0
     else:
