@@ -6,6 +6,7 @@ divided, so that every answer is the same number whatever the number of ranks.
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,13 +15,14 @@ from typing import Any, TypeVar
 
 import torch
 
-from pretrain.distributed import Ranks
-from pretrain.errors import LonghaulError
+from pretrain.distributed import Ranks, is_communication_failure
+from pretrain.errors import LonghaulError, TrainingError
 from pretrain.generate import generate
 from pretrain.generate_options import GenerateOptions
 from pretrain.model import Transformer
 from pretrain.tokenizer import Tokenizer
 
+logger = logging.getLogger("longhaul")
 T = TypeVar("T")
 
 
@@ -122,7 +124,7 @@ class Scorer:
         }[kind]  # fmt: skip
         own = batches(requests)[rank::world_size]
         answers: dict[int, Any] = {}
-        problem = None
+        problem: LonghaulError | None = None
         try:
             with self._together():
                 for number, batch in enumerate(own, 1):
@@ -133,6 +135,11 @@ class Scorer:
                         self._on_progress(number, len(own))
         except LonghaulError as error:
             problem = error
+        except Exception as error:
+            if self._ranks is None or self._computes_together or is_communication_failure(error):
+                raise
+            logger.exception("a share of the requests of tasks")
+            problem = TrainingError(f"tasks: rank {rank} failed: {type(error).__name__}: {error}")
         parts = self._ranks.gather((answers, problem)) if self._ranks else [(answers, problem)]
         for part, found in parts:
             if found is not None:
