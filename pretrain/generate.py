@@ -67,7 +67,7 @@ def generate(
         options: how to sample.
         on_text: called with the prompt's number, new text of its completion, and why it is complete (else empty).
         agree: makes the ranks that compute together take the same tokens, int64 `[B]`.
-        prompt_ids: the ids of each prompt, fewer than `data.seq_len`, where they are not those of its text as a document.
+        prompt_ids: ids of each prompt, fewer than `data.seq_len`, where they are not those of its text as a document.
 
     Returns:
         One completion a prompt.

@@ -11,12 +11,13 @@ import io
 import logging
 import os
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-# Before the import, which is when they are read. A pool of processes must not be forked from one with threads and a GPU.
+# Read at import. A pool of processes must not be forked from one with threads and a GPU.
 os.environ.update({"DISABLE_MULTIPROC": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"})
 
 import numpy as np
@@ -25,7 +26,7 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.evaluator import evaluate
 from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.tasks import TaskManager
-from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from lm_eval.utils import apply_template, get_rolling_token_windows, make_disjoint_window
 
 from pretrain.errors import ConfigError, LonghaulError
 from pretrain.generate_options import GenerateOptions
@@ -59,14 +60,24 @@ class LoadedTask:
     settings: TaskSettings
     content: Any  # of lm-eval's: tasks and groups by name
 
+    def files(self) -> list[Path]:
+        """What it was read from on this machine: its task files, Python beside them, and its data."""
+        found: set[Path] = set()
+        for task in self.content["tasks"].values():
+            source = Path(str((task.get_config("metadata") or {}).get("config_source", "")))
+            found |= {source, *(source.parent.glob("*.py") if source.is_file() else ())}
+            data = (task.get_config("dataset_kwargs") or {}).get("data_files", ())
+            names = data.values() if isinstance(data, dict) else [data]
+            found |= {Path(one) for name in names for one in ([name] if isinstance(name, str) else name)}
+        return sorted(path.absolute() for path in found if path.is_file())
+
 
 class HarnessModel(TemplateLM):
     """A model as lm-eval sees it. Its requests reach the model as ids, on all ranks."""
 
     def __init__(
         self, scorer: Scorer, tokenizer: Tokenizer, max_length: int, begins_with_bos: bool = True,
-        render_chat: Callable[[list[dict[str, str]], bool], str] | None = None,
-        encode_chat: Callable[[str], list[int]] | None = None,
+        template: str | None = None,
     ) -> None:  # fmt: skip
         """Take what computes, and say how texts become ids.
 
@@ -75,13 +86,12 @@ class HarnessModel(TemplateLM):
             tokenizer: the run's.
             max_length: tokens that the model takes at once.
             begins_with_bos: contexts begin as documents did in training. Empty ones do in any case.
-            render_chat: messages, and whether an answer is to follow, to text; None: tasks are not chats.
-            encode_chat: ids of such a text, with its control tokens.
+            template: by which questions are written as conversations; None: as they are.
         """
         super().__init__()
         self._scorer, self._tokenizer = scorer, tokenizer
         self._max_length, self._begins_with_bos = max_length, begins_with_bos
-        self._render_chat, self._encode = render_chat, encode_chat or tokenizer.encode
+        self._template = template
 
     @property
     def eot_token_id(self) -> int:
@@ -94,13 +104,18 @@ class HarnessModel(TemplateLM):
         return self._tokenizer.bos_id
 
     @property
+    def has_chat(self) -> bool:
+        """Whether questions are written as conversations."""
+        return self._template is not None
+
+    @property
     def tokenizer_name(self) -> str:
         """What tells tokenizers apart."""
         return self._tokenizer.fingerprint
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
         """Turn a text into ids; as the beginning of a document unless `add_special_tokens` is False."""
-        ids = self._encode(string)
+        ids = self._tokenizer.encode(string) if self._template is None else encode_rendered(self._tokenizer, string)
         has_bos = ids[:1] == [self._tokenizer.bos_id]  # a chat template may write it
         wants_bos = self._begins_with_bos if add_special_tokens is None else add_special_tokens
         return [self._tokenizer.bos_id, *ids] if wants_bos and not has_bos else ids
@@ -161,8 +176,20 @@ class HarnessModel(TemplateLM):
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """Write messages as one text."""
-        assert self._render_chat is not None
-        return self._render_chat(chat_history, add_generation_prompt)
+        assert self._template is not None
+        names = {f"{which}_token": self._tokenizer.name_of(getattr(self._tokenizer, f"{which}_id"))
+                 for which in ("bos", "eos")}  # fmt: skip
+        return apply_template(
+            self._template, names | {"messages": chat_history, "add_generation_prompt": add_generation_prompt}
+        )
+
+
+def encode_rendered(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Turn what a chat template wrote into ids, control tokens into their own."""
+    special = tokenizer.special_tokens()
+    names = sorted(special, key=len, reverse=True)
+    parts = re.split(f"({'|'.join(map(re.escape, names))})", text) if names else [text]
+    return [one for part in parts if part for one in ([special[part]] if part in special else tokenizer.encode(part))]
 
 
 def generation_options(settings: Mapping[str, Any], max_length: int, task: str) -> GenerateOptions:
@@ -194,7 +221,7 @@ def generation_options(settings: Mapping[str, Any], max_length: int, task: str) 
 
 def load_tasks(
     wanted: Mapping[str, TaskSettings], include_path: str | None, max_length: int, where: str
-) -> list[LoadedTask]:
+) -> dict[str, list[LoadedTask]]:
     """Load tasks by name, pattern or file, with their data sets, and try one document of each.
 
     Args:
@@ -202,6 +229,9 @@ def load_tasks(
         include_path: a folder of task files that are known by name too.
         max_length: tokens that the model takes at once.
         where: what messages begin with.
+
+    Returns:
+        By name as wanted, of which a pattern may be several.
 
     Raises:
         ConfigError: a task or its data does not exist, is empty, or wants what we do not do.
@@ -213,12 +243,13 @@ def load_tasks(
     with quietly():
         # lm-eval's own fourteen thousand names take many seconds to read, and one's own tasks do without.
         managers = [TaskManager(include_path=include_path, include_defaults=False)]
-        loaded = []
+        loaded = {}
         for name, settings in wanted.items():
             if not _is_own(managers[0], name) and len(managers) == 1:
                 managers.append(TaskManager(include_path=include_path))
             manager = managers[0] if _is_own(managers[0], name) else managers[-1]
-            loaded += [_load(manager, one, settings, max_length, where) for one in _expand(manager, name, where)]
+            names = _expand(manager, name, where)
+            loaded[name] = [_load(manager, one, settings, max_length, where) for one in names]
     return loaded
 
 
@@ -233,7 +264,9 @@ def _expand(manager: TaskManager, name: str, where: str) -> list[str]:
     if "*" in name and (found := manager.match_tasks([name])):
         return list(found)
     close = difflib.get_close_matches(name, manager.all_tasks, n=3, cutoff=0.6)
-    mend = f"Did you mean {' or '.join(close)}?" if close else "`lm-eval ls tasks` lists them; --include-path adds yours."
+    mend = (
+        f"Did you mean {' or '.join(close)}?" if close else "`lm-eval ls tasks` lists them; --include-path adds yours."
+    )
     raise ConfigError(f"{where}: {name} is unknown; expected a task of lm-eval or the path of a task file. {mend}")
 
 
@@ -245,7 +278,9 @@ def _load(manager: TaskManager, name: str, settings: TaskSettings, max_length: i
     except LonghaulError as error:
         raise ConfigError(f"{where}: {str(error).removeprefix('tasks: ')}") from None
     except ImportError as error:
-        raise ConfigError(f"{where}: {name} needs a library that is missing ({error}); expected it. Install it.") from None
+        raise ConfigError(
+            f"{where}: {name} needs a library that is missing ({error}); expected it. Install it."
+        ) from None
     except Exception as error:  # whatever a data set's or a task's own code raises
         text = " ".join(str(error).split())[:300]
         raise ConfigError(
@@ -276,11 +311,11 @@ def _prepare(task: Any, settings: TaskSettings, max_length: int) -> None:
     task.build_all_requests(limit=1)
 
 
-def run_tasks(tasks: Sequence[LoadedTask], model: HarnessModel, has_chat: bool = False) -> dict[str, dict[str, Any]]:
+def run_tasks(tasks: Sequence[LoadedTask], model: HarnessModel) -> dict[str, dict[str, Any]]:
     """Run tasks one after the other, and leave no random state changed.
 
     Returns:
-        By task, those within groups and the groups too: `samples`, `version`, `num_fewshot`, `metrics` (by name: `value`,
+        By task, groups and those within them too: `samples`, `version`, `num_fewshot`, `metrics` (by name: `value`,
         `stderr` or None, `higher_is_better` or None) and `values` (by metric, of each sample, where they are numbers).
 
     Raises:
@@ -293,7 +328,7 @@ def run_tasks(tasks: Sequence[LoadedTask], model: HarnessModel, has_chat: bool =
                 task.set_fewshot_seed(seed=FEWSHOT_SEED)  # the same examples every time
             found = evaluate(
                 model, loaded.content, limit=loaded.settings.limit or None, bootstrap_iters=BOOTSTRAP_ROUNDS,
-                apply_chat_template=has_chat, fewshot_as_multiturn=has_chat,
+                apply_chat_template=model.has_chat, fewshot_as_multiturn=model.has_chat,
             )  # fmt: skip
             for name in found["results"]:
                 results[name] = _result(found, name)

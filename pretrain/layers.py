@@ -25,7 +25,6 @@ from pretrain.families import ModelShape
 from pretrain.recompute import recomputed_in_chunks
 from pretrain.sequence_parallel import SequenceGroup
 
-
 _LOGITS_AT_ONCE = 2**24  # 64 MiB of them where many tokens are scored
 
 

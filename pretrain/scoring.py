@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -17,7 +17,7 @@ import torch
 
 from pretrain.distributed import Ranks, is_communication_failure
 from pretrain.errors import LonghaulError, TrainingError
-from pretrain.generate import generate
+from pretrain.generate import Completion, generate
 from pretrain.generate_options import GenerateOptions
 from pretrain.model import Transformer
 from pretrain.tokenizer import Tokenizer
@@ -28,7 +28,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Continuation:
-    """Ids whose probability is asked for, and those before them: at least one, and all as many as the model has places."""
+    """Ids whose probability is asked for, and at least one before them; all but the last fit the model."""
 
     context: tuple[int, ...]
     ids: tuple[int, ...]
@@ -56,7 +56,8 @@ class Scorer:
 
     def __init__(
         self, model: Transformer, tokenizer: Tokenizer, batch_tokens: int, ranks: Ranks | None = None,
-        computes_together: bool = False, on_progress: Callable[[int, int], None] | None = None,
+        computes_together: bool = False, end_ids: Sequence[int] = (),
+        on_progress: Callable[[int, int], None] | None = None,
     ) -> None:  # fmt: skip
         """Take the model, in evaluation mode.
 
@@ -66,13 +67,14 @@ class Scorer:
             batch_tokens: tokens computed at once, padding included; a longer row is computed alone.
             ranks: all ranks; None for one process.
             computes_together: no rank has all weights, so that each forward pass is one of all ranks.
+            end_ids: token ids that end a text, beside that of the end of a document.
             on_progress: told, of this rank, batches done and to do.
         """
         self._model, self._tokenizer, self._batch_tokens = model, tokenizer, batch_tokens
         self._ranks = ranks if ranks and ranks.world_size > 1 else None
         self._heartbeat = ranks.heartbeat if ranks else None
         self._computes_together = computes_together and self._ranks is not None
-        self._on_progress = on_progress
+        self._end_ids, self._on_progress = frozenset(end_ids), on_progress
 
     def score(self, requests: Sequence[Continuation]) -> list[tuple[float, bool]]:
         """Return each continuation's log-probability, and whether each of its ids is the most probable one.
@@ -119,10 +121,10 @@ class Scorer:
 
     def _compute(self, kind: str, requests: list[Any]) -> list[Any]:
         rank, world_size = (self._ranks.rank, self._ranks.world_size) if self._ranks else (0, 1)
-        batches, compute = {
-            "score": (self._score_batches, self._score_batch), "generate": (self._prompt_batches, self._generate_batch)
-        }[kind]  # fmt: skip
-        own = batches(requests)[rank::world_size]
+        is_score = kind == "score"
+        batches: list[Any] = self._score_batches(requests) if is_score else self._prompt_batches(requests)
+        compute: Callable[..., Mapping[int, Any]] = self._score_batch if is_score else self._generate_batch
+        own = batches[rank::world_size]
         answers: dict[int, Any] = {}
         problem: LonghaulError | None = None
         try:
@@ -182,7 +184,9 @@ class Scorer:
         inputs = [requests[same[0]].inputs for same in batch]
         longest = len(inputs[0])
         tokens_BT = torch.tensor([[*ids, *[self._tokenizer.pad_id] * (longest - len(ids))] for ids in inputs])
-        places, targets, ends = [], [], []
+        places: list[int] = []
+        targets: list[int] = []
+        ends: list[tuple[int, int]] = []
         for row, same in enumerate(batch):
             for index in same:
                 ids = requests[index].ids
@@ -206,11 +210,11 @@ class Scorer:
         by_options: dict[GenerateOptions, list[int]] = {}
         for index, request in enumerate(requests):
             by_options.setdefault(request.options, []).append(index)
-        batches = []
+        batches: list[list[int]] = []
         for options, numbers in by_options.items():
             numbers.sort(key=lambda index: (-len(requests[index].ids), requests[index].text))
-            room = options.max_new_tokens
-            batches += _in_batches(numbers, lambda index, room=room: len(requests[index].ids) + room, self._batch_tokens)
+            lengths = {index: len(requests[index].ids) + options.max_new_tokens for index in numbers}
+            batches += _in_batches(numbers, lengths.__getitem__, self._batch_tokens)
         return batches
 
     def _generate_batch(self, batch: list[int], requests: list[Prompt]) -> dict[int, str]:
@@ -219,7 +223,14 @@ class Scorer:
             self._model, self._tokenizer, [request.text for request in own],
             replace(own[0].options, batch_size=len(own)), prompt_ids=[list(request.ids) for request in own],
         )  # fmt: skip
-        return {index: completion.text for index, completion in zip(batch, completions, strict=True)}
+        return {index: self._text_of(one) for index, one in zip(batch, completions, strict=True)}
+
+    def _text_of(self, completion: Completion) -> str:
+        """Return the text up to the first id that ends it, such as the end of a turn, which is no text itself."""
+        end = next((place for place, one in enumerate(completion.ids) if one in self._end_ids), None)
+        if end is None:
+            return completion.text
+        return min(completion.text, self._tokenizer.decode(completion.ids[:end]), key=len)
 
 
 def _in_batches(items: Sequence[T], length: Callable[[T], int], batch_tokens: int) -> list[list[T]]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
+from pretrain.chat import stop_ids
 from pretrain.config import Config
 from pretrain.distributed import Ranks, is_communication_failure
 from pretrain.errors import ConfigError
@@ -47,13 +48,17 @@ class TaskEvals:
         self._loaded: dict[str, list[Any]] = {}
         if self._section.tasks and ranks.is_first:
             harness = import_harness("eval.tasks")
-            for name, given in self._section.tasks.items():
-                settings = harness.TaskSettings(given.get("num_fewshot"), given.get("limit", 0))
-                self._loaded[name] = harness.load_tasks({name: settings}, None, model.shape.seq_len, "eval.tasks")
+            wanted = {
+                name: harness.TaskSettings(given.get("num_fewshot"), given.get("limit", 0))
+                for name, given in self._section.tasks.items()
+            }
+            self._loaded = harness.load_tasks(wanted, None, model.shape.seq_len, "eval.tasks")
 
     def due(self, step: int, is_last: bool) -> list[str]:
         """Which tasks are done after this step."""
-        every = {name: given.get("every_steps", self._section.every_steps) for name, given in self._section.tasks.items()}
+        every = {
+            name: given.get("every_steps", self._section.every_steps) for name, given in self._section.tasks.items()
+        }
         return [name for name, steps in every.items() if step % steps == 0 or is_last]
 
     def run(self, names: Sequence[str]) -> tuple[Results, str]:
@@ -62,7 +67,9 @@ class TaskEvals:
         Returns:
             On rank 0 the results, and what kept it from them or nothing; on others neither.
         """
-        scorer = Scorer(self._model, self._tokenizer, self._batch_tokens, self._ranks, self._is_divided)
+        scorer = Scorer(
+            self._model, self._tokenizer, self._batch_tokens, self._ranks, self._is_divided, stop_ids(self._tokenizer)
+        )
         if not self._ranks.is_first:
             scorer.serve()
             return {}, ""

@@ -15,8 +15,8 @@ import torch
 from pretrain.comparison import task_table
 from pretrain.config import Config
 from pretrain.damage import TooMuchDamageError, describe
-from pretrain.distributed import PendingSum, Ranks
-from pretrain.engine import StepResult, init_distributed, leave_distributed
+from pretrain.distributed import PendingSum, Ranks, leave_distributed
+from pretrain.engine import StepResult, init_distributed
 from pretrain.errors import EXIT_DONE, EXIT_STOPPED, TrainingError
 from pretrain.evaluate import Evaluation, evaluate
 from pretrain.feed import StepInput

@@ -43,7 +43,9 @@ generation_kwargs: {until: ["\\n"], max_gen_toks: 12, do_sample: false}
 metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]
 """,
 }
-WORDS = "import return value the a of parser argument help string default action name type def self for in if not".split()
+WORDS = (
+    "import return value the a of parser argument help string default action name type def self for in if not".split()
+)
 
 
 def documents(number: int, seed: int = 5) -> list[dict]:

@@ -24,7 +24,6 @@ class Rows:
         zeros = torch.zeros_like(targets)
         return Batch(zeros, targets, zeros.int(), torch.tensor(list(numbers)))
 
-
     def sources(self):
         return [("code", range(0, 1)), ("empty", range(1, 1)), ("prose", range(1, 3))]
 
