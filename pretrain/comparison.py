@@ -124,8 +124,12 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def _with_error(score: Score, sign: str) -> str:
-    error = "" if score.stderr is None else f" ±{score.stderr:.4f}"
-    return f"{score.value:{sign}.4f}{error}"
+    error = "" if score.stderr is None else f" ±{_short(score.stderr)}"
+    return f"{_short(score.value, sign)}{error}"
+
+
+def _short(value: float, sign: str = "") -> str:
+    return f"{value:{sign}.4f}" if abs(value) < 1e4 else f"{value:{sign}.4g}"
 
 
 def aligned(lines: Sequence[Sequence[str]]) -> str:
@@ -145,8 +149,8 @@ def task_table(results: Mapping[str, Mapping[str, Any]]) -> str:
     lines = [["task", "shots", "samples", "metric", "value", "stderr"]]
     for task, result in results.items():
         for metric, number in result["metrics"].items():
-            error = "-" if number["stderr"] is None else f"{number['stderr']:.4f}"
+            error = "-" if number["stderr"] is None else _short(number["stderr"])
             shots = result["num_fewshot"]
             lines.append([task, "-" if shots is None else str(shots), str(result["samples"] or "-"), metric,
-                          f"{number['value']:.4f}", error])  # fmt: skip
+                          _short(number["value"]), error])  # fmt: skip
     return aligned(lines)

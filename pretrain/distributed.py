@@ -313,11 +313,12 @@ def join_for_evaluation(timeout_seconds: float) -> Ranks:
     Raises:
         LonghaulError: as `join_process_group` and `choose_device`.
     """
-    variables = export_rank_variables()
+    variables = read_rank_variables(os.environ)
     device = choose_device(int(variables["LOCAL_RANK"]), os.environ)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if int(variables["WORLD_SIZE"]) > 1:
+        os.environ.update(variables)
         join_process_group(variables, device, timeout_seconds)
     return Ranks(int(variables["RANK"]), int(variables["LOCAL_RANK"]), int(variables["WORLD_SIZE"]), device)
 

@@ -36,6 +36,7 @@ from pretrain.tokenizer import Tokenizer
 DEFAULT_NEW_TOKENS = 256  # of lm-eval's own models, where a task does not say
 BOOTSTRAP_ROUNDS = 1000  # for standard errors that have no formula
 FEWSHOT_SEED = 1234  # lm-eval's own default
+_TASK_FILE = (".yaml", ".yml")
 _GENERATION_KEYS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
 
@@ -245,6 +246,8 @@ def load_tasks(
         managers = [TaskManager(include_path=include_path, include_defaults=False)]
         loaded = {}
         for name, settings in wanted.items():
+            if name.endswith(_TASK_FILE) and not Path(name).is_file():
+                raise ConfigError(f"{where}: {name} does not exist; expected a task file. Correct the path.")
             if not _is_own(managers[0], name) and len(managers) == 1:
                 managers.append(TaskManager(include_path=include_path))
             manager = managers[0] if _is_own(managers[0], name) else managers[-1]
@@ -259,7 +262,7 @@ def _is_own(manager: TaskManager, name: str) -> bool:
 
 
 def _expand(manager: TaskManager, name: str, where: str) -> list[str]:
-    if name in manager.all_tasks or (Path(name).suffix in (".yaml", ".yml") and Path(name).is_file()):
+    if name in manager.all_tasks or name.endswith(_TASK_FILE):
         return [name]
     if "*" in name and (found := manager.match_tasks([name])):
         return list(found)

@@ -101,8 +101,9 @@ def test_a_mistake_in_a_task_is_an_event_and_a_missing_one_is_found_before_the_s
     assert outcomes["broken"] == "done" and losses(folder / "broken") == losses(folder / "z1-without")
     failed = [line for line in metric_lines(folder / "broken") if line.get("event") == "tasks_failed"]
     assert [line["step"] for line in failed] == [2, 4] and "KeyError: 'a mistake'" in failed[0]["message"]
-    assert re.match(r"ConfigError: eval.tasks: .*missing.yaml is unknown; expected a task of lm-eval or the path of a "
-                    r"task file\.", outcomes["unknown"])  # fmt: skip
+    assert re.match(
+        r"ConfigError: eval.tasks: .*missing.yaml does not exist; expected a task file\.", outcomes["unknown"]
+    )
     assert not (folder / "unknown" / "metrics.jsonl").exists()
 
 
