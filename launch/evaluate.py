@@ -32,20 +32,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     add_arguments(parser)
     arguments = parser.parse_args(argv)
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1")
+    if local_size > 1:
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // local_size)))
     rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
+    is_everybodys = True  # all ranks read the same arguments
     try:
         options, steps = options_from(arguments), steps_from(arguments)  # before the imports, which take long
+        is_everybodys = False
         from pretrain.evaluate_runs import evaluate_runs
 
         evaluate_runs(arguments.runs, arguments.step, steps, options, arguments.json)
     except LonghaulError as error:
         from pretrain.redaction import print_error
 
-        if rank == "0" or not error.agreed:
+        if rank == "0" or not (is_everybodys or error.agreed):
             print_error(error, "" if rank == "0" else f" on rank {rank}")
         return error.exit_status
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    if "RANK" in os.environ:
+        os._exit(status)  # threads of gloo can abort a process that is done
+    sys.exit(status)

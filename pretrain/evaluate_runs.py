@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
+from typing import Any
 
 from pretrain.comparison import aligned, differences, table, task_table
 from pretrain.console import LiveLine
@@ -49,13 +51,23 @@ def evaluate_runs(
 def _print(judged: Sequence[Judged], as_json: bool) -> None:
     rows = [one.row() for one in judged]
     if as_json and len(judged) == 1:
-        print(json.dumps(judged[0].numbers()))
+        print(json.dumps(_finite(judged[0].numbers())))
     elif as_json:
-        print(json.dumps({"evaluations": [one.numbers() for one in judged], "differences": differences(rows)}))
+        found = {"evaluations": [one.numbers() for one in judged], "differences": differences(rows)}
+        print(json.dumps(_finite(found)))
     elif len(judged) == 1:
         print(_page(judged[0]))
     else:
         print(table(rows))
+
+
+def _finite(value: Any) -> Any:
+    """Replace NaN and infinity, which JSON does not have, by null."""
+    if isinstance(value, dict):
+        return {key: _finite(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _page(judged: Judged) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -113,11 +114,7 @@ class Judge:
         Raises:
             ConfigError: the run does not have one.
         """
-        steps = place_of_run(Path(run)).list_steps()
-        if unknown := [step for step in wanted if step not in steps]:
-            has = ", ".join(map(str, steps)) or "none"
-            raise ConfigError(f"--steps has {unknown[0]}; expected checkpoints of {run}, which has {has}.")
-        return [*(wanted or steps)]
+        return self._agree(lambda: _steps_of(run, wanted))
 
     def judge(self, run: str, step: int | None) -> Judged:
         """Evaluate a checkpoint, the newest good one if `step` is None, or read what is kept of it.
@@ -126,27 +123,32 @@ class Judge:
             LonghaulError: it cannot be read, or what it is evaluated on.
         """
         checkpoint = self._agree(lambda: _Checkpoint(run, step, self._options, self._ranks.device))
-        kept = checkpoint.kept(self._options)
-        missing = [name for name in checkpoint.wanted if self._options.again or name not in kept]
-        if self._group:
-            missing = self._group.from_first(missing)
-        if not missing:
-            return Judged(run, checkpoint.step, kept)
-        loaded = self._agree(lambda: load_run(run, step, self._options.allow_pipe))
-        if loaded.step != checkpoint.step:  # the newest one is damaged
-            return self.judge(run, loaded.step)
+        with closing(checkpoint):
+            kept = checkpoint.kept()
+            missing = [name for name in checkpoint.wanted if self._options.again or name not in kept]
+            if self._group:
+                missing = self._group.from_first(missing)
+            if not missing:
+                return Judged(run, checkpoint.step, kept)
+            loaded = self._agree(lambda: load_run(run, step, self._options.allow_pipe))
+            if loaded.step == checkpoint.step:
+                entries = kept | self._compute(checkpoint, loaded, missing)
+                return Judged(run, checkpoint.step, {name: entries[name] for name in checkpoint.wanted})
+        return self.judge(run, loaded.step)  # the newest one is damaged
+
+    def _compute(self, checkpoint: _Checkpoint, loaded: LoadedRun, missing: Sequence[str]) -> dict[str, Any]:
+        """Evaluate, and keep what comes out."""
         loaded.model.to(self._ranks.device, {"fp32": torch.float32, "bf16": torch.bfloat16}[self._options.dtype])
         found = {}
         if "held-out" in missing:
-            missing.remove("held-out")
             found["held-out"] = self._held_out(checkpoint, loaded)
-        if missing:
-            found |= self._do_tasks(checkpoint, loaded, missing)
+        if tasks := [name for name in missing if name != "held-out"]:
+            found |= self._do_tasks(checkpoint, loaded, tasks)
         for name, entry in found.items():
             entry |= {"name": name, "settings": checkpoint.wanted[name]}
         if self._ranks.is_first:
             checkpoint.keep(found)
-        return Judged(run, checkpoint.step, {name: (kept | found)[name] for name in checkpoint.wanted})
+        return found
 
     def _agree(self, action: Callable[[], Any]) -> Any:
         return self._group.agree(action) if self._group else action()
@@ -212,6 +214,14 @@ class Judge:
         return known
 
 
+def _steps_of(run: str, wanted: Sequence[int]) -> list[int]:
+    steps = place_of_run(Path(run)).list_steps()
+    if unknown := [step for step in wanted if step not in steps]:
+        has = ", ".join(map(str, steps)) or "none"
+        raise ConfigError(f"--steps has {unknown[0]}; expected checkpoints of {run}, which has {has}.")
+    return [*(wanted or steps)]
+
+
 class _Checkpoint:
     """A checkpoint before its weights are read, and what its evaluations depend on."""
 
@@ -247,7 +257,12 @@ class _Checkpoint:
         versions = common["versions"] | {"lm_eval": _version_of("lm_eval")}
         self.wanted |= {name: common | own | {"versions": versions} for name in options.tasks}
 
-    def kept(self, options: EvaluateOptions) -> dict[str, dict[str, Any]]:
+    def close(self) -> None:
+        """Close the shards."""
+        if self.rows is not None:
+            self.rows.close()
+
+    def kept(self) -> dict[str, dict[str, Any]]:
         """Return the kept entries that are of this checkpoint, these settings, versions and files."""
         entries = _read(self._path)
         found = {}
@@ -278,8 +293,9 @@ def _without_versions(entry: Mapping[str, Any]) -> Any:
 def _read(path: Path) -> list[dict[str, Any]]:
     """Return the kept entries; a file that cannot be read holds none, for all of it can be computed again."""
     try:
-        return list(json.loads(path.read_bytes())["entries"])
-    except (OSError, ValueError, KeyError, TypeError):
+        entries = json.loads(path.read_bytes())["entries"]
+        return [entry for entry in entries if entry.keys() >= {"name", "settings", "result"}]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return []
 
 

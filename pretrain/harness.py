@@ -253,6 +253,13 @@ def load_tasks(
             manager = managers[0] if _is_own(managers[0], name) else managers[-1]
             names = _expand(manager, name, where)
             loaded[name] = [_load(manager, one, settings, max_length, where) for one in names]
+    owners: dict[str, str] = {}
+    for one in [one for tasks in loaded.values() for one in tasks]:
+        for task in one.content["tasks"]:
+            if owners.setdefault(task, one.name) != one.name:
+                raise ConfigError(
+                    f"{where}: {task} is in {owners[task]} and in {one.name}; expected each task once. Drop one."
+                )
     return loaded
 
 

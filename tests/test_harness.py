@@ -200,6 +200,23 @@ def test_tasks_are_loaded_run_and_leave_no_trace(run, tmp_path, capsys):
     assert shown.out == "" and shown.err == ""
 
 
+def test_a_group_has_the_mean_of_its_tasks(run, tmp_path, monkeypatch):
+    from pretrain.harness import TaskSettings, load_tasks, run_tasks
+
+    monkeypatch.setattr(
+        harness_module(), "TaskManager", lambda include_path=None, include_defaults=True: manager_of(include_path)
+    )
+    folder = write_tasks(tmp_path / "tasks", names=["choices", "letters"])
+    group = "group: both\ntask: [choices, letters]\naggregate_metric_list: [{metric: acc, weight_by_size: true}]\n"
+    (folder / "both.yaml").write_text(group)
+    loaded = load_tasks({"both": TaskSettings(limit=8)}, str(folder), SEQ_LEN, "--tasks")
+    results = run_tasks(loaded["both"], make_harness(run))
+    acc = {name: result["metrics"]["acc"]["value"] for name, result in results.items()}
+    assert acc.keys() == {"both", "choices", "letters"} and acc["both"] == (acc["choices"] + acc["letters"]) / 2
+    with pytest.raises(ConfigError, match="--tasks: choices is in both and in choices; expected each task once"):
+        load_tasks(dict.fromkeys(["both", "choices"], TaskSettings()), str(folder), SEQ_LEN, "--tasks")
+
+
 def harness_module():
     from pretrain import harness
 
