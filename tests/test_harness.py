@@ -28,6 +28,8 @@ def cache(tmp_path_factory):
         for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
             patch.setenv(name, "1")
         patch.setenv("HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("datasets")))
+        for name in ("huggingface_hub.constants", "datasets.config"):  # which others may have imported before
+            patch.setattr(f"{name}.HF_HUB_OFFLINE", True)
         yield
 
 
