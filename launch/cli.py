@@ -16,7 +16,7 @@ COMMANDS = {  # name: (module of launch, what it does)
     "prepare": ("prepare", "turn raw text into a tokenizer and shards"),
     "train": ("pretrain", "train, or go on from the newest good checkpoint"),
     "submit": ("submit", "train on a SLURM cluster; how a run stands; stop it"),
-    "evaluate": ("evaluate", "held-out loss, perplexity and bits per byte of a run"),
+    "evaluate": ("evaluate", "held-out loss and tasks of a run, or of several beside each other"),
     "generate": ("generate", "sample text from a run"),
     "convert": ("convert", "convert a checkpoint for other software, and verify it"),
     "plan": ("plan", "memory, time and cost of a run, and better settings, with no GPU"),

@@ -134,6 +134,7 @@ _SPELLINGS_OF = {
     " evaluation_strategy freq eval_strategy",
     "eval.max_rows": "eval_iters eval_batches max_eval_samples limit_val_batches max_eval_rows validation_steps"
     " eval_tokens",
+    "eval.tasks": "eval_tasks downstream_evaluators core_metric_every",
     "eval.patience": "early_stopping_patience early_stopping early_stopper",
     "eval.min_delta": "early_stopping_threshold threshold",
     "eval.sample_every_steps": "sample_every sample_interval generate_every sample_freq inference_interval",

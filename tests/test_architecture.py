@@ -26,7 +26,7 @@ TIERS = (
     "model_options run_options gpus start_clock store_errors checkpoint_owner sequence_parallel recompute activation_offload network slurm slurm_script",
     "config hardware",
     "moments stores config_docs schedule batch_plan packing phases row_order families console tokenizer source_files matrix_exchange lion torch_optimizers"
-    " generate_options repetition stalls personal_data near_duplicates languages wikipedia",
+    " generate_options repetition stalls personal_data near_duplicates languages wikipedia evaluate_options comparison",
     "redaction chat parallel_checks config_changes mixture explain patient_file deepspeed_settings plan_shapes plan_activations sentencepiece_model varied_texts table_files token_files shards tensor_files distributed watch_links layers"
     " published model_card muon compiling filters dataset_files decoding tar_files",
     "messages report_options checks node_cache row_table json_lines run_status plan_memory",
@@ -37,20 +37,20 @@ TIERS = (
     "prefetch settings sentencepiece_tokenizer model optim initial_weights swapped_states explain_parallel checkpoint_files writable_store shard_reader journal sources spills sampling"
     " tracking family_table profiling watchdog",
     "communication link_speeds metrics guard spikes hf_tokenizer generate checkpoint_folder checkpoint_store",
-    "conversation engine tokenizer_files tokenizer_trial checkpoint_places",
-    "text_shards talk",
+    "conversation engine tokenizer_files tokenizer_trial checkpoint_places scoring",
+    "text_shards talk harness",
     "data_plan",
     "damage",
     "row_reader run_state",
     "stream submit_checks",
     "share_writer feed source_sample replicas submit",
     "checkpoint run_folder tokenizer_export workers submit_options",
-    "inspection evaluate hf_export self_test samples preflight refining verify_shards inspect_shards",
+    "inspection evaluate hf_export self_test samples preflight refining verify_shards inspect_shards task_evals",
     "shares store_check tar_documents tar_folder",
     "corpus",
     "tar_index",
-    "resume prepare convert quickstart inspection_page",
-    "run",
+    "resume prepare convert quickstart inspection_page evaluations",
+    "run evaluate_runs",
     "rollback saving plan_check",
     "train",
     "dry_run plan_table",
@@ -63,6 +63,7 @@ FILE_OF_LIBRARY = {
     "aiohttp": "pretrain/stores.py",
     "datasketch": "pretrain/near_duplicates.py",
     "deepspeed": "pretrain/engine.py",
+    "lm_eval": "pretrain/harness.py",
     "fsspec": "pretrain/stores.py",
     "jinja2": "pretrain/messages.py",
     "mwparserfromhell": "pretrain/wikipedia.py",
@@ -87,7 +88,7 @@ WITHOUT_TORCH = (
     " sources store_errors stores node_cache remote_corpus prefetch shards shard_reader row_table data_plan journal workers corpus source_sample"
     " prepare dry_run verify_shards inspect_shards store_check prepare_options repetition personal_data near_duplicates languages wikipedia"
     " filters dataset_files redaction refining shares spills json_lines decoding tar_files text_index text_shards tar_documents tar_folder"
-    " tar_index chat gpus moments scaling_laws matrix_owners deepspeed_settings plan_shapes plan_activations plan_memory plan_communication plan_time plan plan_report plan_table plan_options"
+    " tar_index chat gpus moments scaling_laws matrix_owners deepspeed_settings plan_shapes plan_activations plan_memory plan_communication plan_time plan plan_report plan_table plan_options evaluate_options comparison"
     " messages report_options config_changes slurm slurm_script run_state submit submit_checks submit_options command_line"
 )
 
