@@ -142,22 +142,25 @@ class Attention(nn.Module):
             context: of this block.
         """
         B, T, _ = x_BTD.shape
-        H, K = self.num_heads, self.num_kv_heads
-        qkv = self.qkv(x_BTD).view(B, T, H + 2 * K, self.head_dim)
-        # split, not slices: its gradient is one concatenation, theirs are three tensors of zeros and two sums
-        qk, v_BTKC = qkv.split((H + K, K), dim=2)
-        q_BTHC, k_BSKC = self._positioned(qk, context.rope_tables)
-        v_BSKC = v_BTKC
+        q_BTHC, k_BSKC, v_BSKC = self.project(x_BTD, context.rope_tables)
         if context.cache is not None:
-            k_BSKC, v_BSKC = context.cache.extend(k_BSKC, v_BTKC)
+            k_BSKC, v_BSKC = context.cache.extend(k_BSKC, v_BSKC)
         seeds_BH, group = context.attention_seeds_BH, context.group
         if group is not None:
             q_BTHC, k_BSKC, v_BSKC = group.slots_to_heads(q_BTHC, k_BSKC, v_BSKC)
         out_BTHC = attention(q_BTHC, k_BSKC, v_BSKC, context.visible, self.attention_dropout, seeds_BH, self.softcap)
         if group is not None:
             out_BTHC = group.heads_to_slots(out_BTHC)
-        out_BTD = self.output(out_BTHC.reshape(B, T, H * self.head_dim))
+        out_BTD = self.output(out_BTHC.reshape(B, T, self.num_heads * self.head_dim))
         return context.dropped(out_BTD, self.dropout, SITE_ATTENTION_OUTPUT)
+
+    def project(self, x_BTD: Tensor, rope_tables: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Compute queries, keys and values, the first two turned by their positions."""
+        H, K = self.num_heads, self.num_kv_heads
+        qkv = self.qkv(x_BTD).view(*x_BTD.shape[:2], H + 2 * K, self.head_dim)
+        # split, not slices: its gradient is one concatenation, theirs are three tensors of zeros and two sums
+        qk, v_BTKC = qkv.split((H + K, K), dim=2)
+        return *self._positioned(qk, rope_tables), v_BTKC
 
     def _positioned(self, qk: Tensor, rope_tables: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
         """Normalise queries and keys, if the model does, and turn them by their positions."""

@@ -11,6 +11,7 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels.attention import prepare
@@ -52,6 +53,21 @@ class KVCache:
     def num_used(self) -> int:
         """Slots that hold a token or padding, the same in every layer between two forward passes."""
         return self.layers[0].num_used
+
+    def reserve(self, num_slots: int) -> None:
+        """Make room for so many tokens, twice as many as there was at least; what is held stays."""
+        if num_slots <= self.num_slots:
+            return
+        more = max(num_slots, 2 * self.num_slots) - self.num_slots
+        self.num_slots += more
+        for layer in self.layers:
+            layer.k_BSKC = F.pad(layer.k_BSKC, (0, 0, 0, 0, 0, more))
+            layer.v_BSKC = F.pad(layer.v_BSKC, (0, 0, 0, 0, 0, more))
+
+    def forget_after(self, num_used: int) -> None:
+        """Keep the first slots, and forget the tokens behind them."""
+        for layer in self.layers:
+            layer.num_used = min(layer.num_used, num_used)
 
     def keep(self, rows_B: Tensor) -> None:
         """Keep these rows, int64 numbers, and forget the others."""
