@@ -208,6 +208,13 @@ def _evaluation_problems(config: Config) -> Iterator[Problem]:
             f"data.val_fraction is {config.data.val_fraction}; expected above 0, because eval.every_steps is {every}."
         )
         yield Problem("data.val_fraction", f"{text} Use 0.001, or eval.every_steps=0.")
+    for task, given in config.eval.tasks.items():
+        if unknown := sorted(given.keys() - {"every_steps", "limit", "num_fewshot"}):
+            text = f"eval.tasks has {unknown[0]} for {task}; expected every_steps, limit or num_fewshot. Drop it."
+            yield Problem("eval.tasks", text)
+        elif not given.get("every_steps", every):
+            text = f"eval.tasks has no every_steps for {task}; expected it, because eval.every_steps is 0. Write"
+            yield Problem("eval.tasks", f"{text} {task}: {{every_steps: 1000}}.")
 
 
 def _source_problems(config: Config) -> Iterator[Problem]:

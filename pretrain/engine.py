@@ -378,10 +378,3 @@ class Engine:
         self._engine.destroy()
         if self.disk:
             remove_states(self.disk, self.ranks.rank)
-
-
-def leave_distributed() -> None:
-    """Leave the process group, so that the process ends without a warning."""
-    if dist.is_initialized():
-        dist.barrier()  # rank 0 keeps the store that the others still need to say goodbye
-        dist.destroy_process_group()

@@ -59,6 +59,7 @@ def generate(
     options: GenerateOptions,
     on_text: Callable[[int, str, str], None] | None = None,
     agree: Callable[[Tensor], Tensor] | None = None,
+    prompt_ids: Sequence[list[int]] | None = None,
 ) -> list[Completion]:
     """Continue each prompt as the beginning of a document, or answer in a conversation.
 
@@ -72,6 +73,7 @@ def generate(
         options: how to sample.
         on_text: called with the prompt's number, new text of its completion, and why it is complete (else empty).
         agree: makes the ranks that compute together take the same tokens, int64 `[B]`.
+        prompt_ids: ids of each prompt, fewer than `data.seq_len`, where they are not those of its text as a document.
 
     Returns:
         One completion a prompt.
@@ -81,7 +83,8 @@ def generate(
         TrainingError: the model computes NaN or infinity.
     """
     options.check()
-    prompt_ids = encode_prompts(tokenizer, prompts, model.shape.seq_len)
+    if prompt_ids is None:
+        prompt_ids = encode_prompts(tokenizer, prompts, model.shape.seq_len)
     rows = []
     for index, (ids, generator) in enumerate(zip(prompt_ids, _generators(prompts, options.seed), strict=True)):
         num_steps = min(options.max_new_tokens, model.shape.seq_len - len(ids))

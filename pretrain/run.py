@@ -39,6 +39,7 @@ from pretrain.sequence_parallel import SequenceGroup
 from pretrain.spikes import Observation, SpikeGuard
 from pretrain.start_clock import StartClock
 from pretrain.stream import TokenStream, ValRows
+from pretrain.task_evals import TaskEvals
 from pretrain.tensor_files import write_text
 from pretrain.tokenizer import Tokenizer
 from pretrain.tokenizer_files import keep_files, open_tokenizer
@@ -95,6 +96,7 @@ class Run:
     engine: Engine
     checkpoints: Checkpoints
     samples: Samples
+    tasks: TaskEvals
     guard: SkipGuard
     spikes: SpikeGuard
     profiler: Profiler
@@ -150,6 +152,9 @@ def open_run(
     clock.begin("model")
     model = ranks.agree(lambda: make_model(config, shape, group, ranks.device))
     samples = ranks.agree(lambda: Samples(config, model, tokenizer, ranks))
+    if config.eval.tasks:
+        clock.begin("tasks")
+    tasks = ranks.agree(lambda: TaskEvals(config, model, tokenizer, ranks))
     clock.begin("engine")
     engine = ranks.agree(lambda: Engine(model, config, plan, ranks))
     clock.begin("checkpoint")
@@ -180,8 +185,8 @@ def open_run(
     profiler = Profiler(
         run_path, config.train.profile_steps, ranks.rank, ranks.device, lambda *event: run.event(*event)
     )
-    run = Run(config, ranks, group, plan, tokenizer, stream, val_rows, engine, checkpoints, samples, guard, spikes,
-              profiler, folder, log, stop, watchdog, clock, progress)  # fmt: skip
+    run = Run(config, ranks, group, plan, tokenizer, stream, val_rows, engine, checkpoints, samples, tasks, guard,
+              spikes, profiler, folder, log, stop, watchdog, clock, progress)  # fmt: skip
     announce(run, events, is_resumed=start.own)
     clock.begin("first step")
     return run
