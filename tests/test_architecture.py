@@ -36,11 +36,11 @@ TIERS = (
     "plan_time",
     "plan",
     "plan_report",
-    "prefetch settings sentencepiece_tokenizer model optim initial_weights swapped_states explain_parallel checkpoint_files writable_store shard_reader journal sources spills sampling"
+    "prefetch settings sentencepiece_tokenizer model optim lora initial_weights swapped_states explain_parallel checkpoint_files writable_store shard_reader journal sources spills sampling"
     " tracking family_table profiling watchdog",
     "communication link_speeds metrics guard spikes hf_tokenizer generate checkpoint_folder checkpoint_store",
     "conversation engine tokenizer_files tokenizer_trial checkpoint_places scoring",
-    "text_shards talk harness",
+    "text_shards talk harness adapters",
     "data_plan",
     "damage",
     "row_reader run_state",
