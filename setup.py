@@ -44,6 +44,8 @@ setup(
         "data": ["datasketch>=2,<3", "mwparserfromhell>=0.6.6,<0.8", "py3langid>=0.3,<0.5"],
         "gs": ["gcsfs>=2024.6"],
         "s3": ["s3fs>=2024.6"],
+        # what answers of tuned models are scored by
+        "tasks": ["rouge-score>=0.1.2,<0.2", "sacrebleu>=2.5,<3"],
         "wandb": ["wandb>=0.31,<1"],
         "test": [
             "accelerate>=1.1,<2",
@@ -59,8 +61,10 @@ setup(
             "pytest>=8.3,<10",
             "pytest-timeout>=2.3,<3",
             "pytest-xdist>=3.6,<4",
+            "rouge-score>=0.1.2,<0.2",
             "ruff>=0.15,<1",
             "s3fs>=2024.6",
+            "sacrebleu>=2.5,<3",
             "wandb>=0.31,<1",
         ],
     },
