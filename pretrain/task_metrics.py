@@ -104,7 +104,7 @@ def _bleu(predictions: list[str], references: list[list[str]]) -> dict[str, floa
     import sacrebleu
 
     most = max(map(len, references))
-    streams = [[several[i] if i < len(several) else None for several in references] for i in range(most)]
+    streams: Any = [[several[i] if i < len(several) else None for several in references] for i in range(most)]
     bleu, chrf = sacrebleu.corpus_bleu(predictions, streams), sacrebleu.corpus_chrf(predictions, streams)
     return {
         "bleu": min(float(bleu.score), 100.0),
