@@ -53,6 +53,19 @@ class TokenizerSection(Section):
     eos: str | None = Field(None, description="Token that ends documents. Null: the one that the tokenizer names.")
 
 
+class AugmentSection(Section):
+    """Changes of what a source's documents look like in training; what is to be predicted stays. docs/tuning.md."""
+
+    token_dropout: Probability = Field(
+        0.0, description="Share of input tokens that become the unknown one (where there is none, padding), others in "
+        "every epoch."
+    )  # fmt: skip
+    span_shuffle: Probability = Field(
+        0.0,
+        description="Share of the spans of 1 to 5 tokens in prompts that change places with the next one, likewise.",
+    )
+
+
 class SourceSection(Section):
     """One corpus: raw text that `prepare` turns into shards, or shards that exist."""
 
@@ -88,6 +101,7 @@ class SourceSection(Section):
         "then."
     )  # fmt: skip
     filter: Bool = Field(True, description="Put `data.filters` to this source's documents.")
+    augment: AugmentSection = Field(AugmentSection(), description="Noise in training, not in evaluation.")
 
 
 class FiltersSection(Section):
