@@ -96,7 +96,7 @@ def _limit(share: float) -> np.uint64:
 
 
 def _unscored(is_scored_T: np.ndarray, doc_start_T: np.ndarray) -> list[tuple[int, int]]:
-    """Ranges [begin, end) of inputs after which nothing is scored, each without its first, which opens a document or turn.
+    """Ranges [begin, end) of inputs after which nothing is scored, without the first of each, which opens a turn.
 
     The input whose next token is the first that is scored is not in them: it ends the prompt.
     """
