@@ -24,6 +24,7 @@ setup(
         *TORCH,
         "deepspeed==0.19.8",  # options vanish between its patch releases
         "fsspec[http]>=2024.6",  # http is aiohttp; no upper bound: s3fs and gcsfs want the version of their own date
+        "jinja2>=3.1,<4",  # torch asks for it too
         "numpy>=1.26,<3",
         "psutil>=5.9,<8",  # DeepSpeed asks for it too
         "pyarrow>=18,<30",

@@ -104,8 +104,11 @@ def idle_options(config: Config) -> dict[str, str]:
             idle[f"data.sources.{number}.weight"] = f"The sources are mixed by their {kind}."
         if not source.paths:
             reason = "It is for reading raw text, and the source has no paths."
-            for name in ("text_field", "format", "filter"):
+            for name in ("text_field", "format", "filter", "examples"):
                 idle[f"data.sources.{number}.{name}"] = reason
+        elif source.examples is not None:
+            for name in ("text_field", "filter"):
+                idle[f"data.sources.{number}.{name}"] = "The source holds examples, whose fields `examples` names."
         elif source.format in ("megatron", "nanogpt"):
             for name in ("text_field", "filter"):
                 idle[f"data.sources.{number}.{name}"] = "The source holds token ids, which have no text."
@@ -211,6 +214,9 @@ def _source_problems(config: Config) -> Iterator[Problem]:
     """Check that each source has a name and a folder of its own."""
     names: dict[str, int] = {}
     folders: dict[str, int] = {}
+    if config.data.packing == "concat" and any(source.examples for source in config.data.sources):
+        text = "data.packing is concat; expected best_fit or document, because a source has examples, which are not cut"
+        yield Problem("data.packing", f"{text}. Use best_fit.")
     for number, source in enumerate(config.data.sources):
         first = names.setdefault(source.name, number)
         if first != number:

@@ -66,6 +66,22 @@ class AugmentSection(Section):
     )
 
 
+class ExamplesSection(Section):
+    """What is asked and answered in a source for tuning: each `.jsonl` line is a conversation, or prompt and response.
+
+    Training scores the answers only, and the token that ends each; docs/tuning.md.
+    """
+
+    template: str = Field(
+        "{prompt}", description="What a prompt is made of: text with fields of the line in braces; `{{` is a brace."
+    )
+    response: str = Field("response", min_length=1, description="Field that holds the response.")
+    messages: str = Field(
+        "messages", min_length=1, description="Field that holds a conversation, if a line has one: messages, each with "
+        "a `role` (system, user, assistant) and its `content`, which the tokenizer's chat template puts together."
+    )  # fmt: skip
+
+
 class SourceSection(Section):
     """One corpus: raw text that `prepare` turns into shards, or shards that exist."""
 
@@ -100,6 +116,9 @@ class SourceSection(Section):
         "`wikipedia`, `squad`, `imdb`: these data sets as they are published, recognised by the names that they have "
         "then."
     )  # fmt: skip
+    examples: ExamplesSection | None = Field(
+        None, description="The source holds examples for tuning. Null: it holds documents."
+    )
     filter: Bool = Field(True, description="Put `data.filters` to this source's documents.")
     augment: AugmentSection = Field(AugmentSection(), description="Noise in training, not in evaluation.")
 

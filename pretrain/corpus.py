@@ -18,6 +18,7 @@ import numpy as np
 from pretrain.config import Config, SourceSection
 from pretrain.console import LiveLine, format_bytes
 from pretrain.errors import DataError
+from pretrain.examples import context_bit, example_dtype
 from pretrain.filters import REASONS
 from pretrain.journal import (
     LOCK_NAME,
@@ -32,7 +33,7 @@ from pretrain.journal import (
 from pretrain.near_duplicates import NearDuplicates
 from pretrain.row_table import RowTable, build_row_tables, table_folder
 from pretrain.shard_reader import check_shards
-from pretrain.shards import MANIFEST_NAME, MANIFEST_VERSION, Manifest, Shard, ShardWriter
+from pretrain.shards import EXAMPLES_VERSION, MANIFEST_NAME, MANIFEST_VERSION, Manifest, Shard, ShardWriter
 from pretrain.shares import LIVE_SECONDS, PLAIN_SECONDS, SHARE_FOLDERS, Share, other_documents, recipe_of
 from pretrain.source_files import list_files
 from pretrain.sources import ReadLog, validation_limit
@@ -146,7 +147,7 @@ class Corpus:
         documents = f"{sum(result.documents for result in results):x}"
         if journal.documents not in ("", documents):
             raise other_documents(self.folder, "shards")
-        dtype = self.tokenizer.id_dtype
+        dtype = id_dtype_of(self.source, self.tokenizer)
         spills = [
             (share.folder, spill) for share, result in zip(self.shares, results, strict=True) for spill in result.spills
         ]
@@ -195,6 +196,8 @@ class Corpus:
             self.log.skip("duplicates", f"{origin}: it is equal to another document", len(copies))
         if bucket.table["bands_bytes"].any():
             places = places[[self._is_new(bucket, place) for place in places.tolist()]]
+        if self.source.examples is not None:
+            places = self._of_a_row(bucket, places)
         chosen = bucket.table[places]
         is_val = chosen["head"] < np.uint64(validation_limit(self.config.data.val_fraction))
         is_left = np.ones(len(places), bool)
@@ -204,6 +207,16 @@ class Corpus:
             self.num_documents[split] += len(of_split)
             self.text_bytes[split] += int(chosen["text_bytes"][of_split].sum(dtype=np.uint64))
         return places[is_left], is_val[is_left]
+
+    def _of_a_row(self, bucket: Bucket, places: np.ndarray) -> np.ndarray:
+        """The places of examples that fit a row: part of one would be an answer to nothing, or one without its end."""
+        most = self.config.data.seq_lens[0]
+        fits = bucket.table["num_tokens"][places] <= most + 1  # the last token is only a target
+        if len(long := places[~fits]):
+            origin = "" if "skipped_longer_than_a_row" in self.log.examples else bucket.origin(int(long[0]))
+            message = f"{origin}: it has {bucket.table['num_tokens'][long[0]] - 1} tokens, and a row {most}"
+            self.log.skip("skipped_longer_than_a_row", message, len(long))
+        return places[fits]
 
     def _is_new(self, bucket: Bucket, place: int) -> bool:
         """Whether no document before is nearly equal to this one; counts it if one is."""
@@ -221,9 +234,9 @@ class Corpus:
 
     def _manifest(self, journal: Journal, recipe: Recipe) -> Manifest:
         return Manifest(
-            version=MANIFEST_VERSION,
+            version=MANIFEST_VERSION if self.source.examples is None else EXAMPLES_VERSION,
             corpus=self.source.name,
-            dtype=self.tokenizer.id_dtype.name,
+            dtype=id_dtype_of(self.source, self.tokenizer).name,
             tokenizer_fingerprint=self.tokenizer.fingerprint,
             vocab_size=self.tokenizer.vocab_size,
             train=tuple(journal.shards["train"]),
@@ -231,6 +244,7 @@ class Corpus:
             text_bytes=dict(self.text_bytes),
             counts=dict(sorted(self.log.counts.items())),
             source_fingerprint=_hash(recipe),
+            context_bit=None if self.source.examples is None else context_bit(self.tokenizer),
         )
 
     def _show(self, num_documents: int) -> None:
@@ -260,6 +274,11 @@ class Corpus:
                 f"(data.val_fraction is {data.val_fraction}), so its loss cannot be evaluated. Raise that fraction, "
                 "or give more documents."
             )
+
+
+def id_dtype_of(source: SourceSection, tokenizer: Tokenizer) -> np.dtype:
+    """Of the ids in a source's shards, little-endian."""
+    return tokenizer.id_dtype if source.examples is None else example_dtype(tokenizer)
 
 
 def add_rows(folder: Path, manifest: Manifest, seq_len: int, packing: str) -> bool:

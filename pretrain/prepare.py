@@ -113,6 +113,8 @@ def _indexed(config: Config, makes_index: bool) -> set[str]:
 
 def _names_tars(source: SourceSection, is_complete: bool) -> bool:
     """Whether a source can be indexed; of one that is complete, the files may be gone."""
+    if source.examples is not None:
+        return False
     try:
         return bool(tars_of(source))
     except LonghaulError:
@@ -170,6 +172,11 @@ def check_untokenized(config: Config) -> None:
         ConfigError: one does, and they cannot be those of a tokenizer that would be trained now.
     """
     for source in config.data.sources:
+        if source.paths and source.examples is not None:
+            raise ConfigError(
+                f"tokenizer.model is {config.tokenizer.model}, which does not exist; expected that of the model which "
+                f"the examples of data.sources[{source.name}] are for. Name it, such as the one in its run folder."
+            )
         if source.paths and (held := token_format(list_files(source))):
             raise ConfigError(
                 f"tokenizer.model is {config.tokenizer.model}, which does not exist; expected the tokenizer that the "
@@ -213,7 +220,10 @@ def _train_tokenizer(config: Config, path: Path, line: LiveLine) -> None:
 def _training_texts(config: Config, held_out: list[str]) -> Iterator[str]:
     """Training documents of all texts, by weight where there is more than is read; some others go to `held_out`."""
     files_of = {source.name: list_files(source) for source in config.data.sources if source.paths}
-    sources = [source for source in config.data.sources if source.paths and token_format(files_of[source.name]) is None]
+    sources = [
+        source for source in config.data.sources
+        if source.paths and source.examples is None and token_format(files_of[source.name]) is None
+    ]  # fmt: skip
     weights = sampling_weights(config)
     total_weight = sum(weights.get(source.name, 0.0) for source in sources)
     held_out_bytes = 0

@@ -152,6 +152,8 @@ class RowReader:
                 tokens_T[begin:end] = ids[:-1]
                 targets_T[begin:end] = ids[1:]
                 num_targets += length
+                if (bit := corpus.manifest.context_bit) is not None:
+                    num_targets -= _hide_context(tokens_T[begin:end], targets_T[begin:end], 1 << bit)
             begin = end
         if begin < len(tokens_T):
             tokens_T[begin:], targets_T[begin:], doc_start_T[begin:] = _PAD_ID, IGNORED_TARGET, begin
@@ -162,6 +164,14 @@ class RowReader:
             f"{address.rows.path} is damaged: row {address.row} of block {address.block} does not fit its documents. "
             f"Delete this folder and run: {PREPARE_COMMAND}"
         )
+
+
+def _hide_context(tokens: np.ndarray, targets: np.ndarray, flag: int) -> int:
+    """Take the mark of context off stored ids, and have such targets not scored; return how many these are."""
+    tokens &= flag - 1
+    is_context = targets >= flag
+    targets[is_context] = IGNORED_TARGET
+    return int(np.count_nonzero(is_context))
 
 
 def _damage(address: RowAddress, document: int, error: DamagedDocumentError) -> Damage:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pretrain import filters
+from pretrain import examples, filters
 from pretrain.config import Config, DataSection, SourceSection
 from pretrain.console import LiveLine, format_bytes, format_duration
 from pretrain.errors import ConfigError, DataError
@@ -50,7 +50,11 @@ SHARE_FOLDERS = "share-*-of-*"  # in the folder of the shards
 LIVE_SECONDS, PLAIN_SECONDS = 0.2, 10.0  # between updates on a terminal, and between lines elsewhere
 
 _LEFT_OVER = re.compile(r"spill-\d{6,}|\.spill-\d{6,}\.tmp|\.prepare\.jsonl\.tmp")
-_LATER = ("data.val_fraction", "data.shard_bytes")  # what only the second pass depends on
+_LATER = (
+    "data.val_fraction",
+    "data.shard_bytes",
+    "the longest example, in tokens",
+)  # what only the second pass depends on
 
 
 def parse_share(text: str) -> tuple[int, int]:
@@ -115,6 +119,8 @@ def recipe_of(files: Sequence[Path], source: SourceSection, data: DataSection, t
         "the tokenizer": tokenizer.fingerprint,
         "data.filters": filters.identity(filters.filters_of(source, data)),
         INDEX_KEY: None,
+        "data.sources[].examples": source.examples and examples.identity(source.examples, tokenizer),
+        "the longest example, in tokens": source.examples and data.seq_lens[0],
     }
     if files:
         if held := token_format(files) or published_formats(files, source.format):
@@ -232,6 +238,8 @@ class Share:
             return
         with file_lock(self.folder / LOCK_NAME, str(self.folder)):
             files = list_files(self.source)
+            if self.source.examples is not None:
+                examples.check_examples(self.source.examples)
             journal = ShareJournal(self.folder, self.recipe(files))
             if journal.is_complete:
                 self.line.say(f"{self.source.name}: {self.folder} is complete")
@@ -284,7 +292,10 @@ class Share:
     ) -> Generator[tuple[Batch, list[np.ndarray]], None, None]:
         """Batches with their documents' ids, bos and eos included."""
         if token_format(files) is None:
-            yield from encode_batches(batches, self.config.tokenizer, self.tokenizer, num_processes(self.config.data))
+            yield from encode_batches(
+                batches, self.config.tokenizer, self.tokenizer, num_processes(self.config.data),
+                self.source.examples is not None,
+            )  # fmt: skip
         else:
             yield from ((batch, [document.ids for document in batch if document.ids is not None]) for batch in batches)
 
@@ -296,8 +307,9 @@ class Share:
             policy = data.on_bad_document, data.on_bad_file, self.log, self.tokenizer.loses_u2581, refine, parts
             for document in read_documents(files, self.source, *policy):
                 content = document.text.encode()
+                num_bytes = len(examples.plain_text(document.text).encode()) if self.source.examples else len(content)
                 yield QueuedDocument(
-                    document.origin, document_digest(content), document.bands, len(content), document.text
+                    document.origin, document_digest(content), document.bands, num_bytes, document.text
                 )
             return
         token_bytes = self.tokenizer.token_bytes()

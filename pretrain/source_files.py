@@ -184,6 +184,12 @@ def _refuse_unfit(source: SourceSection, names: dict[str, tuple[str, int]]) -> N
         for name in names
         if bare_name(name).endswith(_NOT_TEXT) or (is_compressed(name) and kind_of(name) in ("parquet", "arrow"))
     )
+    other = [name for name in sorted(names) if kind_of(name, source.format) != "jsonl"]
+    if source.examples is not None and other:
+        raise DataError(
+            f"data.sources[{source.name}].paths: {other[0]} is a file of {kind_of(other[0], source.format)}; expected "
+            f".jsonl, each line an example, because the source has `examples`. Convert it, or name other files."
+        )
     if unfit:
         raise DataError(
             f"data.sources[{source.name}].paths: {unfit[0]} is one of {len(unfit)} files that are not text; expected "

@@ -248,7 +248,7 @@ def _contents(
     if part is not None:
         with open(path, "rb") as file:
             log._position = lambda: file.tell() - part.start
-            yield from lines_of_part(file, path, text_field, part)
+            yield from lines_of_part(file, path, source.examples or text_field, part)
         return
     if kind in ("parquet", "arrow"):
         row = 0
@@ -263,6 +263,8 @@ def _contents(
         if kind == "tar":
             texts = read_tar(file, path, text_field, log)
             yield from ((f"{path}:{member.name}", content) for member, content, _ in texts)
+        elif kind == "jsonl":
+            yield from json_lines(file, path, source.examples or text_field)
         else:
             yield from _READERS[kind](file, path, text_field)
 
@@ -391,7 +393,6 @@ def _judge(
 
 _READERS: dict[str, Callable[[BinaryIO, Path, str], Iterator[tuple[str, RawText]]]] = {
     "text": _whole_file,
-    "jsonl": json_lines,
     "csv": _csv_rows,
     "wikipedia": _articles,
     "squad": _paragraphs,

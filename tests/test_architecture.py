@@ -22,13 +22,15 @@ BENCHMARKS = sorted(path.relative_to(ROOT) for path in (ROOT / "benchmarks").glo
 
 # A module imports modules of lower tiers only. `kernels` is below all of them.
 TIERS = (
-    "errors section spellings heartbeat text_index scaling_laws matrix_owners",
+    "errors section hashed_file spellings heartbeat text_index scaling_laws matrix_owners",
     "model_options run_options task_metrics task_grammars gpus start_clock store_errors checkpoint_owner sequence_parallel recompute activation_offload network slurm slurm_script",
     "config hardware task_stories",
     "augment moments stores config_docs schedule batch_plan packing phases row_order families console tokenizer source_files matrix_exchange lion torch_optimizers"
     " generate_options repetition stalls personal_data near_duplicates languages wikipedia",
-    "redaction parallel_checks config_changes mixture explain patient_file deepspeed_settings plan_shapes sentencepiece_model varied_texts table_files token_files shards tensor_files distributed watch_links layers"
+    "redaction chat parallel_checks config_changes mixture explain patient_file deepspeed_settings plan_shapes sentencepiece_model varied_texts table_files token_files shards tensor_files distributed watch_links layers"
     " published model_card muon compiling filters dataset_files decoding tar_files",
+    "messages",
+    "examples",
     "checks node_cache row_table json_lines run_status plan_memory",
     "remote_corpus plan_communication task_data",
     "plan_time",
@@ -64,6 +66,7 @@ FILE_OF_LIBRARY = {
     "datasketch": "pretrain/near_duplicates.py",
     "deepspeed": "pretrain/engine.py",
     "fsspec": "pretrain/stores.py",
+    "jinja2": "pretrain/messages.py",
     "mwparserfromhell": "pretrain/wikipedia.py",
     "py3langid": "pretrain/languages.py",
     "psutil": "pretrain/network.py",
@@ -88,7 +91,7 @@ WITHOUT_TORCH = (
     " sources store_errors stores node_cache remote_corpus prefetch shards shard_reader row_table data_plan journal workers corpus source_sample"
     " prepare dry_run verify_shards inspect_shards store_check prepare_options repetition personal_data near_duplicates languages wikipedia"
     " filters dataset_files redaction refining shares spills json_lines decoding tar_files text_index text_shards tar_documents tar_folder"
-    " tar_index gpus moments scaling_laws matrix_owners deepspeed_settings plan_shapes plan_memory plan_communication plan_time plan plan_report plan_table plan_options"
+    " tar_index chat messages examples hashed_file gpus moments scaling_laws matrix_owners deepspeed_settings plan_shapes plan_memory plan_communication plan_time plan plan_report plan_table plan_options"
     " augment task_metrics task_grammars task_stories task_data config_changes slurm slurm_script run_state submit submit_checks submit_options"
 )
 
