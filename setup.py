@@ -17,7 +17,7 @@ setup(
     description="Pretraining of decoder-only Transformers, from raw text to a verified export",
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
-    package_data={"kernels": ["tiles/*.json"], "launch": ["slurm/*.sbatch"]},
+    package_data={"kernels": ["tiles/*.json"], "launch": ["slurm/*.sbatch"], "pretrain": ["pages/*"]},
     python_requires=">=3.11",
     packages=find_packages(include=["pretrain", "pretrain.*", "kernels", "kernels.*", "launch", "launch.*"]),
     install_requires=[
@@ -43,6 +43,8 @@ setup(
         "bench": ["accelerate>=1.1,<2", 'liger-kernel>=0.8.5,<0.9; platform_system == "Linux"'],
         # near-duplicates, Wikipedia's markup, languages: what `prepare` does by choice
         "data": ["datasketch>=2,<3", "mwparserfromhell>=0.6.6,<0.8", "py3langid>=0.3,<0.5"],
+        # tasks of launch/evaluate.py and eval.tasks
+        "evals": ["lm-eval>=0.4.13,<0.5"],
         "gs": ["gcsfs>=2024.6"],
         "s3": ["s3fs>=2024.6"],
         # what answers of tuned models are scored by
@@ -55,6 +57,7 @@ setup(
             "flask>=3,<4",  # with flask-cors, what moto's server needs; its own extra brings 40 packages more
             "flask-cors>=5,<7",
             "hypothesis>=6.100,<7",
+            "lm-eval>=0.4.13,<0.5",
             "moto[s3]>=5,<6",
             "mwparserfromhell>=0.6.6,<0.8",
             "mypy>=1.15,<3",

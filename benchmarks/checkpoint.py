@@ -36,8 +36,8 @@ from benchmarks.step import SHRINK
 from pretrain.batch_plan import BatchPlan
 from pretrain.checkpoint import Checkpoints
 from pretrain.checkpoint_folder import FolderPlace
-from pretrain.distributed import Ranks
-from pretrain.engine import Engine, init_distributed, leave_distributed
+from pretrain.distributed import Ranks, leave_distributed
+from pretrain.engine import Engine, init_distributed
 from pretrain.families import resolve_shape
 from pretrain.model import Transformer
 from pretrain.settings import load_config

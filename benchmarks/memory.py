@@ -22,7 +22,8 @@ if sys.path[0] == str(Path(__file__).resolve().parent):  # run as a file
 from benchmarks.ranks import run_ranks
 from benchmarks.record import Record, first_line
 from benchmarks.usage import measure
-from pretrain.engine import init_distributed, leave_distributed
+from pretrain.distributed import leave_distributed
+from pretrain.engine import init_distributed
 from pretrain.settings import load_config
 
 EXAMPLES = """examples:

@@ -30,11 +30,30 @@ def attention_truth(
     scale: float | None = None,
 ) -> Tensor:
     """Compute `attention` in plain PyTorch, with explicit probabilities in fp32."""
+    B, T, H, _ = q_BTHC.shape
+    num_keys, num_kv_heads = k_BSKC.shape[1:3]
+    probs_BHTS = attention_probabilities(q_BTHC, k_BSKC, visible, softcap, scale)
+    if dropout_p > 0.0 and dropout_key is not None:
+        seeds_BH = attention_seeds(H, dropout_key) if isinstance(dropout_key, DropoutKey) else dropout_key
+        kept_BHTS = attention_keep_mask(seeds_BH, T, num_keys, dropout_p)
+        probs_BHTS = torch.where(kept_BHTS, probs_BHTS / (1.0 - dropout_p), 0.0)
+    probs_BKGTS = probs_BHTS.view(B, num_kv_heads, H // num_kv_heads, T, num_keys)
+    out_BKGTC = probs_BKGTS.to(v_BSKC.dtype) @ v_BSKC.transpose(1, 2)[:, :, None]
+    return out_BKGTC.permute(0, 3, 1, 2, 4).flatten(2, 3)
+
+
+def attention_probabilities(
+    q_BTHC: Tensor, k_BSKC: Tensor, visible: Visibility, softcap: float | None = None, scale: float | None = None
+) -> Tensor:
+    """Compute the share that each query gives to each key; all are 0 where a query sees none.
+
+    Returns:
+        `[B, H, T, S]`, fp32, or fp64 for fp64 queries.
+    """
     B, T, H, C = q_BTHC.shape
     num_keys, num_kv_heads = k_BSKC.shape[1:3]
     q_BKGTC = q_BTHC.reshape(B, T, num_kv_heads, H // num_kv_heads, C).permute(0, 2, 3, 1, 4)
-    k_BK1CS, v_BK1SC = k_BSKC.permute(0, 2, 3, 1)[:, :, None], v_BSKC.transpose(1, 2)[:, :, None]
-    scores_BKGTS = q_BKGTC @ k_BK1CS
+    scores_BKGTS = q_BKGTC @ k_BSKC.permute(0, 2, 3, 1)[:, :, None]
     if scores_BKGTS.dtype != torch.float64:
         scores_BKGTS = scores_BKGTS.float()
     scores_BKGTS = scores_BKGTS * (1.0 / math.sqrt(C) if scale is None else scale)
@@ -43,13 +62,7 @@ def attention_truth(
     seen_B11TS = visible.seen_BTS[:, None, None]
     # A query that sees nothing: equal scores, whose probabilities are then dropped, instead of NaN.
     scores_BKGTS = scores_BKGTS.masked_fill(~seen_B11TS, -math.inf).masked_fill(~seen_B11TS.any(-1, True), 0.0)
-    probs_BKGTS = scores_BKGTS.softmax(-1).masked_fill(~seen_B11TS, 0.0)
-    if dropout_p > 0.0 and dropout_key is not None:
-        seeds_BH = attention_seeds(H, dropout_key) if isinstance(dropout_key, DropoutKey) else dropout_key
-        kept_BHTS = attention_keep_mask(seeds_BH, T, num_keys, dropout_p)
-        probs_BKGTS = torch.where(kept_BHTS.view(probs_BKGTS.shape), probs_BKGTS / (1.0 - dropout_p), 0.0)
-    out_BKGTC = probs_BKGTS.to(v_BSKC.dtype) @ v_BK1SC
-    return out_BKGTC.permute(0, 3, 1, 2, 4).flatten(2, 3)
+    return scores_BKGTS.softmax(-1).masked_fill(~seen_B11TS, 0.0).flatten(1, 2)
 
 
 def attention_sdpa(

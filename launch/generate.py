@@ -21,6 +21,7 @@ EXAMPLES = """examples:
   python launch/generate.py runs/quickstart --prompt 'def ' --num-samples 3 --temperature 0.8 --min-p 0.05
   python launch/generate.py runs/quickstart --prompt 'def ' --temperature 0 --repetition-penalty 1.2 --stop $'\\n\\n'
   python launch/generate.py runs/quickstart --prompt-file prompts.txt --batch-size 64 --top-p 0.9 --json > texts.json
+  python launch/generate.py runs/tuned --chat --system 'Answer in one sentence.'
   grep '^def ' example.py | python launch/generate.py runs/quickstart --prompt-file - --max-new-tokens 32"""
 
 
@@ -36,14 +37,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     try:
         options, prompts = options_from(arguments), prompts_from(arguments)  # before seconds are spent on loading
+        from pretrain.conversation import Conversation
         from pretrain.generate import generate
         from pretrain.hardware import best_device
         from pretrain.run_folder import load_run
+        from pretrain.talk import take_template, talk
 
         run = load_run(arguments.run, arguments.step)
-        is_live = sys.stdout.isatty() if arguments.stream is None else arguments.stream
-        printer = None if arguments.json else TextPrinter(prompts, is_live)
         model = run.model.to(best_device())
+        take_template(run.tokenizer, arguments.chat_template)
+        if arguments.chat:
+            talk(Conversation(model, run.tokenizer, options, arguments.system))
+            return 0
+        is_live = sys.stdout.isatty() if arguments.stream is None else arguments.stream
+        beginnings = [prompt if isinstance(prompt, str) else "" for prompt in prompts]
+        printer = None if arguments.json else TextPrinter(beginnings, is_live)
         completions = generate(model, run.tokenizer, prompts, options, printer.add if printer else None)
     except LonghaulError as error:
         from pretrain.redaction import print_error
@@ -54,9 +62,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(json.dumps({"step": run.step, "completions": [dataclasses.asdict(item) for item in completions]}))
     num_full = sum(item.finish == "context" for item in completions)
     if num_full and not arguments.json:
-        which = "" if len(completions) == 1 else f"{num_full} texts "
-        note = f"note: {which}stopped at {run.config.data.max_seq_len} tokens, the length that the model was trained on"
-        print(note, file=sys.stderr)
+        which, most = "" if len(completions) == 1 else f"{num_full} texts ", run.config.data.max_seq_len
+        print(f"note: {which}stopped at {most} tokens, the length that the model was trained on", file=sys.stderr)
     return 0
 
 

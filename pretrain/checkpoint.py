@@ -331,12 +331,27 @@ def fill(engine: Engine, reader: CheckpointReader, ranks: Ranks, with_optimizer:
     engine.load_loss_scale_state(reader.training["loss_scale"])
 
 
-def _read_into(engine: Engine, reader: CheckpointReader, with_optimizer: bool) -> None:
-    if reader.shapes != engine.parameter_shapes():
+def fill_base(engine: Engine, reader: CheckpointReader, ranks: Ranks) -> None:
+    """Fill the weights that are not trained from a checkpoint that was verified.
+
+    Raises:
+        CheckpointError: on all ranks, it is of another model, or cannot be read.
+    """
+    ranks.agree(lambda: _check_shapes(reader, engine.untrained_shapes))
+    ranks.agree(lambda: engine.fill_untrained(lambda name, start, length: reader.read(name, MASTER, start, length)))
+    reader.close()
+
+
+def _check_shapes(reader: CheckpointReader, ours: dict[str, tuple[int, ...]]) -> None:
+    if reader.shapes != ours:
         raise CheckpointError(
-            f"{reader.folder}: holds another model than the config's ({_difference(engine, reader)}); expected the "
-            "same parameters. Use the `model` of the config that wrote it, or begin with another run.dir."
+            f"{reader.folder}: holds another model than the config's ({_difference(ours, reader.shapes)}); expected "
+            "the same parameters. Use the `model` of the config that wrote it, or begin with another run.dir."
         )
+
+
+def _read_into(engine: Engine, reader: CheckpointReader, with_optimizer: bool) -> None:
+    _check_shapes(reader, engine.parameter_shapes())
     if with_optimizer and (lacking := _lacking(engine, reader)):
         raise CheckpointError(
             f"{reader.folder}: has no {lacking}; expected the states of optim.name. Use the `optim` of the config that "
@@ -349,9 +364,8 @@ def _read_into(engine: Engine, reader: CheckpointReader, with_optimizer: bool) -
         engine.ranks.heartbeat.beat()
 
 
-def _difference(engine: Engine, reader: CheckpointReader) -> str:
+def _difference(ours: dict[str, tuple[int, ...]], theirs: dict[str, tuple[int, ...]]) -> str:
     """Name the first parameter that a checkpoint has otherwise."""
-    ours, theirs = engine.parameter_shapes(), reader.shapes
     name = next(name for name in [*ours, *theirs] if ours.get(name) != theirs.get(name))
     shapes = [f"of shape {list(one[name])}" if name in one else "not there" for one in (theirs, ours)]
     return f"{name} is {shapes[0]}, and would be {shapes[1]}"

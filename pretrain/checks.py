@@ -51,6 +51,7 @@ def check_options(config: Config, given: Set[str]) -> list[Problem]:
         _schedule_problems,
         _batch_problems,
         _evaluation_problems,
+        _lora_problems,
         _source_problems,
         _mixture_problems,
         _phase_problems,
@@ -208,6 +209,28 @@ def _evaluation_problems(config: Config) -> Iterator[Problem]:
             f"data.val_fraction is {config.data.val_fraction}; expected above 0, because eval.every_steps is {every}."
         )
         yield Problem("data.val_fraction", f"{text} Use 0.001, or eval.every_steps=0.")
+    for task, given in config.eval.tasks.items():
+        if unknown := sorted(given.keys() - {"every_steps", "limit", "num_fewshot"}):
+            text = f"eval.tasks has {unknown[0]} for {task}; expected every_steps, limit or num_fewshot. Drop it."
+            yield Problem("eval.tasks", text)
+        elif not given.get("every_steps", every):
+            text = f"eval.tasks has no every_steps for {task}; expected it, because eval.every_steps is 0. Write"
+            yield Problem("eval.tasks", f"{text} {task}: {{every_steps: 1000}}.")
+
+
+def _lora_problems(config: Config) -> Iterator[Problem]:
+    """Check that adapters have weights to stand beside, and nothing that does not know them."""
+    if config.train.lora is None:
+        return
+    for is_wrong, name, value, expected, fix in (
+        (not config.resume.from_, "resume.from", '""', "the run or checkpoint whose weights are adapted", "Name it"),
+        (config.resume.from_ and config.resume.optimizer, "resume.optimizer", "true", "false: adapters have moments of "
+         "their own", "Use false"),
+        (config.optim.name == "muon", "optim.name", "muon", "another with train.lora: it is for whole matrices",
+         "Use adamw"),
+    ):  # fmt: skip
+        if is_wrong:
+            yield Problem(name, f"{name} is {value}; expected {expected}. {fix}.")
 
 
 def _source_problems(config: Config) -> Iterator[Problem]:

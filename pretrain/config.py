@@ -295,6 +295,20 @@ class ScheduleSection(Section):
     final_lr_ratio: float = Field(0.1, ge=0, le=1, description="Rate at the end of the run, relative to `optim.lr`.")
 
 
+class LoraSection(Section):
+    """Low-rank adapters: the weights that a run begins with stay as they are; small matrices beside them are trained.
+
+    `model.dropout` is the dropout that there is.
+    """
+
+    rank: Count = Field(8, description="Rows of the smaller matrix of each pair.")
+    alpha: float = Field(16.0, gt=0, description="What an adapter adds is multiplied by alpha / rank.")
+    targets: list[Literal["qkv", "attention_output", "ffn_up", "ffn_down"]] = Field(
+        ["qkv", "attention_output", "ffn_up", "ffn_down"], min_length=1, description="Layers of each block that get "
+        "some."
+    )  # fmt: skip
+
+
 class TrainSection(Section):
     """Length, batch and arithmetic of training."""
 
@@ -339,6 +353,9 @@ class TrainSection(Section):
         description="Compile the Transformer blocks by `torch.compile` in training, once for all of them, in the first "
         "step; the loss is the same but for rounding. Null: where it was measured to win, which so far is nowhere: "
         "`benchmarks/step.py` measures it (`ours-compiled`). Not with `parallel.zero_stage` 3.",
+    )
+    lora: LoraSection | None = Field(
+        None, description="Train adapters only, beside the weights of `resume.from`. Null: all weights."
     )
     profile_steps: list[Count] = Field(
         [],

@@ -307,6 +307,28 @@ def join_process_group(variables: Mapping[str, str], device: torch.device, timeo
         raise _cannot_meet(error, variables, device) from None
 
 
+def join_for_evaluation(timeout_seconds: float) -> Ranks:
+    """Meet the other ranks, if a launcher has started several, without what training needs.
+
+    Raises:
+        LonghaulError: as `join_process_group` and `choose_device`.
+    """
+    variables = export_rank_variables()
+    device = choose_device(int(variables["LOCAL_RANK"]), os.environ)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if int(variables["WORLD_SIZE"]) > 1:
+        join_process_group(variables, device, timeout_seconds)
+    return Ranks(int(variables["RANK"]), int(variables["LOCAL_RANK"]), int(variables["WORLD_SIZE"]), device)
+
+
+def leave_distributed() -> None:
+    """Part from the other ranks, if there are any, so that the process ends without a warning."""
+    if dist.is_initialized():
+        dist.barrier()  # rank 0 keeps the store that the others still need to say goodbye
+        dist.destroy_process_group()
+
+
 def _cannot_meet(error: RuntimeError, variables: Mapping[str, str], device: torch.device) -> LonghaulError:
     """What to say where the ranks do not find each other: a port that is taken stays so, a late node may come."""
     text = str(error).splitlines()[0]

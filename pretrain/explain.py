@@ -24,9 +24,9 @@ def explain(path: OptionPath, error_type: str, value: Any) -> str:
     name, option = dotted(path), known.get(pattern(path))
     if error_type == "extra_forbidden":
         return f"{name} is unknown; expected an option. {suggest_option(pattern(path), list(known))}"
-    if option is None:  # an item of a list of plain values
-        option = known[pattern(path[:-1])]
-        return f"{name} is {short(value)}; expected {dotted(path[:-1])} to be {option.rule}."
+    if option is None:  # an item of a list or of names of plain values
+        holder = next(path[:end] for end in range(len(path) - 1, 0, -1) if pattern(path[:end]) in known)
+        return f"{name} is {short(value)}; expected {dotted(holder)} to be {known[pattern(holder)].rule}."
     if error_type == "missing":
         inner = [inner.name.rpartition(".")[2] for inner in known.values() if _is_needed_in(inner, option)]
         rule = f"a section that gives {', '.join(inner)}" if option.section and inner else option.rule

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from pretrain.chat import stop_ids
 from pretrain.errors import ConfigError, TrainingError
 from pretrain.generate_options import GenerateOptions
+from pretrain.messages import Message, encode_messages
 from pretrain.model import KVCache, Transformer
 from pretrain.sampling import NOT_FINITE, TextStream, choose_tokens
 from pretrain.tokenizer import Tokenizer
+
+
+Prompt = str | Sequence[Message]  # the beginning of a document, or a conversation to answer in
 
 
 @dataclass
@@ -24,11 +29,11 @@ class Completion:
         prompt: as given.
         text: what was generated, without the prompt, a stop string or the end of the document.
         ids: the generated token ids, without eos; with a stop string they may hold more than `text`.
-        finish: `eos` (the document ended), `stop` (a stop string), `length` (max_new_tokens), or `context` (prompt and
+        finish: `eos` (the document or the answer ended), `stop` (a stop string), `length` (max_new_tokens), or `context` (prompt and
             text fill the length that the model was trained on).
     """
 
-    prompt: str
+    prompt: Prompt
     text: str = ""
     ids: list[int] = field(default_factory=list)
     finish: str = ""
@@ -36,10 +41,11 @@ class Completion:
 
 @dataclass
 class _Row:
-    """A completion in the making: its number, prompt ids, text so far, and the random numbers of its tokens."""
+    """A completion in the making: number, prompt ids, what ends it, text so far, random numbers of its tokens."""
 
     index: int
     prompt_ids: list[int]
+    end_ids: Collection[int]
     completion: Completion
     stream: TextStream
     uniform_S: Tensor
@@ -49,12 +55,13 @@ class _Row:
 def generate(
     model: Transformer,
     tokenizer: Tokenizer,
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt],
     options: GenerateOptions,
     on_text: Callable[[int, str, str], None] | None = None,
     agree: Callable[[Tensor], Tensor] | None = None,
+    prompt_ids: Sequence[list[int]] | None = None,
 ) -> list[Completion]:
-    """Continue each prompt as the beginning of a document.
+    """Continue each prompt as the beginning of a document, or answer in a conversation.
 
     Prompt and text together never exceed `data.seq_len`: a model has learned no positions past it, and RoPE turned
     further than in training degrades without an error.
@@ -66,6 +73,7 @@ def generate(
         options: how to sample.
         on_text: called with the prompt's number, new text of its completion, and why it is complete (else empty).
         agree: makes the ranks that compute together take the same tokens, int64 `[B]`.
+        prompt_ids: ids of each prompt, fewer than `data.seq_len`, where they are not those of its text as a document.
 
     Returns:
         One completion a prompt.
@@ -75,27 +83,34 @@ def generate(
         TrainingError: the model computes NaN or infinity.
     """
     options.check()
-    prompt_ids = encode_prompts(tokenizer, prompts, model.shape.seq_len)
+    if prompt_ids is None:
+        prompt_ids = encode_prompts(tokenizer, prompts, model.shape.seq_len)
     rows = []
     for index, (ids, generator) in enumerate(zip(prompt_ids, _generators(prompts, options.seed), strict=True)):
         num_steps = min(options.max_new_tokens, model.shape.seq_len - len(ids))
         uniform_S = torch.rand(num_steps, generator=generator, dtype=torch.float64)
         stream = TextStream(tokenizer.decode, ids, options.stop)
-        rows.append(_Row(index, ids, Completion(prompts[index]), stream, uniform_S))
+        ends = [tokenizer.eos_id] if isinstance(prompts[index], str) else end_ids(tokenizer)
+        rows.append(_Row(index, ids, ends, Completion(prompts[index]), stream, uniform_S))
     for begin in range(0, len(rows), options.batch_size):
         _generate_batch(model, tokenizer, rows[begin : begin + options.batch_size], options, on_text, agree)
     return [row.completion for row in rows]
 
 
 def encode_prompts(
-    tokenizer: Tokenizer, prompts: Sequence[str], seq_len: int, name: str = "--prompt"
+    tokenizer: Tokenizer, prompts: Sequence[Prompt], seq_len: int, name: str = "--prompt"
 ) -> list[list[int]]:
-    """Return the ids of each prompt, as the beginning of a document; `name` is what messages call them.
+    """Return the ids of each prompt; `name` is what errors call them.
 
     Raises:
         ConfigError: a prompt leaves no room for a token.
     """
-    prompt_ids = [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in prompts]
+    prompt_ids = [
+        [tokenizer.bos_id, *tokenizer.encode(prompt)]
+        if isinstance(prompt, str)
+        else encode_messages(tokenizer, prompt, add_generation_prompt=True)[0]
+        for prompt in prompts
+    ]
     for number, ids in enumerate(prompt_ids, 1):
         if len(ids) >= seq_len:
             which = "" if len(prompts) == 1 else f" (number {number})"
@@ -106,11 +121,24 @@ def encode_prompts(
     return prompt_ids
 
 
-def _generators(prompts: Sequence[str], seed: int) -> list[torch.Generator]:
+def end_ids(tokenizer: Tokenizer) -> list[int]:
+    """Return the ids that end an answer: those that end a text, and what the chat template puts behind an answer.
+
+    Raises:
+        ConfigError: the tokenizer has no chat template, or one that takes no question with its answer.
+    """
+    exchange = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
+    ids, is_answer = encode_messages(tokenizer, exchange)
+    last = [token for token, is_own in zip(ids, is_answer, strict=True) if is_own][-1]
+    own = [last] if last in tokenizer.special_tokens().values() else []
+    return list(dict.fromkeys([*stop_ids(tokenizer), *own]))
+
+
+def _generators(prompts: Sequence[Prompt], seed: int) -> list[torch.Generator]:
     """Seed each row by its prompt, so that its text is the same in any batch; a repeated prompt gives other text."""
     times: dict[str, int] = {}
     generators = []
-    for prompt in prompts:
+    for prompt in map(str, prompts):
         times[prompt] = times.get(prompt, -1) + 1
         digest = hashlib.sha256(f"{seed}:{times[prompt]}:{prompt}".encode()).digest()
         generators.append(torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1))
@@ -144,7 +172,7 @@ def _generate_batch(
         if agree:
             chosen_B = agree(chosen_B)
         for row, token in zip(rows, chosen_B.tolist(), strict=True):
-            text = _append(row, token, tokenizer.eos_id, options.max_new_tokens)
+            text = _append(row, token, options.max_new_tokens)
             if on_text and (text or row.completion.finish):
                 on_text(row.index, text, row.completion.finish)
         running = [place for place, row in enumerate(rows) if not row.completion.finish]
@@ -160,14 +188,23 @@ def _generate_batch(
             seen_BV.scatter_(1, tokens_BT, True)
 
 
-def _append(row: _Row, token: int, eos_id: int, max_new_tokens: int) -> str:
-    """Take a token; return the text that is sure now, and set `finish` if it was the last one."""
-    completion, stream, text = row.completion, row.stream, ""
+def check_finite(token: int) -> None:
+    """Refuse what was chosen where the logits were no numbers.
+
+    Raises:
+        TrainingError: the model computes NaN or infinity.
+    """
     if token == NOT_FINITE:
         raise TrainingError(
             "model: its logits are NaN or infinite; expected numbers. Use an earlier checkpoint (--step)."
         )
-    if token == eos_id:
+
+
+def _append(row: _Row, token: int, max_new_tokens: int) -> str:
+    """Take a token; return the text that is sure now, and set `finish` if it was the last one."""
+    completion, stream, text = row.completion, row.stream, ""
+    check_finite(token)
+    if token in row.end_ids:
         completion.finish = "eos"
     else:
         completion.ids.append(token)

@@ -85,8 +85,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt", action="append", default=[], help="text to go on from; may be repeated")
     parser.add_argument(
         "--prompt-file", metavar="FILE",
-        help="a prompt a line, blank lines left out; of a .jsonl file the field `prompt`; - is the standard input",
+        help="a prompt a line, blank lines left out; of a .jsonl file the field `prompt`, or `messages` to answer; "
+        "- is the standard input",
     )  # fmt: skip
+    parser.add_argument(
+        "--chat", action="store_true", help="a conversation: what is typed is answered, by the chat template"
+    )
+    parser.add_argument("--system", default="", metavar="TEXT", help="with --chat, what the model is told first")
+    parser.add_argument(
+        "--chat-template", metavar="FILE", help="a Jinja template as transformers has them; by default the tokenizer's"
+    )
     parser.add_argument("--num-samples", type=int, default=1, help="texts for each prompt (%(default)s)")
     for option in dataclasses.fields(GenerateOptions):
         about: dict[str, Any] = {"help": option.metadata["help"]}
@@ -115,15 +123,22 @@ def options_from(arguments: argparse.Namespace) -> GenerateOptions:
     return options
 
 
-def prompts_from(arguments: argparse.Namespace) -> list[str]:
-    """Return the prompts that the arguments name, each as often as texts are wanted for it.
+def prompts_from(arguments: argparse.Namespace) -> list[str | list[dict[str, str]]]:
+    """Return the prompts that the arguments name, each as often as texts are wanted for it; none for a conversation.
 
     Raises:
-        ConfigError: there is none, or the file cannot be read.
+        ConfigError: there is none, or the file cannot be read; they do not go with `--chat`, or `--system` without.
     """
+    if arguments.chat:
+        for name in ("prompt", "prompt_file", "json"):
+            if value := getattr(arguments, name):
+                raise ConfigError(f"{_flag(name)} is {value}; expected none with --chat. Leave one of them out.")
+        return []
+    if arguments.system:
+        raise ConfigError(f"--system is {arguments.system!r}; expected none without --chat. Add --chat.")
     if arguments.num_samples < 1:
         raise ConfigError(f"--num-samples is {arguments.num_samples}; expected at least 1. Use 1 or more.")
-    prompts = list(arguments.prompt)
+    prompts: list[str | list[dict[str, str]]] = list(arguments.prompt)
     if arguments.prompt_file is not None:
         prompts += read_prompts(arguments.prompt_file)
     if not prompts:
@@ -132,18 +147,27 @@ def prompts_from(arguments: argparse.Namespace) -> list[str]:
     return [prompt for prompt in prompts for _ in range(arguments.num_samples)]
 
 
-def read_prompts(name: str) -> list[str]:
+def read_text(option: str, name: str) -> str:
+    """Read a file of text that an option of the command line names, or the standard input (`-`).
+
+    Raises:
+        ConfigError: it cannot be read or is not UTF-8.
+    """
+    try:
+        return sys.stdin.read() if name == "-" else Path(name).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"{option} is {name}; expected a readable file of UTF-8 text ({error}). Name another."
+        ) from None
+
+
+def read_prompts(name: str) -> list[str | list[dict[str, str]]]:
     """Read prompts from a file of lines or JSON lines, or from the standard input (`-`).
 
     Raises:
         ConfigError: it cannot be read, is not UTF-8, or a JSON line holds no prompt.
     """
-    try:
-        text = sys.stdin.read() if name == "-" else Path(name).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(
-            f"--prompt-file is {name}; expected a readable file of UTF-8 text ({error}). Name another."
-        ) from None
+    text = read_text("--prompt-file", name)
     # Not splitlines(): it cuts at form feeds and U+2028 too, which may well stand inside a prompt.
     lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     if not name.endswith(".jsonl"):
@@ -151,15 +175,26 @@ def read_prompts(name: str) -> list[str]:
     return list(_json_prompts(name, lines))
 
 
-def _json_prompts(name: str, lines: Sequence[tuple[int, str]]) -> Iterator[str]:
+def _json_prompts(name: str, lines: Sequence[tuple[int, str]]) -> Iterator[str | list[dict[str, str]]]:
     for number, line in lines:
         try:
-            prompt = json.loads(line)["prompt"]
+            record = json.loads(line)
+            prompt = record["messages"] if "messages" in record else record["prompt"]
         except (ValueError, KeyError, TypeError):
             prompt = None
-        if not isinstance(prompt, str):
+        if not isinstance(prompt, str) and not _are_messages(prompt):
             shown = line if len(line) <= 60 else line[:57] + "..."
             raise ConfigError(
-                f'{name}:{number}: the line is {shown}; expected JSON such as {{"prompt": "text"}}. Correct the line.'
+                f'{name}:{number}: the line is {shown}; expected JSON such as {{"prompt": "text"}} or {{"messages": '
+                f'[{{"role": "user", "content": "text"}}]}}. Correct the line.'
             )
         yield prompt
+
+
+def _are_messages(value: Any) -> bool:
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(isinstance(one, dict) and set(one) == {"role", "content"} for one in value)
+        and all(isinstance(text, str) for one in value for text in one.values())
+    )

@@ -13,7 +13,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 
@@ -28,6 +27,12 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 TOKENIZER_CONFIG = "tokenizer_config.json"
 FILES_BESIDE = (TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
 _BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")
+# How byte-level vocabularies write bytes: printable characters of Latin-1 as themselves, the others from U+0100 on.
+# Source: Radford et al. 2019 (GPT-2).
+_PRINTABLE = (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))
+_ALPHABET = {chr(byte): byte for byte in _PRINTABLE} | {
+    chr(0x100 + number): byte for number, byte in enumerate(sorted(set(range(256)) - set(_PRINTABLE)))
+}
 _UNKNOWN = "\U0010ffff"  # a noncharacter: no vocabulary has it
 
 
@@ -83,6 +88,11 @@ class JsonTokenizer(Tokenizer):
         self.unk_id = ids["unk"]
         self.fingerprint = fingerprint_of(content, {"bos": self.bos_id, "eos": self.eos_id})
         self._decoders = list(_components(self._spec["decoder"]))
+        self._writes_spaces = any(
+            part["type"] == "Metaspace" or (part["type"] == "Replace" and part["pattern"] == {"String": SPACE_PIECE})
+            for part in self._decoders
+        )
+        self._has_bytes = any(part["type"] == "ByteFallback" for part in self._decoders)
         self._is_byte_level = any(part["type"] == "ByteLevel" for part in self._decoders)
         self.kind = f"tokenizer.json, {'byte-level ' if self._is_byte_level else ''}{self._spec['model']['type']}"
         text = f"a{SPACE_PIECE}b"
@@ -101,32 +111,22 @@ class JsonTokenizer(Tokenizer):
         """Turn ids back into their text; special ids give nothing, bytes that are not UTF-8 give U+FFFD."""
         return self._library.decode([int(token_id) for token_id in ids], skip_special_tokens=True)
 
-    def token_bytes(self) -> np.ndarray:
-        """Number of UTF-8 bytes that each id stands for, int32[vocab_size]; 0 for special ids.
+    def bytes_of(self, token_id: int) -> bytes:
+        """The bytes that an id puts into a text; none for special ids and holes.
 
-        Exact for byte-level tokens and byte fallback; a dummy prefix counts as the space that it is; of other kinds of
-        vocabularies it is the length of the token decoded alone.
+        Exact for byte-level tokens and byte fallback; a dummy prefix is the space that it is; a token of other kinds of
+        vocabularies is what it is decoded to alone.
         """
-        alphabet = set(pre_tokenizers.ByteLevel.alphabet())
-        writes_spaces = any(
-            part["type"] == "Metaspace" or (part["type"] == "Replace" and part["pattern"] == {"String": SPACE_PIECE})
-            for part in self._decoders
-        )
-        has_bytes = any(part["type"] == "ByteFallback" for part in self._decoders)
-        counts = np.zeros(self.vocab_size, dtype=np.int32)
-        for token, token_id in self._vocabulary.items():
-            if token_id in self._added:
-                special = self._added[token_id].special
-                counts[token_id] = 0 if special else len(self._added[token_id].content.encode())
-            elif self._is_byte_level:
-                counts[token_id] = sum(1 if char in alphabet else len(char.encode()) for char in token)
-            elif has_bytes and _BYTE_TOKEN.fullmatch(token):
-                counts[token_id] = 1
-            elif writes_spaces:
-                counts[token_id] = len(token.replace(SPACE_PIECE, " ").encode())
-            else:
-                counts[token_id] = len(self.decode([token_id]).encode())
-        return counts
+        token = self._library.id_to_token(token_id)
+        if token is None:
+            return b""
+        if token_id in self._added:
+            return b"" if self._added[token_id].special else token.encode()
+        if self._is_byte_level:
+            return b"".join(bytes([_ALPHABET[char]]) if char in _ALPHABET else char.encode() for char in token)
+        if self._has_bytes and _BYTE_TOKEN.fullmatch(token):
+            return bytes([int(token[3:5], 16)])
+        return token.replace(SPACE_PIECE, " ").encode() if self._writes_spaces else self.decode([token_id]).encode()
 
     def name_of(self, token_id: int) -> str:
         """The token as it stands in the vocabulary."""

@@ -25,6 +25,8 @@ from pretrain.families import ModelShape
 from pretrain.recompute import recomputed_in_chunks
 from pretrain.sequence_parallel import SequenceGroup
 
+_LOGITS_AT_ONCE = 2**24  # 64 MiB of them where many tokens are scored
+
 
 class LayerCache(Protocol):
     """Keys and values of earlier tokens of one block, which generation keeps."""
@@ -142,22 +144,25 @@ class Attention(nn.Module):
             context: of this block.
         """
         B, T, _ = x_BTD.shape
-        H, K = self.num_heads, self.num_kv_heads
-        qkv = self.qkv(x_BTD).view(B, T, H + 2 * K, self.head_dim)
-        # split, not slices: its gradient is one concatenation, theirs are three tensors of zeros and two sums
-        qk, v_BTKC = qkv.split((H + K, K), dim=2)
-        q_BTHC, k_BSKC = self._positioned(qk, context.rope_tables)
-        v_BSKC = v_BTKC
+        q_BTHC, k_BSKC, v_BSKC = self.project(x_BTD, context.rope_tables)
         if context.cache is not None:
-            k_BSKC, v_BSKC = context.cache.extend(k_BSKC, v_BTKC)
+            k_BSKC, v_BSKC = context.cache.extend(k_BSKC, v_BSKC)
         seeds_BH, group = context.attention_seeds_BH, context.group
         if group is not None:
             q_BTHC, k_BSKC, v_BSKC = group.slots_to_heads(q_BTHC, k_BSKC, v_BSKC)
         out_BTHC = attention(q_BTHC, k_BSKC, v_BSKC, context.visible, self.attention_dropout, seeds_BH, self.softcap)
         if group is not None:
             out_BTHC = group.heads_to_slots(out_BTHC)
-        out_BTD = self.output(out_BTHC.reshape(B, T, H * self.head_dim))
+        out_BTD = self.output(out_BTHC.reshape(B, T, self.num_heads * self.head_dim))
         return context.dropped(out_BTD, self.dropout, SITE_ATTENTION_OUTPUT)
+
+    def project(self, x_BTD: Tensor, rope_tables: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Compute queries, keys and values, the first two turned by their positions."""
+        H, K = self.num_heads, self.num_kv_heads
+        qkv = self.qkv(x_BTD).view(*x_BTD.shape[:2], H + 2 * K, self.head_dim)
+        # split, not slices: its gradient is one concatenation, theirs are three tensors of zeros and two sums
+        qk, v_BTKC = qkv.split((H + K, K), dim=2)
+        return *self._positioned(qk, rope_tables), v_BTKC
 
     def _positioned(self, qk: Tensor, rope_tables: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
         """Normalise queries and keys, if the model does, and turn them by their positions."""
@@ -256,7 +261,7 @@ class Output(nn.Module):
         self.weight = nn.Parameter(torch.empty(shape.padded_vocab_size, shape.dim)) if tied_to is None else tied_to
 
     def forward(
-        self, x_BTD: Tensor, targets_BT: Tensor | None, per_token: bool = False
+        self, x_BTD: Tensor, targets_BT: Tensor | None, per_token: bool = False, places_N: Tensor | None = None
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Compute the summed objective and cross-entropy, the cross-entropy of each token, or the logits.
 
@@ -264,10 +269,14 @@ class Output(nn.Module):
             x_BTD: normalised final hidden states.
             targets_BT: int64, -100 where not scored; None for logits.
             per_token: the cross-entropy of each token, without gradients, instead of the sums.
+            places_N: as `Transformer.score`, and `targets_BT` is `[N]` then.
 
         Returns:
-            fp32: two scalars, `[B, T]`, or `[B, T, V]` without the padding of the vocabulary.
+            fp32: two scalars, `[B, T]`, or `[B, T, V]` without the padding of the vocabulary; or as
+            `Transformer.score`.
         """
+        if places_N is not None and targets_BT is not None:
+            return self._scores(x_BTD.flatten(0, 1), places_N, targets_BT)
         if targets_BT is None:
             return soft_cap(F.linear(x_BTD, self.weight[: self.vocab_size]).float(), self.softcap)
         x_ND, targets_N = x_BTD.flatten(0, 1), targets_BT.flatten()
@@ -277,6 +286,16 @@ class Output(nn.Module):
         return linear_cross_entropy(
             x_ND, self.weight, targets_N, self.vocab_size, self.z_loss, self.label_smoothing, self.softcap
         )
+
+    def _scores(self, x_ND: Tensor, places_N: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
+        size = max(1, _LOGITS_AT_ONCE // self.vocab_size)
+        parts = []
+        for places_C, targets_C in zip(places_N.split(size), targets_N.split(size), strict=True):
+            logits_CV = soft_cap(F.linear(x_ND[places_C], self.weight[: self.vocab_size]).float(), self.softcap)
+            log_probs_C = logits_CV.gather(1, targets_C[:, None])[:, 0] - logits_CV.logsumexp(1)
+            parts.append((log_probs_C, logits_CV.argmax(1) == targets_C))
+        log_probs_N, is_first_N = (torch.cat(part) for part in zip(*parts, strict=True))
+        return log_probs_N, is_first_N
 
     def _save_to_state_dict(self, *args: Any) -> None:
         if not self.tied:  # a tied weight is stored once, as embedding.weight

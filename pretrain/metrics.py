@@ -229,15 +229,39 @@ class MetricLog:
         if is_due:
             logger.info(text)
 
-    def evaluation(self, step: int, tokens: int, loss: float, perplexity: float, bits_per_byte: float) -> None:
-        """Record an evaluation on held-out documents: nats per token, its exponential, bits per byte of text."""
-        line = {"step": step, "tokens": tokens, "eval/loss": loss, "eval/perplexity": perplexity,
-                "eval/bits_per_byte": bits_per_byte}  # fmt: skip
+    def evaluation(
+        self, step: int, tokens: int, loss: float, perplexity: float, bits_per_byte: float,
+        sources: Mapping[str, Mapping[str, float]] | None = None,
+    ) -> None:  # fmt: skip
+        """Record an evaluation on held-out documents: nats per token, its exponential, bits per byte of text.
+
+        Args:
+            step, tokens, loss, perplexity, bits_per_byte: of all of them.
+            sources: the last three of each source, where there are several.
+        """
+        line: dict[str, Any] = {"step": step, "tokens": tokens, "eval/loss": loss, "eval/perplexity": perplexity,
+                                "eval/bits_per_byte": bits_per_byte}  # fmt: skip
+        line |= {f"eval/{name}/{key}": value for name, part in (sources or {}).items() for key, value in part.items()}
         self._write(line)
         self._add_scalars(line, "", step)
+        by_source = ", ".join(f"{name} {part['loss']:.4f}" for name, part in (sources or {}).items())
         self.say(
-            f"step {step}  held-out loss {loss:.4f}  perplexity {perplexity:.2f}  bits per byte {bits_per_byte:.4f}"
+            f"step {step}  held-out loss {loss:.4f}{by_source and f' ({by_source})'}  perplexity {perplexity:.2f}  "
+            f"bits per byte {bits_per_byte:.4f}"
         )
+
+    def tasks(self, step: int, tokens: int, values: Mapping[str, float], table: str) -> None:
+        """Record results of tasks.
+
+        Args:
+            step, tokens: trained so far.
+            values: by `task/metric`.
+            table: the same for people.
+        """
+        line = {"step": step, "tokens": tokens} | {f"eval/task/{name}": value for name, value in values.items()}
+        self._write(line)
+        self._add_scalars(line, "", step)
+        self.say(f"step {step}  tasks\n{table}")
 
     def event(self, step: int, event: str, message: str, **details: Any) -> None:
         """Record that something happened: a start, a save, a skipped step, a damaged document."""

@@ -11,6 +11,7 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels.attention import prepare
@@ -52,6 +53,21 @@ class KVCache:
     def num_used(self) -> int:
         """Slots that hold a token or padding, the same in every layer between two forward passes."""
         return self.layers[0].num_used
+
+    def reserve(self, num_slots: int) -> None:
+        """Make room for so many tokens, twice as many as there was at least; what is held stays."""
+        if num_slots <= self.num_slots:
+            return
+        more = max(num_slots, 2 * self.num_slots) - self.num_slots
+        self.num_slots += more
+        for layer in self.layers:
+            layer.k_BSKC = F.pad(layer.k_BSKC, (0, 0, 0, 0, 0, more))
+            layer.v_BSKC = F.pad(layer.v_BSKC, (0, 0, 0, 0, 0, more))
+
+    def forget_after(self, num_used: int) -> None:
+        """Keep the first slots, and forget the tokens behind them."""
+        for layer in self.layers:
+            layer.num_used = min(layer.num_used, num_used)
 
     def keep(self, rows_B: Tensor) -> None:
         """Keep these rows, int64 numbers, and forget the others."""
@@ -141,13 +157,15 @@ class Transformer(nn.Module):
         Source: Radford et al. 2019 (GPT-2), section 2.3.
         """
         owner, kind = name.rsplit(".", 1)
-        if kind == "bias":
+        if kind in ("bias", "lora_b"):
             weight.zero_()
         elif owner.endswith("norm"):
             weight.fill_(1.0)
         else:
             writes_residual = owner.endswith((".attention.output", ".ffn.down"))
             std = self.shape.init_std / (math.sqrt(2 * self.shape.num_layers) if writes_residual else 1.0)
+            if kind == "lora_a":
+                std = 1 / math.sqrt(3 * weight.shape[1])  # as wide as the uniform numbers of LoRA's authors
             digest = hashlib.sha256(f"{self.seed}:{name}".encode()).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
             weight.copy_(torch.empty(weight.shape, device="cpu").normal_(0.0, std, generator=generator))
@@ -171,6 +189,7 @@ class Transformer(nn.Module):
         per_token: bool = False,
         cache: KVCache | None = None,
         last_only: bool = False,
+        places_N: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Compute the training objective and the cross-entropy of a batch, or `logits` where there are no targets.
 
@@ -182,13 +201,14 @@ class Transformer(nn.Module):
             step: of training, which keys dropout.
             per_token: return the cross-entropy of each token, without gradients, instead of the sums.
             cache, last_only: for `logits`.
+            places_N: for `score`, whose targets are `targets_BT`.
 
         Returns:
             fp32 nats: two sums over the scored tokens, of the objective, which has gradients, and of the
             cross-entropy, which has none; or `[B, T]`.
         """
         if targets_BT is None or doc_start_BT is None:
-            return self._logits(tokens_BT, cache, last_only)
+            return self._logits(tokens_BT, cache, last_only, targets_BT, places_N)
         drops = self.training and max(self.shape.dropout, self.shape.attention_dropout) > 0.0
         own = self.group.own(doc_start_BT.shape[1])
         key = DropoutKey(self.seed, step, row_ids_B, first_slot=own.start) if drops and row_ids_B is not None else None
@@ -222,7 +242,24 @@ class Transformer(nn.Module):
         # Through __call__, so that ZeRO-3's hooks on the whole model run too.
         return self(tokens_BT, cache=cache, last_only=last_only)
 
-    def _logits(self, tokens_BT: Tensor, cache: KVCache | None, last_only: bool) -> Tensor:
+    @torch.no_grad()
+    def score(self, tokens_BT: Tensor, places_N: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute how probable tokens are, without dropout, and without the logits of other places.
+
+        Args:
+            tokens_BT: rows of one document each, padded on the right.
+            places_N: int64, `row * T + slot` of the token that each target follows; several may follow one.
+            targets_N: int64 token ids.
+
+        Returns:
+            `[N]`: fp32 natural logarithms of probabilities, and whether no other token is more probable.
+        """
+        return self(tokens_BT, targets_N, places_N=places_N)
+
+    def _logits(
+        self, tokens_BT: Tensor, cache: KVCache | None, last_only: bool,
+        targets_N: Tensor | None, places_N: Tensor | None,
+    ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
         num_past = 0 if cache is None else cache.num_used
         slot_T = torch.arange(num_past, num_past + tokens_BT.shape[1], device=tokens_BT.device)
         start_B1 = torch.zeros_like(tokens_BT[:, :1]) if cache is None else cache.start_B[:, None]
@@ -230,7 +267,7 @@ class Transformer(nn.Module):
         doc_start_BT = torch.minimum(start_B1, slot_T)
         positions_BT = self._positions(doc_start_BT, num_past)
         hidden_BTD = self._hidden(tokens_BT, doc_start_BT, positions_BT, None, cache)
-        return self.output(hidden_BTD[:, -1:] if last_only else hidden_BTD, None)
+        return self.output(hidden_BTD[:, -1:] if last_only else hidden_BTD, targets_N, places_N=places_N)
 
     def _positions(self, doc_start_BT: Tensor, first_slot: int) -> Tensor:
         slot_T = torch.arange(first_slot, first_slot + doc_start_BT.shape[1], device=doc_start_BT.device)

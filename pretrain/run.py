@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -25,6 +26,7 @@ from pretrain.families import ModelShape, flops_per_token, resolve_shape
 from pretrain.feed import Feed
 from pretrain.guard import SkipGuard, StopRequest
 from pretrain.hardware import peak_flops
+from pretrain.lora import add_adapters
 from pretrain.metrics import MetricLog, StepMetrics
 from pretrain.model import Transformer
 from pretrain.phases import phases_of
@@ -39,6 +41,7 @@ from pretrain.sequence_parallel import SequenceGroup
 from pretrain.spikes import Observation, SpikeGuard
 from pretrain.start_clock import StartClock
 from pretrain.stream import TokenStream, ValRows
+from pretrain.task_evals import TaskEvals
 from pretrain.tensor_files import write_text
 from pretrain.tokenizer import Tokenizer
 from pretrain.tokenizer_files import keep_files, open_tokenizer
@@ -95,6 +98,7 @@ class Run:
     engine: Engine
     checkpoints: Checkpoints
     samples: Samples
+    tasks: TaskEvals
     guard: SkipGuard
     spikes: SpikeGuard
     profiler: Profiler
@@ -104,6 +108,7 @@ class Run:
     watchdog: Watchdog
     clock: StartClock
     progress: Progress = field(default_factory=Progress)
+    base: dict[str, str] | None = None  # of adapters, as `adapters.reference_to` says it
     feed: Feed = field(init=False)
     unreported: PendingStep | None = None  # the step whose sums have not been read back
     saving_step: int = 0  # that the save under way, or the last one, is of
@@ -150,6 +155,9 @@ def open_run(
     clock.begin("model")
     model = ranks.agree(lambda: make_model(config, shape, group, ranks.device))
     samples = ranks.agree(lambda: Samples(config, model, tokenizer, ranks))
+    if config.eval.tasks:
+        clock.begin("tasks")
+    tasks = ranks.agree(lambda: TaskEvals(config, model, tokenizer, ranks))
     clock.begin("engine")
     engine = ranks.agree(lambda: Engine(model, config, plan, ranks))
     clock.begin("checkpoint")
@@ -180,8 +188,8 @@ def open_run(
     profiler = Profiler(
         run_path, config.train.profile_steps, ranks.rank, ranks.device, lambda *event: run.event(*event)
     )
-    run = Run(config, ranks, group, plan, tokenizer, stream, val_rows, engine, checkpoints, samples, guard, spikes,
-              profiler, folder, log, stop, watchdog, clock, progress)  # fmt: skip
+    run = Run(config, ranks, group, plan, tokenizer, stream, val_rows, engine, checkpoints, samples, tasks, guard,
+              spikes, profiler, folder, log, stop, watchdog, clock, progress, start.base)  # fmt: skip
     announce(run, events, is_resumed=start.own)
     clock.begin("first step")
     return run
@@ -212,6 +220,8 @@ def make_model(config: Config, shape: ModelShape, group: SequenceGroup, device: 
     with torch.device("meta"):
         model = Transformer(shape, config.run.seed, train.activation_checkpointing, train.z_loss, train.label_smoothing,
                             group, train.ffn_chunk_tokens)  # fmt: skip
+        if train.lora is not None:
+            add_adapters(model, train.lora)
     if should_compile(config, device):
         model.compile_blocks()
     return model
@@ -252,6 +262,10 @@ def announce(run: Run, events: Sequence[tuple[str, str]], is_resumed: bool) -> N
         run.event(*event)
     if engine.frozen:
         run.event("frozen", f"optim.groups has lr_ratio 0 for, and these stay as they are: {', '.join(engine.frozen)}")
+    if config.train.lora is not None:
+        num_trained = sum(math.prod(shape) for shape in engine.parameter_shapes().values())
+        num_frozen = sum(math.prod(shape) for shape in engine.untrained_shapes.values())
+        run.event("adapters", f"{num_trained:,} parameters are trained beside {num_frozen:,} that stay as they are")
     action = f"going on after step {run.progress.step}" if is_resumed else "starting"
     if run.log and run.log.last_dropped > run.progress.step:
         action += f", and doing steps {run.progress.step + 1} to {run.log.last_dropped} again"

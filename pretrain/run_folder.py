@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from pretrain import __version__
+from pretrain.adapters import merged
 from pretrain.checkpoint_files import CheckpointReader
 from pretrain.checkpoint_folder import FolderPlace
 from pretrain.checkpoint_places import Place, open_place
@@ -318,9 +319,10 @@ def load_run(run: str | Path, step: int | None = None, allow_pipe: bool = False)
         )
     if step is not None and step not in steps:
         raise ConfigError(f"--step is {step}; expected one of the checkpoints in {path}: {', '.join(map(str, steps))}.")
-    reader = _open_good(place, [step] if step is not None else list(reversed(steps)))
-    config = parse_config(reader.manifest["about"]["config"])
+    own = _open_good(place, [step] if step is not None else list(reversed(steps)))
+    config = parse_config(own.manifest["about"]["config"])
     config = config.model_copy(update={"data": config.data.model_copy(update={"allow_pipe": allow_pipe})})
+    reader = merged(own, path, config.data)  # what is evaluated, exported and talked to is one model
     tokenizer = open_tokenizer(config.tokenizer, path)
     shape = resolve_shape(config.model, tokenizer.vocab_size, config.data.max_seq_len)
     with torch.device("meta"):  # its weights are read, not drawn

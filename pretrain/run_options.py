@@ -63,6 +63,11 @@ class EvalSection(Section):
         0, description="Stop early after this many evaluations without improvement. 0: never."
     )
     min_delta: float = Field(0.0, ge=0, description="Fall of the held-out loss that counts as improvement, in nats.")
+    tasks: dict[str, dict[str, CountOrZero]] = Field(
+        {}, description="Tasks of lm-eval done during training, and once more at the end, by name or path of a task "
+        "file: each with `every_steps` (by default those of this section), `limit` (documents used; 0: all) and "
+        "`num_fewshot` (by default as the task says). Needs `pip install 'longhaul[evals]'`."
+    )  # fmt: skip
     sample_every_steps: CountOrZero = Field(
         0, description="Steps between texts that the model writes into `samples/`; one more at the end. 0: none."
     )

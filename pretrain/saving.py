@@ -10,6 +10,7 @@ from dataclasses import asdict
 import torch
 
 from pretrain import __version__
+from pretrain.adapters import BASE
 from pretrain.errors import CheckpointError
 from pretrain.redaction import storable
 from pretrain.replicas import check_replicas
@@ -52,6 +53,7 @@ def save(run: Run, last: bool = False) -> None:
         "progress": asdict(run.progress), "num_tokens": run.progress.num_tokens, "data": run.stream.state(),
         "spikes": run.spikes.state(),
     }  # fmt: skip
+    training |= {BASE: run.base} if run.base else {}
     about = {"config": storable(run.config.model_dump(mode="json")), "tokenizer": run.tokenizer.fingerprint,
              "longhaul": __version__, "torch": torch.__version__}  # fmt: skip
     with save_failures(run, last):

@@ -15,7 +15,6 @@ import struct
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-import numpy as np
 import sentencepiece
 
 from pretrain.config import TokenizerSection
@@ -116,12 +115,10 @@ class SentencePieceTokenizer(Tokenizer):
         """Turn ids back into their text; special ids give nothing, bytes that are not UTF-8 give U+FFFD."""
         return self._processor.decode([int(token_id) for token_id in ids])
 
-    def token_bytes(self) -> np.ndarray:
-        """Number of UTF-8 bytes that each id stands for, int32[vocab_size]; 0 for special ids.
-
-        A dummy prefix counts as the space that it is, and what a normalizer drops is not counted.
-        """
-        return np.array([len(surface(piece, kind)) for piece, _, kind in self.file.pieces], dtype=np.int32)
+    def bytes_of(self, token_id: int) -> bytes:
+        """The bytes that an id puts into a text; a dummy prefix is the space that it is."""
+        piece, _, kind = self.file.pieces[token_id]
+        return surface(piece, kind)
 
     def name_of(self, token_id: int) -> str:
         """The piece."""

@@ -119,8 +119,8 @@ def recipe_of(files: Sequence[Path], source: SourceSection, data: DataSection, t
         "the tokenizer": tokenizer.fingerprint,
         "data.filters": filters.identity(filters.filters_of(source, data)),
         INDEX_KEY: None,
-        "data.sources[].examples": source.examples and examples.identity(source.examples, tokenizer),
-        "the longest example, in tokens": source.examples and data.seq_lens[0],
+        "data.sources[].examples": examples.identity(source.examples, tokenizer) if source.examples else None,
+        "the longest example, in tokens": data.seq_lens[0] if source.examples else None,
     }
     if files:
         if held := token_format(files) or published_formats(files, source.format):

@@ -377,6 +377,15 @@ class ValRows:
         self._damaged += damaged
         return batch
 
+    def sources(self) -> list[tuple[str, range]]:
+        """Each source's name and the numbers of its rows."""
+        ends = [-(-int(end) * self.num_rows // self._available) for end in (0, *self._ends)]
+        return [(corpus.name, range(*pair)) for corpus, pair in zip(self._corpora, pairwise(ends), strict=True)]
+
+    def identity(self) -> str:
+        """What fixes the rows: the content of each source, and their number and length."""
+        return "|".join([f"{self.num_rows} x {self._seq_len}", *(c.manifest.fingerprint() for c in self._corpora)])
+
     def take_damaged(self) -> list[Damage]:
         """Documents that could not be read since the last call, and are not counted yet."""
         damaged, self._damaged = self._damaged, []

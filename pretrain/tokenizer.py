@@ -79,8 +79,12 @@ class Tokenizer(ABC):
         """Turn ids back into their text; special ids give nothing, bytes that are not UTF-8 give U+FFFD."""
 
     @abstractmethod
+    def bytes_of(self, token_id: int) -> bytes:
+        """The bytes that an id puts into a text, which may be a part of a character; none for special ids."""
+
     def token_bytes(self) -> np.ndarray:
         """Number of UTF-8 bytes that each id stands for, int32[vocab_size]; 0 for special ids."""
+        return np.array([len(self.bytes_of(token_id)) for token_id in range(self.vocab_size)], dtype=np.int32)
 
     @abstractmethod
     def name_of(self, token_id: int) -> str:

@@ -12,10 +12,11 @@ from pathlib import Path
 
 import torch
 
+from pretrain.comparison import task_table
 from pretrain.config import Config
 from pretrain.damage import TooMuchDamageError, describe
-from pretrain.distributed import PendingSum, Ranks
-from pretrain.engine import StepResult, init_distributed, leave_distributed
+from pretrain.distributed import PendingSum, Ranks, leave_distributed
+from pretrain.engine import StepResult, init_distributed
 from pretrain.errors import EXIT_DONE, EXIT_STOPPED, TrainingError
 from pretrain.evaluate import Evaluation, evaluate
 from pretrain.feed import StepInput
@@ -34,6 +35,7 @@ from pretrain.samples import save_samples
 from pretrain.saving import finish_save, judge_steps, report, save
 from pretrain.schedule import lr_at
 from pretrain.start_clock import StartClock
+from pretrain.task_evals import values_of
 from pretrain.watchdog import Watchdog
 
 logger = logging.getLogger("longhaul")
@@ -126,6 +128,8 @@ def run_steps(run: Run) -> tuple[str, int, str]:
         if config.eval.every_steps and (progress.step % config.eval.every_steps == 0 or at_end):
             judge(run)
         patience_is_over = 0 < config.eval.patience <= progress.evals_without_improvement
+        if due := run.tasks.due(progress.step, at_end or patience_is_over):
+            judge_tasks(run, due)
         if run.samples.is_due(progress.step, at_end or patience_is_over):
             sample(run)
         if config.checkpoint.every_steps and progress.step % config.checkpoint.every_steps == 0 and not at_end:
@@ -299,7 +303,9 @@ def judge(run: Run) -> Evaluation:
     progress = run.progress
     count_held_out_damage(run)
     if run.log:
-        run.log.evaluation(progress.step, progress.num_tokens, result.loss, result.perplexity, result.bits_per_byte)
+        run.log.evaluation(
+            progress.step, progress.num_tokens, result.loss, result.perplexity, result.bits_per_byte, result.by_source()
+        )
     if progress.best_counted_loss is None or result.loss < progress.best_counted_loss - run.config.eval.min_delta:
         progress.best_counted_loss, progress.evals_without_improvement = result.loss, 0
     else:
@@ -314,6 +320,20 @@ def judge(run: Run) -> Evaluation:
             progress.best_loss = result.loss
     run.step_began = time.perf_counter()
     return result
+
+
+def judge_tasks(run: Run, names: Sequence[str]) -> None:
+    """Let the model do tasks. Neither what they compute nor a mistake in them ends the run, or changes it."""
+    report(run)
+    run.ranks.heartbeat.enter("tasks", is_patient=True)
+    run.engine.train(False)
+    results, problem = run.tasks.run(names)
+    run.engine.train()
+    if run.log and results:
+        run.log.tasks(run.progress.step, run.progress.num_tokens, values_of(results), task_table(results))
+    if problem:
+        run.event("tasks_failed", problem)
+    run.step_began = time.perf_counter()
 
 
 def count_held_out_damage(run: Run) -> None:

@@ -24,10 +24,13 @@ class Rows:
         zeros = torch.zeros_like(targets)
         return Batch(zeros, targets, zeros.int(), torch.tensor(list(numbers)))
 
+    def sources(self):
+        return [("code", range(0, 1)), ("empty", range(1, 1)), ("prose", range(1, 3))]
 
-def uniform(tokens, targets, doc_start, row_ids, step):
-    cross_entropy = (targets >= 0).sum() * math.log(8.0)
-    return cross_entropy + 1.0, cross_entropy  # the objective counts for nothing
+
+def uniform(tokens, targets, doc_start, row_ids, step, per_token):
+    assert per_token
+    return (targets >= 0) * math.log(8.0)
 
 
 @pytest.mark.parametrize("micro_batch_size", [1, 2, 3, 8])
@@ -38,6 +41,9 @@ def test_a_uniform_model_has_the_entropy_it_should(micro_batch_size):
     assert (result.tokens, result.bytes) == (10, num_bytes)
     assert result.loss == pytest.approx(math.log(8.0)) and result.perplexity == pytest.approx(8.0)
     assert result.bits_per_byte == pytest.approx(10 * 3 / num_bytes)
+    assert {name: part.tokens for name, part in result.sources.items()} == {"code": 3, "prose": 7}
+    assert result.sources["code"].bits_per_byte == pytest.approx(3 * 3 / (1 + 2 + 5))
+    assert result.rows_RS[:, 1].tolist() == [3, 4, 3] and result.rows_RS[:, 0].sum() == pytest.approx(10 * math.log(8))
 
 
 def test_held_out_rows_without_a_document_that_can_be_read_are_an_error():

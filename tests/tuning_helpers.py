@@ -79,7 +79,6 @@ data:
   prepare_processes: 1
 resume: {{from: {folder}/base, optimizer: false, schedule: false, data: false}}
 optim: {{lr: 3e-3, weight_decay: 0}}
-schedule: {{warmup_steps: 5}}
 train: {{num_steps: 120, global_batch_size: 8, micro_batch_size: 8, precision: fp32}}
 """,
         encoding="utf-8",

@@ -28,7 +28,8 @@ from pretrain import checkpoint_folder, share_writer, spikes
 from pretrain import engine as engine_module
 from pretrain import train as train_module
 from pretrain.checkpoint import Checkpoints
-from pretrain.engine import init_distributed, leave_distributed
+from pretrain.distributed import leave_distributed
+from pretrain.engine import init_distributed
 from pretrain.errors import LonghaulError
 from pretrain.guard import StopRequest
 from pretrain.model import KVCache

@@ -19,7 +19,8 @@ import torch
 
 from pretrain import engine as engine_module
 from pretrain.batch_plan import BatchPlan
-from pretrain.engine import MASTER, Engine, init_distributed, leave_distributed
+from pretrain.distributed import leave_distributed
+from pretrain.engine import MASTER, Engine, init_distributed
 from pretrain.families import resolve_shape
 from pretrain.model import Transformer
 from pretrain.optim import make_optimizer

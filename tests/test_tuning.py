@@ -1,0 +1,140 @@
+"""Tuning, whole: full and by adapters, interrupted and on other ranks and stages, judged by the task's own metric."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from pretrain.checkpoint_files import CheckpointReader, folder_name, list_steps
+from pretrain.errors import CheckpointError
+from pretrain.evaluate import evaluate
+from pretrain.run_folder import load_run
+from pretrain.settings import load_config
+from pretrain.stream import ValRows
+from tests.rank_helpers import losses, metric_lines, newest, prepare, run_cases, state_hash
+from tests.tuning_helpers import write_task
+
+pytestmark = [pytest.mark.launches, pytest.mark.timeout(900)]
+LORA = "train.lora={rank: 4, alpha: 16}"
+SHORT = ["train.num_steps=8", "checkpoint.every_steps=4"]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A base, and what is tuned from it by one rank; return (outcomes by name, folder)."""
+    folder = write_task(tmp_path_factory.mktemp("tuning"))
+    for name in ("base", "tune"):
+        prepare(folder / f"{name}.yaml")
+    cases = {
+        "base": [],
+        "full": SHORT,
+        "lora": [*SHORT, LORA],
+        "lora, interrupted": [*SHORT, LORA],
+        "lora, interrupted again": [*SHORT, LORA],
+        "from lora": [f"resume.from={folder}/lora", "train.num_steps=2"],
+        "lora beside lora": [f"resume.from={folder}/lora", "train.num_steps=2", LORA],
+        "no base": [f"resume.from={folder}/nowhere", LORA],
+    }  # fmt: skip
+    extra = {"lora, interrupted": {"signal_at": 6}}
+    listed = [
+        {"overrides": [f"run.dir={folder}/{name.removesuffix(' again')}", *own],
+         "config": str(folder / ("base.yaml" if name == "base" else "tune.yaml")), **extra.get(name, {})}
+        for name, own in cases.items()
+    ]  # fmt: skip
+    outcomes = run_cases(folder / "tune.yaml", listed, 1, folder / "ranks", timeout=600)
+    return dict(zip(cases, outcomes, strict=True)), folder
+
+
+def masters(run, step=None):
+    reader = CheckpointReader(run / "checkpoints" / folder_name(step or list_steps(run / "checkpoints")[-1]))
+    return {name: reader.read_whole(name) for name in reader.shapes}
+
+
+def test_full_tuning_begins_with_the_weights_and_moves_them_all(runs):
+    outcomes, folder = runs
+    assert outcomes["full"] == "done"
+    base, tuned = masters(folder / "base"), masters(folder / "full")
+    assert base.keys() == tuned.keys() and all(not torch.equal(base[name], tuned[name]) for name in base)
+    assert losses(folder / "full")[-1] < losses(folder / "full")[0] - 0.5
+    assert [line["step"] for line in metric_lines(folder / "full") if "loss" in line] == list(range(1, 9))
+
+
+def test_adapters_are_all_that_a_checkpoint_holds_and_the_base_stays_as_it_is(runs):
+    outcomes, folder = runs
+    assert outcomes["lora"] == "done", outcomes["lora"]
+    reader = newest(folder / "lora")
+    assert len(reader.shapes) == 2 * 2 * 4 and all(name.endswith((".lora_a", ".lora_b")) for name in reader.shapes)
+    assert reader.shapes["blocks.0.attention.qkv.lora_b"] == (128, 4)
+    reference = reader.training["base"]
+    assert reference["checkpoint"] == str(folder / "base/checkpoints/step-00000020")
+    base, whole = masters(folder / "base"), load_run(folder / "lora").model
+    adapted = {f"blocks.{i}.{layer}.weight" for i in range(2)
+               for layer in ("attention.qkv", "attention.output", "ffn.gate_up", "ffn.down")}  # fmt: skip
+    for name, parameter in whole.named_parameters():
+        assert torch.equal(parameter, base[name]) is (name not in adapted), name
+    assert losses(folder / "lora")[-1] < losses(folder / "lora")[0] - 0.1
+    assert losses(folder / "lora")[0] == pytest.approx(losses(folder / "full")[0], abs=1e-6)  # B is 0
+
+
+def test_the_merged_model_computes_what_the_adapters_did(runs):
+    _, folder = runs
+    loaded = load_run(folder / "lora", 4)
+    config = load_config(folder / "tune.yaml")
+    rows = ValRows(config, loaded.tokenizer.fingerprint, 0)
+    merged = evaluate(loaded.model, rows, loaded.tokenizer.token_bytes(), 8)
+    model = adapted_model(folder, loaded, 4)
+    apart = evaluate(model, rows, loaded.tokenizer.token_bytes(), 8)
+    assert merged.loss == pytest.approx(apart.loss, abs=1e-5) and merged.tokens == apart.tokens
+
+
+def adapted_model(folder, loaded, step):
+    """The base with the adapters beside it, as training computed it."""
+    from pretrain.lora import add_adapters
+    from pretrain.model import Transformer
+
+    model = Transformer(loaded.model.shape, 3)
+    add_adapters(model, loaded.config.train.lora)
+    states = masters(folder / "base") | masters(folder / "lora", step)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(states[name])
+    return model.eval()
+
+
+def test_an_interrupted_tuning_goes_on_bit_for_bit(runs):
+    outcomes, folder = runs
+    assert (outcomes["lora, interrupted"], outcomes["lora, interrupted again"]) == ("stopped", "done")
+    assert losses(folder / "lora, interrupted") == losses(folder / "lora")
+    assert state_hash(newest(folder / "lora, interrupted")) == state_hash(newest(folder / "lora"))
+
+
+def test_tuning_goes_on_from_a_tuned_model(runs):
+    outcomes, folder = runs
+    assert (outcomes["from lora"], outcomes["lora beside lora"]) == ("done", "done"), outcomes
+    after = losses(folder / "lora")[-1] + 0.3
+    assert losses(folder / "from lora")[0] < after and losses(folder / "lora beside lora")[0] < after
+    names = dict(load_run(folder / "lora beside lora").model.named_parameters())
+    assert not torch.equal(names["blocks.0.ffn.down.weight"], dict(load_run(folder / "lora").model.named_parameters())["blocks.0.ffn.down.weight"])  # fmt: skip
+
+
+def test_a_base_that_is_gone_or_another_is_named(runs):
+    outcomes, folder = runs
+    assert "resume.from is" in outcomes["no base"] and "expected a run folder with checkpoints" in outcomes["no base"]
+    base = folder / "base/checkpoints/step-00000020"
+    moved = folder / "elsewhere"
+    base.rename(moved)
+    try:
+        with pytest.raises(CheckpointError, match=r"stand beside the weights of .*step-00000020, which cannot be had"):
+            load_run(folder / "lora")
+    finally:
+        moved.rename(base)
+    manifest = (base / "manifest.json").read_text()
+    other = json.loads(newest(folder / "full")._source.read_manifest())
+    (base / "manifest.json").write_text(json.dumps(other, indent=1))
+    try:
+        with pytest.raises(CheckpointError, match="is another checkpoint than when tuning began"):
+            load_run(folder / "lora")
+    finally:
+        (base / "manifest.json").write_text(manifest)
