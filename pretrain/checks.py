@@ -204,7 +204,7 @@ def _evaluation_problems(config: Config) -> Iterator[Problem]:
         text = f"eval.patience is {patience}; expected 0, because eval.every_steps is 0. Set eval.every_steps."
         yield Problem("eval.patience", text)
     prepared_here = [source.name for source in config.data.sources if source.paths]
-    if every and prepared_here and not config.data.val_fraction:
+    if every and prepared_here and not any(map(config.data.val_fraction_of, config.data.sources)):
         text = (
             f"data.val_fraction is {config.data.val_fraction}; expected above 0, because eval.every_steps is {every}."
         )
@@ -317,9 +317,14 @@ def _mixture_problems(config: Config) -> Iterator[Problem]:
         )
         yield Problem(f"data.sources.0.{option}", f"{text} Use 1.")
     for number, source in enumerate(data.sources):
-        if getattr(source, option) == 0 and not any(
+        is_used = getattr(source, option) != 0 or any(
             source.name in amounts for phase in data.phases for amounts in amounts_of(phase).values()
-        ):
+        )
+        if source.val_fraction == 1:
+            if is_used:
+                text = f"data.sources.{number}.val_fraction is 1; expected less, because {source.name} is trained on."
+                yield Problem(f"data.sources.{number}.val_fraction", f"{text} Set its {option} to 0, or lower it.")
+        elif not is_used:
             text = f"data.sources.{number}.{option} is 0; expected above 0, or {source.name} in one of data.phases."
             yield Problem(f"data.sources.{number}.{option}", f"{text} Drop the source, or use it.")
 

@@ -53,6 +53,19 @@ class TokenizerSection(Section):
     eos: str | None = Field(None, description="Token that ends documents. Null: the one that the tokenizer names.")
 
 
+class AugmentSection(Section):
+    """Changes of what a source's documents look like in training; what is to be predicted stays. docs/tuning.md."""
+
+    token_dropout: Probability = Field(
+        0.0, description="Share of input tokens that become the unknown one (where there is none, padding), others in "
+        "every epoch."
+    )  # fmt: skip
+    span_shuffle: Probability = Field(
+        0.0,
+        description="Share of the spans of 1 to 5 tokens in prompts that change places with the next one, likewise.",
+    )
+
+
 class ExamplesSection(Section):
     """What is asked and answered in a source for tuning: each `.jsonl` line is a conversation, or prompt and response.
 
@@ -107,6 +120,11 @@ class SourceSection(Section):
         None, description="The source holds examples for tuning. Null: it holds documents."
     )
     filter: Bool = Field(True, description="Put `data.filters` to this source's documents.")
+    val_fraction: float | None = Field(
+        None, ge=0, le=1, description="Instead of `data.val_fraction`: share of this source's documents held out. 1: all "
+        "of them, as of a published validation set; its share in training is 0 then."
+    )  # fmt: skip
+    augment: AugmentSection = Field(AugmentSection(), description="Noise in training, not in evaluation.")
 
 
 class FiltersSection(Section):
@@ -202,6 +220,10 @@ class DataSection(Section):
         description="How long a file from elsewhere that cannot be read is tried again before the run fails. A "
         "checkpoint that cannot be written there fails after two minutes at most, and the run goes on.",
     )
+
+    def val_fraction_of(self, source: SourceSection) -> float:
+        """Share of a source's documents that is held out."""
+        return self.val_fraction if source.val_fraction is None else source.val_fraction
 
     @property
     def seq_lens(self) -> list[int]:

@@ -171,7 +171,8 @@ class Corpus:
                     note(split, writers[split].add(bucket.ids(place)))
                 self._num_seen += len(bucket.table)
                 self._show(num_spilled)
-            if not self.num_documents["train"]:
+            is_all_held_out = data.val_fraction_of(self.source) == 1
+            if not self.num_documents["val" if is_all_held_out else "train"]:
                 raise self._no_documents()
             for split in SPLITS:
                 note(split, writers[split].close())
@@ -199,7 +200,7 @@ class Corpus:
         if self.source.examples is not None:
             places = self._of_a_row(bucket, places)
         chosen = bucket.table[places]
-        is_val = chosen["head"] < np.uint64(validation_limit(self.config.data.val_fraction))
+        is_val = chosen["head"] < np.uint64(validation_limit(self.config.data.val_fraction_of(self.source)))
         is_left = np.ones(len(places), bool)
         for number, split in enumerate(SPLITS):
             of_split = np.flatnonzero(is_val == bool(number))
@@ -268,10 +269,10 @@ class Corpus:
             )
         for reason, example in sorted(self.log.examples.items()):
             self.line.say(f"{name}: {manifest.counts[reason]:,} {reason.replace('_', ' ')}; the first: {example}")
-        if data.val_fraction and not manifest.val:
+        if (fraction := data.val_fraction_of(self.source)) and not manifest.val:
             self.line.say(
                 f"warning: {name}: none of its {self.num_documents['train']:,} documents is held out "
-                f"(data.val_fraction is {data.val_fraction}), so its loss cannot be evaluated. Raise that fraction, "
+                f"(data.val_fraction is {fraction}), so its loss cannot be evaluated. Raise that fraction, "
                 "or give more documents."
             )
 

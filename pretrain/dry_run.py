@@ -288,7 +288,7 @@ def _forecast(
         + num_rows * 8
         + math.ceil(num_tokens * id_bytes / data.shard_bytes) * _SHARD_END_BYTES
     )
-    train_rows = max(num_rows * (1 - data.val_fraction), 1.0) if num_documents else 0
+    train_rows = max(num_rows * (1 - data.val_fraction_of(source)), 1.0) if num_documents else 0
     return Forecast(
         name=source.name,
         num_documents=round(num_documents),

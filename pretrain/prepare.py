@@ -240,7 +240,7 @@ def _training_texts(config: Config, held_out: list[str]) -> Iterator[str]:
         for document in read_documents(files, source, *policy):
             data = document.text.encode()
             read_bytes += len(data)
-            if not is_validation(document_digest(data), config.data.val_fraction):
+            if not is_validation(document_digest(data), config.data.val_fraction_of(source)):
                 yield document.text
             elif held_out_bytes < HELD_OUT_BYTES:
                 held_out.append(document.text[:100_000])

@@ -148,7 +148,7 @@ def open_run(
     place = ranks.agree(lambda: open_place(config.checkpoint, run_path, config.data))
     # A run that goes on puts up with what was lost meanwhile, within data.max_damaged_fraction.
     is_new = not list_together(place, ranks)
-    stream, val_rows = open_rows(config, plan, ranks, tokenizer.fingerprint, is_new, cleanup)
+    stream, val_rows = open_rows(config, plan, ranks, tokenizer, is_new, cleanup)
     clock.begin("self-test")
     set_determinism(config.train.deterministic)
     check_optimizer(config, plan, ranks)
@@ -196,11 +196,12 @@ def open_run(
 
 
 def open_rows(
-    config: Config, plan: BatchPlan, ranks: Ranks, fingerprint: str, is_new: bool, cleanup: ExitStack
+    config: Config, plan: BatchPlan, ranks: Ranks, tokenizer: Tokenizer, is_new: bool, cleanup: ExitStack
 ) -> tuple[TokenStream, ValRows | None]:
     """Open this rank's rows, which are those of one plan on all ranks, and the held-out ones if they are used."""
-    reader = plan.reader_of(ranks.rank)
-    stream = ranks.agree(lambda: TokenStream(config, plan, reader, fingerprint, is_new=is_new))
+    reader, fingerprint = plan.reader_of(ranks.rank), tokenizer.fingerprint
+    blank_id = tokenizer.pad_id if tokenizer.unk_id is None else tokenizer.unk_id
+    stream = ranks.agree(lambda: TokenStream(config, plan, reader, fingerprint, is_new=is_new, blank_id=blank_id))
     cleanup.callback(stream.close)
     check_same_rows(stream.plan.hash, stream.plan.pieces, ranks)
     val_rows = ranks.agree(lambda: ValRows(config, fingerprint, config.eval.max_rows, is_new)

@@ -116,7 +116,8 @@ def parse_config(mapping: Mapping[str, Any]) -> Config:
     given.data = json.loads(json.dumps(mapping))
     for path, value in _leaves(given.data):
         option = options().get(pattern(path))
-        if option is None or yaml_value(value) != option.default:  # a default that is written out asks for nothing
+        # A default that is written out asks for nothing, and so does a section that is null.
+        if option is None or (value is not None if option.section else yaml_value(value) != option.default):
             given.places[path] = given.places[()]
     return _validate(given)
 

@@ -113,7 +113,7 @@ def recipe_of(files: Sequence[Path], source: SourceSection, data: DataSection, t
         ORDER_KEY: ORDER,
         "data.sources[].name": source.name,
         "data.sources[].text_field": source.text_field,
-        "data.val_fraction": data.val_fraction,
+        "data.val_fraction": data.val_fraction_of(source),
         "data.drop_duplicates": data.drop_duplicates,
         "data.shard_bytes": data.shard_bytes,
         "the tokenizer": tokenizer.fingerprint,

@@ -111,7 +111,7 @@ def is_validation(digest: bytes, val_fraction: float) -> bool:
 
 def validation_limit(val_fraction: float) -> int:
     """What the first 8 bytes of a digest are below if its document is held out."""
-    return int(val_fraction * 2**64)
+    return min(int(val_fraction * 2**64), 2**64 - 1)  # what a uint64 holds
 
 
 def read_documents(

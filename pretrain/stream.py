@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pretrain.augment import Augmenter
 from pretrain.config import Config
 from pretrain.damage import Damage, DamageLedger
 from pretrain.data_plan import Corpus, DataPlan, open_corpora, open_plan
@@ -100,8 +101,11 @@ class _ReadAhead:
 class _StepReader:
     """Reads one rank's share of the step that begins at a row."""
 
-    def __init__(self, plan: DataPlan, corpora: list[Corpus], batch_plan: BatchPlan, rank: int) -> None:
+    def __init__(
+        self, plan: DataPlan, corpora: list[Corpus], batch_plan: BatchPlan, rank: int, augment: Augmenter
+    ) -> None:
         self._plan, self.corpora, self._batch_plan, self._rank = plan, corpora, batch_plan, rank
+        self._augment = augment
         self.skipped: list[tuple[int, int]] = []
         self._rows = RowReader()
         self._prefetcher: Prefetcher | None = None
@@ -118,6 +122,8 @@ class _StepReader:
         for first in range(begin, begin + sizes.rows_per_rank, sizes.micro_batch_size):
             addresses = [self._locate(t, sizes.seq_len) for t in range(first, first + sizes.micro_batch_size)]
             batch, num_scored, names = self._rows.read(addresses, sizes.seq_len)
+            arrays = batch.tokens_BT.numpy(), batch.targets_BT.numpy(), batch.doc_start_BT.numpy()
+            self._augment(((address.corpus.name, address.row_id) for address in addresses), *arrays)
             batches.append(batch)
             num_targets += num_scored
             damaged += names
@@ -180,6 +186,7 @@ class TokenStream:
         tokenizer_fingerprint: str,
         cursor: int = 0,
         is_new: bool = True,
+        blank_id: int = 0,
     ) -> None:
         """Open the corpora; reading begins with the first `next_step`.
 
@@ -190,6 +197,7 @@ class TokenStream:
             tokenizer_fingerprint: sha256 of the tokenizer's model file.
             cursor: Row at which to begin.
             is_new: No run has read these shards before: that files are missing or cut short is an error.
+            blank_id: What stands for a token that `data.sources[].augment` drops.
 
         Raises:
             DataError: The corpora are not prepared, damaged, or do not fit each other.
@@ -199,7 +207,7 @@ class TokenStream:
         self.cursor = cursor
         self.step_rows = cursor, cursor
         self._depth = config.data.prefetch_steps
-        self._read_step = _StepReader(self.plan, corpora, batch_plan, rank)
+        self._read_step = _StepReader(self.plan, corpora, batch_plan, rank, Augmenter(config, blank_id))
         self._rows_in_step = self._read_step.rows_in_step
         self._ahead: _ReadAhead | None = None
         self._stop_reading: Callable[[], Any] = lambda: None

@@ -117,7 +117,7 @@ def measure_tars(
         DataError: a bad document or file, where the config says `error`; a process was killed.
     """
     reading = _Reading(source, config, tokenizer.loses_u2581)
-    batches = _batches(reading.read(tars), config.data.val_fraction)
+    batches = _batches(reading.read(tars), config.data.val_fraction_of(source))
     collected = _Collected()
     with closing(_measured(batches, config, tokenizer)) as results:
         for batch, measured in results:

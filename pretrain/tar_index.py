@@ -49,7 +49,7 @@ from pretrain.shards import (
     write_atomically,
 )
 from pretrain.source_files import files_identity
-from pretrain.sources import ReadLog
+from pretrain.sources import ReadLog, validation_limit
 from pretrain.tar_documents import TarDocuments, TarNote, first_of_equals, measure_tars
 from pretrain.tar_folder import VAL_FILE, VAL_NAME, link_tars, list_originals, name_tars, tars_of
 from pretrain.text_index import INDEX_KEY, select_documents, text_index_bytes
@@ -113,7 +113,7 @@ class TarIndex:
             INDEX_KEY: f"an index of tars, version {RECIPE_VERSION}",
             "data.sources[].name": self.source.name,
             "data.sources[].text_field": self.source.text_field,
-            "data.val_fraction": data.val_fraction,
+            "data.val_fraction": data.val_fraction_of(self.source),
             "data.drop_duplicates": data.drop_duplicates,
             "data.shard_bytes": data.shard_bytes,
             "the tokenizer": self.tokenizer.fingerprint,
@@ -221,7 +221,9 @@ class TarIndex:
             for note, path, is_first in zip(notes, paths, first_of_equals(paths), strict=True):
                 documents = TarDocuments.load(path)
                 is_kept = self._choose(note, documents, is_first)
-                is_val = documents.table["head"] < np.uint64(int(self.config.data.val_fraction * 2**64))
+                is_val = documents.table["head"] < np.uint64(
+                    validation_limit(self.config.data.val_fraction_of(self.source))
+                )
                 self._count(documents.table, is_kept, is_val)
                 train += self._write_index(note, documents, is_kept & ~is_val)
                 val += [writer.add(ids) for ids in _held_out(documents, is_kept, is_val)]
@@ -303,10 +305,10 @@ class TarIndex:
             )
         for reason, example in sorted(self.log.examples.items()):
             self.line.say(f"{name}: {manifest.counts[reason]:,} {reason.replace('_', ' ')}; the first: {example}")
-        if self.config.data.val_fraction and not manifest.val:
+        if (fraction := self.config.data.val_fraction_of(self.source)) and not manifest.val:
             self.line.say(
                 f"warning: {name}: none of its {self.num_documents['train']:,} documents is held out "
-                f"(data.val_fraction is {self.config.data.val_fraction}), so its loss cannot be evaluated. Raise that "
+                f"(data.val_fraction is {fraction}), so its loss cannot be evaluated. Raise that "
                 "fraction, or give more documents."
             )
         ratio = self._num_tokenized / max(num_tokens["train"], 1)

@@ -23,16 +23,16 @@ BENCHMARKS = sorted(path.relative_to(ROOT) for path in (ROOT / "benchmarks").glo
 # A module imports modules of lower tiers only. `kernels` is below all of them.
 TIERS = (
     "errors section hashed_file spellings heartbeat text_index scaling_laws matrix_owners",
-    "model_options run_options gpus start_clock store_errors checkpoint_owner sequence_parallel recompute activation_offload network slurm slurm_script",
-    "config hardware",
-    "moments stores config_docs schedule batch_plan packing phases row_order families console tokenizer source_files matrix_exchange lion torch_optimizers"
+    "model_options run_options task_metrics task_grammars gpus start_clock store_errors checkpoint_owner sequence_parallel recompute activation_offload network slurm slurm_script",
+    "config hardware task_stories",
+    "augment moments stores config_docs schedule batch_plan packing phases row_order families console tokenizer source_files matrix_exchange lion torch_optimizers"
     " generate_options evaluate_options comparison repetition stalls personal_data near_duplicates languages wikipedia",
     "redaction chat parallel_checks config_changes mixture explain patient_file deepspeed_settings plan_shapes sentencepiece_model varied_texts table_files token_files shards tensor_files distributed watch_links layers"
     " published model_card muon compiling filters dataset_files decoding tar_files",
     "messages",
     "examples",
     "checks node_cache row_table json_lines run_status plan_memory",
-    "remote_corpus plan_communication",
+    "remote_corpus plan_communication task_data",
     "plan_time",
     "plan",
     "plan_report",
@@ -74,6 +74,8 @@ FILE_OF_LIBRARY = {
     "pyarrow": "pretrain/table_files.py",
     "pydantic_core": "pretrain/settings.py",
     "ruamel": "pretrain/settings.py",
+    "rouge_score": "pretrain/task_metrics.py",
+    "sacrebleu": "pretrain/task_metrics.py",
     "safetensors": "pretrain/tensor_files.py",
     "sentencepiece": "pretrain/sentencepiece_tokenizer.py",
     "tensorboard": "pretrain/metrics.py",
@@ -91,7 +93,7 @@ WITHOUT_TORCH = (
     " prepare dry_run verify_shards inspect_shards store_check prepare_options repetition personal_data near_duplicates languages wikipedia"
     " filters dataset_files redaction refining shares spills json_lines decoding tar_files text_index text_shards tar_documents tar_folder"
     " tar_index chat messages examples hashed_file gpus moments scaling_laws matrix_owners deepspeed_settings plan_shapes plan_memory plan_communication plan_time plan plan_report plan_table plan_options"
-    " config_changes slurm slurm_script run_state submit submit_checks submit_options"
+    " augment task_metrics task_grammars task_stories task_data config_changes slurm slurm_script run_state submit submit_checks submit_options"
 )
 
 MAX_FILE_LINES = 400
