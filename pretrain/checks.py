@@ -11,7 +11,7 @@ from pretrain.config_docs import yaml_value
 from pretrain.errors import ConfigError, Problem
 from pretrain.families import resolve_shape
 from pretrain.parallel_checks import parallel_problems
-from pretrain.phases import KINDS, amounts_of, kind_of_sources
+from pretrain.phases import KINDS, amounts_of, kind_of_sources, val_fraction_of
 from pretrain.schedule import num_decay_steps
 from pretrain.stores import PIPE, has_credentials, is_remote, shown
 
@@ -209,7 +209,7 @@ def _evaluation_problems(config: Config) -> Iterator[Problem]:
         )
         yield Problem("eval.metric", text)
     prepared_here = [source.name for source in config.data.sources if source.paths]
-    if every and prepared_here and not any(map(config.data.val_fraction_of, config.data.sources)):
+    if every and prepared_here and not any(val_fraction_of(source, config.data) for source in config.data.sources):
         text = (
             f"data.val_fraction is {config.data.val_fraction}; expected above 0, because eval.every_steps is {every}."
         )

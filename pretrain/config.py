@@ -121,7 +121,7 @@ class SourceSection(Section):
     )
     filter: Bool = Field(True, description="Put `data.filters` to this source's documents.")
     val_fraction: float | None = Field(
-        None, ge=0, le=1, description="Instead of `data.val_fraction`: share of this source's documents held out. 1: all "
+        None, ge=0, le=1, description="Instead of `data.val_fraction`: share of the documents held out. 1: all "
         "of them, as of a published validation set; its share in training is 0 then."
     )  # fmt: skip
     augment: AugmentSection = Field(AugmentSection(), description="Noise in training, not in evaluation.")
@@ -220,10 +220,6 @@ class DataSection(Section):
         description="How long a file from elsewhere that cannot be read is tried again before the run fails. A "
         "checkpoint that cannot be written there fails after two minutes at most, and the run goes on.",
     )
-
-    def val_fraction_of(self, source: SourceSection) -> float:
-        """Share of a source's documents that is held out."""
-        return self.val_fraction if source.val_fraction is None else source.val_fraction
 
     @property
     def seq_lens(self) -> list[int]:

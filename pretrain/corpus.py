@@ -31,6 +31,7 @@ from pretrain.journal import (
     read_recipe,
 )
 from pretrain.near_duplicates import NearDuplicates
+from pretrain.phases import val_fraction_of
 from pretrain.row_table import RowTable, build_row_tables, table_folder
 from pretrain.shard_reader import check_shards
 from pretrain.shards import EXAMPLES_VERSION, MANIFEST_NAME, MANIFEST_VERSION, Manifest, Shard, ShardWriter
@@ -171,7 +172,7 @@ class Corpus:
                     note(split, writers[split].add(bucket.ids(place)))
                 self._num_seen += len(bucket.table)
                 self._show(num_spilled)
-            is_all_held_out = data.val_fraction_of(self.source) == 1
+            is_all_held_out = val_fraction_of(self.source, data) == 1
             if not self.num_documents["val" if is_all_held_out else "train"]:
                 raise self._no_documents()
             for split in SPLITS:
@@ -200,7 +201,7 @@ class Corpus:
         if self.source.examples is not None:
             places = self._of_a_row(bucket, places)
         chosen = bucket.table[places]
-        is_val = chosen["head"] < np.uint64(validation_limit(self.config.data.val_fraction_of(self.source)))
+        is_val = chosen["head"] < np.uint64(validation_limit(val_fraction_of(self.source, self.config.data)))
         is_left = np.ones(len(places), bool)
         for number, split in enumerate(SPLITS):
             of_split = np.flatnonzero(is_val == bool(number))
@@ -269,7 +270,7 @@ class Corpus:
             )
         for reason, example in sorted(self.log.examples.items()):
             self.line.say(f"{name}: {manifest.counts[reason]:,} {reason.replace('_', ' ')}; the first: {example}")
-        if (fraction := data.val_fraction_of(self.source)) and not manifest.val:
+        if (fraction := val_fraction_of(self.source, data)) and not manifest.val:
             self.line.say(
                 f"warning: {name}: none of its {self.num_documents['train']:,} documents is held out "
                 f"(data.val_fraction is {fraction}), so its loss cannot be evaluated. Raise that fraction, "

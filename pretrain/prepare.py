@@ -14,7 +14,7 @@ from pretrain.corpus import Corpus, add_rows, no_documents
 from pretrain.errors import ConfigError, DataError, LonghaulError
 from pretrain.hf_tokenizer import check_ids
 from pretrain.journal import file_lock, wrong_kind
-from pretrain.phases import sampling_weights
+from pretrain.phases import sampling_weights, val_fraction_of
 from pretrain.refining import open_refiner
 from pretrain.sentencepiece_tokenizer import SentencePieceTokenizer, choose_sample, fit, report
 from pretrain.shards import MANIFEST_NAME, Manifest
@@ -240,7 +240,7 @@ def _training_texts(config: Config, held_out: list[str]) -> Iterator[str]:
         for document in read_documents(files, source, *policy):
             data = document.text.encode()
             read_bytes += len(data)
-            if not is_validation(document_digest(data), config.data.val_fraction_of(source)):
+            if not is_validation(document_digest(data), val_fraction_of(source, config.data)):
                 yield document.text
             elif held_out_bytes < HELD_OUT_BYTES:
                 held_out.append(document.text[:100_000])

@@ -33,6 +33,7 @@ from pretrain.journal import (
     write_lines,
 )
 from pretrain.json_lines import is_divisible
+from pretrain.phases import val_fraction_of
 from pretrain.refining import open_refiner
 from pretrain.shards import JOURNAL_NAME, MANIFEST_NAME, PREPARE_COMMAND
 from pretrain.source_files import files_identity, list_files, published_formats, token_format
@@ -113,7 +114,7 @@ def recipe_of(files: Sequence[Path], source: SourceSection, data: DataSection, t
         ORDER_KEY: ORDER,
         "data.sources[].name": source.name,
         "data.sources[].text_field": source.text_field,
-        "data.val_fraction": data.val_fraction_of(source),
+        "data.val_fraction": val_fraction_of(source, data),
         "data.drop_duplicates": data.drop_duplicates,
         "data.shard_bytes": data.shard_bytes,
         "the tokenizer": tokenizer.fingerprint,

@@ -48,13 +48,9 @@ class StepRows:
 class _StepReader:
     """Reads one rank's share of the step that begins at a row."""
 
-    def __init__(
-        self, plan: DataPlan, corpora: list[Corpus], batch_plan: BatchPlan, rank: int, augment: Augmenter
-    ) -> None:
-        self._plan, self.corpora, self._batch_plan, self._rank = plan, corpora, batch_plan, rank
-        self._augment = augment
+    def __init__(self, plan: DataPlan, corpora: list[Corpus], sizes: BatchPlan, rank: int, rows: RowReader) -> None:
+        self._plan, self.corpora, self._batch_plan, self._rank, self._rows = plan, corpora, sizes, rank, rows
         self.skipped: list[tuple[int, int]] = []
-        self._rows = RowReader()
         self._prefetcher: Prefetcher | None = None
         self._is_local = not any(corpus.remote for corpus in corpora)
 
@@ -69,8 +65,6 @@ class _StepReader:
         for first in range(begin, begin + sizes.rows_per_rank, sizes.micro_batch_size):
             addresses = [self._locate(t, sizes.seq_len) for t in range(first, first + sizes.micro_batch_size)]
             batch, num_scored, names = self._rows.read(addresses, sizes.seq_len)
-            arrays = batch.tokens_BT.numpy(), batch.targets_BT.numpy(), batch.doc_start_BT.numpy()
-            self._augment(((address.corpus.name, address.row_id) for address in addresses), *arrays)
             batches.append(batch)
             num_targets += num_scored
             damaged += names
@@ -151,10 +145,9 @@ class TokenStream:
         """
         self.plan, corpora = open_plan(config, tokenizer_fingerprint, is_new)
         self.damage = DamageLedger(corpora, config.data.max_damaged_fraction)
-        self.cursor = cursor
-        self.step_rows = cursor, cursor
+        self.cursor, self.step_rows = cursor, (cursor, cursor)
         self._depth = config.data.prefetch_steps
-        self._read_step = _StepReader(self.plan, corpora, batch_plan, rank, Augmenter(config, blank_id))
+        self._read_step = _StepReader(self.plan, corpora, batch_plan, rank, RowReader(Augmenter(config, blank_id)))
         self._rows_in_step = self._read_step.rows_in_step
         self._ahead: ReadAhead[StepRows] | None = None
         self._stop_reading: Callable[[], Any] = lambda: None

@@ -36,6 +36,7 @@ from pretrain.journal import (
     write_lines,
 )
 from pretrain.near_duplicates import NearDuplicates
+from pretrain.phases import val_fraction_of
 from pretrain.row_table import build_row_tables
 from pretrain.shard_reader import check_shards
 from pretrain.shards import (
@@ -113,7 +114,7 @@ class TarIndex:
             INDEX_KEY: f"an index of tars, version {RECIPE_VERSION}",
             "data.sources[].name": self.source.name,
             "data.sources[].text_field": self.source.text_field,
-            "data.val_fraction": data.val_fraction_of(self.source),
+            "data.val_fraction": val_fraction_of(self.source, data),
             "data.drop_duplicates": data.drop_duplicates,
             "data.shard_bytes": data.shard_bytes,
             "the tokenizer": self.tokenizer.fingerprint,
@@ -222,7 +223,7 @@ class TarIndex:
                 documents = TarDocuments.load(path)
                 is_kept = self._choose(note, documents, is_first)
                 is_val = documents.table["head"] < np.uint64(
-                    validation_limit(self.config.data.val_fraction_of(self.source))
+                    validation_limit(val_fraction_of(self.source, self.config.data))
                 )
                 self._count(documents.table, is_kept, is_val)
                 train += self._write_index(note, documents, is_kept & ~is_val)
@@ -305,7 +306,7 @@ class TarIndex:
             )
         for reason, example in sorted(self.log.examples.items()):
             self.line.say(f"{name}: {manifest.counts[reason]:,} {reason.replace('_', ' ')}; the first: {example}")
-        if (fraction := self.config.data.val_fraction_of(self.source)) and not manifest.val:
+        if (fraction := val_fraction_of(self.source, self.config.data)) and not manifest.val:
             self.line.say(
                 f"warning: {name}: none of its {self.num_documents['train']:,} documents is held out "
                 f"(data.val_fraction is {fraction}), so its loss cannot be evaluated. Raise that "
