@@ -17,7 +17,6 @@ from pretrain.model import KVCache, Transformer
 from pretrain.sampling import NOT_FINITE, TextStream, choose_tokens
 from pretrain.tokenizer import Tokenizer
 
-
 Prompt = str | Sequence[Message]  # the beginning of a document, or a conversation to answer in
 
 
