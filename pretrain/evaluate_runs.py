@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
+from pretrain.answers import Answered
+from pretrain.answers import describe as describe_answers
 from pretrain.comparison import aligned, differences, table, task_table
 from pretrain.console import LiveLine
 from pretrain.distributed import join_for_evaluation, leave_distributed
@@ -72,6 +74,8 @@ def _page(judged: Judged) -> str:
                  str(part["tokens"])] for name, part in numbers["sources"].items()
             ]  # fmt: skip
             parts.append(aligned(lines))
+    if "answers" in numbers:
+        parts.append(describe_answers(Answered(numbers["answers"]["values"], numbers["answers"]["num_examples"])))
     if "tasks" in numbers:
         parts.append(task_table(numbers["tasks"]))
     return "\n\n".join(parts)

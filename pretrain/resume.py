@@ -30,7 +30,9 @@ class Progress:
     num_tokens: int = 0
     num_skipped: int = 0
     num_clipped: int = 0  # updates whose gradients were longer than optim.clip_norm
-    best_loss: float | None = None
+    best_loss: float | None = (
+        None  # of what is followed, so that less is better: the held-out loss, or minus eval.metric
+    )
     best_step: int | None = None
     best_counted_loss: float | None = None  # the best by more than eval.min_delta, for early stopping
     evals_without_improvement: int = 0

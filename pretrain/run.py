@@ -42,6 +42,7 @@ from pretrain.spikes import Observation, SpikeGuard
 from pretrain.start_clock import StartClock
 from pretrain.stream import TokenStream, ValRows
 from pretrain.task_evals import TaskEvals
+from pretrain.task_metrics import check_metric
 from pretrain.tensor_files import write_text
 from pretrain.tokenizer import Tokenizer
 from pretrain.tokenizer_files import keep_files, open_tokenizer
@@ -136,6 +137,7 @@ def open_run(
     """Build everything, check it, and load the newest checkpoint; whatever is wrong is found here, on all ranks."""
     if folder:
         folder.write_status("running", None, 0)
+    ranks.agree(lambda: check_metric(config.eval.metric) if config.eval.metric else None)
     ranks.agree(lambda: check_tracking(config.log.wandb) if folder else None)
     plan = ranks.agree(lambda: BatchPlan.of(config, ranks.world_size))
     group = sequence_group(config.parallel, ranks)

@@ -85,3 +85,29 @@ def save_failures(run: Run, last: bool) -> Iterator[None]:
             error.agreed = True
             raise
         run.event("save_failed", str(error), saved_step=run.saving_step)
+
+
+def follow(run: Run, value: float) -> None:
+    """Remember, and by choice save, the best so far of what early stopping follows; less is better."""
+    progress = run.progress
+    if progress.best_counted_loss is None or value < progress.best_counted_loss - run.config.eval.min_delta:
+        progress.best_counted_loss, progress.evals_without_improvement = value, 0
+    else:
+        progress.evals_without_improvement += 1
+    if progress.best_loss is None or value < progress.best_loss:
+        if run.config.checkpoint.keep_best:
+            finish_save(run)  # which may have been of the best before
+            run.best_before = progress.best_loss, progress.best_step
+            progress.best_loss, progress.best_step = value, progress.step
+            save(run)
+        else:
+            progress.best_loss = value
+
+
+def describe_best(run: Run) -> str:
+    """Say what early stopping waits for."""
+    best, metric = run.progress.best_counted_loss, run.config.eval.metric
+    assert best is not None
+    return (
+        f"{metric} has not risen above {-best:.2f}" if metric else f"the held-out loss has not fallen below {best:.4f}"
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -138,3 +139,40 @@ def test_a_base_that_is_gone_or_another_is_named(runs):
             load_run(folder / "lora")
     finally:
         (base / "manifest.json").write_text(manifest)
+
+
+GATHERS = {
+    "stage3_param_persistence_threshold": 0, "stage3_max_reuse_distance": 0, "stage3_max_live_parameters": 0,
+}  # fmt: skip
+
+
+@pytest.mark.slow
+def test_stages_and_ranks_tune_alike(runs):
+    """Two ranks, in bf16 too, with all weights gathered; and on from one rank's checkpoint, with small weights whole."""
+    _, folder = runs
+    half = "train.micro_batch_size=4"
+    places = {"1": {}, "3": {"zero": GATHERS}}
+    cases = {
+        f"{kind} at {name}": (["train.num_steps=8", "optim.weight_decay=0.1", half, f"parallel.zero_stage={name[0]}", *own], more)
+        for kind, own in {"lora": [LORA], "full": [], "bf16": [LORA, "train.precision=bf16"],
+                          "recomputed": [LORA, "train.activation_checkpointing=full"]}.items()
+        for name, more in places.items() if kind != "recomputed" or name == "3"
+    }  # fmt: skip
+    step_4 = folder / "goes on" / "checkpoints"
+    step_4.mkdir(parents=True)
+    shutil.copytree(folder / "lora/checkpoints/step-00000004", step_4 / "step-00000004")
+    for name in ("config.yaml", "t.model"):
+        if (folder / "lora" / name).exists():
+            shutil.copy(folder / "lora" / name, folder / "goes on" / name)
+    cases["goes on"] = (["train.num_steps=8", "checkpoint.every_steps=4", half, LORA, "parallel.zero_stage=3"], {})
+    listed = [{"overrides": [f"run.dir={folder}/{name}", *own], "watch_untrained": "full" not in name} | more
+              for name, (own, more) in cases.items()]  # fmt: skip
+    outcomes = run_cases(folder / "tune.yaml", listed, 2, folder / "two ranks", timeout=800)
+    assert outcomes == ["done"] * len(cases), dict(zip(cases, outcomes, strict=True))
+    for name in cases:
+        kind = name.partition(" at")[0]
+        same = losses(folder / f"{kind if kind in ('lora', 'full') else 'lora'} at 1")
+        if name == "goes on":
+            assert losses(folder / name) == pytest.approx(losses(folder / "lora")[4:], abs=1e-5)
+        else:
+            assert losses(folder / name) == pytest.approx(same, abs=3e-2 if kind == "bf16" else 1e-5), name
