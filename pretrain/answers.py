@@ -1,6 +1,6 @@
 """What a model answers to held-out examples, and how good that is by the metric of its task.
 
-The examples are those of the held-out rows, so that a loss and a metric are of the same data: of each, the ids up to its
+The examples are those of the held-out rows, so that loss and metric are of the same data: of each, the ids up to its
 last answer are the prompt, and that answer is the reference.
 """
 

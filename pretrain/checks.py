@@ -210,9 +210,7 @@ def _evaluation_problems(config: Config) -> Iterator[Problem]:
         text = f"eval.patience is {patience}; expected 0, because eval.every_steps is 0. Set eval.every_steps."
         yield Problem("eval.patience", text)
     if config.eval.metric and not every:
-        text = (
-            f"eval.metric is {config.eval.metric}; expected none, because eval.every_steps is 0. Set eval.every_steps."
-        )
+        text = f"eval.metric is {config.eval.metric}; expected null, because eval.every_steps is 0. Set every_steps."
         yield Problem("eval.metric", text)
     prepared_here = [source.name for source in config.data.sources if source.paths]
     if every and prepared_here and not any(val_fraction_of(source, config.data) for source in config.data.sources):

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.adapters import BASE, merged, open_base, reference_to
-from pretrain.checkpoint import Checkpoints, fill, fill_base, list_together
+from pretrain.checkpoint import Checkpoints, list_together
 from pretrain.checkpoint_files import MANIFEST, CheckpointReader, step_of
+from pretrain.checkpoint_loading import fill, fill_base
 from pretrain.checkpoint_places import Place
 from pretrain.checkpoint_store import StorePlace
 from pretrain.config import Config, DataSection
@@ -30,9 +31,7 @@ class Progress:
     num_tokens: int = 0
     num_skipped: int = 0
     num_clipped: int = 0  # updates whose gradients were longer than optim.clip_norm
-    best_loss: float | None = (
-        None  # of what is followed, so that less is better: the held-out loss, or minus eval.metric
-    )
+    best_loss: float | None = None  # of what is followed: the held-out loss, or eval.metric times -1
     best_step: int | None = None
     best_counted_loss: float | None = None  # the best by more than eval.min_delta, for early stopping
     evals_without_improvement: int = 0

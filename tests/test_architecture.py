@@ -45,7 +45,7 @@ TIERS = (
     "damage",
     "row_reader run_state",
     "stream submit_checks",
-    "share_writer feed source_sample replicas submit",
+    "checkpoint_loading share_writer feed source_sample replicas submit",
     "checkpoint run_folder tokenizer_export workers submit_options",
     "inspection evaluate hf_export self_test samples task_evals answers preflight refining verify_shards inspect_shards",
     "shares store_check tar_documents tar_folder",

@@ -176,3 +176,64 @@ def test_stages_and_ranks_tune_alike(runs):
             assert losses(folder / name) == pytest.approx(losses(folder / "lora")[4:], abs=1e-5)
         else:
             assert losses(folder / name) == pytest.approx(same, abs=3e-2 if kind == "bf16" else 1e-5), name
+
+
+@pytest.fixture(scope="module")
+def learned(runs):
+    """A model that is tuned until its answers are right, judged by them; by two ranks that divide the answering."""
+    _, folder = runs
+    judged = ["train.num_steps=60", "eval={every_steps: 20, metric: exact}", "checkpoint.every_steps=20"]
+    cases = {
+        "full, judged": judged,
+        "lora, judged": [*judged, "train.lora={rank: 16, alpha: 32}", "optim.lr=1e-2"],
+        "stops": [*judged, "train.num_steps=100", "eval={every_steps: 10, metric: exact, patience: 1, min_delta: 200}"],
+        "divided": [*judged, "train.num_steps=20", "parallel.zero_stage=3"],
+    }
+    listed = [
+        {"overrides": [f"run.dir={folder}/{name}", "train.micro_batch_size=4", *own]} for name, own in cases.items()
+    ]
+    outcomes = run_cases(folder / "tune.yaml", listed, 2, folder / "judged", timeout=500)
+    assert outcomes == ["done"] * len(cases), outcomes
+    return folder
+
+
+def judged(run):
+    return {
+        line["step"]: line["eval/task/exact_match"] for line in metric_lines(run) if "eval/task/exact_match" in line
+    }
+
+
+@pytest.mark.slow
+def test_tuning_raises_the_metric_from_nothing(learned):
+    for name in ("full, judged", "lora, judged"):
+        values = judged(learned / name)
+        assert list(values) == [0, 20, 40, 60] and values[0] < 5 and values[60] > 60, (name, values)
+
+
+@pytest.mark.slow
+def test_a_run_stops_by_its_metric_and_keeps_the_best(learned):
+    values = judged(learned / "stops")
+    status = json.loads((learned / "stops" / "status.json").read_text())
+    assert list(values) == [0, 10, 20] and status["step"] == 20
+    assert status["reason"].startswith(f"stopped early at step 20: exact has not risen above {values[10]:.2f}")
+    progress = newest(learned / "stops").training["progress"]
+    best = max((10, 20), key=lambda step: (values[step], -step))
+    assert progress["best_step"] == best and progress["best_loss"] == -values[best]
+
+
+@pytest.mark.slow
+def test_divided_weights_answer_alike(learned):
+    assert judged(learned / "divided")[0] == judged(learned / "full, judged")[0]
+
+
+@pytest.mark.slow
+def test_the_command_shows_what_training_logged(learned, capsys):
+    from launch.evaluate import main
+
+    assert main([str(learned / "lora, judged"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["answers"]["metric"] == "exact" and found["answers"]["num_examples"] > 30
+    assert found["answers"]["values"]["exact_match"] == judged(learned / "lora, judged")[60]
+    assert found["loss"] == pytest.approx(
+        [line["eval/loss"] for line in metric_lines(learned / "lora, judged") if "eval/loss" in line][-1], abs=1e-4
+    )
