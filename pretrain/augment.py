@@ -47,9 +47,11 @@ class Augmenter:
         """Change tokens in place; `rows` are the name of the corpus and the number of each row."""
         if not self._sections:
             return
-        for (corpus, row), *row_arrays in zip(rows, tokens_BT, targets_BT >= 0, doc_start_BT, strict=True):
+        for (corpus, row), tokens_T, is_scored_T, doc_start_T in zip(
+            rows, tokens_BT, targets_BT >= 0, doc_start_BT, strict=True
+        ):
             if section := self._sections.get(corpus):
-                augment_row(*row_arrays, section, self._blank_id, self._seed, row)
+                augment_row(tokens_T, is_scored_T, doc_start_T, section, self._blank_id, self._seed, row)
 
 
 def augment_row(

@@ -105,16 +105,22 @@ def idle_options(config: Config) -> dict[str, str]:
             idle[f"data.sources.{number}.weight"] = f"The sources are mixed by their {kind}."
         if not source.paths:
             reason = "It is for reading raw text, and the source has no paths."
-            for name in ("text_field", "format", "filter", "examples"):
+            for name in ("text_field", "format", "filter", "examples", "augment.back_translation"):
                 idle[f"data.sources.{number}.{name}"] = reason
         elif source.examples is not None:
             for name in ("text_field", "filter"):
                 idle[f"data.sources.{number}.{name}"] = "The source holds examples, whose fields `examples` names."
         elif source.format in ("megatron", "nanogpt"):
-            for name in ("text_field", "filter"):
+            for name in ("text_field", "filter", "augment.back_translation"):
                 idle[f"data.sources.{number}.{name}"] = "The source holds token ids, which have no text."
         elif source.format != "auto":
             idle[f"data.sources.{number}.text_field"] = f"Where the text is in {source.format}'s files is known."
+    for number, source in enumerate(config.data.sources):
+        if source.paths and source.examples is None:
+            idle[f"data.sources.{number}.augment.span_shuffle"] = "It is for prompts, and the source has no `examples`."
+        if source.val_fraction == 1:
+            for name in ("token_dropout", "span_shuffle", "back_translation"):
+                idle[f"data.sources.{number}.augment.{name}"] = "It is for training, and all of the source is held out."
     return idle
 
 

@@ -64,6 +64,10 @@ class AugmentSection(Section):
         0.0,
         description="Share of the spans of 1 to 5 tokens in prompts that change places with the next one, likewise.",
     )
+    back_translation: str = Field(
+        "", description="File of other wordings of the source's documents, made elsewhere and trained on beside them: "
+        "JSON lines of `original` and `paraphrase`, each an object as a line of the source is."
+    )  # fmt: skip
 
 
 class ExamplesSection(Section):

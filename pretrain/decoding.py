@@ -37,8 +37,11 @@ def parse_record(data: bytes) -> dict[str, Any] | Bad:
 def parse_json(data: bytes, text_field: str) -> str | Bad:
     """The text of a JSON object: the value of its field `text_field`."""
     record = parse_record(data)
-    if isinstance(record, Bad):
-        return record
+    return record if isinstance(record, Bad) else text_of(record, text_field)
+
+
+def text_of(record: dict[str, Any], text_field: str) -> str | Bad:
+    """The text in a field of a record."""
     text = record.get(text_field)
     if not isinstance(text, str):
         has = f"is {type(text).__name__}, not a string" if text_field in record else "is missing"

@@ -27,13 +27,16 @@ _FIELD = re.compile(r"\{\{|\}\}|\{([^{}]*)\}")
 
 
 def parse_example(data: bytes, section: ExamplesSection) -> str | Bad:
-    """The example of a JSON object, as a text that `encode_examples` reads.
-
-    A line that has the field of `messages` is a conversation; any other is a prompt and a response.
-    """
+    """The example of a JSON object, as `example_of` gives it."""
     record = parse_record(data)
-    if isinstance(record, Bad):
-        return record
+    return record if isinstance(record, Bad) else example_of(record, section)
+
+
+def example_of(record: dict[str, Any], section: ExamplesSection) -> str | Bad:
+    """The example of a record of fields, as a text that `encode_examples` reads.
+
+    One that has the field of `messages` is a conversation; any other is a prompt and a response.
+    """
     example = _conversation(record, section) if section.messages in record else _pair(record, section)
     if isinstance(example, Bad):
         return example

@@ -102,6 +102,12 @@ def _indexed(config: Config, makes_index: bool) -> set[str]:
                 continue
             if is_complete[source.name]:
                 raise wrong_kind(Path(source.shards), holds_index=False)
+            if source.augment.back_translation:
+                raise ConfigError(
+                    f"--index: data.sources[{source.name}].augment.back_translation is "
+                    f"{source.augment.back_translation}; expected none, because the training shards are the tars as "
+                    "they are. Run without --index, or leave it out."
+                )
             indexed.add(source.name)
         if not indexed:
             raise ConfigError(

@@ -33,11 +33,12 @@ from pretrain.journal import (
     write_lines,
 )
 from pretrain.json_lines import is_divisible
+from pretrain.paraphrases import identity, read_paraphrases
 from pretrain.phases import val_fraction_of
 from pretrain.refining import open_refiner
 from pretrain.shards import JOURNAL_NAME, MANIFEST_NAME, PREPARE_COMMAND
 from pretrain.source_files import files_identity, list_files, published_formats, token_format
-from pretrain.sources import ReadLog, document_digest, read_documents, read_token_documents
+from pretrain.sources import Document, ReadLog, document_digest, read_documents, read_token_documents
 from pretrain.spills import Spill, SpillWriter, spill_size
 from pretrain.text_index import INDEX_KEY
 from pretrain.tokenizer import Tokenizer
@@ -127,6 +128,8 @@ def recipe_of(files: Sequence[Path], source: SourceSection, data: DataSection, t
         if held := token_format(files) or published_formats(files, source.format):
             recipe["data.sources[].format"] = held
         recipe |= files_identity(files)
+        if source.augment.back_translation:
+            recipe["data.sources[].augment.back_translation"] = identity(source, data)
     return recipe
 
 
@@ -307,11 +310,10 @@ class Share:
             refine = open_refiner(files, self.source, data)
             policy = data.on_bad_document, data.on_bad_file, self.log, self.tokenizer.loses_u2581, refine, parts
             for document in read_documents(files, self.source, *policy):
-                content = document.text.encode()
-                num_bytes = len(examples.plain_text(document.text).encode()) if self.source.examples else len(content)
-                yield QueuedDocument(
-                    document.origin, document_digest(content), document.bands, num_bytes, document.text
-                )
+                yield self._queued(document, document_digest(document.text.encode()))
+            if self.source.augment.back_translation and self.number == 1:
+                found = read_paraphrases(self.source, data, refine, self.log, self.tokenizer.loses_u2581)
+                yield from (self._queued(*one) for one in found)
             return
         token_bytes = self.tokenizer.token_bytes()
         ends = np.array([self.tokenizer.bos_id]), np.array([self.tokenizer.eos_id])
@@ -321,6 +323,10 @@ class Share:
             digest = document_digest(tokens.ids.astype("<u4").tobytes())
             ids = np.concatenate([ends[0], tokens.ids, ends[1]]).astype(self.tokenizer.id_dtype)
             yield QueuedDocument(tokens.origin, digest, b"", int(token_bytes[tokens.ids].sum()), None, ids)
+
+    def _queued(self, document: Document, digest: bytes) -> QueuedDocument:
+        text = examples.plain_text(document.text) if self.source.examples else document.text
+        return QueuedDocument(document.origin, digest, document.bands, len(text.encode()), document.text)
 
     def _batches(
         self, documents: Iterable[QueuedDocument], files: Sequence[Path], parts: dict[Path, range], num_done: int,

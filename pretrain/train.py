@@ -106,7 +106,7 @@ def run_steps(run: Run) -> tuple[str, int, str]:
     first_step = run.progress.step + 1
     if run.ranks.sum([run.stop.received is not None])[0]:  # while it started
         return stopped(run)
-    if config.eval.metric and not run.progress.step:
+    if run.val_rows and not run.progress.step and (config.eval.metric or config.resume.from_):
         judge(run)  # what tuning begins with
     while not is_over(run):
         progress = run.progress

@@ -31,14 +31,14 @@ TIERS = (
     " published model_card muon compiling filters dataset_files decoding tar_files",
     "messages",
     "examples",
-    "checks node_cache row_table json_lines run_status plan_memory",
-    "remote_corpus plan_communication task_data",
+    "checks node_cache row_table json_lines csv_files run_status plan_memory",
+    "remote_corpus example_files plan_communication task_data",
     "plan_time",
     "plan",
     "plan_report",
     "prefetch settings sentencepiece_tokenizer model optim lora initial_weights swapped_states explain_parallel checkpoint_files writable_store shard_reader journal sources spills sampling"
     " tracking family_table profiling watchdog",
-    "communication link_speeds metrics guard spikes hf_tokenizer generate checkpoint_folder checkpoint_store",
+    "communication link_speeds metrics guard spikes hf_tokenizer paraphrases generate checkpoint_folder checkpoint_store",
     "conversation engine tokenizer_files tokenizer_trial checkpoint_places scoring",
     "text_shards talk harness adapters",
     "data_plan",
@@ -93,7 +93,7 @@ WITHOUT_TORCH = (
     " prepare dry_run verify_shards inspect_shards store_check prepare_options repetition personal_data near_duplicates languages wikipedia"
     " filters dataset_files redaction refining shares spills json_lines decoding tar_files text_index text_shards tar_documents tar_folder"
     " tar_index chat messages examples hashed_file read_ahead gpus moments scaling_laws matrix_owners deepspeed_settings plan_shapes plan_memory plan_communication plan_time plan plan_report plan_table plan_options"
-    " augment task_metrics task_grammars task_stories task_data config_changes slurm slurm_script run_state submit submit_checks submit_options"
+    " augment paraphrases csv_files example_files task_metrics task_grammars task_stories task_data config_changes slurm slurm_script run_state submit submit_checks submit_options"
 )
 
 MAX_FILE_LINES = 400
