@@ -23,9 +23,7 @@ from pretrain.task_metrics import score
 from pretrain.tokenizer import Tokenizer
 
 _ROWS_AT_ONCE = 64
-_LEAST_TOKENS = (
-    8192  # computed at once, however few training does: their keys and values take a gigabyte or two at most
-)
+_LEAST_TOKENS = 8192  # computed at once, however few training does: keys and values of a gigabyte or two at most
 _ROOM = 2  # times the longest reference, in tokens, that an answer may have
 
 
