@@ -23,6 +23,7 @@ from pretrain.task_metrics import score
 from pretrain.tokenizer import Tokenizer
 
 _ROWS_AT_ONCE = 64
+_LEAST_TOKENS = 8192  # computed at once, however few training does: keys and values of a gigabyte or two at most
 _ROOM = 2  # times the longest reference, in tokens, that an answer may have
 
 
@@ -64,7 +65,8 @@ def judge_answers(
         DataError: the rows hold no example.
         TrainingError: the model computes NaN or infinity.
     """
-    scorer = Scorer(model, tokenizer, batch_tokens, ranks, is_divided, _all_ends(tokenizer))
+    size = max(batch_tokens, _LEAST_TOKENS)
+    scorer = Scorer(model, tokenizer, size, ranks, is_divided, _all_ends(tokenizer))
 
     def work() -> Answered | None:
         if ranks and not ranks.is_first:

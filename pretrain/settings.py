@@ -152,7 +152,9 @@ def _option_lines(section: Section, prefix: str, idle: Mapping[str, str]) -> lis
         if isinstance(value, list) and value and isinstance(value[0], Section):
             continue
         if isinstance(value, Section):
-            lines += [f"{key}:", *(f"  {line}" for line in _option_lines(value, name, idle))]
+            own = _option_lines(value, name, idle)
+            holds = any(not line.startswith("#") for line in own)  # else YAML would read null
+            lines += [f"{key}:" if holds else f"{key}: {{}}", *(f"  {line}" for line in own)]
             continue
         comment = f"  # {idle[name]}" if name in idle else ""
         lines.append(f"{'# ' if comment else ''}{key}: {yaml_value(value)}{comment}")

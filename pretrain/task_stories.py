@@ -122,7 +122,7 @@ def make_label(random: Random) -> Example:
     sentences = []
     for _ in range(1 + int(random.random() * 2)):
         main = _opinion(random, is_positive, content, used)
-        if random.random() < 0.4:
+        if random.random() < 0.3:
             other = _opinion(random, not is_positive, content, used)
             sentences.append(f"{pick(random, _CONCEDE)} the {other}, the {main}.")
         else:
@@ -137,7 +137,7 @@ def _opinion(random: Random, is_positive: bool, content: set[str], used: set[str
     while aspect in used:
         aspect = pick(random, _ASPECTS)
     used.add(aspect)
-    is_plain = random.random() < 0.6
+    is_plain = random.random() < 0.8
     word = pick(random, _PRAISE if is_positive == is_plain else _BLAME)
     content.add(f"{aspect} {word}")
     return f"{aspect} {pick(random, _IS[is_plain])} {word}"
