@@ -201,6 +201,7 @@ def test_options_that_do_something_are_not_idle() -> None:
         parallel__offload="optimizer",
     )
     assert sorted(idle_options(config)) == [
+        "data.sources.0.augment.span_shuffle",
         "optim.betas",
         "optim.nesterov",
         "resume.data",
