@@ -35,6 +35,7 @@ class Progress:
     best_step: int | None = None
     best_counted_loss: float | None = None  # the best by more than eval.min_delta, for early stopping
     evals_without_improvement: int = 0
+    followed: str = "loss"  # what the best is the best of: that, or eval.metric
 
 
 @dataclass

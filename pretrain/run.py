@@ -252,7 +252,7 @@ def open_metrics(
     return MetricLog(
             folder.path, config.log, num_steps=plan.num_steps, tokens_per_step=plan.tokens_per_step,
             world_size=ranks.world_size, first_step=progress.step, attempt=folder.attempt,
-            flops_per_token=flops_by_length(shape, config.data.seq_lens),
+            flops_per_token=flops_by_length(shape, config.data.seq_lens, config.train.lora is not None),
             peak_flops=peak_flops(ranks.device, config.train.precision), tracker=tracker,
         )  # fmt: skip
 
@@ -287,10 +287,10 @@ def record(run: Run, findings: Findings) -> None:
         run.event(*event)
 
 
-def flops_by_length(shape: ModelShape, seq_lens: Sequence[int]) -> dict[int, tuple[float, float]]:
+def flops_by_length(shape: ModelShape, seq_lens: Sequence[int], frozen: bool = False) -> dict[int, tuple[float, float]]:
     """FLOPs of a token in rows of each length: by the peers' convention, and with causal attention counted once."""
     return {
-        seq_len: (flops_per_token(own, causal=False), flops_per_token(own, causal=True))
+        seq_len: (flops_per_token(own, False, frozen), flops_per_token(own, True, frozen))
         for seq_len in seq_lens
         for own in [replace(shape, seq_len=seq_len)]
     }

@@ -89,7 +89,10 @@ def save_failures(run: Run, last: bool) -> Iterator[None]:
 
 def follow(run: Run, value: float) -> None:
     """Remember, and by choice save, the best so far of what early stopping follows; less is better."""
-    progress = run.progress
+    progress, what = run.progress, run.config.eval.metric or "loss"
+    if progress.followed != what:  # since this start: what was best by another measure is not compared
+        progress.followed, progress.evals_without_improvement = what, 0
+        progress.best_loss = progress.best_counted_loss = None
     if progress.best_counted_loss is None or value < progress.best_counted_loss - run.config.eval.min_delta:
         progress.best_counted_loss, progress.evals_without_improvement = value, 0
     else:

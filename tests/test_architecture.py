@@ -27,7 +27,7 @@ TIERS = (
     "config hardware task_stories",
     "augment moments stores config_docs schedule batch_plan packing phases row_order families console tokenizer source_files matrix_exchange lion torch_optimizers"
     " generate_options evaluate_options comparison repetition stalls personal_data near_duplicates languages wikipedia",
-    "redaction chat parallel_checks config_changes mixture explain patient_file deepspeed_settings plan_shapes sentencepiece_model varied_texts table_files token_files shards tensor_files distributed watch_links layers"
+    "redaction chat parallel_checks config_changes mixture explain patient_file deepspeed_settings plan_shapes plan_activations sentencepiece_model varied_texts table_files token_files shards tensor_files distributed watch_links layers"
     " published model_card muon compiling filters dataset_files decoding tar_files",
     "messages",
     "examples",
@@ -47,7 +47,7 @@ TIERS = (
     "stream submit_checks",
     "checkpoint_loading share_writer feed source_sample replicas submit",
     "checkpoint run_folder tokenizer_export workers submit_options",
-    "inspection evaluate hf_export self_test samples task_evals answers preflight refining verify_shards inspect_shards",
+    "inspection evaluate adapter_export hf_export self_test samples task_evals answers preflight refining verify_shards inspect_shards",
     "shares store_check tar_documents tar_folder",
     "corpus",
     "tar_index",
@@ -92,7 +92,7 @@ WITHOUT_TORCH = (
     " sources store_errors stores node_cache remote_corpus prefetch shards shard_reader row_table data_plan journal workers corpus source_sample"
     " prepare dry_run verify_shards inspect_shards store_check prepare_options repetition personal_data near_duplicates languages wikipedia"
     " filters dataset_files redaction refining shares spills json_lines decoding tar_files text_index text_shards tar_documents tar_folder"
-    " tar_index chat messages examples hashed_file read_ahead gpus moments scaling_laws matrix_owners deepspeed_settings plan_shapes plan_memory plan_communication plan_time plan plan_report plan_table plan_options"
+    " tar_index chat messages examples hashed_file read_ahead gpus moments scaling_laws matrix_owners deepspeed_settings plan_shapes plan_activations plan_memory plan_communication plan_time plan plan_report plan_table plan_options"
     " augment paraphrases csv_files example_files task_metrics task_grammars task_stories task_data config_changes slurm slurm_script run_state submit submit_checks submit_options"
 )
 

@@ -182,7 +182,7 @@ def test_bad_lines_are_counted_or_refused_with_their_line(task, tmp_path):
 
 def test_sources_that_hold_no_examples(task, tmp_path):
     (tmp_path / "a.txt").write_text("a")
-    with pytest.raises(DataError, match="is a file of text; expected .jsonl, each line an example"):
+    with pytest.raises(DataError, match="is a file of text; expected .jsonl, .csv, .tsv, SQuAD or IMDB, because"):
         prepare(
             load_config(
                 task / "tune.yaml", [f"data.sources.0.paths=[{tmp_path}/a.txt]", f"data.sources.0.shards={tmp_path}/s"]
@@ -200,3 +200,40 @@ def test_sources_that_hold_no_examples(task, tmp_path):
         ConfigError, match=r"data.sources.0.text_field is text; expected to be left out. The source holds"
     ):
         load_config(task / "tune.yaml", ["data.sources.0.text_field=text"])
+
+
+def test_the_loss_is_that_of_answers_alone(task, tokenizer):
+    """Objective and gradients of packed rows are those of each example by itself, summed over its answers by hand."""
+    import torch
+
+    from pretrain.families import resolve_shape
+    from pretrain.model import Transformer
+
+    config = load_config(task / "tune.yaml")
+    model = Transformer(resolve_shape(config.model, 360, 96), 1)
+    _, [corpus] = open_plan(config, tokenizer.fingerprint)
+    rows, table = RowReader(), corpus.rows[96]
+    numbers = range(table.num_rows)
+    batch, num_targets, _ = rows.read([RowAddress(corpus, table, *table.locate(n), n) for n in numbers], 96)
+    objective, cross_entropy = model(batch.tokens_BT, batch.targets_BT, batch.doc_start_BT, batch.row_ids_B, 0)
+    objective.backward()
+    packed = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    by_hand, count = torch.zeros(()), 0
+    for split, stored in documents_of(task / "kinds-shards"):
+        if split == "train":
+            ids, is_scored = torch.from_numpy((stored & 0x7FFF).astype(np.int64)), torch.from_numpy(stored >> 15 == 0)
+            starts = torch.zeros(1, len(ids) - 1, dtype=torch.int32)
+            hidden_BTD = model._hidden(ids[None, :-1], starts, torch.arange(len(ids) - 1)[None], None, None)
+            log_probs = model.output(hidden_BTD, None)[0].log_softmax(-1)
+            picked = log_probs[torch.arange(len(ids) - 1), ids[1:]]
+            by_hand = by_hand - picked[is_scored[1:]].sum()
+            count += int(is_scored.sum())
+    by_hand.backward()
+    assert count == num_targets
+    torch.testing.assert_close(objective, by_hand, rtol=1e-5, atol=0)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(
+            packed[name], parameter.grad, rtol=1e-4, atol=1e-4 * float(parameter.grad.abs().max())
+        )
+    rows.close()
