@@ -288,7 +288,8 @@ def _forecast(
         + num_rows * 8
         + math.ceil(num_tokens * id_bytes / data.shard_bytes) * _SHARD_END_BYTES
     )
-    train_rows = max(num_rows * (1 - val_fraction_of(source, data)), 1.0) if num_documents else 0
+    share = 1 - val_fraction_of(source, data)
+    train_rows = max(num_rows * share, 1.0) if num_documents and share else 0
     return Forecast(
         name=source.name,
         num_documents=round(num_documents),

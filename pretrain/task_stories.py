@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from random import Random
 
 from pretrain.task_grammars import Example, pick
@@ -17,57 +18,48 @@ _JOBS = "painter,baker,teacher,doctor,lawyer,farmer,pilot,tailor,writer,singer,c
 UNANSWERABLE = "unanswerable"
 
 
+_SAID = (
+    "{name}, a {job} from {home}, moved to {away}.",
+    "The {job} {name} left {home} for {away}.",
+    "{name} was born in {home}, went to {away} and became a {job}.",
+)
+_ASKED = (
+    ("Where is {name} from?", "home"), ("Where did {name} go?", "away"), ("What is {name}?", "job"),
+    ("Who is from {home}?", "name"), ("Who went to {away}?", "name"), ("Who is a {job}?", "name"),
+    ("Where does the {job} live?", "away"), ("How old is {name}?", ""),
+)  # fmt: skip
+
+
 def make_question(random: Random) -> Example:
     """A context with facts about two people and a question whose answer is a span of it, or is not in it.
 
-    The layout is that of SQuAD's documents (`dataset_files`).
+    The layout is that of SQuAD's documents (`dataset_files`). Nothing is true of both people, so that a kind of answer
+    alone leaves two to choose from.
     """
-    people = [(pick(random, _FIRST_NAMES), pick(random, _LAST_NAMES)) for _ in range(2)]
-    while people[1][0] == people[0][0] or people[1][1] == people[0][1]:
-        people[1] = pick(random, _FIRST_NAMES), pick(random, _LAST_NAMES)
-    facts: list[tuple[str, dict[str, str]]] = []
-    used: set[str] = set()
-    for first, last in people:
-        city, year, job, other = _new(random, used)
-        name = f"{first} {last}"
-        later = f"In {year + 20 + int(random.random() * 20)}"
-        known = {"born": city, "year": str(year), "work": f"a {job}", "moved": other, "when": later[3:], "name": name}
-        text = f"{name} was born in {city} in {year}. "
-        if pick(random, (True, False)):
-            text += f"{later}, {first} moved to {other} and worked as a {job}."
-        else:
-            text += f"{first} was a {job} and left for {other} in {later[3:]}."
-        facts.append((text, known))
-    asked = int(random.random() * 2)
-    name, known = facts[asked][1]["name"], facts[asked][1]
-    question, answer = pick(
-        random,
-        (
-            (f"Where was {name} born?", known["born"]),
-            (f"When was {name} born?", known["year"]),
-            (f"What did {name} work as?", known["work"]),
-            (f"Where did {name} move to?", known["moved"]),
-            (f"When did {name} leave {known['born']}?", known["when"]),
-            (f"Who was born in {known['born']}?", name),
-            (f"Who moved to {known['moved']}?", name),
-            (f"Who was {name} married to?", UNANSWERABLE),
-        ),
+    first_names, last_names, cities, jobs = (
+        _distinct(random, items, count)
+        for items, count in ((_FIRST_NAMES, 2), (_LAST_NAMES, 2), (_CITIES, 4), (_JOBS, 2))
     )
-    content = frozenset(" ".join(person) for person in people)
-    background = " ".join(text for text, _ in facts)
-    return Example(f"Background: {background}\n\nQ: {question}\nA:\n", answer, content)
+    people = [
+        {"name": f"{first_names[i]} {last_names[i]}", "home": cities[i], "away": cities[2 + i], "job": jobs[i]}
+        for i in range(2)
+    ]
+    background = " ".join(pick(random, _SAID).format(**person) for person in people)
+    asked, (question, answer) = pick(random, people), pick(random, _ASKED)
+    return Example(
+        f"Background: {background}\n\nQ: {question.format(**asked)}\nA:\n",
+        asked.get(answer, UNANSWERABLE),
+        frozenset(person["name"] for person in people),
+    )
 
 
-def _new(random: Random, used: set[str]) -> tuple[str, int, str, str]:
-    """Two cities, a year and a job, none of which another person has."""
+def _distinct(random: Random, items: Sequence[str], count: int) -> list[str]:
     found: list[str] = []
-    for items in (_CITIES, _CITIES, _JOBS):
+    while len(found) < count:
         one = pick(random, items)
-        while one in used:
-            one = pick(random, items)
-        used.add(one)
-        found.append(one)
-    return found[0], 1800 + int(random.random() * 150), found[2], found[1]
+        if one not in found:
+            found.append(one)
+    return found
 
 
 _TEAMS = (
