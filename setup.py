@@ -47,6 +47,8 @@ setup(
         "evals": ["lm-eval>=0.4.13,<0.5"],
         "gs": ["gcsfs>=2024.6"],
         "s3": ["s3fs>=2024.6"],
+        # what answers of tuned models are scored by
+        "tasks": ["rouge-score>=0.1.2,<0.2", "sacrebleu>=2.5,<3"],
         "wandb": ["wandb>=0.31,<1"],
         "test": [
             "accelerate>=1.1,<2",
@@ -63,8 +65,10 @@ setup(
             "pytest>=8.3,<10",
             "pytest-timeout>=2.3,<3",
             "pytest-xdist>=3.6,<4",
+            "rouge-score>=0.1.2,<0.2",
             "ruff>=0.15,<1",
             "s3fs>=2024.6",
+            "sacrebleu>=2.5,<3",
             "wandb>=0.31,<1",
         ],
     },

@@ -140,7 +140,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, num_classes: int, options: _Options
     ) -> tuple[Tensor, Tensor]:
         grad_x = torch.empty(x.shape, dtype=torch.float32, device=x.device)
-        grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=x.device)
+        grad_weight = None  # of a weight that is not trained
+        if ctx.needs_input_grad[1]:
+            grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=x.device)
         objective, cross_entropy = _forward(x, weight, targets, num_classes, options, (grad_x, grad_weight))
         ctx.save_for_backward(grad_x, grad_weight)
         ctx.dtypes = x.dtype, weight.dtype
@@ -149,10 +151,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
         grad_x, grad_weight = ctx.saved_tensors
         x_dtype, weight_dtype = ctx.dtypes
-        return (grad_x * grad).to(x_dtype), (grad_weight * grad).to(weight_dtype), None, None, None
+        grad_x = (grad_x * grad).to(x_dtype)
+        return grad_x, None if grad_weight is None else (grad_weight * grad).to(weight_dtype), None, None, None
 
 
 def _forward(
@@ -161,7 +164,7 @@ def _forward(
     targets: Tensor,
     num_classes: int,
     options: _Options,
-    grads: tuple[Tensor, Tensor] | None,
+    grads: tuple[Tensor, Tensor | None] | None,
 ) -> tuple[Tensor, Tensor]:
     """Return objective and cross-entropy; write the objective's gradients, fp32, into `grads` if they are wanted."""
     z_loss, label_smoothing, softcap = options
@@ -181,7 +184,8 @@ def _forward(
             grad_logits.mul_(slope)
         grad_logits = grad_logits.to(x.dtype)
         grads[0][rows] = matmul_fp32(grad_logits, used)
-        grads[1][:num_classes] += matmul_fp32(grad_logits.t(), x[rows])
+        if grads[1] is not None:
+            grads[1][:num_classes] += matmul_fp32(grad_logits.t(), x[rows])
     return objective, cross_entropy
 
 

@@ -27,7 +27,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("run", metavar="RUN", help="run folder")
     parser.add_argument("out", metavar="OUT", help="folder to make; it must not exist, or be empty")
     parser.add_argument("--step", type=int, help="checkpoint to convert; the newest good one by default")
-    parser.add_argument("--to", choices=["hf"], required=True, help="format: hf is Hugging Face's, in safetensors")
+    parser.add_argument("--to", choices=["hf", "peft"], required=True, help="format: hf is Hugging Face's, in "
+                        "safetensors; peft the adapters of train.lora alone")  # fmt: skip
     parser.add_argument(
         "--dtype", choices=["bf16", "fp16", "fp32"], help="precision of the weights; the run's by default"
     )
@@ -37,6 +38,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     from pretrain.errors import LonghaulError
 
     try:
+        if arguments.to == "peft":
+            from pretrain.adapter_export import export_adapter
+
+            print(json.dumps(export_adapter(arguments.run, arguments.out, arguments.step, arguments.dtype)))
+            return 0
         report = convert(arguments.run, arguments.out, arguments.step, arguments.to, arguments.dtype)
     except LonghaulError as error:
         from pretrain.redaction import print_error

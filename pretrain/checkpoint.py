@@ -26,9 +26,10 @@ from pretrain.checkpoint_files import (
     folder_name,
     manifest_digest,
 )
+from pretrain.checkpoint_loading import fill
 from pretrain.checkpoint_places import Place
 from pretrain.distributed import Ranks
-from pretrain.engine import MASTER, Engine
+from pretrain.engine import Engine
 from pretrain.errors import CheckpointError, StoreAccessError
 from pretrain.run_options import CheckpointSection
 from pretrain.share_writer import ShareWriter, Task, collect_shares
@@ -312,56 +313,6 @@ def list_together(place: Place, ranks: Ranks) -> list[int]:
 def _num_bytes(engine: Engine) -> int:
     """Size of a checkpoint, without what describes it."""
     return sum(4 * math.prod(shape) * len(engine.states[name]) for name, shape in engine.parameter_shapes().items())
-
-
-def fill(engine: Engine, reader: CheckpointReader, ranks: Ranks, with_optimizer: bool = True) -> None:
-    """Fill the engine from a checkpoint that was verified; each rank reads what it owns.
-
-    Args:
-        engine: whose masters and moments are filled.
-        reader: the checkpoint.
-        ranks: all ranks.
-        with_optimizer: the moments too, and the optimizer's own step; else they stay as they are before the first one.
-    Raises:
-        CheckpointError: on all ranks, it is of another model or of another optimizer, or cannot be read.
-    """
-    ranks.agree(lambda: _read_into(engine, reader, with_optimizer))
-    reader.close()
-    engine.finish_loading(reader.training["optimizer_step"] if with_optimizer else 0)
-    engine.load_loss_scale_state(reader.training["loss_scale"])
-
-
-def _read_into(engine: Engine, reader: CheckpointReader, with_optimizer: bool) -> None:
-    if reader.shapes != engine.parameter_shapes():
-        raise CheckpointError(
-            f"{reader.folder}: holds another model than the config's ({_difference(engine, reader)}); expected the "
-            "same parameters. Use the `model` of the config that wrote it, or begin with another run.dir."
-        )
-    if with_optimizer and (lacking := _lacking(engine, reader)):
-        raise CheckpointError(
-            f"{reader.folder}: has no {lacking}; expected the states of optim.name. Use the `optim` of the config that "
-            "wrote it; a new run can do without by resume.from and resume.optimizer=false."
-        )
-    for fragment in engine.replicated_fragments():
-        for state, view in fragment.tensors.items():
-            if with_optimizer or state == MASTER:
-                view.copy_(reader.read(fragment.name, state, fragment.start, fragment.length))
-        engine.ranks.heartbeat.beat()
-
-
-def _difference(engine: Engine, reader: CheckpointReader) -> str:
-    """Name the first parameter that a checkpoint has otherwise."""
-    ours, theirs = engine.parameter_shapes(), reader.shapes
-    name = next(name for name in [*ours, *theirs] if ours.get(name) != theirs.get(name))
-    shapes = [f"of shape {list(one[name])}" if name in one else "not there" for one in (theirs, ours)]
-    return f"{name} is {shapes[0]}, and would be {shapes[1]}"
-
-
-def _lacking(engine: Engine, reader: CheckpointReader) -> str:
-    """Name a state that the engine has and a checkpoint has not."""
-    missing = ((state, name) for name, states in engine.states.items() for state in states
-               if state not in reader.states[name])  # fmt: skip
-    return next((f"'{state}' of '{name}'" for state, name in missing), "")
 
 
 def _manifest(pending: _Pending, outcomes: list[dict]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from pretrain.config_docs import yaml_value
 from pretrain.errors import ConfigError, Problem
 from pretrain.families import resolve_shape
 from pretrain.parallel_checks import parallel_problems
-from pretrain.phases import KINDS, amounts_of, kind_of_sources
+from pretrain.phases import KINDS, amounts_of, kind_of_sources, val_fraction_of
 from pretrain.schedule import num_decay_steps
 from pretrain.stores import PIPE, has_credentials, is_remote, shown
 
@@ -51,6 +51,7 @@ def check_options(config: Config, given: Set[str]) -> list[Problem]:
         _schedule_problems,
         _batch_problems,
         _evaluation_problems,
+        _lora_problems,
         _source_problems,
         _mixture_problems,
         _phase_problems,
@@ -104,13 +105,22 @@ def idle_options(config: Config) -> dict[str, str]:
             idle[f"data.sources.{number}.weight"] = f"The sources are mixed by their {kind}."
         if not source.paths:
             reason = "It is for reading raw text, and the source has no paths."
-            for name in ("text_field", "format", "filter"):
+            for name in ("text_field", "format", "filter", "examples", "augment.back_translation"):
                 idle[f"data.sources.{number}.{name}"] = reason
-        elif source.format in ("megatron", "nanogpt"):
+        elif source.examples is not None:
             for name in ("text_field", "filter"):
+                idle[f"data.sources.{number}.{name}"] = "The source holds examples, whose fields `examples` names."
+        elif source.format in ("megatron", "nanogpt"):
+            for name in ("text_field", "filter", "augment.back_translation"):
                 idle[f"data.sources.{number}.{name}"] = "The source holds token ids, which have no text."
         elif source.format != "auto":
             idle[f"data.sources.{number}.text_field"] = f"Where the text is in {source.format}'s files is known."
+    for number, source in enumerate(config.data.sources):
+        if source.paths and source.examples is None:
+            idle[f"data.sources.{number}.augment.span_shuffle"] = "It is for prompts, and the source has no `examples`."
+        if source.val_fraction == 1:
+            for name in ("token_dropout", "span_shuffle", "back_translation"):
+                idle[f"data.sources.{number}.augment.{name}"] = "It is for training, and all of the source is held out."
     return idle
 
 
@@ -197,8 +207,11 @@ def _evaluation_problems(config: Config) -> Iterator[Problem]:
     if patience and not every:
         text = f"eval.patience is {patience}; expected 0, because eval.every_steps is 0. Set eval.every_steps."
         yield Problem("eval.patience", text)
+    if config.eval.metric and not every:
+        text = f"eval.metric is {config.eval.metric}; expected null, because eval.every_steps is 0. Set every_steps."
+        yield Problem("eval.metric", text)
     prepared_here = [source.name for source in config.data.sources if source.paths]
-    if every and prepared_here and not config.data.val_fraction:
+    if every and prepared_here and not any(val_fraction_of(source, config.data) for source in config.data.sources):
         text = (
             f"data.val_fraction is {config.data.val_fraction}; expected above 0, because eval.every_steps is {every}."
         )
@@ -212,10 +225,28 @@ def _evaluation_problems(config: Config) -> Iterator[Problem]:
             yield Problem("eval.tasks", f"{text} {task}: {{every_steps: 1000}}.")
 
 
+def _lora_problems(config: Config) -> Iterator[Problem]:
+    """Check that adapters have weights to stand beside, and nothing that does not know them."""
+    if config.train.lora is None:
+        return
+    for is_wrong, name, value, expected, fix in (
+        (not config.resume.from_, "resume.from", '""', "the run or checkpoint whose weights are adapted", "Name it"),
+        (config.resume.from_ and config.resume.optimizer, "resume.optimizer", "true", "false: adapters have moments of "
+         "their own", "Use false"),
+        (config.optim.name == "muon", "optim.name", "muon", "another with train.lora: it is for whole matrices",
+         "Use adamw"),
+    ):  # fmt: skip
+        if is_wrong:
+            yield Problem(name, f"{name} is {value}; expected {expected}. {fix}.")
+
+
 def _source_problems(config: Config) -> Iterator[Problem]:
     """Check that each source has a name and a folder of its own."""
     names: dict[str, int] = {}
     folders: dict[str, int] = {}
+    if config.data.packing == "concat" and any(source.examples for source in config.data.sources):
+        text = "data.packing is concat; expected best_fit or document, because a source has examples, which are not cut"
+        yield Problem("data.packing", f"{text}. Use best_fit.")
     for number, source in enumerate(config.data.sources):
         first = names.setdefault(source.name, number)
         if first != number:
@@ -293,9 +324,14 @@ def _mixture_problems(config: Config) -> Iterator[Problem]:
         )
         yield Problem(f"data.sources.0.{option}", f"{text} Use 1.")
     for number, source in enumerate(data.sources):
-        if getattr(source, option) == 0 and not any(
+        is_used = getattr(source, option) != 0 or any(
             source.name in amounts for phase in data.phases for amounts in amounts_of(phase).values()
-        ):
+        )
+        if source.val_fraction == 1:
+            if is_used:
+                text = f"data.sources.{number}.val_fraction is 1; expected less, because {source.name} is trained on."
+                yield Problem(f"data.sources.{number}.val_fraction", f"{text} Set its {option} to 0, or lower it.")
+        elif not is_used:
             text = f"data.sources.{number}.{option} is 0; expected above 0, or {source.name} in one of data.phases."
             yield Problem(f"data.sources.{number}.{option}", f"{text} Drop the source, or use it.")
 

@@ -53,6 +53,39 @@ class TokenizerSection(Section):
     eos: str | None = Field(None, description="Token that ends documents. Null: the one that the tokenizer names.")
 
 
+class AugmentSection(Section):
+    """Changes of what a source's documents look like in training; what is to be predicted stays. docs/tuning.md."""
+
+    token_dropout: Probability = Field(
+        0.0, description="Share of input tokens that become the unknown one (where there is none, padding), others in "
+        "every epoch."
+    )  # fmt: skip
+    span_shuffle: Probability = Field(
+        0.0,
+        description="Share of the spans of 1 to 5 tokens in prompts that change places with the next one, likewise.",
+    )
+    back_translation: str = Field(
+        "", description="File of other wordings of the source's documents, made elsewhere and trained on beside them: "
+        "JSON lines of `original` and `paraphrase`, each an object as a line of the source is."
+    )  # fmt: skip
+
+
+class ExamplesSection(Section):
+    """What is asked and answered in a source for tuning: each `.jsonl` line is a conversation, or prompt and response.
+
+    Training scores the answers only, and the token that ends each; docs/tuning.md.
+    """
+
+    template: str = Field(
+        "{prompt}", description="What a prompt is made of: text with fields of the line in braces; `{{` is a brace."
+    )
+    response: str = Field("response", min_length=1, description="Field that holds the response.")
+    messages: str = Field(
+        "messages", min_length=1, description="Field that holds a conversation, if a line has one: messages, each with "
+        "a `role` (system, user, assistant) and its `content`, which the tokenizer's chat template puts together."
+    )  # fmt: skip
+
+
 class SourceSection(Section):
     """One corpus: raw text that `prepare` turns into shards, or shards that exist."""
 
@@ -87,7 +120,15 @@ class SourceSection(Section):
         "`wikipedia`, `squad`, `imdb`: these data sets as they are published, recognised by the names that they have "
         "then."
     )  # fmt: skip
+    examples: ExamplesSection | None = Field(
+        None, description="The source holds examples for tuning. Null: it holds documents."
+    )
     filter: Bool = Field(True, description="Put `data.filters` to this source's documents.")
+    val_fraction: float | None = Field(
+        None, ge=0, le=1, description="Instead of `data.val_fraction`: share of the documents held out. 1: all "
+        "of them, as of a published validation set; its share in training is 0 then."
+    )  # fmt: skip
+    augment: AugmentSection = Field(AugmentSection(), description="Noise in training, not in evaluation.")
 
 
 class FiltersSection(Section):
@@ -254,6 +295,20 @@ class ScheduleSection(Section):
     final_lr_ratio: float = Field(0.1, ge=0, le=1, description="Rate at the end of the run, relative to `optim.lr`.")
 
 
+class LoraSection(Section):
+    """Low-rank adapters: the weights that a run begins with stay as they are; small matrices beside them are trained.
+
+    `model.dropout` is the dropout that there is.
+    """
+
+    rank: Count = Field(8, description="Rows of the smaller matrix of each pair.")
+    alpha: float = Field(16.0, gt=0, description="What an adapter adds is multiplied by alpha / rank.")
+    targets: list[Literal["qkv", "attention_output", "ffn_up", "ffn_down"]] = Field(
+        ["qkv", "attention_output", "ffn_up", "ffn_down"], min_length=1, description="Layers of each block that get "
+        "some."
+    )  # fmt: skip
+
+
 class TrainSection(Section):
     """Length, batch and arithmetic of training."""
 
@@ -298,6 +353,9 @@ class TrainSection(Section):
         description="Compile the Transformer blocks by `torch.compile` in training, once for all of them, in the first "
         "step; the loss is the same but for rounding. Null: where it was measured to win, which so far is nowhere: "
         "`benchmarks/step.py` measures it (`ours-compiled`). Not with `parallel.zero_stage` 3.",
+    )
+    lora: LoraSection | None = Field(
+        None, description="Train adapters only, beside the weights of `resume.from`. Null: all weights."
     )
     profile_steps: list[Count] = Field(
         [],

@@ -25,7 +25,8 @@ FIXES_ROWS = ("data.seq_len", "data.packing", "data.shuffle_window_shards", "run
 FIXES_STATES = (
     "model.dim", "model.num_layers", "model.num_heads", "model.num_kv_heads", "model.head_dim",
     "model.ffn_dim", "model.norm", "model.activation", "model.positions", "model.qk_norm", "model.attention_bias",
-    "model.ffn_bias", "model.tie_embeddings", "tokenizer.vocab_size", "optim.name",
+    "model.ffn_bias", "model.tie_embeddings", "tokenizer.vocab_size", "optim.name", "train.lora", "train.lora.rank",
+    "train.lora.targets",
 )  # fmt: skip
 
 

@@ -18,6 +18,7 @@ import numpy as np
 from pretrain.config import Config, SourceSection
 from pretrain.console import LiveLine, format_bytes
 from pretrain.errors import DataError
+from pretrain.examples import context_bit, example_dtype
 from pretrain.filters import REASONS
 from pretrain.journal import (
     LOCK_NAME,
@@ -30,9 +31,10 @@ from pretrain.journal import (
     read_recipe,
 )
 from pretrain.near_duplicates import NearDuplicates
+from pretrain.phases import val_fraction_of
 from pretrain.row_table import RowTable, build_row_tables, table_folder
 from pretrain.shard_reader import check_shards
-from pretrain.shards import MANIFEST_NAME, MANIFEST_VERSION, Manifest, Shard, ShardWriter
+from pretrain.shards import EXAMPLES_VERSION, MANIFEST_NAME, MANIFEST_VERSION, Manifest, Shard, ShardWriter
 from pretrain.shares import LIVE_SECONDS, PLAIN_SECONDS, SHARE_FOLDERS, Share, other_documents, recipe_of
 from pretrain.source_files import list_files
 from pretrain.sources import ReadLog, validation_limit
@@ -146,7 +148,7 @@ class Corpus:
         documents = f"{sum(result.documents for result in results):x}"
         if journal.documents not in ("", documents):
             raise other_documents(self.folder, "shards")
-        dtype = self.tokenizer.id_dtype
+        dtype = id_dtype_of(self.source, self.tokenizer)
         spills = [
             (share.folder, spill) for share, result in zip(self.shares, results, strict=True) for spill in result.spills
         ]
@@ -170,7 +172,8 @@ class Corpus:
                     note(split, writers[split].add(bucket.ids(place)))
                 self._num_seen += len(bucket.table)
                 self._show(num_spilled)
-            if not self.num_documents["train"]:
+            is_all_held_out = val_fraction_of(self.source, data) == 1
+            if not self.num_documents["val" if is_all_held_out else "train"]:
                 raise self._no_documents()
             for split in SPLITS:
                 note(split, writers[split].close())
@@ -195,8 +198,10 @@ class Corpus:
             self.log.skip("duplicates", f"{origin}: it is equal to another document", len(copies))
         if bucket.table["bands_bytes"].any():
             places = places[[self._is_new(bucket, place) for place in places.tolist()]]
+        if self.source.examples is not None:
+            places = self._of_a_row(bucket, places)
         chosen = bucket.table[places]
-        is_val = chosen["head"] < np.uint64(validation_limit(self.config.data.val_fraction))
+        is_val = chosen["head"] < np.uint64(validation_limit(val_fraction_of(self.source, self.config.data)))
         is_left = np.ones(len(places), bool)
         for number, split in enumerate(SPLITS):
             of_split = np.flatnonzero(is_val == bool(number))
@@ -204,6 +209,16 @@ class Corpus:
             self.num_documents[split] += len(of_split)
             self.text_bytes[split] += int(chosen["text_bytes"][of_split].sum(dtype=np.uint64))
         return places[is_left], is_val[is_left]
+
+    def _of_a_row(self, bucket: Bucket, places: np.ndarray) -> np.ndarray:
+        """The places of examples that fit a row: part of one would be an answer to nothing, or one without its end."""
+        most = self.config.data.seq_lens[0]
+        fits = bucket.table["num_tokens"][places] <= most + 1  # the last token is only a target
+        if len(long := places[~fits]):
+            origin = "" if "skipped_longer_than_a_row" in self.log.examples else bucket.origin(int(long[0]))
+            message = f"{origin}: it has {bucket.table['num_tokens'][long[0]] - 1} tokens, and a row {most}"
+            self.log.skip("skipped_longer_than_a_row", message, len(long))
+        return places[fits]
 
     def _is_new(self, bucket: Bucket, place: int) -> bool:
         """Whether no document before is nearly equal to this one; counts it if one is."""
@@ -221,9 +236,9 @@ class Corpus:
 
     def _manifest(self, journal: Journal, recipe: Recipe) -> Manifest:
         return Manifest(
-            version=MANIFEST_VERSION,
+            version=MANIFEST_VERSION if self.source.examples is None else EXAMPLES_VERSION,
             corpus=self.source.name,
-            dtype=self.tokenizer.id_dtype.name,
+            dtype=id_dtype_of(self.source, self.tokenizer).name,
             tokenizer_fingerprint=self.tokenizer.fingerprint,
             vocab_size=self.tokenizer.vocab_size,
             train=tuple(journal.shards["train"]),
@@ -231,6 +246,7 @@ class Corpus:
             text_bytes=dict(self.text_bytes),
             counts=dict(sorted(self.log.counts.items())),
             source_fingerprint=_hash(recipe),
+            context_bit=None if self.source.examples is None else context_bit(self.tokenizer),
         )
 
     def _show(self, num_documents: int) -> None:
@@ -254,12 +270,17 @@ class Corpus:
             )
         for reason, example in sorted(self.log.examples.items()):
             self.line.say(f"{name}: {manifest.counts[reason]:,} {reason.replace('_', ' ')}; the first: {example}")
-        if data.val_fraction and not manifest.val:
+        if (fraction := val_fraction_of(self.source, data)) and not manifest.val:
             self.line.say(
                 f"warning: {name}: none of its {self.num_documents['train']:,} documents is held out "
-                f"(data.val_fraction is {data.val_fraction}), so its loss cannot be evaluated. Raise that fraction, "
+                f"(data.val_fraction is {fraction}), so its loss cannot be evaluated. Raise that fraction, "
                 "or give more documents."
             )
+
+
+def id_dtype_of(source: SourceSection, tokenizer: Tokenizer) -> np.dtype:
+    """Of the ids in a source's shards, little-endian."""
+    return tokenizer.id_dtype if source.examples is None else example_dtype(tokenizer)
 
 
 def add_rows(folder: Path, manifest: Manifest, seq_len: int, packing: str) -> bool:

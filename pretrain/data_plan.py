@@ -16,6 +16,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from pretrain import augment
 from pretrain.config import Config
 from pretrain.errors import ConfigError, DataError
 from pretrain.mixture import Mixture, Part
@@ -295,6 +296,7 @@ def open_plan(config: Config, tokenizer_fingerprint: str, is_new: bool = True) -
         "tokenizer": tokenizer_fingerprint,
     }
     fingerprints = {name: corpus.manifest.fingerprint() for name, corpus in corpora.items()}
+    noise = {source.name: source.augment for source in config.data.sources if augment.is_on(source.augment)}
     members = [[corpus for name, corpus in corpora.items() if name in phase.amounts] for phase in phases]
     _check_cache(config, members)
     mixtures = [
@@ -308,7 +310,12 @@ def open_plan(config: Config, tokenizer_fingerprint: str, is_new: bool = True) -
             by_epochs=phase.kind == "epochs",
             option=phase.option,
             identity=({} if number else identity)
-            | {f"manifest of {corpus.name}": fingerprints[corpus.name] for corpus in members[number]},
+            | {f"manifest of {corpus.name}": fingerprints[corpus.name] for corpus in members[number]}
+            | {
+                f"augment of {corpus.name}": augment.identity(noise[corpus.name])
+                for corpus in members[number]
+                if corpus.name in noise
+            },
         )
         for number, phase in enumerate(phases)
     ]  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 from pretrain.source_files import Bad
 
@@ -19,8 +20,8 @@ def decode_text(data: bytes, encoding: str = "utf-8-sig") -> str | Bad:
         return Bad("not_utf8", f"it is not UTF-8 ({error.reason} at byte {error.start:,})")
 
 
-def parse_json(data: bytes, text_field: str) -> str | Bad:
-    """The text of a JSON object: the value of its field `text_field`."""
+def parse_record(data: bytes) -> dict[str, Any] | Bad:
+    """A JSON object."""
     decoded = decode_text(data)
     if isinstance(decoded, Bad):
         return decoded
@@ -30,6 +31,17 @@ def parse_json(data: bytes, text_field: str) -> str | Bad:
         return Bad("bad_json", f"it is not JSON ({error})")
     if not isinstance(record, dict):
         return Bad("no_text", f"it is a JSON {type(record).__name__}, not an object")
+    return record
+
+
+def parse_json(data: bytes, text_field: str) -> str | Bad:
+    """The text of a JSON object: the value of its field `text_field`."""
+    record = parse_record(data)
+    return record if isinstance(record, Bad) else text_of(record, text_field)
+
+
+def text_of(record: dict[str, Any], text_field: str) -> str | Bad:
+    """The text in a field of a record."""
     text = record.get(text_field)
     if not isinstance(text, str):
         has = f"is {type(text).__name__}, not a string" if text_field in record else "is missing"

@@ -21,7 +21,7 @@ from pretrain.errors import ConfigError
 from pretrain.filters import filters_of
 from pretrain.near_duplicates import band_shape
 from pretrain.packing import SEGMENT_DTYPE, pack
-from pretrain.phases import phases_of
+from pretrain.phases import phases_of, val_fraction_of
 from pretrain.prepare import check_complete, check_untokenized
 from pretrain.remote_corpus import open_remote
 from pretrain.sentencepiece_tokenizer import SentencePieceTokenizer, choose_sample, fit
@@ -288,7 +288,8 @@ def _forecast(
         + num_rows * 8
         + math.ceil(num_tokens * id_bytes / data.shard_bytes) * _SHARD_END_BYTES
     )
-    train_rows = max(num_rows * (1 - data.val_fraction), 1.0) if num_documents else 0
+    share = 1 - val_fraction_of(source, data)
+    train_rows = max(num_rows * share, 1.0) if num_documents and share else 0
     return Forecast(
         name=source.name,
         num_documents=round(num_documents),

@@ -17,7 +17,7 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -40,7 +40,15 @@ from pretrain.profiling import PhaseClock
 from pretrain.run_options import ParallelSection
 from pretrain.sequence_parallel import SequenceGroup, join_sequence_group
 from pretrain.start_clock import StartClock
-from pretrain.swapped_states import groups_in_memory, locate, on_disk, prepare_folder, refill_weights, remove_states
+from pretrain.swapped_states import (
+    fill_weights,
+    groups_in_memory,
+    locate,
+    on_disk,
+    prepare_folder,
+    refill_weights,
+    remove_states,
+)
 
 MASTER = "master"
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -161,7 +169,10 @@ class Engine:
         self.optim = config.optim
         self.precision = config.train.precision
         self._names = {id(parameter): name for name, parameter in model.named_parameters()}
-        self._shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+        self._shapes, self.untrained_shapes = (
+            {name: tuple(one.shape) for name, one in model.named_parameters() if one.requires_grad is is_trained}
+            for is_trained in (True, False)
+        )
         num_parameters = sum(math.prod(shape) for shape in self._shapes.values())
         self.settings = settings = deepspeed_settings(config, plan, num_parameters)
         groups = param_groups(model, config.optim)
@@ -183,7 +194,9 @@ class Engine:
         if plan.world_size == 1 and self.stage < 2 and not hasattr(self._optimizer, "reduce_gradients"):
             self._engine.enable_backward_allreduce = False  # it would copy all gradients to and from one more buffer
         self._torch_optimizer = optimizer
-        self._parameters = list(self._engine.module.named_parameters())
+        named = list(self._engine.module.named_parameters())
+        self._parameters = [(name, parameter) for name, parameter in named if name in self._shapes]
+        self._untrained = [(name, parameter) for name, parameter in named if name not in self._shapes]
         self._num_updates = 0
         if isinstance(optimizer, Muon):
             optimizer.place(self._flat_masters(), ranks.gather(self._held()), ranks.rank, ranks.device)
@@ -334,12 +347,17 @@ class Engine:
                 for state, tensor in fragment.tensors.items():
                     yield fragment.name if state == MASTER else f"{fragment.name}/{state}", tensor
             return
-        for name, parameter in self._parameters:
+        for name, parameter in self._parameters + self._untrained:
             if self.stage < 3 or parameter.ds_persist:
                 yield name, parameter.data
 
+    def fill_untrained(self, read: Callable[[str, int, int], torch.Tensor]) -> None:
+        """Fill the weights that are not trained, of which there is no master, as `swapped_states.fill_weights`."""
+        fill_weights(self._optimizer if self.stage == 3 else None, self._untrained, self.untrained_shapes, read,
+                     self.ranks)  # fmt: skip
+
     def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shape of every parameter, undivided."""
+        """Shape of every parameter that is trained, undivided."""
         return dict(self._shapes)
 
     def optimizer_step(self) -> int:

@@ -7,6 +7,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from pretrain.answers import Answered
+from pretrain.answers import describe as describe_answers
 from pretrain.comparison import aligned, differences, table, task_table
 from pretrain.console import LiveLine
 from pretrain.distributed import join_for_evaluation, leave_distributed
@@ -84,6 +86,8 @@ def _page(judged: Judged) -> str:
                  str(part["tokens"])] for name, part in numbers["sources"].items()
             ]  # fmt: skip
             parts.append(aligned(lines))
+    if "answers" in numbers:
+        parts.append(describe_answers(Answered(numbers["answers"]["values"], numbers["answers"]["num_examples"])))
     if "tasks" in numbers:
         parts.append(task_table(numbers["tasks"]))
     return "\n\n".join(parts)

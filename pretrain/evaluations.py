@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from pretrain import __version__
+from pretrain.answers import judge_answers
 from pretrain.chat import chat_template, stop_ids
 from pretrain.checkpoint_files import manifest_digest
 from pretrain.comparison import Row, Score, ratio_stderr
@@ -26,10 +27,12 @@ from pretrain.scoring import Scorer
 from pretrain.settings import parse_config
 from pretrain.stream import ValRows
 from pretrain.task_evals import import_harness
+from pretrain.task_metrics import check_metric
 from pretrain.tensor_files import write_text
 from pretrain.tokenizer_files import open_tokenizer
 
 FOLDER = "evaluations"
+_OWN = ("held-out", "answers")  # what is no task of lm-eval
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,8 @@ class Judged:
         found: dict[str, Any] = {"run": self.run, "step": self.step}
         if "held-out" in self.entries:
             found |= self.entries["held-out"]["result"]
+        if "answers" in self.entries:
+            found["answers"] = self.entries["answers"]["result"]
         if tasks := self.task_results():
             found["tasks"] = {
                 name: {key: value for key, value in result.items() if key != "values"}
@@ -59,7 +64,7 @@ class Judged:
 
     def task_results(self) -> dict[str, dict[str, Any]]:
         """Results of tasks by name, those within groups too."""
-        tasks = [entry["result"] for name, entry in self.entries.items() if name != "held-out"]
+        tasks = [entry["result"] for name, entry in self.entries.items() if name not in _OWN]
         return {name: result for found in tasks for name, result in found.items()}
 
     def row(self) -> Row:
@@ -67,6 +72,8 @@ class Judged:
         scores: dict[str, Score] = {}
         if entry := self.entries.get("held-out"):
             scores |= _held_out_scores(entry)
+        if entry := self.entries.get("answers"):
+            scores |= {name: Score(value, None, [], []) for name, value in entry["result"]["values"].items()}
         for task, result in self.task_results().items():
             same = (
                 f"{task} {result['version']} {result['num_fewshot']} {len(next(iter(result['values'].values()), []))}"
@@ -142,7 +149,9 @@ class Judge:
         found = {}
         if "held-out" in missing:
             found["held-out"] = self._held_out(checkpoint, loaded)
-        if tasks := [name for name in missing if name != "held-out"]:
+        if "answers" in missing:
+            found["answers"] = self._answers(checkpoint, loaded)
+        if tasks := [name for name in missing if name not in ("held-out", "answers")]:
             found |= self._do_tasks(checkpoint, loaded, tasks)
         for name, entry in found.items():
             entry |= {"name": name, "settings": checkpoint.wanted[name]}
@@ -173,6 +182,13 @@ class Judge:
             "result": result.numbers() | {"loss_stderr": error}, "rows": plain, "is_whole": not damaged,
             "ranges": {name: [numbers.start, numbers.stop] for name, numbers in rows.sources()},
         }  # fmt: skip
+
+    def _answers(self, checkpoint: _Checkpoint, loaded: LoadedRun) -> dict[str, Any]:
+        rows, metric = checkpoint.rows, checkpoint.wanted["answers"]["metric"]
+        assert rows is not None
+        size = loaded.config.train.micro_batch_size * loaded.config.data.seq_len
+        answered = judge_answers(metric, loaded.model, loaded.tokenizer, rows, size, self._group)
+        return {"result": {"metric": metric} | asdict(answered)}
 
     def _do_tasks(self, checkpoint: _Checkpoint, loaded: LoadedRun, names: Sequence[str]) -> dict[str, Any]:
         options, ranks = self._options, self._ranks
@@ -249,6 +265,9 @@ class _Checkpoint:
             )
             self.rows = ValRows(config, open_tokenizer(config.tokenizer, path).fingerprint, options.max_rows)
             self.wanted["held-out"] = common | {"rows": self.rows.identity()}
+            if config.eval.metric:
+                check_metric(config.eval.metric)
+                self.wanted["answers"] = self.wanted["held-out"] | {"metric": config.eval.metric}
         own = {
             "include_path": options.include_path and str(Path(options.include_path).absolute()),
             "num_fewshot": options.num_fewshot, "limit": options.limit, "chat": options.chat,

@@ -213,7 +213,7 @@ def num_parameters(shape: ModelShape) -> int:
     return embeddings + shape.num_layers * block + norm
 
 
-def flops_per_token(shape: ModelShape, causal: bool) -> float:
+def flops_per_token(shape: ModelShape, causal: bool, frozen: bool = False) -> float:
     """Floating-point operations that training spends on one token, forward and backward.
 
     6 per weight that is multiplied (2 forward, 4 backward) and 12 L H C T for attention's two products. The
@@ -224,12 +224,13 @@ def flops_per_token(shape: ModelShape, causal: bool) -> float:
     Args:
         shape: the model.
         causal: count only the half of attention that a causal mask leaves: 6 L H C T.
+        frozen: the weights have no gradients, 4 per weight; small adapters beside them do not count.
 
     Source: Chowdhery et al. 2022 (PaLM), appendix B.
     """
     matrices = shape.num_layers * _block_matrices(shape) + shape.vocab_size * shape.dim
     attention = 12 * shape.num_layers * shape.num_heads * shape.head_dim * shape.seq_len
-    return 6.0 * matrices + (attention / 2 if causal else float(attention))
+    return (4.0 if frozen else 6.0) * matrices + (attention / 2 if causal else float(attention))
 
 
 def _block_matrices(shape: ModelShape) -> int:

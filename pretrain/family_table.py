@@ -125,6 +125,24 @@ def import_tensors(shape: ModelShape, tensors: Mapping[str, Tensor]) -> Iterator
         )
 
 
+def published_layers(shape: ModelShape, name: str) -> list[tuple[str, int, bool]]:
+    """Return the published layers that a linear layer of ours is.
+
+    Args:
+        shape: the model's shape.
+        name: of our layer's weight.
+
+    Returns:
+        Their names; the rows of each, 0 where it has all; and whether the published matrix is transposed.
+    """
+    weight = _weights_of_layers(shape)[name]
+    rows = _num_rows(weight, shape) or [0]
+    return [
+        (theirs.removesuffix(".weight"), num, weight.transposed)
+        for theirs, num in zip(weight.theirs, rows, strict=True)
+    ]
+
+
 def _join(weight: Weight, parts: Mapping[str, Tensor], shape: ModelShape) -> Tensor:
     """Put one parameter together from its published tensors."""
     num_rows = [shape.vocab_size] if weight.vocabulary else _num_rows(weight, shape)

@@ -42,8 +42,8 @@ Refine = Callable[[Iterable[tuple[str, RawText]]], Iterator[tuple[str, Filtered]
 
 
 def filters_of(source: SourceSection, data: DataSection) -> FiltersSection:
-    """The filters that a source's documents are put through."""
-    return data.filters if source.filter else FiltersSection()
+    """The filters that a source's documents are put through; examples are put through none."""
+    return data.filters if source.filter and source.examples is None else FiltersSection()
 
 
 def identity(filters: FiltersSection) -> str | None:

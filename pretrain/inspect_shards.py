@@ -184,6 +184,8 @@ def _samples(
             reader = text_opener(manifest, tokenizer)(folder, shard, manifest.dtype, verify_index=False)
             try:
                 ids = reader.read(inside)
+                if manifest.context_bit is not None:
+                    ids = ids & ids.dtype.type((1 << manifest.context_bit) - 1)
             finally:
                 reader.close()
             yield one | {"num_tokens": len(ids), "text": tokenizer.decode(ids[:_SAMPLE_TOKENS].tolist())}

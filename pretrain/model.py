@@ -157,13 +157,15 @@ class Transformer(nn.Module):
         Source: Radford et al. 2019 (GPT-2), section 2.3.
         """
         owner, kind = name.rsplit(".", 1)
-        if kind == "bias":
+        if kind in ("bias", "lora_b"):
             weight.zero_()
         elif owner.endswith("norm"):
             weight.fill_(1.0)
         else:
             writes_residual = owner.endswith((".attention.output", ".ffn.down"))
             std = self.shape.init_std / (math.sqrt(2 * self.shape.num_layers) if writes_residual else 1.0)
+            if kind == "lora_a":
+                std = 1 / math.sqrt(3 * weight.shape[1])  # as wide as the uniform numbers of LoRA's authors
             digest = hashlib.sha256(f"{self.seed}:{name}".encode()).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
             weight.copy_(torch.empty(weight.shape, device="cpu").normal_(0.0, std, generator=generator))

@@ -20,21 +20,22 @@ from pretrain.torch_optimizers import SGD, Adam, AdamW, RMSprop
 
 
 def param_groups(model: nn.Module, section: OptimSection) -> list[dict[str, Any]]:
-    """Divide the parameters into groups of the same rate, decay and rule of update.
+    """Divide the parameters that are trained into groups of the same rate, decay and rule of update.
 
     Matrices decay; norms, biases and learned positions do not, unless `optim.groups` says so. With Muon the matrices
     within the blocks are groups of their own, and `parts` tells of which matrices they are stacks.
 
     Returns:
-        groups for `make_optimizer`, with `names` beside `params`; every parameter is in exactly one.
+        groups for `make_optimizer`, with `names` beside `params`; every one of these parameters is in exactly one.
     Raises:
         ConfigError: an entry of `optim.groups` applies to no parameter.
     """
-    _check_patterns(section.groups, [name for name, _ in model.named_parameters()])
+    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    _check_patterns(section.groups, [name for name, _ in trained])
     stacks = {f"{name}.weight".lstrip("."): module.stacked_rows for name, module in model.named_modules()
               if getattr(module, "stacked_rows", ())}  # fmt: skip
     groups: dict[tuple, dict[str, Any]] = {}
-    for name, parameter in model.named_parameters():
+    for name, parameter in trained:
         rule = _rule_of(name, section.groups)
         is_matrix = parameter.dim() == 2
         decay = section.weight_decay if is_matrix and not name.startswith("position_embedding.") else 0.0

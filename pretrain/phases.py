@@ -68,6 +68,11 @@ def _amount(source: SourceSection, kind: str) -> float:
     return amounts[kind] or 0.0
 
 
+def val_fraction_of(source: SourceSection, data: DataSection) -> float:
+    """Share of a source's documents that is held out."""
+    return data.val_fraction if source.val_fraction is None else source.val_fraction
+
+
 def sampling_weights(config: Config) -> dict[str, float]:
     """How much of each source a tokenizer is trained on, relative to the others: as where it matters most."""
     phases = phases_of(config)

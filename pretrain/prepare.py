@@ -14,7 +14,7 @@ from pretrain.corpus import Corpus, add_rows, no_documents
 from pretrain.errors import ConfigError, DataError, LonghaulError
 from pretrain.hf_tokenizer import check_ids
 from pretrain.journal import file_lock, wrong_kind
-from pretrain.phases import sampling_weights
+from pretrain.phases import sampling_weights, val_fraction_of
 from pretrain.refining import open_refiner
 from pretrain.sentencepiece_tokenizer import SentencePieceTokenizer, choose_sample, fit, report
 from pretrain.shards import MANIFEST_NAME, Manifest
@@ -102,6 +102,12 @@ def _indexed(config: Config, makes_index: bool) -> set[str]:
                 continue
             if is_complete[source.name]:
                 raise wrong_kind(Path(source.shards), holds_index=False)
+            if source.augment.back_translation:
+                raise ConfigError(
+                    f"--index: data.sources[{source.name}].augment.back_translation is "
+                    f"{source.augment.back_translation}; expected none, because the training shards are the tars as "
+                    "they are. Run without --index, or leave it out."
+                )
             indexed.add(source.name)
         if not indexed:
             raise ConfigError(
@@ -113,6 +119,8 @@ def _indexed(config: Config, makes_index: bool) -> set[str]:
 
 def _names_tars(source: SourceSection, is_complete: bool) -> bool:
     """Whether a source can be indexed; of one that is complete, the files may be gone."""
+    if source.examples is not None:
+        return False
     try:
         return bool(tars_of(source))
     except LonghaulError:
@@ -170,6 +178,11 @@ def check_untokenized(config: Config) -> None:
         ConfigError: one does, and they cannot be those of a tokenizer that would be trained now.
     """
     for source in config.data.sources:
+        if source.paths and source.examples is not None:
+            raise ConfigError(
+                f"tokenizer.model is {config.tokenizer.model}, which does not exist; expected that of the model which "
+                f"the examples of data.sources[{source.name}] are for. Name it, such as the one in its run folder."
+            )
         if source.paths and (held := token_format(list_files(source))):
             raise ConfigError(
                 f"tokenizer.model is {config.tokenizer.model}, which does not exist; expected the tokenizer that the "
@@ -213,7 +226,10 @@ def _train_tokenizer(config: Config, path: Path, line: LiveLine) -> None:
 def _training_texts(config: Config, held_out: list[str]) -> Iterator[str]:
     """Training documents of all texts, by weight where there is more than is read; some others go to `held_out`."""
     files_of = {source.name: list_files(source) for source in config.data.sources if source.paths}
-    sources = [source for source in config.data.sources if source.paths and token_format(files_of[source.name]) is None]
+    sources = [
+        source for source in config.data.sources
+        if source.paths and source.examples is None and token_format(files_of[source.name]) is None
+    ]  # fmt: skip
     weights = sampling_weights(config)
     total_weight = sum(weights.get(source.name, 0.0) for source in sources)
     held_out_bytes = 0
@@ -230,7 +246,7 @@ def _training_texts(config: Config, held_out: list[str]) -> Iterator[str]:
         for document in read_documents(files, source, *policy):
             data = document.text.encode()
             read_bytes += len(data)
-            if not is_validation(document_digest(data), config.data.val_fraction):
+            if not is_validation(document_digest(data), val_fraction_of(source, config.data)):
                 yield document.text
             elif held_out_bytes < HELD_OUT_BYTES:
                 held_out.append(document.text[:100_000])

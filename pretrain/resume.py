@@ -8,8 +8,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pretrain.checkpoint import Checkpoints, fill, list_together
+from pretrain.adapters import BASE, merged, open_base, reference_to
+from pretrain.checkpoint import Checkpoints, list_together
 from pretrain.checkpoint_files import MANIFEST, CheckpointReader, step_of
+from pretrain.checkpoint_loading import fill, fill_base
 from pretrain.checkpoint_places import Place
 from pretrain.checkpoint_store import StorePlace
 from pretrain.config import Config, DataSection
@@ -29,10 +31,11 @@ class Progress:
     num_tokens: int = 0
     num_skipped: int = 0
     num_clipped: int = 0  # updates whose gradients were longer than optim.clip_norm
-    best_loss: float | None = None
+    best_loss: float | None = None  # of what is followed: the held-out loss, or eval.metric times -1
     best_step: int | None = None
     best_counted_loss: float | None = None  # the best by more than eval.min_delta, for early stopping
     evals_without_improvement: int = 0
+    followed: str = "loss"  # what the best is the best of: that, or eval.metric
 
 
 @dataclass
@@ -43,11 +46,13 @@ class Start:
         progress: how far it is.
         spikes: state of its `SpikeGuard`.
         own: whether it has a checkpoint of its own.
+        base: of adapters, where the weights lie that they stand beside, as `adapters.reference_to` says it.
     """
 
     progress: Progress
     spikes: dict[str, Any]
     own: bool
+    base: dict[str, str] | None = None
 
 
 def load_start(
@@ -80,7 +85,10 @@ def load_start(
     own = checkpoints.load_newest(engine)
     if own is not None:
         ranks.agree(lambda: stream.load_state(own["data"]))
-        return Start(Progress(**own["progress"]), own.get("spikes", {}), own=True)
+        base = own.get(BASE)
+        if base is not None:
+            _fill_from(base, config, checkpoints, engine, ranks)
+        return Start(Progress(**own["progress"]), own.get("spikes", {}), own=True, base=base)
     if not section.from_:
         return Start(Progress(), {}, own=False)
     reader = _open_other(config, checkpoints, ranks, report)
@@ -90,7 +98,15 @@ def load_start(
             f"resume.from is {section.from_}, whose tokenizer is another one; expected the one of tokenizer.model, "
             "since the ids of its embedding mean other pieces. Use the tokenizer of that run's folder."
         )
-    fill(engine, reader, ranks, section.optimizer)
+    base = reference_to(reader, checkpoints.run_path) if config.train.lora else None
+    folder = reader.folder
+    whole = ranks.agree(
+        lambda: merged(reader, folder.parent.parent if isinstance(folder, Path) else Path(), config.data)
+    )
+    if base is not None:
+        fill_base(engine, whole, ranks)
+    else:
+        fill(engine, whole, ranks, section.optimizer)
     training, progress = reader.training, Progress()
     spikes: dict[str, Any] = {}
     if section.data:
@@ -108,7 +124,24 @@ def load_start(
     if ranks.is_first:
         taken = [name for name in ("optimizer", "schedule", "data") if getattr(section, name)]
         report("resumed_from", f"{reader.folder}: {', '.join(['weights', *taken])}")
-    return Start(progress, spikes, own=False)
+    return Start(progress, spikes, own=False, base=base)
+
+
+def _fill_from(base: dict[str, str], config: Config, checkpoints: Checkpoints, engine: Engine, ranks: Ranks) -> None:
+    """Fill the weights that adapters stand beside."""
+    run_path = checkpoints.run_path
+    open_reader = partial(open_base, base, run_path, config.data, config.resume.from_)
+    if problems := checkpoints.verify(open_reader):
+        raise CheckpointError(f"{base['checkpoint']}: is damaged: {'; '.join(problems)}. Restore it from a backup.")
+    reader = ranks.agree(open_reader)
+    folder = reader.folder
+    fill_base(
+        engine,
+        ranks.agree(
+            lambda: merged(reader, folder.parent.parent if isinstance(folder, Path) else run_path, config.data)
+        ),
+        ranks,
+    )
 
 
 def _open_other(

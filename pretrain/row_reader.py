@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from pretrain.augment import Augmenter
 from pretrain.damage import Damage
 from pretrain.data_plan import Corpus
 from pretrain.errors import DataError
@@ -97,9 +98,9 @@ class _Buffers:
 class RowReader:
     """Puts rows together from their documents."""
 
-    def __init__(self) -> None:
-        """Begin with no shard open."""
-        self._shards, self._buffers = ShardCache(), _Buffers()
+    def __init__(self, augment: Augmenter | None = None) -> None:
+        """Begin with no shard open; `augment` changes the inputs of what is read."""
+        self._shards, self._buffers, self._augment = ShardCache(), _Buffers(), augment
 
     def read(self, addresses: Sequence[RowAddress], seq_len: int) -> tuple[Batch, int, list[Damage]]:
         """Read rows into one batch; count its targets, and name the damaged documents, whose place stays empty.
@@ -112,6 +113,9 @@ class RowReader:
         num_targets = 0
         for i, address in enumerate(addresses):
             num_targets += self._fill(address, tokens_BT[i], targets_BT[i], doc_start_BT[i], damaged)
+        if self._augment:
+            rows = [(address.corpus.name, address.row_id) for address in addresses]
+            self._augment(rows, tokens_BT, targets_BT, doc_start_BT)
         row_ids_B = np.array([address.row_id for address in addresses], dtype=np.int64)
         arrays = (tokens_BT, targets_BT, doc_start_BT, row_ids_B)
         return Batch(*(torch.from_numpy(array) for array in arrays)), num_targets, damaged
@@ -152,6 +156,8 @@ class RowReader:
                 tokens_T[begin:end] = ids[:-1]
                 targets_T[begin:end] = ids[1:]
                 num_targets += length
+                if (bit := corpus.manifest.context_bit) is not None:
+                    num_targets -= _hide_context(tokens_T[begin:end], targets_T[begin:end], 1 << bit)
             begin = end
         if begin < len(tokens_T):
             tokens_T[begin:], targets_T[begin:], doc_start_T[begin:] = _PAD_ID, IGNORED_TARGET, begin
@@ -162,6 +168,14 @@ class RowReader:
             f"{address.rows.path} is damaged: row {address.row} of block {address.block} does not fit its documents. "
             f"Delete this folder and run: {PREPARE_COMMAND}"
         )
+
+
+def _hide_context(tokens: np.ndarray, targets: np.ndarray, flag: int) -> int:
+    """Take the mark of context off stored ids, and have such targets not scored; return how many these are."""
+    tokens &= flag - 1
+    is_context = targets >= flag
+    targets[is_context] = IGNORED_TARGET
+    return int(np.count_nonzero(is_context))
 
 
 def _damage(address: RowAddress, document: int, error: DamagedDocumentError) -> Damage:

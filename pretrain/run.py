@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -25,6 +26,7 @@ from pretrain.families import ModelShape, flops_per_token, resolve_shape
 from pretrain.feed import Feed
 from pretrain.guard import SkipGuard, StopRequest
 from pretrain.hardware import peak_flops
+from pretrain.lora import add_adapters
 from pretrain.metrics import MetricLog, StepMetrics
 from pretrain.model import Transformer
 from pretrain.phases import phases_of
@@ -40,6 +42,7 @@ from pretrain.spikes import Observation, SpikeGuard
 from pretrain.start_clock import StartClock
 from pretrain.stream import TokenStream, ValRows
 from pretrain.task_evals import TaskEvals
+from pretrain.task_metrics import check_metric
 from pretrain.tensor_files import write_text
 from pretrain.tokenizer import Tokenizer
 from pretrain.tokenizer_files import keep_files, open_tokenizer
@@ -106,6 +109,7 @@ class Run:
     watchdog: Watchdog
     clock: StartClock
     progress: Progress = field(default_factory=Progress)
+    base: dict[str, str] | None = None  # of adapters, as `adapters.reference_to` says it
     feed: Feed = field(init=False)
     unreported: PendingStep | None = None  # the step whose sums have not been read back
     saving_step: int = 0  # that the save under way, or the last one, is of
@@ -133,6 +137,7 @@ def open_run(
     """Build everything, check it, and load the newest checkpoint; whatever is wrong is found here, on all ranks."""
     if folder:
         folder.write_status("running", None, 0)
+    ranks.agree(lambda: check_metric(config.eval.metric) if config.eval.metric else None)
     ranks.agree(lambda: check_tracking(config.log.wandb) if folder else None)
     plan = ranks.agree(lambda: BatchPlan.of(config, ranks.world_size))
     group = sequence_group(config.parallel, ranks)
@@ -145,7 +150,7 @@ def open_run(
     place = ranks.agree(lambda: open_place(config.checkpoint, run_path, config.data))
     # A run that goes on puts up with what was lost meanwhile, within data.max_damaged_fraction.
     is_new = not list_together(place, ranks)
-    stream, val_rows = open_rows(config, plan, ranks, tokenizer.fingerprint, is_new, cleanup)
+    stream, val_rows = open_rows(config, plan, ranks, tokenizer, is_new, cleanup)
     clock.begin("self-test")
     set_determinism(config.train.deterministic)
     check_optimizer(config, plan, ranks)
@@ -186,18 +191,19 @@ def open_run(
         run_path, config.train.profile_steps, ranks.rank, ranks.device, lambda *event: run.event(*event)
     )
     run = Run(config, ranks, group, plan, tokenizer, stream, val_rows, engine, checkpoints, samples, tasks, guard,
-              spikes, profiler, folder, log, stop, watchdog, clock, progress)  # fmt: skip
+              spikes, profiler, folder, log, stop, watchdog, clock, progress, start.base)  # fmt: skip
     announce(run, events, is_resumed=start.own)
     clock.begin("first step")
     return run
 
 
 def open_rows(
-    config: Config, plan: BatchPlan, ranks: Ranks, fingerprint: str, is_new: bool, cleanup: ExitStack
+    config: Config, plan: BatchPlan, ranks: Ranks, tokenizer: Tokenizer, is_new: bool, cleanup: ExitStack
 ) -> tuple[TokenStream, ValRows | None]:
     """Open this rank's rows, which are those of one plan on all ranks, and the held-out ones if they are used."""
-    reader = plan.reader_of(ranks.rank)
-    stream = ranks.agree(lambda: TokenStream(config, plan, reader, fingerprint, is_new=is_new))
+    reader, fingerprint = plan.reader_of(ranks.rank), tokenizer.fingerprint
+    blank_id = tokenizer.pad_id if tokenizer.unk_id is None else tokenizer.unk_id
+    stream = ranks.agree(lambda: TokenStream(config, plan, reader, fingerprint, is_new=is_new, blank_id=blank_id))
     cleanup.callback(stream.close)
     check_same_rows(stream.plan.hash, stream.plan.pieces, ranks)
     val_rows = ranks.agree(lambda: ValRows(config, fingerprint, config.eval.max_rows, is_new)
@@ -216,6 +222,8 @@ def make_model(config: Config, shape: ModelShape, group: SequenceGroup, device: 
     with torch.device("meta"):
         model = Transformer(shape, config.run.seed, train.activation_checkpointing, train.z_loss, train.label_smoothing,
                             group, train.ffn_chunk_tokens)  # fmt: skip
+        if train.lora is not None:
+            add_adapters(model, train.lora)
     if should_compile(config, device):
         model.compile_blocks()
     return model
@@ -244,7 +252,7 @@ def open_metrics(
     return MetricLog(
             folder.path, config.log, num_steps=plan.num_steps, tokens_per_step=plan.tokens_per_step,
             world_size=ranks.world_size, first_step=progress.step, attempt=folder.attempt,
-            flops_per_token=flops_by_length(shape, config.data.seq_lens),
+            flops_per_token=flops_by_length(shape, config.data.seq_lens, config.train.lora is not None),
             peak_flops=peak_flops(ranks.device, config.train.precision), tracker=tracker,
         )  # fmt: skip
 
@@ -256,6 +264,10 @@ def announce(run: Run, events: Sequence[tuple[str, str]], is_resumed: bool) -> N
         run.event(*event)
     if engine.frozen:
         run.event("frozen", f"optim.groups has lr_ratio 0 for, and these stay as they are: {', '.join(engine.frozen)}")
+    if config.train.lora is not None:
+        num_trained = sum(math.prod(shape) for shape in engine.parameter_shapes().values())
+        num_frozen = sum(math.prod(shape) for shape in engine.untrained_shapes.values())
+        run.event("adapters", f"{num_trained:,} parameters are trained beside {num_frozen:,} that stay as they are")
     action = f"going on after step {run.progress.step}" if is_resumed else "starting"
     if run.log and run.log.last_dropped > run.progress.step:
         action += f", and doing steps {run.progress.step + 1} to {run.log.last_dropped} again"
@@ -275,10 +287,10 @@ def record(run: Run, findings: Findings) -> None:
         run.event(*event)
 
 
-def flops_by_length(shape: ModelShape, seq_lens: Sequence[int]) -> dict[int, tuple[float, float]]:
+def flops_by_length(shape: ModelShape, seq_lens: Sequence[int], frozen: bool = False) -> dict[int, tuple[float, float]]:
     """FLOPs of a token in rows of each length: by the peers' convention, and with causal attention counted once."""
     return {
-        seq_len: (flops_per_token(own, causal=False), flops_per_token(own, causal=True))
+        seq_len: (flops_per_token(own, False, frozen), flops_per_token(own, True, frozen))
         for seq_len in seq_lens
         for own in [replace(shape, seq_len=seq_len)]
     }

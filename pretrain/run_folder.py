@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from pretrain import __version__
+from pretrain.adapters import merged
 from pretrain.checkpoint_files import CheckpointReader
 from pretrain.checkpoint_folder import FolderPlace
 from pretrain.checkpoint_places import Place, open_place
@@ -310,17 +311,10 @@ def load_run(run: str | Path, step: int | None = None, allow_pipe: bool = False)
         StoreAccessError: the store that it lies in cannot be read.
     """
     path = Path(run)
-    place = place_of_run(path)
-    steps = place.list_steps()
-    if not steps:
-        raise ConfigError(
-            f"{path}: holds no checkpoint; expected a run folder in which training has saved. Train first."
-        )
-    if step is not None and step not in steps:
-        raise ConfigError(f"--step is {step}; expected one of the checkpoints in {path}: {', '.join(map(str, steps))}.")
-    reader = _open_good(place, [step] if step is not None else list(reversed(steps)))
-    config = parse_config(reader.manifest["about"]["config"])
+    own = newest_good(path, place_of_run(path), step)
+    config = parse_config(own.manifest["about"]["config"])
     config = config.model_copy(update={"data": config.data.model_copy(update={"allow_pipe": allow_pipe})})
+    reader = merged(own, path, config.data)  # what is evaluated, exported and talked to is one model
     tokenizer = open_tokenizer(config.tokenizer, path)
     shape = resolve_shape(config.model, tokenizer.vocab_size, config.data.max_seq_len)
     with torch.device("meta"):  # its weights are read, not drawn
@@ -334,6 +328,23 @@ def load_run(run: str | Path, step: int | None = None, allow_pipe: bool = False)
     return LoadedRun(
         model.eval(), config, tokenizer, reader.manifest["step"], training["num_tokens"], reader.folder.name, path
     )
+
+
+def newest_good(run: Path, place: Place, step: int | None) -> CheckpointReader:
+    """Open a run's newest checkpoint that verifies, or that of update number `step`.
+
+    Raises:
+        ConfigError: there is no such step, or none.
+        CheckpointError: it is damaged.
+    """
+    steps = place.list_steps()
+    if not steps:
+        raise ConfigError(
+            f"{run}: holds no checkpoint; expected a run folder in which training has saved. Train first."
+        )
+    if step is not None and step not in steps:
+        raise ConfigError(f"--step is {step}; expected one of the checkpoints in {run}: {', '.join(map(str, steps))}.")
+    return _open_good(place, [step] if step is not None else list(reversed(steps)))
 
 
 def _open_good(place: Place, steps: list[int]) -> CheckpointReader:

@@ -62,11 +62,17 @@ class EvalSection(Section):
     patience: CountOrZero = Field(
         0, description="Stop early after this many evaluations without improvement. 0: never."
     )
-    min_delta: float = Field(0.0, ge=0, description="Fall of the held-out loss that counts as improvement, in nats.")
+    min_delta: float = Field(0.0, ge=0, description="By how much the held-out loss, in nats, or the metric must get "
+                             "better to count as an improvement.")  # fmt: skip
     tasks: dict[str, dict[str, CountOrZero]] = Field(
         {}, description="Tasks of lm-eval done during training, and once more at the end, by name or path of a task "
         "file: each with `every_steps` (by default those of this section), `limit` (documents used; 0: all) and "
         "`num_fewshot` (by default as the task says). Needs `pip install 'longhaul[evals]'`."
+    )  # fmt: skip
+    metric: Literal["bleu", "rouge", "squad", "roles", "accuracy", "exact"] | None = Field(
+        None, description="Let the model answer the examples of the held-out rows, at each evaluation and before the "
+        "first step, and score the answers; early stopping and `checkpoint.keep_best` follow the metric then. "
+        "docs/tuning.md. Null: none."
     )  # fmt: skip
     sample_every_steps: CountOrZero = Field(
         0, description="Steps between texts that the model writes into `samples/`; one more at the end. 0: none."

@@ -31,7 +31,7 @@ class Samples:
             ConfigError: a prompt leaves no room for a token.
         """
         self._section, self._seed = config.eval, config.run.seed
-        self._model, self._tokenizer, self._ranks = model, tokenizer, ranks
+        self.model, self._tokenizer, self._ranks = model, tokenizer, ranks
         if self._section.sample_every_steps:
             encode_prompts(tokenizer, self._section.sample_prompts, config.data.max_seq_len, "eval.sample_prompts")
 
@@ -56,7 +56,7 @@ class Samples:
             seed=(self._seed * 1_000_003 + step) % 2**63,
         )  # fmt: skip
         completions = generate(
-            self._model, self._tokenizer, section.sample_prompts, options, agree=self._ranks.take_first
+            self.model, self._tokenizer, section.sample_prompts, options, agree=self._ranks.take_first
         )
         head = f"step {step}, {num_tokens:,} tokens trained on; temperature {section.sample_temperature:g}"
         return "\n\n".join([head, *(_paragraph(item) for item in completions)]) + "\n"

@@ -10,6 +10,7 @@ from dataclasses import asdict
 import torch
 
 from pretrain import __version__
+from pretrain.adapters import BASE
 from pretrain.errors import CheckpointError
 from pretrain.redaction import storable
 from pretrain.replicas import check_replicas
@@ -52,6 +53,7 @@ def save(run: Run, last: bool = False) -> None:
         "progress": asdict(run.progress), "num_tokens": run.progress.num_tokens, "data": run.stream.state(),
         "spikes": run.spikes.state(),
     }  # fmt: skip
+    training |= {BASE: run.base} if run.base else {}
     about = {"config": storable(run.config.model_dump(mode="json")), "tokenizer": run.tokenizer.fingerprint,
              "longhaul": __version__, "torch": torch.__version__}  # fmt: skip
     with save_failures(run, last):
@@ -83,3 +85,32 @@ def save_failures(run: Run, last: bool) -> Iterator[None]:
             error.agreed = True
             raise
         run.event("save_failed", str(error), saved_step=run.saving_step)
+
+
+def follow(run: Run, value: float) -> None:
+    """Remember, and by choice save, the best so far of what early stopping follows; less is better."""
+    progress, what = run.progress, run.config.eval.metric or "loss"
+    if progress.followed != what:  # since this start: what was best by another measure is not compared
+        progress.followed, progress.evals_without_improvement = what, 0
+        progress.best_loss = progress.best_counted_loss = None
+    if progress.best_counted_loss is None or value < progress.best_counted_loss - run.config.eval.min_delta:
+        progress.best_counted_loss, progress.evals_without_improvement = value, 0
+    else:
+        progress.evals_without_improvement += 1
+    if progress.best_loss is None or value < progress.best_loss:
+        if run.config.checkpoint.keep_best:
+            finish_save(run)  # which may have been of the best before
+            run.best_before = progress.best_loss, progress.best_step
+            progress.best_loss, progress.best_step = value, progress.step
+            save(run)
+        else:
+            progress.best_loss = value
+
+
+def describe_best(run: Run) -> str:
+    """Say what early stopping waits for."""
+    best, metric = run.progress.best_counted_loss, run.config.eval.metric
+    assert best is not None
+    return (
+        f"{metric} has not risen above {-best:.2f}" if metric else f"the held-out loss has not fallen below {best:.4f}"
+    )

@@ -116,7 +116,8 @@ def parse_config(mapping: Mapping[str, Any]) -> Config:
     given.data = json.loads(json.dumps(mapping))
     for path, value in _leaves(given.data):
         option = options().get(pattern(path))
-        if option is None or yaml_value(value) != option.default:  # a default that is written out asks for nothing
+        # A default that is written out asks for nothing, and so does a section that is null.
+        if option is None or (value is not None if option.section else yaml_value(value) != option.default):
             given.places[path] = given.places[()]
     return _validate(given)
 
@@ -151,7 +152,9 @@ def _option_lines(section: Section, prefix: str, idle: Mapping[str, str]) -> lis
         if isinstance(value, list) and value and isinstance(value[0], Section):
             continue
         if isinstance(value, Section):
-            lines += [f"{key}:", *(f"  {line}" for line in _option_lines(value, name, idle))]
+            own = _option_lines(value, name, idle)
+            holds = any(not line.startswith("#") for line in own)  # else YAML would read null
+            lines += [f"{key}:" if holds else f"{key}: {{}}", *(f"  {line}" for line in own)]
             continue
         comment = f"  # {idle[name]}" if name in idle else ""
         lines.append(f"{'# ' if comment else ''}{key}: {yaml_value(value)}{comment}")

@@ -17,14 +17,15 @@ import sys
 import zlib
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
 from pretrain.errors import DataError
+from pretrain.hashed_file import HashedFile
 from pretrain.text_index import INDEX_DTYPE, TEXT_INDEX_DTYPE, TextContent, is_begun_index
 
-MANIFEST_VERSION = 1
+MANIFEST_VERSION, EXAMPLES_VERSION = 1, 2  # a corpus of documents; one whose ids say what is context
 MANIFEST_NAME = "manifest.json"
 JOURNAL_NAME = "prepare.jsonl"  # of what `prepare` has done
 PREPARE_COMMAND = "python launch/prepare.py CONFIG"
@@ -58,7 +59,7 @@ class Manifest:
     """What a prepared corpus consists of; written last, so that its presence means complete.
 
     Attributes:
-        version: Format of the folder, `MANIFEST_VERSION`.
+        version: Format of the folder, `MANIFEST_VERSION` or `EXAMPLES_VERSION`.
         corpus: Name of the corpus.
         dtype: `uint16` or `uint32`, little-endian in the shards.
         tokenizer_fingerprint: sha256 of the tokenizer's model file.
@@ -68,6 +69,7 @@ class Manifest:
         text_bytes: UTF-8 bytes of text per split.
         counts: Documents read, kept and skipped, by reason.
         source_fingerprint: Identifies the raw text that was read.
+        context_bit: Bit that is set in the ids of tokens that are not scored; None if all are.
         text: How the training shards' text becomes ids, if they are tars of others; None if they hold ids.
     """
 
@@ -81,6 +83,7 @@ class Manifest:
     text_bytes: dict[str, int]
     counts: dict[str, int]
     source_fingerprint: str
+    context_bit: int | None = None
     text: TextContent | None = None
 
     def shards(self, split: str) -> tuple[Shard, ...]:
@@ -129,15 +132,16 @@ class Manifest:
         except (OSError, ValueError) as error:
             raise DataError(f"{path} cannot be read: {error}. Delete it and run: {PREPARE_COMMAND}") from error
         version = content.get("version") if isinstance(content, dict) else None
-        if version != MANIFEST_VERSION:
+        if version not in (MANIFEST_VERSION, EXAMPLES_VERSION):
             raise DataError(
-                f"{path}: version is {version}; expected {MANIFEST_VERSION}. "
+                f"{path}: version is {version}; expected {MANIFEST_VERSION} or {EXAMPLES_VERSION}. "
                 f"Prepare the corpus into a new folder with this version: {PREPARE_COMMAND}"
             )
         try:
             parts: dict[str, Any] = {
                 split: tuple(Shard(**shard) for shard in content[split]) for split in ("train", "val")
             }
+            parts["context_bit"] = content["context_bit"] if version == EXAMPLES_VERSION else None
             parts["text"] = TextContent(**content["text"]) if "text" in content else None
             return Manifest(
                 **{field.name: content[field.name] for field in fields(Manifest) if field.name not in parts}, **parts
@@ -190,41 +194,6 @@ def _import_webdataset() -> Any:
     return webdataset
 
 
-class _HashedFile:
-    """A file that is hashed while it is written; after `discard` it takes writes without effect."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.num_bytes = 0
-        self._sha256 = hashlib.sha256()
-        self._file: BinaryIO | None = open(path, "wb")
-
-    def write(self, data: bytes) -> int:
-        if self._file is not None:
-            self._file.write(data)
-            self._sha256.update(data)
-            self.num_bytes += len(data)
-        return len(data)
-
-    def sync(self) -> str:
-        """Force the bytes to disk, close the file and return its sha256."""
-        assert self._file is not None
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        return self._sha256.hexdigest()
-
-    def discard(self) -> None:
-        """Delete the file. tarfile's stream writes once more when it is collected: that must not fail."""
-        file, self._file = self._file, None
-        if file is not None:
-            try:
-                file.close()
-            except OSError:
-                pass  # a full disk fails the flush too; the file is deleted anyway
-        self.path.unlink(missing_ok=True)
-
-
 class ShardWriter:
     """Writes documents into shards of about `shard_bytes`, with bytes that depend on the documents alone."""
 
@@ -243,7 +212,7 @@ class ShardWriter:
         self._dtype = np.dtype(dtype).newbyteorder("<")
         self._shard_bytes = shard_bytes
         self._next_shard = first_shard
-        self._file: _HashedFile | None = None
+        self._file: HashedFile | None = None
         self._tar: Any = None
         self._member = bytearray()
         self._member_offset = 0  # of the current member's first id in the tar
@@ -298,7 +267,7 @@ class ShardWriter:
     def _begin_shard(self) -> None:
         webdataset = _import_webdataset()
         self._folder.mkdir(parents=True, exist_ok=True)
-        self._file = _HashedFile(self._folder / f".{self._name}.tar.tmp")
+        self._file = HashedFile(self._folder / f".{self._name}.tar.tmp")
         # Fixed owner, mode and time: the same documents give the same bytes. mtime must be the integer 0: a
         # float writes PAX headers, which cost 1 KiB a member.
         self._tar = webdataset.TarWriter(
@@ -321,7 +290,7 @@ class ShardWriter:
         self._tar.close()
         index = np.array(self._records, dtype=INDEX_DTYPE)
         index_target = index_path(self._folder, self._name)
-        index_file = _HashedFile(index_target.with_name(f".{index_target.name}.tmp"))
+        index_file = HashedFile(index_target.with_name(f".{index_target.name}.tmp"))
         try:
             np.lib.format.write_array(index_file, index, allow_pickle=False)
             index_sha256 = index_file.sync()

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pretrain import filters
+from pretrain import examples, filters
 from pretrain.config import Config, DataSection, SourceSection
 from pretrain.console import LiveLine, format_bytes, format_duration
 from pretrain.errors import ConfigError, DataError
@@ -33,10 +33,12 @@ from pretrain.journal import (
     write_lines,
 )
 from pretrain.json_lines import is_divisible
+from pretrain.paraphrases import identity, read_paraphrases
+from pretrain.phases import val_fraction_of
 from pretrain.refining import open_refiner
 from pretrain.shards import JOURNAL_NAME, MANIFEST_NAME, PREPARE_COMMAND
 from pretrain.source_files import files_identity, list_files, published_formats, token_format
-from pretrain.sources import ReadLog, document_digest, read_documents, read_token_documents
+from pretrain.sources import Document, ReadLog, document_digest, read_documents, read_token_documents
 from pretrain.spills import Spill, SpillWriter, spill_size
 from pretrain.text_index import INDEX_KEY
 from pretrain.tokenizer import Tokenizer
@@ -50,7 +52,11 @@ SHARE_FOLDERS = "share-*-of-*"  # in the folder of the shards
 LIVE_SECONDS, PLAIN_SECONDS = 0.2, 10.0  # between updates on a terminal, and between lines elsewhere
 
 _LEFT_OVER = re.compile(r"spill-\d{6,}|\.spill-\d{6,}\.tmp|\.prepare\.jsonl\.tmp")
-_LATER = ("data.val_fraction", "data.shard_bytes")  # what only the second pass depends on
+_LATER = (
+    "data.val_fraction",
+    "data.shard_bytes",
+    "the longest example, in tokens",
+)  # what only the second pass depends on
 
 
 def parse_share(text: str) -> tuple[int, int]:
@@ -109,17 +115,21 @@ def recipe_of(files: Sequence[Path], source: SourceSection, data: DataSection, t
         ORDER_KEY: ORDER,
         "data.sources[].name": source.name,
         "data.sources[].text_field": source.text_field,
-        "data.val_fraction": data.val_fraction,
+        "data.val_fraction": val_fraction_of(source, data),
         "data.drop_duplicates": data.drop_duplicates,
         "data.shard_bytes": data.shard_bytes,
         "the tokenizer": tokenizer.fingerprint,
         "data.filters": filters.identity(filters.filters_of(source, data)),
         INDEX_KEY: None,
+        "data.sources[].examples": examples.identity(source.examples, tokenizer) if source.examples else None,
+        "the longest example, in tokens": data.seq_lens[0] if source.examples else None,
     }
     if files:
         if held := token_format(files) or published_formats(files, source.format):
             recipe["data.sources[].format"] = held
         recipe |= files_identity(files)
+        if source.augment.back_translation:
+            recipe["data.sources[].augment.back_translation"] = identity(source, data)
     return recipe
 
 
@@ -232,6 +242,8 @@ class Share:
             return
         with file_lock(self.folder / LOCK_NAME, str(self.folder)):
             files = list_files(self.source)
+            if self.source.examples is not None:
+                examples.check_examples(self.source.examples)
             journal = ShareJournal(self.folder, self.recipe(files))
             if journal.is_complete:
                 self.line.say(f"{self.source.name}: {self.folder} is complete")
@@ -284,7 +296,10 @@ class Share:
     ) -> Generator[tuple[Batch, list[np.ndarray]], None, None]:
         """Batches with their documents' ids, bos and eos included."""
         if token_format(files) is None:
-            yield from encode_batches(batches, self.config.tokenizer, self.tokenizer, num_processes(self.config.data))
+            yield from encode_batches(
+                batches, self.config.tokenizer, self.tokenizer, num_processes(self.config.data),
+                self.source.examples is not None,
+            )  # fmt: skip
         else:
             yield from ((batch, [document.ids for document in batch if document.ids is not None]) for batch in batches)
 
@@ -295,10 +310,10 @@ class Share:
             refine = open_refiner(files, self.source, data)
             policy = data.on_bad_document, data.on_bad_file, self.log, self.tokenizer.loses_u2581, refine, parts
             for document in read_documents(files, self.source, *policy):
-                content = document.text.encode()
-                yield QueuedDocument(
-                    document.origin, document_digest(content), document.bands, len(content), document.text
-                )
+                yield self._queued(document, document_digest(document.text.encode()))
+            if self.source.augment.back_translation and self.number == 1:
+                found = read_paraphrases(self.source, data, refine, self.log, self.tokenizer.loses_u2581)
+                yield from (self._queued(*one) for one in found)
             return
         token_bytes = self.tokenizer.token_bytes()
         ends = np.array([self.tokenizer.bos_id]), np.array([self.tokenizer.eos_id])
@@ -308,6 +323,10 @@ class Share:
             digest = document_digest(tokens.ids.astype("<u4").tobytes())
             ids = np.concatenate([ends[0], tokens.ids, ends[1]]).astype(self.tokenizer.id_dtype)
             yield QueuedDocument(tokens.origin, digest, b"", int(token_bytes[tokens.ids].sum()), None, ids)
+
+    def _queued(self, document: Document, digest: bytes) -> QueuedDocument:
+        text = examples.plain_text(document.text) if self.source.examples else document.text
+        return QueuedDocument(document.origin, digest, document.bands, len(text.encode()), document.text)
 
     def _batches(
         self, documents: Iterable[QueuedDocument], files: Sequence[Path], parts: dict[Path, range], num_done: int,

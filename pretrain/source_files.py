@@ -42,6 +42,7 @@ _KINDS: dict[str, Kind] = {
     ".tar": "tar",
 }
 _NOT_TEXT = (".tgz", ".zip", ".7z", ".xz", ".rar", ".pdf", ".npy", ".bin", ".idx", "-multistream-index.txt")
+_OF_EXAMPLES = ("jsonl", "csv", "squad", "imdb")
 _TOKENS, _TOKEN_FORMATS = (".bin", ".idx"), ("megatron", "nanogpt")
 _COMPRESSED = (".gz", ".zst", ".bz2")
 # Data sets in the files in which they are published: those of a folder that belong to one, and what is one without
@@ -184,6 +185,12 @@ def _refuse_unfit(source: SourceSection, names: dict[str, tuple[str, int]]) -> N
         for name in names
         if bare_name(name).endswith(_NOT_TEXT) or (is_compressed(name) and kind_of(name) in ("parquet", "arrow"))
     )
+    other = [name for name in sorted(names) if kind_of(name, source.format) not in _OF_EXAMPLES]
+    if source.examples is not None and other:
+        raise DataError(
+            f"data.sources[{source.name}].paths: {other[0]} is a file of {kind_of(other[0], source.format)}; expected "
+            f".jsonl, .csv, .tsv, SQuAD or IMDB, because the source has `examples`. Convert it, or name other files."
+        )
     if unfit:
         raise DataError(
             f"data.sources[{source.name}].paths: {unfit[0]} is one of {len(unfit)} files that are not text; expected "

@@ -21,6 +21,7 @@ import numpy as np
 
 from pretrain.config import DataSection, SourceSection
 from pretrain.decoding import MAX_DOCUMENT_BYTES
+from pretrain.examples import plain_text
 from pretrain.filters import needs_work, refiner
 from pretrain.json_lines import json_lines
 from pretrain.source_files import TokenFormat, is_compressed, kind_of
@@ -66,10 +67,11 @@ class Sample:
     text_bytes: int = 0
     is_whole: bool = False
 
-    def add(self, document: Document) -> None:
+    def add(self, document: Document, source: SourceSection) -> None:
         """Take in a document that is kept."""
-        self.texts.append(document.text)
-        self.text_bytes += len(document.text.encode())
+        text = plain_text(document.text) if source.examples else document.text
+        self.texts.append(text)
+        self.text_bytes += len(text.encode())
 
 
 @dataclass
@@ -225,7 +227,7 @@ class _Reader:
             if position is not None and log.position_bytes() != position:
                 used = (position, *before)
             position = log.position_bytes()
-            sample.add(document)
+            sample.add(document, self._source)
             before = log.counts["documents_read"], len(sample.texts), sample.text_bytes
             if sample.text_bytes - begin >= prefix_bytes and used is not None:
                 stored, num_read, num_kept, sample.text_bytes = used
@@ -256,9 +258,9 @@ class _Reader:
                     content.seek(0)
                     lines = content.readlines(_WINDOW_BYTES)
             window, log = b"".join(lines), ReadLog()
-            contents = json_lines(io.BytesIO(window), file, self._source.text_field)
+            contents = json_lines(io.BytesIO(window), file, self._source.examples or self._source.text_field)
             for document in judge_documents(self._refine(contents), self._data.on_bad_document, log, self._loses_u2581):
-                self._sample.add(document)
+                self._sample.add(document, self._source)
             self._sample.stored_bytes += len(window)
             self._sample.num_read += log.counts["documents_read"]
             self._log.add_all(log.counts, log.examples)
@@ -298,7 +300,7 @@ class _Reader:
         end = sample.text_bytes + limit_bytes
         contents = ((str(file), decode_value(value, self._source.text_field)) for value in values)
         for document in judge_documents(self._refine(contents), self._data.on_bad_document, log, self._loses_u2581):
-            sample.add(document)
+            sample.add(document, self._source)
             if sample.text_bytes >= end:
                 break
         sample.num_read += log.counts["documents_read"]

@@ -6,9 +6,7 @@ cannot be read is an error or a counted skip, as the config says; nothing is los
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -21,12 +19,14 @@ from typing import BinaryIO, Literal, TypeVar
 import numpy as np
 
 from pretrain.config import SourceSection
+from pretrain.csv_files import csv_column
 from pretrain.dataset_files import imdb_text, squad_documents
 from pretrain.decoding import MAX_DOCUMENT_BYTES, SURROGATE, TOO_LONG, checked_text, decode_text, parse_json
 from pretrain.errors import DataError
+from pretrain.example_files import read_examples
 from pretrain.filters import Filtered, RawText, Refine, filter_all
 from pretrain.json_lines import json_lines, lines_of_part
-from pretrain.source_files import BROKEN, Bad, BrokenFile, TokenFormat, bare_name, decompressed, kind_of
+from pretrain.source_files import BROKEN, Bad, TokenFormat, decompressed, kind_of
 from pretrain.table_files import read_column
 from pretrain.tar_files import Member, read_texts
 from pretrain.token_files import read_ids
@@ -111,7 +111,7 @@ def is_validation(digest: bytes, val_fraction: float) -> bool:
 
 def validation_limit(val_fraction: float) -> int:
     """What the first 8 bytes of a digest are below if its document is held out."""
-    return int(val_fraction * 2**64)
+    return min(int(val_fraction * 2**64), 2**64 - 1)  # what a uint64 holds
 
 
 def read_documents(
@@ -248,7 +248,7 @@ def _contents(
     if part is not None:
         with open(path, "rb") as file:
             log._position = lambda: file.tell() - part.start
-            yield from lines_of_part(file, path, text_field, part)
+            yield from lines_of_part(file, path, source.examples or text_field, part)
         return
     if kind in ("parquet", "arrow"):
         row = 0
@@ -263,6 +263,8 @@ def _contents(
         if kind == "tar":
             texts = read_tar(file, path, text_field, log)
             yield from ((f"{path}:{member.name}", content) for member, content, _ in texts)
+        elif source.examples is not None:
+            yield from read_examples(kind, file, path, source.examples)
         else:
             yield from _READERS[kind](file, path, text_field)
 
@@ -331,37 +333,6 @@ def _articles(file: BinaryIO, path: Path, text_field: str) -> Iterator[tuple[str
         yield f"{path}:{title}", Bad(page, _NO_ARTICLE[page], False) if isinstance(page, str) else page
 
 
-def _csv_rows(file: BinaryIO, path: Path, text_field: str) -> Iterator[tuple[str, str | Bad]]:
-    """A table's rows, of `.csv` or `.tsv`: quotes as spreadsheets write them, the columns' names in the first row."""
-    lines = io.TextIOWrapper(file, "utf-8-sig", errors="surrogateescape", newline="")
-    previous_limit = csv.field_size_limit(MAX_DOCUMENT_BYTES)  # of the whole process: others read csv too
-    reader = csv.reader(lines, delimiter="\t" if bare_name(path).endswith(".tsv") else ",", strict=True)
-    try:
-        header = next(reader, [])
-        if header.count(text_field) != 1:
-            raise DataError(
-                f"{path}: its first row names {header.count(text_field) or 'no'} column {text_field!r}; expected one "
-                f"(data.sources[].text_field) of: {', '.join(header[:20]) or 'nothing'}. Set text_field to the one "
-                "that holds the text; a file without such a row needs one."
-            )
-        column = header.index(text_field)
-        for number, row in enumerate(reader, 1):
-            yield f"{path}:{number}", _csv_value(row, column, len(header))
-    except csv.Error as error:
-        raise BrokenFile(f"{error}, in line {reader.line_num:,}") from None
-    finally:
-        csv.field_size_limit(previous_limit)
-        lines.detach()
-
-
-def _csv_value(row: list[str], column: int, num_columns: int) -> str | Bad:
-    if not row:
-        return ""
-    if len(row) != num_columns:
-        return Bad("bad_row", f"it has {len(row)} fields, and the first row {num_columns}")
-    return checked_text(row[column], "it is not UTF-8")
-
-
 def decode_value(value: bytes | None, text_field: str) -> str | Bad:
     """The text of one row of a table."""
     if value is None:
@@ -392,7 +363,7 @@ def _judge(
 _READERS: dict[str, Callable[[BinaryIO, Path, str], Iterator[tuple[str, RawText]]]] = {
     "text": _whole_file,
     "jsonl": json_lines,
-    "csv": _csv_rows,
+    "csv": csv_column,
     "wikipedia": _articles,
     "squad": _paragraphs,
     "imdb": _review,

@@ -6,9 +6,7 @@ is known before its first micro-step. One thread is enough: a core reads thousan
 
 from __future__ import annotations
 
-import threading
 import weakref
-from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -16,18 +14,19 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pretrain.augment import Augmenter
 from pretrain.config import Config
 from pretrain.damage import Damage, DamageLedger
 from pretrain.data_plan import Corpus, DataPlan, open_corpora, open_plan
 from pretrain.errors import DataError
 from pretrain.prefetch import Prefetcher
+from pretrain.read_ahead import ReadAhead
 from pretrain.row_reader import Batch, RowAddress, RowReader
 from pretrain.shards import PREPARE_COMMAND
 
 if TYPE_CHECKING:
     from pretrain.batch_plan import BatchPlan
 
-_STOP_SECONDS = 5.0
 _WINDOWS_AHEAD = 2  # of each corpus: that of the step that is read, and the next one
 
 
@@ -46,64 +45,12 @@ class StepRows:
     damaged: list[Damage]
 
 
-class _ReadAhead:
-    """Reads steps on a thread of its own, a bounded number ahead of who takes them."""
-
-    def __init__(
-        self, read_step: Callable[[int], StepRows], cursor: int, next_cursor: Callable[[int], int], depth: int
-    ) -> None:
-        self._read_step, self._cursor, self._next_cursor, self._depth = read_step, cursor, next_cursor, depth
-        self._steps: deque[StepRows] = deque()
-        self._failure: BaseException | None = None
-        self._stopped = False
-        self._changed = threading.Condition()
-        self._thread = threading.Thread(target=self._run, name="longhaul-data", daemon=True)
-        self._thread.start()
-
-    def take(self) -> StepRows:
-        """Return the next step; raise what the thread raised, once the steps before it are taken."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._steps or self._failure or self._stopped)
-            if self._stopped:
-                raise RuntimeError("the token stream was closed")
-            if self._steps:
-                self._changed.notify_all()
-                return self._steps.popleft()
-            assert self._failure is not None
-            raise self._failure
-
-    def stop(self) -> None:
-        """End the thread; a read that hangs in the file system is left behind, it does not hold up an exit."""
-        with self._changed:
-            self._stopped = True
-            self._changed.notify_all()
-        self._thread.join(_STOP_SECONDS)
-
-    def _run(self) -> None:
-        try:
-            while True:
-                with self._changed:
-                    self._changed.wait_for(lambda: self._stopped or len(self._steps) < self._depth)
-                    if self._stopped:
-                        return
-                step = self._read_step(self._cursor)
-                self._cursor = self._next_cursor(self._cursor)
-                with self._changed:
-                    self._steps.append(step)
-                    self._changed.notify_all()
-        except BaseException as error:  # surfaces in take, whatever it is: nobody sees a thread's exception
-            with self._changed:
-                self._failure = error
-                self._changed.notify_all()
-
-
 class _StepReader:
     """Reads one rank's share of the step that begins at a row."""
 
-    def __init__(self, plan: DataPlan, corpora: list[Corpus], batch_plan: BatchPlan, rank: int) -> None:
-        self._plan, self.corpora, self._batch_plan, self._rank = plan, corpora, batch_plan, rank
+    def __init__(self, plan: DataPlan, corpora: list[Corpus], sizes: BatchPlan, rank: int, rows: RowReader) -> None:
+        self._plan, self.corpora, self._batch_plan, self._rank, self._rows = plan, corpora, sizes, rank, rows
         self.skipped: list[tuple[int, int]] = []
-        self._rows = RowReader()
         self._prefetcher: Prefetcher | None = None
         self._is_local = not any(corpus.remote for corpus in corpora)
 
@@ -180,6 +127,7 @@ class TokenStream:
         tokenizer_fingerprint: str,
         cursor: int = 0,
         is_new: bool = True,
+        blank_id: int = 0,
     ) -> None:
         """Open the corpora; reading begins with the first `next_step`.
 
@@ -190,18 +138,18 @@ class TokenStream:
             tokenizer_fingerprint: sha256 of the tokenizer's model file.
             cursor: Row at which to begin.
             is_new: No run has read these shards before: that files are missing or cut short is an error.
+            blank_id: What stands for a token that `data.sources[].augment` drops.
 
         Raises:
             DataError: The corpora are not prepared, damaged, or do not fit each other.
         """
         self.plan, corpora = open_plan(config, tokenizer_fingerprint, is_new)
         self.damage = DamageLedger(corpora, config.data.max_damaged_fraction)
-        self.cursor = cursor
-        self.step_rows = cursor, cursor
+        self.cursor, self.step_rows = cursor, (cursor, cursor)
         self._depth = config.data.prefetch_steps
-        self._read_step = _StepReader(self.plan, corpora, batch_plan, rank)
+        self._read_step = _StepReader(self.plan, corpora, batch_plan, rank, RowReader(Augmenter(config, blank_id)))
         self._rows_in_step = self._read_step.rows_in_step
-        self._ahead: _ReadAhead | None = None
+        self._ahead: ReadAhead[StepRows] | None = None
         self._stop_reading: Callable[[], Any] = lambda: None
         self._closed = False
 
@@ -224,7 +172,7 @@ class TokenStream:
         if self._closed:
             raise RuntimeError("the token stream was closed")
         if self._ahead is None:
-            self._ahead = _ReadAhead(self._read_step, self.cursor, self._read_step.next_cursor, self._depth)
+            self._ahead = ReadAhead(self._read_step, self.cursor, self._read_step.next_cursor, self._depth)
             # Runs at close, when the stream is collected, or at exit, before daemon threads are frozen.
             # The reader ends first: it is what starts downloads ahead.
             self._stop_reading = weakref.finalize(self, _stop, self._ahead.stop, self._read_step.stop_prefetch)
@@ -373,6 +321,11 @@ class ValRows:
         """Each source's name and the numbers of its rows."""
         ends = [-(-int(end) * self.num_rows // self._available) for end in (0, *self._ends)]
         return [(corpus.name, range(*pair)) for corpus, pair in zip(self._corpora, pairwise(ends), strict=True)]
+
+    def example_rows(self) -> list[range]:
+        """The numbers of the rows of each source that holds examples for tuning."""
+        parts = zip(self._corpora, self.sources(), strict=True)
+        return [numbers for corpus, (_, numbers) in parts if corpus.manifest.context_bit is not None]
 
     def identity(self) -> str:
         """What fixes the rows: the content of each source, and their number and length."""

@@ -8,11 +8,12 @@ stays in memory.
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
@@ -132,6 +133,35 @@ def refill_weights(optimizer: Any) -> None:
     """Round the masters of DeepSpeed's stage-3 optimizer, once filled, to the weights; all ranks together."""
     for group in groups_in_memory(optimizer):
         optimizer._reassign_or_swap_out_partitioned_parameters(group)
+    gather_small_weights(optimizer)
+
+
+def fill_weights(
+    optimizer: Any, named: Sequence[tuple[str, Any]], shapes: Mapping[str, tuple[int, ...]],
+    read: Callable[[str, int, int], Tensor], ranks: Ranks,
+) -> None:  # fmt: skip
+    """Fill weights that have no master; all ranks together.
+
+    Args:
+        optimizer: DeepSpeed's at stage 3, where each rank has a part of them; else None.
+        named: their names and parameters.
+        shapes: of each when it is whole.
+        read: gives flat elements [start, start + length) of one, by name, start and length.
+        ranks: all of them.
+    """
+    for name, parameter in named:
+        weight = parameter.data if optimizer is None else parameter.ds_tensor.data
+        start = 0 if optimizer is None else ranks.rank * weight.numel()
+        length = min(weight.numel(), math.prod(shapes[name]) - start)  # what the last ranks have beyond is padding
+        if length > 0:
+            weight.view(-1)[:length].copy_(read(name, start, length))
+        ranks.heartbeat.beat()
+    if optimizer is not None:
+        gather_small_weights(optimizer)
+
+
+def gather_small_weights(optimizer: Any) -> None:
+    """Put together anew, after the parts were changed, the weights that stage 3 keeps whole; all ranks together."""
     if small := optimizer.persistent_parameters:
         small[0].partition(small)
         small[0].all_gather(small)

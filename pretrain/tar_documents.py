@@ -22,6 +22,7 @@ import numpy as np
 from pretrain.config import Config, SourceSection, TokenizerSection
 from pretrain.errors import DataError
 from pretrain.filters import RawText
+from pretrain.phases import val_fraction_of
 from pretrain.refining import open_refiner
 from pretrain.shards import sync_folder
 from pretrain.source_files import READ_BYTES
@@ -117,7 +118,7 @@ def measure_tars(
         DataError: a bad document or file, where the config says `error`; a process was killed.
     """
     reading = _Reading(source, config, tokenizer.loses_u2581)
-    batches = _batches(reading.read(tars), config.data.val_fraction)
+    batches = _batches(reading.read(tars), val_fraction_of(source, config.data))
     collected = _Collected()
     with closing(_measured(batches, config, tokenizer)) as results:
         for batch, measured in results:

@@ -36,6 +36,7 @@ from pretrain.journal import (
     write_lines,
 )
 from pretrain.near_duplicates import NearDuplicates
+from pretrain.phases import val_fraction_of
 from pretrain.row_table import build_row_tables
 from pretrain.shard_reader import check_shards
 from pretrain.shards import (
@@ -49,7 +50,7 @@ from pretrain.shards import (
     write_atomically,
 )
 from pretrain.source_files import files_identity
-from pretrain.sources import ReadLog
+from pretrain.sources import ReadLog, validation_limit
 from pretrain.tar_documents import TarDocuments, TarNote, first_of_equals, measure_tars
 from pretrain.tar_folder import VAL_FILE, VAL_NAME, link_tars, list_originals, name_tars, tars_of
 from pretrain.text_index import INDEX_KEY, select_documents, text_index_bytes
@@ -113,7 +114,7 @@ class TarIndex:
             INDEX_KEY: f"an index of tars, version {RECIPE_VERSION}",
             "data.sources[].name": self.source.name,
             "data.sources[].text_field": self.source.text_field,
-            "data.val_fraction": data.val_fraction,
+            "data.val_fraction": val_fraction_of(self.source, data),
             "data.drop_duplicates": data.drop_duplicates,
             "data.shard_bytes": data.shard_bytes,
             "the tokenizer": self.tokenizer.fingerprint,
@@ -221,7 +222,9 @@ class TarIndex:
             for note, path, is_first in zip(notes, paths, first_of_equals(paths), strict=True):
                 documents = TarDocuments.load(path)
                 is_kept = self._choose(note, documents, is_first)
-                is_val = documents.table["head"] < np.uint64(int(self.config.data.val_fraction * 2**64))
+                is_val = documents.table["head"] < np.uint64(
+                    validation_limit(val_fraction_of(self.source, self.config.data))
+                )
                 self._count(documents.table, is_kept, is_val)
                 train += self._write_index(note, documents, is_kept & ~is_val)
                 val += [writer.add(ids) for ids in _held_out(documents, is_kept, is_val)]
@@ -303,10 +306,10 @@ class TarIndex:
             )
         for reason, example in sorted(self.log.examples.items()):
             self.line.say(f"{name}: {manifest.counts[reason]:,} {reason.replace('_', ' ')}; the first: {example}")
-        if self.config.data.val_fraction and not manifest.val:
+        if (fraction := val_fraction_of(self.source, self.config.data)) and not manifest.val:
             self.line.say(
                 f"warning: {name}: none of its {self.num_documents['train']:,} documents is held out "
-                f"(data.val_fraction is {self.config.data.val_fraction}), so its loss cannot be evaluated. Raise that "
+                f"(data.val_fraction is {fraction}), so its loss cannot be evaluated. Raise that "
                 "fraction, or give more documents."
             )
         ratio = self._num_tokenized / max(num_tokens["train"], 1)

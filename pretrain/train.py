@@ -12,6 +12,8 @@ from pathlib import Path
 
 import torch
 
+from pretrain.answers import describe as describe_answers
+from pretrain.answers import judge_answers
 from pretrain.comparison import task_table
 from pretrain.config import Config
 from pretrain.damage import TooMuchDamageError, describe
@@ -32,7 +34,7 @@ from pretrain.run import PendingStep, Run, open_run, record
 from pretrain.run_folder import RunFolder, log_path
 from pretrain.run_status import write_failure
 from pretrain.samples import save_samples
-from pretrain.saving import finish_save, judge_steps, report, save
+from pretrain.saving import describe_best, finish_save, follow, judge_steps, report, save
 from pretrain.schedule import lr_at
 from pretrain.start_clock import StartClock
 from pretrain.task_evals import values_of
@@ -104,6 +106,8 @@ def run_steps(run: Run) -> tuple[str, int, str]:
     first_step = run.progress.step + 1
     if run.ranks.sum([run.stop.received is not None])[0]:  # while it started
         return stopped(run)
+    if run.val_rows and not run.progress.step and (config.eval.metric or config.resume.from_):
+        judge(run)  # what tuning begins with
     while not is_over(run):
         progress = run.progress
         try:
@@ -137,9 +141,8 @@ def run_steps(run: Run) -> tuple[str, int, str]:
         if patience_is_over:
             save(run, last=True)
             return "done", EXIT_DONE, (
-                f"stopped early at step {progress.step}: the held-out loss has not fallen below "
-                f"{progress.best_counted_loss:.4f} for {config.eval.patience} evaluations; best step "
-                f"{progress.best_step}"
+                f"stopped early at step {progress.step}: {describe_best(run)} for {config.eval.patience} evaluations; "
+                f"best step {progress.best_step}"
             )  # fmt: skip
         if asked_to_stop and not at_end:
             save(run, last=True)
@@ -300,26 +303,31 @@ def judge(run: Run) -> Evaluation:
         group=run.group,
     )
     run.engine.train()
-    progress = run.progress
+    progress, followed = run.progress, result.loss
     count_held_out_damage(run)
     if run.log:
         run.log.evaluation(
             progress.step, progress.num_tokens, result.loss, result.perplexity, result.bits_per_byte, result.by_source()
         )
-    if progress.best_counted_loss is None or result.loss < progress.best_counted_loss - run.config.eval.min_delta:
-        progress.best_counted_loss, progress.evals_without_improvement = result.loss, 0
-    else:
-        progress.evals_without_improvement += 1
-    if progress.best_loss is None or result.loss < progress.best_loss:
-        if run.config.checkpoint.keep_best:
-            finish_save(run)  # which may have been of the best before
-            run.best_before = progress.best_loss, progress.best_step
-            progress.best_loss, progress.best_step = result.loss, progress.step
-            save(run)
-        else:
-            progress.best_loss = result.loss
+    if run.config.eval.metric:
+        followed = -judge_metric(run, run.config.eval.metric)
+    if progress.step:  # what a run begins with is neither an improvement nor saved
+        follow(run, followed)
     run.step_began = time.perf_counter()
     return result
+
+
+def judge_metric(run: Run, metric: str) -> float:
+    """Have the model answer held-out examples; return how good the answers are."""
+    assert run.val_rows is not None
+    run.engine.train(False)
+    size = run.plan.micro_batch_size * run.config.data.seq_len
+    answered = judge_answers(metric, run.samples.model, run.tokenizer, run.val_rows, size, run.ranks,
+                             run.engine.stage == 3)  # fmt: skip
+    run.engine.train()
+    if run.log:
+        run.log.tasks(run.progress.step, run.progress.num_tokens, answered.values, describe_answers(answered))
+    return next(iter(answered.values.values()))
 
 
 def judge_tasks(run: Run, names: Sequence[str]) -> None:

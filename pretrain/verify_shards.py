@@ -156,7 +156,7 @@ def render(content: dict[str, Any]) -> str:
 
 
 def _checked(folder: Path, manifest: Manifest, num_processes: int) -> Iterator[tuple[Shard, tuple[int, list[Problem]]]]:
-    check = partial(_check, folder, manifest.dtype, manifest.vocab_size)
+    check = partial(_check, folder, manifest.dtype, manifest.vocab_size, manifest.context_bit)
     of_text = set() if manifest.text is None else {shard.name for shard in manifest.train}
     tasks = [(shard, shard.name in of_text) for shard in manifest.train + manifest.val]
     if num_processes == 1:
@@ -174,19 +174,24 @@ def manifest_problems(manifest: Manifest) -> list[Problem]:
     """What the manifest says twice must agree."""
     names = [shard.name for shard in manifest.train + manifest.val]
     found = [Problem("manifest.json", f"it lists {name} twice") for name in sorted(set(names)) if names.count(name) > 1]
-    expected = "uint16" if manifest.vocab_size <= 65536 else "uint32"
+    bits = 16 if manifest.vocab_size <= 1 << (16 if manifest.context_bit is None else 15) else 32
+    expected = f"uint{bits}"
+    if manifest.context_bit not in (None, bits - 1):
+        found.append(Problem("manifest.json", f"its context_bit is {manifest.context_bit}, and not the {bits - 1}th"))
     if manifest.dtype != expected:
         text = f"its dtype is {manifest.dtype}, and not the {expected} of a vocabulary of {manifest.vocab_size:,}"
         found.append(Problem("manifest.json", text))
     return found
 
 
-def _check(folder: Path, dtype: str, vocab_size: int, task: tuple[Shard, bool]) -> tuple[int, list[Problem]]:
-    return check_shard(folder, dtype, vocab_size, *task)
+def _check(
+    folder: Path, dtype: str, vocab_size: int, context_bit: int | None, task: tuple[Shard, bool]
+) -> tuple[int, list[Problem]]:
+    return check_shard(folder, dtype, vocab_size, *task, context_bit)
 
 
 def check_shard(
-    folder: Path, dtype: str, vocab_size: int, shard: Shard, is_text: bool = False
+    folder: Path, dtype: str, vocab_size: int, shard: Shard, is_text: bool = False, context_bit: int | None = None
 ) -> tuple[int, list[Problem]]:
     """Check one tar and its index.
 
@@ -196,6 +201,7 @@ def check_shard(
         vocab_size: every id must be below it.
         shard: as the manifest lists it.
         is_text: it is a tar of text, which somebody else made.
+        context_bit: as in the manifest.
 
     Returns:
         Bytes that were read, and the problems.
@@ -211,7 +217,9 @@ def check_shard(
         with open(path, "rb") as file:
             id_dtype = np.dtype(dtype).newbyteorder("<")
             reading = (
-                _TextCheck(file, index, findings) if is_text else _TarCheck(file, index, id_dtype, vocab_size, findings)
+                _TextCheck(file, index, findings)
+                if is_text
+                else _TarCheck(file, index, id_dtype, vocab_size, findings, context_bit)
             )
             sha256 = reading.run(size)
         num_bytes += size
@@ -258,8 +266,9 @@ class _TarCheck:
     what = "ids"  # of a document
 
     def __init__(
-        self, file: BinaryIO, index: np.ndarray | None, dtype: np.dtype, vocab_size: int, findings: _Findings
-    ) -> None:
+        self, file: BinaryIO, index: np.ndarray | None, dtype: np.dtype, vocab_size: int, findings: _Findings,
+        context_bit: int | None = None,
+    ) -> None:  # fmt: skip
         self._file, self._dtype, self._vocab_size, self._findings = file, dtype, vocab_size, findings
         empty = np.zeros(0, np.uint64)
         offsets = empty if index is None else index["offset"]
@@ -267,7 +276,8 @@ class _TarCheck:
         self._begins, self._ends = offsets.tolist(), (offsets + lengths).tolist()
         self._crcs = [] if index is None else index["crc32"].tolist()
         self._has_index = index is not None
-        self._can_exceed = vocab_size < 2 ** (8 * dtype.itemsize)
+        num_bits = 8 * dtype.itemsize if context_bit is None else context_bit
+        self._mask, self._can_exceed = dtype.type((1 << num_bits) - 1), vocab_size < 1 << num_bits
 
     def run(self, size: int) -> str:
         """Check what there is; returns the sha256 of all of it."""
@@ -317,10 +327,11 @@ class _TarCheck:
         """Check that ids of the documents `first` to `last` (excluded), which fill these bytes, are in range."""
         if not self._can_exceed or begin >= end:
             return
-        if np.frombuffer(view[begin - base : end - base], self._dtype).max() < self._vocab_size:
+        if (np.frombuffer(view[begin - base : end - base], self._dtype) & self._mask).max() < self._vocab_size:
             return
         for number in range(first, last):
             ids = np.frombuffer(view[self._begins[number] - base : self._ends[number] - base], self._dtype)
+            ids = ids & self._mask
             if len(ids) and int(ids.max()) >= self._vocab_size:
                 text = f"it holds ids that are not below the vocabulary size {self._vocab_size}"
                 self._findings.add_document(text, number, self._begins[number], self._ends[number])

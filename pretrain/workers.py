@@ -24,6 +24,7 @@ import numpy as np
 
 from pretrain.config import DataSection, TokenizerSection
 from pretrain.errors import DataError, LonghaulError
+from pretrain.examples import encode_examples
 from pretrain.sentencepiece_tokenizer import fit
 from pretrain.tokenizer import Tokenizer
 from pretrain.tokenizer_files import open_tokenizer
@@ -70,8 +71,9 @@ def num_usable_cores() -> int:
 
 
 def encode_batches(
-    batches: Iterator[Batch], section: TokenizerSection, tokenizer: Tokenizer, num_processes: int
-) -> Generator[tuple[Batch, list[np.ndarray]], None, None]:
+    batches: Iterator[Batch], section: TokenizerSection, tokenizer: Tokenizer, num_processes: int,
+    are_examples: bool = False,
+) -> Generator[tuple[Batch, list[np.ndarray]], None, None]:  # fmt: skip
     """Tokenize batches; their order and results do not depend on the number of processes.
 
     Args:
@@ -79,6 +81,7 @@ def encode_batches(
         section: names the tokenizer's file, which the processes read.
         tokenizer: what was read from it here.
         num_processes: 1 tokenizes in this process.
+        are_examples: the texts are examples for tuning.
 
     Returns:
         Each batch with the ids of its documents, bos and eos included.
@@ -88,10 +91,10 @@ def encode_batches(
     """
     if num_processes == 1:
         for batch in batches:
-            yield batch, tokenizer.encode_documents(_texts_of(batch))
+            yield batch, _encode_with(tokenizer, are_examples, _texts_of(batch))
         return
     with closing(
-        ordered_map(partial(_encode, section, tokenizer.fingerprint), batches, _texts_of, num_processes)
+        ordered_map(partial(_encode, section, tokenizer.fingerprint, are_examples), batches, _texts_of, num_processes)
     ) as results:
         yield from results
 
@@ -204,10 +207,14 @@ def _end_with_parent() -> None:
 _tokenizer: Tokenizer | None = None
 
 
-def _encode(section: TokenizerSection, fingerprint: str, texts: list[str]) -> list[np.ndarray]:
+def _encode(section: TokenizerSection, fingerprint: str, are_examples: bool, texts: list[str]) -> list[np.ndarray]:
     global _tokenizer
     if _tokenizer is None:  # not before: an error of the initializer would say nothing but that the process ended
         _tokenizer = open_tokenizer(section)
     if _tokenizer.fingerprint != fingerprint:
         raise DataError("tokenizer.model was replaced while documents were tokenized; expected one model. Run again.")
-    return _tokenizer.encode_documents(texts)
+    return _encode_with(_tokenizer, are_examples, texts)
+
+
+def _encode_with(tokenizer: Tokenizer, are_examples: bool, texts: list[str]) -> list[np.ndarray]:
+    return encode_examples(tokenizer, texts) if are_examples else tokenizer.encode_documents(texts)

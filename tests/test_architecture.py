@@ -22,30 +22,32 @@ BENCHMARKS = sorted(path.relative_to(ROOT) for path in (ROOT / "benchmarks").glo
 
 # A module imports modules of lower tiers only. `kernels` is below all of them.
 TIERS = (
-    "errors section spellings heartbeat command_line text_index scaling_laws matrix_owners",
-    "model_options run_options gpus start_clock store_errors checkpoint_owner sequence_parallel recompute activation_offload network slurm slurm_script",
-    "config hardware",
-    "moments stores config_docs schedule batch_plan packing phases row_order families console tokenizer source_files matrix_exchange lion torch_optimizers"
-    " generate_options repetition stalls personal_data near_duplicates languages wikipedia evaluate_options comparison",
+    "errors section hashed_file read_ahead spellings heartbeat command_line text_index scaling_laws matrix_owners",
+    "model_options run_options task_metrics task_grammars gpus start_clock store_errors checkpoint_owner sequence_parallel recompute activation_offload network slurm slurm_script",
+    "config hardware task_stories",
+    "augment moments stores config_docs schedule batch_plan packing phases row_order families console tokenizer source_files matrix_exchange lion torch_optimizers"
+    " generate_options evaluate_options comparison repetition stalls personal_data near_duplicates languages wikipedia",
     "redaction chat parallel_checks config_changes mixture explain patient_file deepspeed_settings plan_shapes plan_activations sentencepiece_model varied_texts table_files token_files shards tensor_files distributed watch_links layers"
     " published model_card muon compiling filters dataset_files decoding tar_files",
-    "messages report_options checks node_cache row_table json_lines run_status plan_memory",
-    "remote_corpus plan_communication",
+    "messages report_options",
+    "examples",
+    "checks node_cache row_table json_lines csv_files run_status plan_memory",
+    "remote_corpus example_files plan_communication task_data",
     "plan_time",
     "plan",
     "plan_report",
-    "prefetch settings sentencepiece_tokenizer model optim initial_weights swapped_states explain_parallel checkpoint_files writable_store shard_reader journal sources spills sampling"
+    "prefetch settings sentencepiece_tokenizer model optim lora initial_weights swapped_states explain_parallel checkpoint_files writable_store shard_reader journal sources spills sampling"
     " tracking family_table profiling watchdog",
-    "communication link_speeds metrics guard spikes hf_tokenizer generate checkpoint_folder checkpoint_store",
+    "communication link_speeds metrics guard spikes hf_tokenizer paraphrases generate checkpoint_folder checkpoint_store",
     "conversation engine tokenizer_files tokenizer_trial checkpoint_places scoring",
-    "text_shards talk harness",
+    "text_shards talk harness adapters",
     "data_plan",
     "damage",
     "row_reader run_state",
     "stream submit_checks",
-    "share_writer feed source_sample replicas submit",
+    "checkpoint_loading share_writer feed source_sample replicas submit",
     "checkpoint run_folder tokenizer_export workers submit_options",
-    "inspection evaluate hf_export self_test samples preflight refining verify_shards inspect_shards task_evals",
+    "inspection evaluate adapter_export hf_export self_test samples task_evals answers preflight refining verify_shards inspect_shards",
     "shares store_check tar_documents tar_folder",
     "corpus",
     "tar_index",
@@ -72,6 +74,8 @@ FILE_OF_LIBRARY = {
     "pyarrow": "pretrain/table_files.py",
     "pydantic_core": "pretrain/settings.py",
     "ruamel": "pretrain/settings.py",
+    "rouge_score": "pretrain/task_metrics.py",
+    "sacrebleu": "pretrain/task_metrics.py",
     "safetensors": "pretrain/tensor_files.py",
     "sentencepiece": "pretrain/sentencepiece_tokenizer.py",
     "tensorboard": "pretrain/metrics.py",
@@ -88,8 +92,8 @@ WITHOUT_TORCH = (
     " sources store_errors stores node_cache remote_corpus prefetch shards shard_reader row_table data_plan journal workers corpus source_sample"
     " prepare dry_run verify_shards inspect_shards store_check prepare_options repetition personal_data near_duplicates languages wikipedia"
     " filters dataset_files redaction refining shares spills json_lines decoding tar_files text_index text_shards tar_documents tar_folder"
-    " tar_index chat gpus moments scaling_laws matrix_owners deepspeed_settings plan_shapes plan_activations plan_memory plan_communication plan_time plan plan_report plan_table plan_options evaluate_options comparison"
-    " messages report_options config_changes slurm slurm_script run_state submit submit_checks submit_options command_line"
+    " tar_index chat evaluate_options comparison report_options messages examples hashed_file read_ahead gpus moments scaling_laws matrix_owners deepspeed_settings plan_shapes plan_activations plan_memory plan_communication plan_time plan plan_report plan_table plan_options"
+    " augment paraphrases csv_files example_files task_metrics task_grammars task_stories task_data command_line config_changes slurm slurm_script run_state submit submit_checks submit_options"
 )
 
 MAX_FILE_LINES = 400

@@ -201,6 +201,7 @@ def test_options_that_do_something_are_not_idle() -> None:
         parallel__offload="optimizer",
     )
     assert sorted(idle_options(config)) == [
+        "data.sources.0.augment.span_shuffle",
         "optim.betas",
         "optim.nesterov",
         "resume.data",
@@ -210,7 +211,7 @@ def test_options_that_do_something_are_not_idle() -> None:
     stores = ["data.cache_bytes", "data.cache_dir", "data.retry_seconds"]
     config = config_of(optim__name="muon", eval__sample_every_steps=5)
     assert sorted(idle_options(config)) == [
-        *stores, "eval.min_delta", "optim.alpha", "parallel.nvme_dir", "resume.data", "resume.optimizer", "resume.schedule",
+        *stores, "data.sources.0.augment.span_shuffle", "eval.min_delta", "optim.alpha", "parallel.nvme_dir", "resume.data", "resume.optimizer", "resume.schedule",
         "schedule.decay_steps",
     ]  # fmt: skip
     assert "optim.momentum" not in idle_options(config_of(optim__name="sgd"))

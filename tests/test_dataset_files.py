@@ -11,6 +11,7 @@ from pretrain.config import SourceSection
 from pretrain.errors import DataError
 from pretrain.source_files import list_files, published_formats
 from pretrain.sources import ReadLog, read_documents
+from pretrain.task_data import make_examples
 
 
 def read(path: Path, on_bad_document: str = "error", on_bad_file: str = "error", **options: str):
@@ -145,3 +146,84 @@ def test_imdb_under_another_name_needs_the_format(tmp_path: Path) -> None:
     write_imdb(tmp_path / "reviews")
     assert len(read(tmp_path)[0]) == 12
     assert read(tmp_path, format="imdb")[0] == REVIEWS
+
+
+def read_examples_of(path: Path, **options: str):
+    source = SourceSection(name="s", paths=[str(path)], shards="unused", examples={}, **options)
+    log = ReadLog()
+    documents = list(read_documents(list_files(source), source, "skip", "error", log))
+    return [json.loads(one.text) for one in documents], log, [one.origin for one in documents]
+
+
+def test_squad_questions_are_examples(tmp_path: Path) -> None:
+    (tmp_path / "dev-v1.1.json").write_text(json.dumps(SQUAD_1))
+    (tmp_path / "train-v2.0.json").write_text(json.dumps(SQUAD_2))
+    examples, log, origins = read_examples_of(tmp_path)
+    background = "Background: Super Bowl 50 was an American football game. The Denver Broncos won."
+    assert examples == [
+        {"prompt": f"{background}\n\nQ: Who won?\nA:\n", "response": "The Denver Broncos"},
+        {"prompt": f"{background}\n\nQ: What was it?\nA:\n", "response": "Super Bowl 50"},
+        {
+            "prompt": "Background: The Normans gave their name to Normandy.\n\n"
+            "Q: Who gave their name to Normandy in the 1000's and 1100's\nA:\n",
+            "response": "unanswerable",
+        },
+    ]
+    assert origins[1] == f"{tmp_path / 'dev-v1.1.json'}:2" and log.counts["documents_read"] == 3
+    own = {"template": "{title}: {question} {context}\n"}
+    source = SourceSection(name="s", paths=[str(tmp_path / "train-v2.0.json")], shards="unused", examples=own)
+    [document] = read_documents(list_files(source), source, "error", "error", ReadLog())
+    assert json.loads(document.text)["prompt"].startswith("Normans: Who gave their name")
+
+
+def test_the_layout_is_that_of_the_made_questions(tmp_path: Path) -> None:
+    [made], _ = make_examples("questions", 1, 1)
+    context, question = made.prompt.removeprefix("Background: ").removesuffix("\nA:\n").split("\n\nQ: ")
+    answers = [{"text": made.response, "answer_start": 0}]
+    paragraph = {"context": context, "qas": [{"question": question, "answers": answers, "id": "1"}]}
+    (tmp_path / "train-v1.1.json").write_text(json.dumps({"data": [{"title": "t", "paragraphs": [paragraph]}]}))
+    assert read_examples_of(tmp_path)[0] == [{"prompt": made.prompt, "response": made.response}]
+
+
+def test_reviews_of_imdb_are_examples(tmp_path: Path) -> None:
+    write_imdb(tmp_path / "aclImdb")
+    examples, log, _ = read_examples_of(tmp_path / "aclImdb" / "train")
+    assert sorted(one["response"] for one in examples) == ["negative", "positive"]
+    assert {
+        "prompt": "Review: Bromwell High is a cartoon comedy.\n\nIt ran at the same time.\nSentiment:\n",
+        "response": "positive",
+    } in examples
+    assert log.counts["skipped_no_label"] == 1 and "unsup" in log.examples["skipped_no_label"]
+    [made], _ = make_examples("classification", 1, 1)
+    assert made.prompt.startswith("Review: ") and made.prompt.endswith("\nSentiment:\n")
+
+
+def test_tables_are_examples_by_their_columns(tmp_path: Path) -> None:
+    (tmp_path / "IMDB Dataset.csv").write_text(
+        'review,sentiment\n"Good, ""really"".",positive\nBad.,negative\n\nshort\n'
+    )
+    fields = {"template": "Review: {review}\nSentiment:\n", "response": "sentiment"}
+    source = SourceSection(name="s", paths=[str(tmp_path)], shards="unused", examples=fields)
+    log = ReadLog()
+    examples = [json.loads(one.text) for one in read_documents(list_files(source), source, "skip", "error", log)]
+    assert examples == [
+        {"prompt": 'Review: Good, "really".\nSentiment:\n', "response": "positive"},
+        {"prompt": "Review: Bad.\nSentiment:\n", "response": "negative"},
+    ]
+    assert log.counts["skipped_empty"] == log.counts["skipped_bad_row"] == 1
+    with pytest.raises(
+        DataError, match=r"Dataset.csv:1: .*its field 'prompt' is missing \(it has: review, sentiment\)"
+    ):
+        source = SourceSection(name="s", paths=[str(tmp_path)], shards="unused", examples={})
+        list(read_documents(list_files(source), source, "error", "error", ReadLog()))
+    (tmp_path / "odd.csv").write_bytes(b"review,sentiment\n\xff,positive\n")
+    source = SourceSection(name="s", paths=[str(tmp_path / "odd.csv")], shards="unused", examples=fields)
+    log = ReadLog()
+    assert list(read_documents(list_files(source), source, "skip", "error", log)) == []
+    assert log.examples["skipped_not_utf8"].endswith("it is not UTF-8")
+
+
+def test_examples_are_not_looked_for_in_other_files(tmp_path: Path) -> None:
+    (tmp_path / "prose.txt").write_text("text")
+    with pytest.raises(DataError, match=r"prose.txt is a file of text; expected .jsonl, .csv, .tsv, SQuAD or IMDB"):
+        read_examples_of(tmp_path)

@@ -156,8 +156,8 @@ def test_manifest_round_trip_and_fingerprint(tmp_path):
     [
         (None, r"manifest\.json is missing; expected a prepared corpus\. Run: python launch/prepare\.py CONFIG"),
         ("{", r"manifest\.json cannot be read: .*Delete it and run: python launch/prepare\.py"),
-        ("[]", r"version is None; expected 1\."),
-        ('{"version": 99}', r"version is 99; expected 1\. Prepare the corpus into a new folder"),
+        ("[]", r"version is None; expected 1 or 2\."),
+        ('{"version": 99}', r"version is 99; expected 1 or 2\. Prepare the corpus into a new folder"),
         ('{"version": 1}', r"a field is wrong or missing \('train'\)"),
         ('{"version": 1, "train": [{"nam": 1}], "val": []}', r"a field is wrong or missing"),
     ],

@@ -3,7 +3,7 @@
 Started by the tests on every rank: `cases.py CONFIG CASES.json`. CASES.json holds a list of
 {"overrides": [...], and by choice "signal_at", "signal_rank", "poison", "out_of_memory", "damage", "fail_save",
 "slow_save", "lose_state", "zero": settings of DeepSpeed's, "files" instead of its disk operator, "flip": [step, rank or
--1 for all, name], "watch_loading", "window", "bad_rows", "lie", "last_overrides", "measure"}. What a case leaves behind is
+-1 for all, name], "watch_loading", "window", "bad_rows", "lie", "last_overrides", "measure", "watch_untrained"}. What a case leaves behind is
 in its run folder.
 """
 
@@ -34,6 +34,7 @@ from pretrain.errors import LonghaulError
 from pretrain.guard import StopRequest
 from pretrain.model import KVCache
 from pretrain.optim import make_optimizer
+from pretrain.replicas import hash_tensor
 from pretrain.settings import load_config
 from pretrain.start_clock import StartClock
 from tests.host_reads import HostReads
@@ -178,6 +179,20 @@ def run_case(case: dict, config_path: str, ranks, stop: StopRequest) -> str:
             return forward(self, *args)
 
         engine_module.Engine.forward = forward_nonsense
+    if case.get("watch_untrained"):  # the weights that are not trained have the same bits after each step
+
+        def untrained_step(run):
+            def bits():
+                named = run.engine._untrained
+                held = [getattr(parameter, "ds_tensor", parameter) for _, parameter in named]
+                return [int(hash_tensor(tensor.data)) for tensor in held]
+
+            before = bits()
+            asked = original(run)
+            assert before and before == bits(), "weights that are not trained have moved"
+            return asked
+
+        train_module.train_step = untrained_step
     if "count_reads" in case:  # what the host reads from the device in this step
 
         def watched_step(run):
