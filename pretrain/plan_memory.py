@@ -217,13 +217,15 @@ def activations(shape: ModelShape, num_rows: int, seq_len: int, mode: str, size:
     repeated = 2 * H * C if masked and K < H else 0
     explicit = masked and (shape.attention_softcap is not None or shape.attention_dropout > 0)
     scores = (4 + size) * H * seq_len if explicit else 0  # bytes a token: probabilities in fp32, and rounded
-    small = 2 * norm_bytes + (4 * (H + K) if shape.qk_norm else 0)
+    small = 2 * norm_bytes + (0 if not shape.qk_norm else 8 if shape.qk_norm == "full" else 4 * (H + K))
     attended = H * C * size + 4 * H + scores  # what attention returns, and the logarithms of its sums
     cheap = (4 * D + turned + repeated + F) * size + small  # norms, RoPE, activations
     dear = ((H + 2 * K) * C + up) * size + attended  # products and attention
-    block = {"none": cheap + dear, "selective": dear + 3 * D * size, "full": 2 * D * size}[mode]
-    tables = 4 * C if shape.positions == "rope" else 0
-    final = 0 if mode == "full" else D * size  # the stream before the last norm; with `full`, in place of the first
+    behind = shape.norm == "reordered_rmsnorm"  # the norm of what `down` returns keeps that, which no other block does
+    block = {"none": cheap + dear, "selective": dear + (3 + behind) * D * size, "full": 2 * D * size}[mode]
+    tables = 4 * shape.rope_dim if shape.positions == "rope" else 0
+    # The stream before the last norm; with `full`, in place of the first; with `selective`, of the last block's `down`.
+    final = 0 if mode == "full" or (mode == "selective" and behind) else D * size
     mask = num_rows * seq_len**2 * size if masked else 0
     kept = N * (shape.num_layers * block + final + tables + norm_bytes + 12) + mask
     again = {"none": 0, "selective": cheap, "full": cheap + dear}[mode]
