@@ -320,8 +320,8 @@ def _head_problems(model: ModelSection, family: Family, positions: str) -> Itera
         yield f"{name} is {head_dim}; expected an even number for positions rope. Set model.head_dim to {near}."
     elif positions == "rope" and ((turned := int(head_dim * model.rope_fraction)) < 2 or turned % 2):
         yield (
-            f"model.rope_fraction is {model.rope_fraction:g}, which is {turned} of {head_dim} dimensions; expected an even "
-            f"number, at least 2. Use {max(turned // 2 * 2, 2) / head_dim:g}."
+            f"model.rope_fraction is {model.rope_fraction:g}, which is {turned} of {head_dim} dimensions; expected an "
+            f"even number, at least 2. Use {max(turned // 2 * 2, 2) / head_dim:g}."
         )
     if family.grouped_heads and num_kv_heads is not None and num_heads % num_kv_heads:
         near = " or ".join(str(n) for n in _nearest_divisors(num_heads, num_kv_heads))

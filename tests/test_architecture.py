@@ -36,25 +36,26 @@ TIERS = (
     "plan_report",
     "prefetch settings sentencepiece_tokenizer model optim initial_weights swapped_states explain_parallel checkpoint_files writable_store shard_reader journal sources spills sampling"
     " tracking family_table profiling watchdog",
-    "communication link_speeds metrics guard spikes hf_tokenizer generate checkpoint_folder checkpoint_store",
-    "engine tokenizer_files tokenizer_trial checkpoint_places",
+    "communication link_speeds metrics guard spikes hf_tokenizer generate checkpoint_folder checkpoint_store hf_config hf_tensors import_check"
+    " weights_checkpoint",
+    "added_tokens start_config engine tokenizer_files tokenizer_trial checkpoint_places",
     "text_shards",
     "data_plan",
     "damage",
     "row_reader run_state",
     "stream submit_checks",
     "share_writer feed source_sample replicas submit",
-    "checkpoint run_folder tokenizer_export workers submit_options",
+    "checkpoint run_folder import_tokenizer tokenizer_export workers submit_options",
     "evaluate hf_export self_test samples preflight refining verify_shards inspect_shards",
     "shares store_check tar_documents tar_folder",
     "corpus",
     "tar_index",
-    "resume prepare convert quickstart",
+    "resume prepare convert hf_import quickstart",
     "run",
     "rollback saving plan_check",
     "train",
     "dry_run plan_table",
-    "prepare_options plan_options",
+    "prepare_options plan_options import_options",
 )
 TIER_OF = {module: tier for tier, modules in enumerate(TIERS) for module in modules.split()}
 
