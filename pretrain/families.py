@@ -35,6 +35,7 @@ class Family:
     sliding_window: bool = False
     attention_softcap: bool = False
     logit_softcap: bool = False
+    json_tokenizer: bool = False  # clients take its tokenizer for a byte-level one
     exported: bool = True
 
 
@@ -66,6 +67,7 @@ FAMILIES: dict[str, Family] = {
         ffn_bias=(False,),
         tie_embeddings=(False, True),
         sliding_window=True,
+        json_tokenizer=True,
     ),
     "qwen3": Family(
         norm=("rmsnorm",),

@@ -55,7 +55,8 @@ def choose_tokenizer(
             fault, num_tokens = _difference(tokenizer, reference, samples, num_texts)
             if fault is None:
                 report = {"file": path.name, "kind": tokenizer.kind, "class": type(reference).__name__,
-                          "texts": num_texts, "tokens": num_tokens, "mismatches": 0, "vocab_size": tokenizer.vocab_size}  # fmt: skip
+                          "texts": num_texts, "tokens": num_tokens, "mismatches": 0,
+                          "vocab_size": tokenizer.vocab_size}  # fmt: skip
                 if faults:
                     report["class_differs"] = f"{type(references[0]).__name__}: {faults[0]}"
                 if passed_over:
