@@ -19,7 +19,7 @@ from pretrain.errors import ExportError
 from pretrain.redaction import storable
 from pretrain.tensor_files import sync_folder, write_tensors, write_text
 
-FILE_BYTES = 256 << 20  # at which the next file begins: what is held in memory beside the tensor at hand
+FILE_BYTES = 128 << 20  # at which the next file begins: what is held in memory beside the tensor at hand
 _MASTER = "master"
 
 
@@ -67,11 +67,11 @@ def write_weights(
                 f"{list(shapes.get(name, ())) or 'no such parameter'}. "
                 "The weights are of another model than config.json says."
             )
-        if not torch.isfinite(tensor).all():
+        if not torch.stack(torch.aminmax(tensor)).isfinite().all():  # which no copy is made for
             raise ExportError(f"{name}: holds NaN or infinity; expected finite weights. Copy the model again.")
-        flat = tensor.to(torch.float32).contiguous().view(-1)
-        if held and sum(other.nbytes for other in held.values()) + flat.nbytes > FILE_BYTES:
+        if held and sum(other.nbytes for other in held.values()) + 4 * tensor.numel() > FILE_BYTES:
             write_held()
+        flat = tensor.to(torch.float32).contiguous().view(-1)
         held[tensor_key(name, _MASTER, 0)] = flat
         piece = Piece(f"weights-{len(files):05d}.safetensors", 0, math.prod(tensor.shape))
         parameters[name] = {

@@ -100,7 +100,7 @@ def runs(tiny_config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         {"overrides": [*renamed, "model.family=llama", "run.allow_changes=[model.family]"]},
     ]
     outcomes += ["stopped", "done"]
-    assert run_cases(tiny_config, cases, 2, folder / "ranks") == outcomes
+    assert run_cases(tiny_config, cases, 2, folder / "ranks", timeout=800) == outcomes
     return folder
 
 
