@@ -81,7 +81,7 @@ PUBLISHED: dict[str, tuple[dict[str, Any], int, dict[str, Any]]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("style", ["transformers 4", "transformers 5"])
+@pytest.mark.parametrize("style", ["transformers 4", pytest.param("transformers 5", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_configs_have_the_right_shape_and_number_of_parameters(name, style, tmp_path):
     raw, num_published, expected = PUBLISHED[name]

@@ -43,7 +43,12 @@ def refused(source: Path, out: Path, message: str, error: type[Exception] = Expo
     assert not out.exists() and not list(out.parent.glob(".*partial*"))
 
 
-@pytest.mark.parametrize("name", MODELS)
+FAST = ("mistral", "olmo2", "stablelm", "gpt2")  # each in a way of its own; the others take as long again
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in MODELS]
+)
 def test_logits_are_those_of_transformers_and_the_way_back_gives_the_same_tensors(name, tmp_path):
     theirs = make_model(name, tmp_path / "published")
     report = import_hf(tmp_path / "published", tmp_path / "run")
@@ -190,6 +195,15 @@ def use_sentencepiece(folder: Path) -> None:
     write_tokenizer_files(SentencePieceTokenizer(folder / "tokenizer.model"), folder, 96)
     settings = json.loads((folder / "tokenizer_config.json").read_text())
     (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": "{{ messages }}"}))
+
+
+def test_the_token_that_ends_documents_may_be_named_by_the_config_alone(llama, tmp_path):
+    source = copy_of(llama, tmp_path / "model")
+    (source / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    change_config(source, {"eos_token_id": [0, 5]})
+    import_hf(source, tmp_path / "run")
+    assert load_run(tmp_path / "run").tokenizer.eos_id == 0
+    assert load_config(tmp_path / "run" / "continue.yaml").tokenizer.eos == "<|endoftext|>"
 
 
 def test_tokens_that_are_there_are_refused(llama, tmp_path, capsys):
