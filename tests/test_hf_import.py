@@ -18,9 +18,18 @@ from pretrain.checkpoint_files import CheckpointReader
 from pretrain.convert import convert
 from pretrain.errors import ConfigError, ExportError
 from pretrain.hf_import import import_hf
+from pretrain.import_tokenizer import choose_tokenizer
 from pretrain.run_folder import load_run
 from pretrain.settings import load_config
-from tests.published_models import MODELS, NUM_IDS, change_config, copy_of, make_model, sentencepiece_model
+from tests.published_models import (
+    MODELS,
+    NUM_IDS,
+    change_config,
+    copy_of,
+    make_model,
+    sentencepiece_model,
+    write_byte_level,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -231,7 +240,30 @@ def test_the_sentencepiece_model_is_kept_and_tokens_beside_it_make_the_other_fil
     )
 
 
-def test_ids_that_transformers_does_not_give_are_refused(llama, tmp_path):
+def test_a_class_that_builds_another_tokenizer_than_its_file_is_passed_over(tmp_path):
+    make_model("qwen2", tmp_path / "model")
+    write_byte_level(tmp_path / "model")  # GPT-2's way of cutting text, which transformers' class for Qwen replaces
+    report = import_hf(tmp_path / "model", tmp_path / "run")
+    assert report["tokenizer"]["class_differs"].startswith("Qwen2Tokenizer: its ids of ")
+
+
+def test_ids_that_transformers_does_not_give_are_refused_by_the_first_text(llama):
+    class Other:
+        bos_token_id, eos_token_id = None, 0
+
+        def get_vocab(self):
+            return {"x": NUM_IDS - 1}
+
+        def __call__(self, texts, **options):
+            return {"input_ids": [[5] for _ in texts]}
+
+    with pytest.raises(
+        ExportError, match=r"llama: tokenizer.json: its ids of '.*' are \[.*\], and \[5\] in transformers. Exp"
+    ):
+        choose_tokenizer(llama, {}, lambda folder, is_plain=False: Other(), [], 20)
+
+
+def test_a_sentencepiece_model_that_transformers_does_not_read_so_is_passed_over(llama, tmp_path):
     source = copy_of(llama, tmp_path / "model")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (source / name).unlink()
