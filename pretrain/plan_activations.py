@@ -80,34 +80,41 @@ def activations(
     # `selective` frees one of the products that it kept; `offload` has fetched what the block before needs
     again = {"none": 0, "selective": cheap - D * size, "full": cheap + alone,
              "offload": cheap + alone + 2 * D * size}[mode]  # fmt: skip
-    # Beside what the block kept, less what it has freed by then: gradients of the residual stream and of what is worked
-    # on, and the one of a weight that has just been made.
-    brought = H * C if shared_by > 1 else 0
-    attention = N * ((2 * H + 2 * K) * C - D - brought) * size + N * H * C * 4
-    down, up_weight = F * D * size, up * D * size
-    if in_chunks:  # the weights' gradients of the chunks so far, the next one's, and the sum of both
-        chunk, so_far = chunk_tokens * size, down + up_weight
-        tails = (
-            2 * N * D * size + so_far + 2 * down + chunk * (F + up),
-            2 * N * D * size + so_far + 2 * up_weight + chunk * D,
-            4 * N * D * size + so_far,  # the input's gradient, likewise
-            attention,
-        )
-    else:
-        tails = (
-            N * (D + F) * size + down,
-            N * (D + up) * size,  # the activation
-            N * (2 * D - F) * size + up_weight,
-            attention - N * (up + F) * size,
-        )
+    most = max(_backward_bytes(shape, N, size, chunk_tokens if in_chunks else 0, shared_by))
     classes = shape.padded_vocab_size
     loss = 4 * (classes + N) * D
     logits = 4 * chunk_rows(N, shape.vocab_size) * shape.vocab_size
     handed_on = size * (classes + N) * D
     return Activations(
         kept=int(kept), loss=loss, loss_peak=max(logits + size * N * D, handed_on), handed_on=handed_on,
-        block_peak=int(N * (again - D * size) + max(tails) + (size * classes * D if shape.tie_embeddings else 0)),
+        block_peak=int(N * (again - D * size) + most + (size * classes * D if shape.tie_embeddings else 0)),
     )  # fmt: skip
+
+
+def _backward_bytes(shape: ModelShape, N: int, size: int, chunk_tokens: int, shared_by: int) -> tuple[int, ...]:
+    """Bytes at the moments of a block's backward pass, beside what it kept and less what it has freed by then.
+
+    They are gradients of the residual stream and of what is worked on, and the one of a weight that has just been made.
+    """
+    D, F, H, K, C = shape.dim, shape.ffn_dim, shape.num_heads, shape.num_kv_heads, shape.head_dim
+    up = 2 * F if shape.activation == "swiglu" else F
+    brought = H * C if shared_by > 1 else 0
+    attention = N * ((2 * H + 2 * K) * C - D - brought) * size + N * H * C * 4
+    down, up_weight = F * D * size, up * D * size
+    if chunk_tokens:  # the weights' gradients of the chunks so far, the next one's, and the sum of both
+        chunk, so_far = chunk_tokens * size, down + up_weight
+        return (
+            2 * N * D * size + so_far + 2 * down + chunk * (F + up),
+            2 * N * D * size + so_far + 2 * up_weight + chunk * D,
+            4 * N * D * size + so_far,  # the input's gradient, likewise
+            attention,
+        )
+    return (
+        N * (D + F) * size + down,
+        N * (D + up) * size,  # the activation
+        N * (2 * D - F) * size + up_weight,
+        attention - N * (up + F) * size,
+    )
 
 
 def offloaded_bytes(shape: ModelShape, num_tokens: int, size: int) -> int:
