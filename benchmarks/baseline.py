@@ -18,7 +18,8 @@ class Baseline(nn.Module):
     """A pre-norm decoder-only Transformer; documents of a row see each other, as in most plain code.
 
     Raises:
-        ValueError: the shape has a window, a soft-cap or scaled RoPE, for which there is no plain one-line operator.
+        ValueError: the shape has a window, a soft-cap, scaled or partial RoPE, for which there is no plain one-line
+            operator, or norms elsewhere than here.
     """
 
     def __init__(self, shape: ModelShape) -> None:
@@ -26,6 +27,9 @@ class Baseline(nn.Module):
         for name in ("sliding_window", "attention_softcap", "logit_softcap", "rope_scaling"):
             if getattr(shape, name) is not None:
                 raise ValueError(f"model.{name} is {getattr(shape, name)}; expected null for the baseline. Remove it.")
+        for name, plain in (("norm", ("rmsnorm", "layernorm")), ("qk_norm", (False, True)), ("rope_fraction", (1.0,))):
+            if getattr(shape, name) not in plain:
+                raise ValueError(f"model.{name} is {getattr(shape, name)}; expected one of {plain} for the baseline.")
         self.embedding = nn.Embedding(shape.padded_vocab_size, shape.dim)
         learned = shape.positions == "learned"
         self.position_embedding = nn.Embedding(shape.seq_len, shape.dim) if learned else None

@@ -9,7 +9,7 @@ from pretrain.batch_plan import num_steps_of
 from pretrain.config import Config
 from pretrain.config_docs import yaml_value
 from pretrain.errors import ConfigError, Problem
-from pretrain.families import resolve_shape
+from pretrain.families import FAMILIES, resolve_shape
 from pretrain.parallel_checks import parallel_problems
 from pretrain.phases import KINDS, amounts_of, kind_of_sources, val_fraction_of
 from pretrain.schedule import num_decay_steps
@@ -383,3 +383,10 @@ def _model_problems(config: Config) -> Iterator[Problem]:
         for line in str(error).splitlines():
             words = [word for word in line.split() if word.startswith("model.")]
             yield Problem(words[0] if words else "model", line)
+    if FAMILIES[config.model.family].json_tokenizer and config.tokenizer.model.endswith(".model"):
+        yield Problem(
+            "model.family", f"model.family is {config.model.family}, and tokenizer.model is {config.tokenizer.model}; "
+            "expected a tokenizer.json for it, because transformers 5 reads tokenizers of this family by a class of "
+            "its own, "
+            "which gives other ids for a sentencepiece model. Use model.family qwen3, or llama."
+        )  # fmt: skip

@@ -10,6 +10,7 @@ from pretrain.config import Config
 from pretrain.config_docs import yaml_value
 from pretrain.errors import ConfigError
 from pretrain.families import resolve_shape
+from pretrain.section import Section
 
 # Changing these does not change what the run computes, beyond its length. What is already done of `data.sources` and
 # `data.phases` cannot be changed either: a checkpoint is compared with the plan of the rows up to it.
@@ -74,6 +75,43 @@ def check_same_run(run: Path, old: Config, new: Config) -> None:
             f"{run}: belongs to another config; expected the same one:\n{lines}\n"
             f"Start a new run with run.dir=…{_way_on(run, [name for name, *_ in refused], new.run.allow_changes)}"
         )
+
+
+def check_same_model(where: str, old: Config, new: Config) -> None:
+    """Check that a run may begin with the weights of another one's model, which its tensors' shapes do not show.
+
+    Dropout, initial values and the family's name are free, and RoPE may be scaled that was not, which is what scaling
+    is for; `run.allow_changes` allows what else is meant to change.
+
+    Raises:
+        ConfigError: the models differ; with each difference.
+    """
+    sections = [(one.model, one.tokenizer.vocab_size, one.data.max_seq_len) for one in (old, new)]
+    before, after = (vars(resolve_shape(*section)) for section in sections)
+    free = {"family", "dropout", "attention_dropout", "init_std", "vocab_size", "padded_vocab_size"}
+    free |= {name.removeprefix("model.") for name in new.run.allow_changes}
+    free |= {"rope_scaling"} if before["rope_scaling"] is None else set()
+    free |= (
+        {"sliding_window"}
+        if after["sliding_window"] is None and (before["sliding_window"] or 0) >= after["seq_len"]
+        else set()
+    )
+    free |= set() if before["positions"] == after["positions"] == "learned" else {"seq_len"}
+    differences = [
+        ("data.seq_len" if name == "seq_len" else f"model.{name}", _option_text(before[name]), _option_text(value))
+        for name, value in after.items() if name not in free and before[name] != value
+    ]  # fmt: skip
+    if differences:
+        lines = "\n".join(f"  {name}: {there} there, {here} here" for name, there, here in differences)
+        names = ", ".join([*new.run.allow_changes, *(name for name, *_ in differences)])
+        raise ConfigError(
+            f"resume.from is {where}, whose model is another one; expected the same:\n{lines}\nUse its `model` "
+            f"section, or, where a change is meant that leaves all shapes, 'run.allow_changes=[{names}]'."
+        )
+
+
+def _option_text(value: Any) -> str:
+    return yaml_value(value.model_dump() if isinstance(value, Section) else value)
 
 
 def _way_on(run: Path, refused: list[str], allowed: Sequence[str]) -> str:

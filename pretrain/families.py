@@ -28,12 +28,14 @@ class Family:
     attention_bias: tuple[bool | str, ...]
     ffn_bias: tuple[bool, ...]
     tie_embeddings: tuple[bool, ...]
-    qk_norm: tuple[bool, ...] = (False,)
+    qk_norm: tuple[bool | str, ...] = (False,)
     grouped_heads: bool = True  # num_kv_heads may differ from num_heads
     free_head_dim: bool = False  # head_dim may differ from dim / num_heads
+    partial_rope: bool = False  # rope_fraction may be less than 1
     sliding_window: bool = False
     attention_softcap: bool = False
     logit_softcap: bool = False
+    json_tokenizer: bool = False  # clients take its tokenizer for a byte-level one
     exported: bool = True
 
 
@@ -47,6 +49,26 @@ FAMILIES: dict[str, Family] = {
         tie_embeddings=(False, True),
         free_head_dim=True,
     ),
+    "mistral": Family(
+        norm=("rmsnorm",),
+        activation=("swiglu",),
+        positions=("rope",),
+        attention_bias=(False,),
+        ffn_bias=(False,),
+        tie_embeddings=(False, True),
+        free_head_dim=True,
+        sliding_window=True,
+    ),
+    "qwen2": Family(
+        norm=("rmsnorm",),
+        activation=("swiglu",),
+        positions=("rope",),
+        attention_bias=("qkv",),
+        ffn_bias=(False,),
+        tie_embeddings=(False, True),
+        sliding_window=True,
+        json_tokenizer=True,
+    ),
     "qwen3": Family(
         norm=("rmsnorm",),
         activation=("swiglu",),
@@ -58,6 +80,15 @@ FAMILIES: dict[str, Family] = {
         free_head_dim=True,
         sliding_window=True,
     ),
+    "olmo2": Family(
+        norm=("reordered_rmsnorm",),
+        activation=("swiglu",),
+        positions=("rope",),
+        attention_bias=(False,),
+        ffn_bias=(False,),
+        tie_embeddings=(False,),  # transformers can tie them, and llama.cpp does not load that
+        qk_norm=("full",),
+    ),
     "stablelm": Family(
         norm=("layernorm",),
         activation=("swiglu",),
@@ -65,6 +96,7 @@ FAMILIES: dict[str, Family] = {
         attention_bias=(False, "qkv"),
         ffn_bias=(False,),
         tie_embeddings=(False, True),
+        partial_rope=True,
     ),
     "starcoder2": Family(
         norm=("layernorm",),
@@ -85,14 +117,15 @@ FAMILIES: dict[str, Family] = {
         grouped_heads=False,
     ),
     "custom": Family(
-        norm=("rmsnorm", "layernorm"),
+        norm=("rmsnorm", "layernorm", "reordered_rmsnorm"),
         activation=("swiglu", "gelu"),
         positions=("rope", "learned"),
         attention_bias=(False, True, "qkv"),
         ffn_bias=(False, True),
         tie_embeddings=(False, True),
-        qk_norm=(False, True),
+        qk_norm=(False, True, "full"),
         free_head_dim=True,
+        partial_rope=True,
         sliding_window=True,
         attention_softcap=True,
         logit_softcap=True,
@@ -120,8 +153,9 @@ class ModelShape:
     activation: str
     positions: str
     rope_theta: float
+    rope_fraction: float
     rope_scaling: RopeScalingSection | None
-    qk_norm: bool
+    qk_norm: bool | str
     sliding_window: int | None
     attention_softcap: float | None
     logit_softcap: float | None
@@ -134,6 +168,11 @@ class ModelShape:
     vocab_size: int
     padded_vocab_size: int
     seq_len: int
+
+    @property
+    def rope_dim(self) -> int:
+        """Dimensions of a head that RoPE turns."""
+        return int(self.head_dim * self.rope_fraction)
 
 
 def resolve_shape(model: ModelSection, vocab_size: int, seq_len: int) -> ModelShape:
@@ -154,7 +193,7 @@ def resolve_shape(model: ModelSection, vocab_size: int, seq_len: int) -> ModelSh
     chosen: dict[str, Any] = {name: getattr(model, name) for name in CHOICES}
     chosen |= {name: getattr(family, name)[0] for name, value in chosen.items() if value is None}
     head_dim = model.head_dim or model.dim // model.num_heads
-    wanted = chosen | {name: getattr(model, name) for name in ("dim", "num_heads", *EXTRAS)}
+    wanted = chosen | {name: getattr(model, name) for name in ("dim", "num_heads", "rope_fraction", *EXTRAS)}
     wanted |= {"num_kv_heads": model.num_kv_heads or model.num_heads, "head_dim": head_dim}
     given = {name for name in wanted if getattr(model, name) is not None}
     problems = [
@@ -206,7 +245,8 @@ def num_parameters(shape: ModelShape) -> int:
     block = _block_matrices(shape) + 2 * norm
     block += qkv_outputs if shape.attention_bias is not False else 0
     block += shape.dim if shape.attention_bias is True else 0
-    block += 2 * shape.head_dim if shape.qk_norm else 0
+    heads = shape.num_heads + shape.num_kv_heads if shape.qk_norm == "full" else 2
+    block += heads * shape.head_dim if shape.qk_norm else 0
     block += up_outputs + shape.dim if shape.ffn_bias else 0
     embeddings = shape.padded_vocab_size * shape.dim * (1 if shape.tie_embeddings else 2)
     embeddings += shape.seq_len * shape.dim if shape.positions == "learned" else 0
@@ -251,6 +291,8 @@ def _refused(family: Family, wanted: Mapping[str, Any]) -> dict[str, str]:
         refused["head_dim"] = f"dim / num_heads ({width})"
     if not family.grouped_heads and wanted["num_kv_heads"] != wanted["num_heads"]:
         refused["num_kv_heads"] = f"num_heads ({wanted['num_heads']})"
+    if not family.partial_rope and wanted["positions"] == "rope" and wanted["rope_fraction"] != 1:
+        refused["rope_fraction"] = "1"
     return refused | {name: "null" for name in EXTRAS if wanted[name] is not None and not getattr(family, name)}
 
 
@@ -279,6 +321,11 @@ def _head_problems(model: ModelSection, family: Family, positions: str) -> Itera
         name = "model.head_dim" if model.head_dim else "dim / num_heads"
         near = f"{head_dim - 1} or {head_dim + 1}" if head_dim > 1 else "2"
         yield f"{name} is {head_dim}; expected an even number for positions rope. Set model.head_dim to {near}."
+    elif positions == "rope" and ((turned := int(head_dim * model.rope_fraction)) < 2 or turned % 2):
+        yield (
+            f"model.rope_fraction is {model.rope_fraction:g}, which is {turned} of {head_dim} dimensions; expected an "
+            f"even number, at least 2. Use {max(turned // 2 * 2, 2) / head_dim:g}."
+        )
     if family.grouped_heads and num_kv_heads is not None and num_heads % num_kv_heads:
         near = " or ".join(str(n) for n in _nearest_divisors(num_heads, num_kv_heads))
         wanted = f"a divisor of model.num_heads ({num_heads})"
@@ -288,7 +335,7 @@ def _head_problems(model: ModelSection, family: Family, positions: str) -> Itera
 def _position_problems(model: ModelSection, wanted: Mapping[str, Any], given: Set[str], seq_len: int) -> Iterator[str]:
     """Check the options of RoPE and the window against the kind of positions and the length of rows."""
     # Compared with the default, not looked up in model_fields_set: the config.yaml of a run folder sets every field.
-    for name in ("rope_theta", "rope_scaling"):
+    for name in ("rope_theta", "rope_fraction", "rope_scaling"):
         value = getattr(model, name)
         if wanted["positions"] != "rope" and value != ModelSection.model_fields[name].default:
             text = value.type if isinstance(value, RopeScalingSection) else _text(value)

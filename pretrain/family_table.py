@@ -56,7 +56,7 @@ def published_config(shape: ModelShape) -> dict[str, Any]:
     config |= family.constants
     config |= {key: derive(shape) for key, derive in family.derived.items()}
     if shape.positions == "rope":
-        partial = {key: value for key, value in family.constants.items() if key == "partial_rotary_factor"}
+        partial = {key: config[key] for key in ("partial_rotary_factor",) if key in config}
         scaling = _published_scaling(shape)
         config["rope_theta"] = shape.rope_theta
         if scaling["rope_type"] != "default":
@@ -105,7 +105,8 @@ def import_tensors(shape: ModelShape, tensors: Mapping[str, Tensor]) -> Iterator
 
     Args:
         shape: the shape of our model.
-        tensors: every tensor of the published model; one that is tied to another is left out.
+        tensors: every tensor of the published model, each read when it is its turn; one that is tied to another is left
+            out.
 
     Yields:
         Our name and the parameter; rows that pad the vocabulary are 0.
@@ -113,9 +114,12 @@ def import_tensors(shape: ModelShape, tensors: Mapping[str, Tensor]) -> Iterator
     Raises:
         ExportError: a tensor is in no row of the table, part of a parameter is missing, or a size does not fit.
     """
-    left = dict(tensors)
+    left = dict.fromkeys(tensors)
     for name, weight in _weights_of_layers(shape).items():
-        parts = {theirs: left.pop(theirs) for theirs in weight.theirs if theirs in left}
+        found = [theirs for theirs in weight.theirs if theirs in left]
+        for theirs in found:
+            del left[theirs]
+        parts = {theirs: tensors[theirs] for theirs in found}
         if parts:  # else a bias or output layer that the model does not have
             yield name, _join(weight, parts, shape)
     if left:

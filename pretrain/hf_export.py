@@ -11,13 +11,14 @@ import hashlib
 import importlib.metadata
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 import pretrain
 from pretrain.errors import ExportError
@@ -309,3 +310,86 @@ def _compare_logits(ours_TV: Tensor, theirs_TV: Tensor, where: str) -> tuple[flo
             f"(largest difference in the row: {largest:.3g}). {_REPORT_IT}"
         )
     return largest, scale, int((ours_TV.argmax(1) != theirs_TV.argmax(1)).sum())
+
+
+def resolved_config(folder: Path) -> dict[str, Any]:
+    """Return what transformers reads in a folder's `config.json`, with every default.
+
+    Raises:
+        ExportError: it does not read it.
+    """
+    return _loaded_from(AutoConfig, folder).to_dict()
+
+
+@dataclass
+class Reference:
+    """What transformers computes from a published model, in fp32.
+
+    Args:
+        architecture: the class.
+        logits: of the last positions of each row, `[positions, V]`.
+        greedy: tokens that continue the prompt, each the most probable of V.
+        greedy_logits: `[tokens, V]`, from which they were taken.
+    """
+
+    architecture: str
+    logits: list[Tensor]
+    greedy: list[int]
+    greedy_logits: Tensor
+
+
+@torch.inference_mode()
+def reference_of(
+    folder: Path, rows: Sequence[Tensor], num_positions: int, prompt_T: Tensor, num_tokens: int, vocab_size: int
+) -> Reference:
+    """Compute logits and a greedy continuation with transformers; the model is gone when this returns.
+
+    Args:
+        folder: the published model.
+        rows: token ids, each int64 [T].
+        num_positions: of each row whose logits are kept, the last ones.
+        prompt_T: token ids to continue.
+        num_tokens: how many follow.
+        vocab_size: V, of which tokens are taken and logits kept.
+
+    Raises:
+        ExportError: transformers does not load it, or makes up some of its weights.
+    """
+    model, info = _loaded_from(AutoModelForCausalLM, folder, dtype=torch.float32, output_loading_info=True)
+    for kind in ("missing_keys", "mismatched_keys"):
+        if info.get(kind):
+            raise ExportError(
+                f"{folder}: transformers reports {kind} {sorted(map(str, info[kind]))[0]}; expected none."
+            )
+    model.eval()
+    logits = [
+        model(input_ids=row_T[None], logits_to_keep=num_positions).logits[0, :, :vocab_size].clone() for row_T in rows
+    ]
+    greedy: list[int] = []
+    steps: list[Tensor] = []
+    for _ in range(num_tokens):
+        tokens_BT = torch.cat((prompt_T, torch.tensor(greedy, dtype=torch.int64)))[None]
+        logits_BTV = model(input_ids=tokens_BT, use_cache=False, logits_to_keep=1).logits
+        steps.append(logits_BTV[0, -1, :vocab_size].clone())
+        greedy.append(int(steps[-1].argmax()))
+    greedy_logits = torch.stack(steps) if steps else torch.empty(0, vocab_size)
+    return Reference(type(model).__name__, logits, greedy, greedy_logits)
+
+
+def published_tokenizer(folder: Path, is_plain: bool = False) -> Any:
+    """Load a published tokenizer by the class that it names, or plainly from its `tokenizer.json`.
+
+    Raises:
+        ExportError: transformers does not load it.
+    """
+    return _loaded_from(PreTrainedTokenizerFast if is_plain else AutoTokenizer, folder)
+
+
+def _loaded_from(auto_class: Any, folder: Path, **options: Any) -> Any:
+    try:
+        return _load(auto_class, folder, **options)
+    except ExportError as error:
+        raise ExportError(
+            f"{folder}: transformers {transformers.__version__} does not load it ({type(error.__cause__).__name__}: "
+            f"{error.__cause__}); expected a model of this version. Nothing was imported."
+        ) from error.__cause__

@@ -19,13 +19,13 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from pretrain.errors import DataError, ExportError
 from pretrain.sentencepiece_model import ModelFile, scores_tie
 from pretrain.sentencepiece_tokenizer import SentencePieceTokenizer
-from pretrain.tokenizer import SPACE_PIECE, Tokenizer, find_special_ids, fingerprint_of, read_file
+from pretrain.tokenizer import CARRIED_FILES, SPACE_PIECE, Tokenizer, find_special_ids, fingerprint_of, read_file
 
 # `prepare` has processes of its own; the library's threads would contend with them, and warn after a fork.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
-FILES_BESIDE = (TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
+FILES_BESIDE = (TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json", *CARRIED_FILES)
 _BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")
 # How byte-level vocabularies write bytes: printable characters of Latin-1 as themselves, the others from U+0100 on.
 # Source: Radford et al. 2019 (GPT-2).

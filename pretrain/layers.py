@@ -115,7 +115,7 @@ class LayerNorm(nn.Module):
 
 def make_norm(shape: ModelShape) -> RMSNorm | LayerNorm:
     """Make the norm that the shape names."""
-    kind = RMSNorm if shape.norm == "rmsnorm" else LayerNorm
+    kind = LayerNorm if shape.norm == "layernorm" else RMSNorm
     return kind(shape.dim, shape.norm_eps)
 
 
@@ -125,15 +125,18 @@ class Attention(nn.Module):
     def __init__(self, shape: ModelShape) -> None:
         super().__init__()
         self.num_heads, self.num_kv_heads, self.head_dim = shape.num_heads, shape.num_kv_heads, shape.head_dim
-        self.dropout, self.attention_dropout = shape.dropout, shape.attention_dropout
-        self.softcap = shape.attention_softcap
+        self.attention_dropout, self.softcap = shape.attention_dropout, shape.attention_softcap
+        self.rope_dim = shape.rope_dim
         qkv_dim = (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim
         self.qkv = Linear(shape.dim, qkv_dim, bias=shape.attention_bias is not False)
         self.qkv.stacked_rows = tuple(
             n * shape.head_dim for n in (self.num_heads, self.num_kv_heads, self.num_kv_heads)
         )
-        self.q_norm = RMSNorm(shape.head_dim, shape.norm_eps) if shape.qk_norm else None
-        self.k_norm = RMSNorm(shape.head_dim, shape.norm_eps) if shape.qk_norm else None
+        self.norm_heads = shape.qk_norm == "full"  # all of them together
+        widths = (
+            n * shape.head_dim if self.norm_heads else shape.head_dim for n in (self.num_heads, self.num_kv_heads)
+        )
+        self.q_norm, self.k_norm = (RMSNorm(width, shape.norm_eps) if shape.qk_norm else None for width in widths)
         self.output = Linear(shape.num_heads * shape.head_dim, shape.dim, bias=shape.attention_bias is True)
 
     def forward(self, x_BTD: Tensor, context: Context) -> Tensor:
@@ -153,8 +156,7 @@ class Attention(nn.Module):
         out_BTHC = attention(q_BTHC, k_BSKC, v_BSKC, context.visible, self.attention_dropout, seeds_BH, self.softcap)
         if group is not None:
             out_BTHC = group.heads_to_slots(out_BTHC)
-        out_BTD = self.output(out_BTHC.reshape(B, T, self.num_heads * self.head_dim))
-        return context.dropped(out_BTD, self.dropout, SITE_ATTENTION_OUTPUT)
+        return self.output(out_BTHC.reshape(B, T, self.num_heads * self.head_dim))
 
     def project(self, x_BTD: Tensor, rope_tables: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
         """Compute queries, keys and values, the first two turned by their positions."""
@@ -169,14 +171,25 @@ class Attention(nn.Module):
         heads = (self.num_heads, self.num_kv_heads)
         if self.q_norm is not None and self.k_norm is not None:
             q_BTHC, k_BTKC = qk.split(heads, dim=2)
-            q_BTHC, k_BTKC = self.q_norm(q_BTHC, None)[0], self.k_norm(k_BTKC, None)[0]
+            if self.norm_heads:
+                q_BTHC = self.q_norm(q_BTHC.flatten(2), None)[0].view(q_BTHC.shape)
+                k_BTKC = self.k_norm(k_BTKC.flatten(2), None)[0].view(k_BTKC.shape)
+            else:
+                q_BTHC, k_BTKC = self.q_norm(q_BTHC, None)[0], self.k_norm(k_BTKC, None)[0]
             if rope_tables is not None:
-                q_BTHC, k_BTKC = rope(q_BTHC, *rope_tables), rope(k_BTKC, *rope_tables)
+                q_BTHC, k_BTKC = self._turned(q_BTHC, rope_tables), self._turned(k_BTKC, rope_tables)
             return q_BTHC, k_BTKC
         if rope_tables is not None:
-            qk = rope(qk, *rope_tables)  # queries and keys lie side by side: one call
+            qk = self._turned(qk, rope_tables)  # queries and keys lie side by side: one call
         q_BTHC, k_BTKC = qk.split(heads, dim=2)
         return q_BTHC, k_BTKC
+
+    def _turned(self, x_BTHC: Tensor, rope_tables: tuple[Tensor, Tensor]) -> Tensor:
+        """Turn the first `rope_dim` dimensions of each head, and leave the others."""
+        if self.rope_dim == self.head_dim:
+            return rope(x_BTHC, *rope_tables)
+        first, rest = x_BTHC.split((self.rope_dim, self.head_dim - self.rope_dim), dim=3)
+        return torch.cat((rope(first, *rope_tables), rest), dim=3)
 
 
 def _in_chunks(compute: Callable[[Tensor], Tensor], x_BTD: Tensor, num_tokens: int) -> Tensor:
@@ -191,15 +204,13 @@ class SwiGLUFeedForward(nn.Module):
 
     def __init__(self, shape: ModelShape) -> None:
         super().__init__()
-        self.dropout = shape.dropout
         self.gate_up = Linear(shape.dim, 2 * shape.ffn_dim, bias=shape.ffn_bias)
         self.gate_up.stacked_rows = (shape.ffn_dim, shape.ffn_dim)
         self.down = Linear(shape.ffn_dim, shape.dim, bias=shape.ffn_bias)
 
     def forward(self, x_BTD: Tensor, context: Context) -> Tensor:
         """Compute what the feed-forward adds to the residual stream."""
-        out_BTD = _in_chunks(lambda x: self.down(swiglu(self.gate_up(x))), x_BTD, context.ffn_chunk_tokens)
-        return context.dropped(out_BTD, self.dropout, SITE_FFN_OUTPUT)
+        return _in_chunks(lambda x: self.down(swiglu(self.gate_up(x))), x_BTD, context.ffn_chunk_tokens)
 
 
 class GELUFeedForward(nn.Module):
@@ -207,18 +218,16 @@ class GELUFeedForward(nn.Module):
 
     def __init__(self, shape: ModelShape) -> None:
         super().__init__()
-        self.dropout = shape.dropout
         self.up = Linear(shape.dim, shape.ffn_dim, bias=shape.ffn_bias)
         self.down = Linear(shape.ffn_dim, shape.dim, bias=shape.ffn_bias)
 
     def forward(self, x_BTD: Tensor, context: Context) -> Tensor:
         """Compute what the feed-forward adds to the residual stream."""
-        out_BTD = _in_chunks(lambda x: self.down(gelu(self.up(x))), x_BTD, context.ffn_chunk_tokens)
-        return context.dropped(out_BTD, self.dropout, SITE_FFN_OUTPUT)
+        return _in_chunks(lambda x: self.down(gelu(self.up(x))), x_BTD, context.ffn_chunk_tokens)
 
 
 class Block(nn.Module):
-    """One pre-norm Transformer block.
+    """One Transformer block: pre-norm, or with the norms behind the sublayers (`reordered_rmsnorm`).
 
     It passes on what its feed-forward adds beside the residual stream, not yet summed, so that the sum is fused with
     the norm that follows.
@@ -226,6 +235,7 @@ class Block(nn.Module):
 
     def __init__(self, shape: ModelShape) -> None:
         super().__init__()
+        self.dropout, self.is_reordered = shape.dropout, shape.norm == "reordered_rmsnorm"
         self.attention_norm = make_norm(shape)
         self.attention = Attention(shape)
         self.ffn_norm = make_norm(shape)
@@ -242,9 +252,16 @@ class Block(nn.Module):
         Returns:
             What this block's feed-forward adds, and the residual stream that it is to be added to.
         """
+        if self.is_reordered:
+            stream_BTD = x_BTD if residual_BTD is None else x_BTD + residual_BTD
+            added_BTD = self.attention_norm(self.attention(stream_BTD, context), None)[0]
+            stream_BTD = stream_BTD + context.dropped(added_BTD, self.dropout, SITE_ATTENTION_OUTPUT)
+            added_BTD = self.ffn_norm(self.ffn(stream_BTD, context), None)[0]
+            return context.dropped(added_BTD, self.dropout, SITE_FFN_OUTPUT), stream_BTD
         normed_BTD, residual_BTD = self.attention_norm(x_BTD, residual_BTD)
-        normed_BTD, residual_BTD = self.ffn_norm(self.attention(normed_BTD, context), residual_BTD)
-        return self.ffn(normed_BTD, context), residual_BTD
+        added_BTD = context.dropped(self.attention(normed_BTD, context), self.dropout, SITE_ATTENTION_OUTPUT)
+        normed_BTD, residual_BTD = self.ffn_norm(added_BTD, residual_BTD)
+        return context.dropped(self.ffn(normed_BTD, context), self.dropout, SITE_FFN_OUTPUT), residual_BTD
 
 
 class Output(nn.Module):

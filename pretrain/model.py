@@ -284,7 +284,7 @@ class Transformer(nn.Module):
         x_BTD = self.embedding(tokens_BT)
         tables = None
         if self.position_embedding is None:
-            tables = rope_tables(positions_BT, self.shape.head_dim, self.shape.rope_theta, self.rope_scaling)
+            tables = rope_tables(positions_BT, self.shape.rope_dim, self.shape.rope_theta, self.rope_scaling)
         else:
             x_BTD = x_BTD + self.position_embedding(positions_BT)
         if key is not None:

@@ -35,7 +35,7 @@ class RopeScalingSection(Section):
 class ModelSection(Section):
     """The Transformer. Options left at `null` take the family's value."""
 
-    family: Literal["llama", "qwen3", "stablelm", "starcoder2", "gpt2", "custom"] = Field(
+    family: Literal["llama", "mistral", "qwen2", "qwen3", "olmo2", "stablelm", "starcoder2", "gpt2", "custom"] = Field(
         "llama",
         description="Published architecture that the model is, and is exported as. `custom` takes any combination of "
         "options and is exported as nothing.",
@@ -50,17 +50,24 @@ class ModelSection(Section):
     ffn_dim: Count | None = Field(
         None, description="Feed-forward width F. Null: swiglu 8/3 of dim rounded up to a multiple of 64, gelu 4 dim."
     )
-    norm: Literal["rmsnorm", "layernorm"] | None = Field(None, description="Normalisation. Null: the family's.")
+    norm: Literal["rmsnorm", "layernorm", "reordered_rmsnorm"] | None = Field(
+        None, description="Normalisation of what each sublayer computes from; `reordered_rmsnorm`: of what it adds. "
+        "Null: the family's."
+    )  # fmt: skip
     norm_eps: float = Field(1e-5, gt=0, le=1e-2, description="Added to the variance before the root.")
     activation: Literal["swiglu", "gelu"] | None = Field(None, description="Feed-forward kind. Null: the family's.")
     positions: Literal["rope", "learned"] | None = Field(None, description="Position encoding. Null: the family's.")
     rope_theta: float = Field(10000.0, gt=1, description="Base of RoPE's wavelengths; only for `positions: rope`.")
+    rope_fraction: float = Field(
+        1.0, gt=0, le=1, description="Share of each head's dimensions, the first ones, that RoPE turns."
+    )
     rope_scaling: RopeScalingSection | None = Field(
         None, description="RoPE for rows longer than those of an earlier training; only for `positions: rope`."
     )
-    qk_norm: Bool | None = Field(
-        None, description="RMSNorm of each head's queries and keys before RoPE. Null: the family's."
-    )
+    qk_norm: Literal[True, False, "full"] | None = Field(
+        None, description="RMSNorm of each head's queries and keys before RoPE; `full`: of all heads' together. Null: "
+        "the family's."
+    )  # fmt: skip
     sliding_window: Count | None = Field(
         None, description="A token sees this many tokens at most, itself included, in every block. Null: all before it."
     )

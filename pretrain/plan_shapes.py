@@ -65,8 +65,9 @@ def _block(shape: ModelShape) -> Iterator[tuple[str, tuple[int, ...]]]:
         "attention.qkv", (heads + 2 * shape.num_kv_heads) * width, shape.dim, shape.attention_bias is not False
     )
     if shape.qk_norm:
-        yield "attention.q_norm.weight", (width,)
-        yield "attention.k_norm.weight", (width,)
+        q_heads, k_heads = (heads, shape.num_kv_heads) if shape.qk_norm == "full" else (1, 1)
+        yield "attention.q_norm.weight", (q_heads * width,)
+        yield "attention.k_norm.weight", (k_heads * width,)
     yield from _linear("attention.output", shape.dim, heads * width, shape.attention_bias is True)
     yield from _norm("ffn_norm", shape)
     if shape.activation == "swiglu":

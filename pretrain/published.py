@@ -114,6 +114,38 @@ _LLAMA = PublishedModel(
     weights=(_EMBEDDING, *_ATTENTION, *_NORMS, *_SWIGLU, _OUTPUT),
 )
 
+_MISTRAL = PublishedModel(
+    architecture="MistralForCausalLM",
+    model_type="mistral",
+    options=_SIZES | {"head_dim": "head_dim", "rms_norm_eps": "norm_eps", "sliding_window": "sliding_window"},
+    constants={"hidden_act": "silu", "attention_dropout": 0.0, "use_cache": True},
+    weights=(_EMBEDDING, *_ATTENTION, *_NORMS, *_SWIGLU, _OUTPUT),
+    ignored={"sliding_window": "llama.cpp"},
+)
+
+_WINDOW_IN_ALL_LAYERS: Mapping[str, Callable[[ModelShape], Any]] = {  # or in none
+    "use_sliding_window": lambda shape: shape.sliding_window is not None,
+    "max_window_layers": lambda shape: shape.num_layers if shape.sliding_window is None else 0,
+    "layer_types": lambda shape: (
+        ["full_attention" if shape.sliding_window is None else "sliding_attention"] * shape.num_layers
+    ),
+}
+
+_QWEN2 = PublishedModel(
+    architecture="Qwen2ForCausalLM",
+    model_type="qwen2",
+    options=_SIZES | {"rms_norm_eps": "norm_eps", "sliding_window": "sliding_window"},
+    constants={"hidden_act": "silu", "attention_dropout": 0.0, "use_cache": True},
+    weights=(_EMBEDDING, *_ATTENTION, *_NORMS, *_SWIGLU, _OUTPUT),
+    derived=_WINDOW_IN_ALL_LAYERS,
+    ignored={"sliding_window": "llama.cpp"},
+)
+
+_QK_NORM = (
+    Weight("blocks.{i}.attention.q_norm.weight", ("model.layers.{i}.self_attn.q_norm.weight",)),
+    Weight("blocks.{i}.attention.k_norm.weight", ("model.layers.{i}.self_attn.k_norm.weight",)),
+)
+
 _QWEN3 = PublishedModel(
     architecture="Qwen3ForCausalLM",
     model_type="qwen3",
@@ -128,31 +160,40 @@ _QWEN3 = PublishedModel(
     weights=(
         _EMBEDDING,
         *_ATTENTION,
-        Weight("blocks.{i}.attention.q_norm.weight", ("model.layers.{i}.self_attn.q_norm.weight",)),
-        Weight("blocks.{i}.attention.k_norm.weight", ("model.layers.{i}.self_attn.k_norm.weight",)),
+        *_QK_NORM,
         *_NORMS,
         *_SWIGLU,
         _OUTPUT,
     ),
-    derived={  # the window is in every layer or in none
-        "use_sliding_window": lambda shape: shape.sliding_window is not None,
-        "max_window_layers": lambda shape: shape.num_layers if shape.sliding_window is None else 0,
-        "layer_types": lambda shape: (
-            ["full_attention" if shape.sliding_window is None else "sliding_attention"] * shape.num_layers
-        ),
-    },
+    derived=_WINDOW_IN_ALL_LAYERS,
     ignored={"sliding_window": "llama.cpp"},
+)
+
+_OLMO2 = PublishedModel(
+    architecture="Olmo2ForCausalLM",
+    model_type="olmo2",
+    options=_SIZES | {"rms_norm_eps": "norm_eps", "attention_bias": "attention_bias"},
+    constants={"hidden_act": "silu", "attention_dropout": 0.0, "use_cache": True},
+    weights=(
+        _EMBEDDING,
+        *_ATTENTION,
+        *_QK_NORM,
+        Weight("blocks.{i}.attention_norm.weight", ("model.layers.{i}.post_attention_layernorm.weight",)),
+        Weight("blocks.{i}.ffn_norm.weight", ("model.layers.{i}.post_feedforward_layernorm.weight",)),
+        Weight("final_norm.weight", ("model.norm.weight",)),
+        *_SWIGLU,
+        _OUTPUT,
+    ),
 )
 
 _STABLELM = PublishedModel(
     architecture="StableLmForCausalLM",
     model_type="stablelm",
-    options=_SIZES | {"layer_norm_eps": "norm_eps"},
+    options=_SIZES | {"layer_norm_eps": "norm_eps", "partial_rotary_factor": "rope_fraction"},
     constants={
         "hidden_act": "silu",
         "attention_dropout": 0.0,
         "hidden_dropout": 0.0,
-        "partial_rotary_factor": 1.0,
         "use_parallel_residual": False,
         "qk_layernorm": False,
         "use_cache": True,
@@ -242,7 +283,10 @@ ROPE_SCALING: Mapping[str, Mapping[str, str]] = {  # key in `rope_scaling` -> op
 
 PUBLISHED_MODELS: Mapping[str, PublishedModel] = {
     "llama": _LLAMA,
+    "mistral": _MISTRAL,
+    "qwen2": _QWEN2,
     "qwen3": _QWEN3,
+    "olmo2": _OLMO2,
     "stablelm": _STABLELM,
     "starcoder2": _STARCODER2,
     "gpt2": _GPT2,

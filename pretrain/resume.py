@@ -15,10 +15,12 @@ from pretrain.checkpoint_loading import fill, fill_base
 from pretrain.checkpoint_places import Place
 from pretrain.checkpoint_store import StorePlace
 from pretrain.config import Config, DataSection
+from pretrain.config_changes import check_same_model
 from pretrain.distributed import Ranks
 from pretrain.engine import Engine
 from pretrain.errors import CheckpointError, ConfigError
 from pretrain.run_folder import place_of_run
+from pretrain.settings import parse_config
 from pretrain.stores import is_remote
 from pretrain.stream import TokenStream
 
@@ -98,6 +100,10 @@ def load_start(
             f"resume.from is {section.from_}, whose tokenizer is another one; expected the one of tokenizer.model, "
             "since the ids of its embedding mean other pieces. Use the tokenizer of that run's folder."
         )
+    if "config" in reader.manifest["about"]:
+        check_same_model(section.from_, parse_config(reader.manifest["about"]["config"]), config)
+    if not reader.training["progress"]:  # of an import: weights are all that there is
+        section = section.model_copy(update=dict.fromkeys(("optimizer", "schedule", "data"), False))
     base = reference_to(reader, checkpoints.run_path) if config.train.lora else None
     folder = reader.folder
     whole = ranks.agree(

@@ -240,3 +240,31 @@ def _spans(message: bytes) -> Iterator[tuple[int, int, int]]:
             raise ValueError("it ends too early")
         yield key >> 3, position, position + length
         position += length
+
+
+def append_pieces(model: bytes, pieces: Sequence[str], kind: str) -> bytes:
+    """Return a model file with more pieces behind its last one; the ids of all others stay.
+
+    A message may be continued behind its end: the entries of a repeated field, which pieces are, are then all of them.
+
+    Args:
+        model: the file.
+        pieces: the new ones, as they stand in texts.
+        kind: `control` or `user_defined`.
+
+    Source: protobuf's encoding; `sentencepiece_model.proto`.
+    """
+    number = next(number for number, name in _KINDS.items() if name == kind)
+    for piece in pieces:
+        name = piece.replace(" ", SPACE_PIECE).encode()
+        message = b"\x0a" + _varint(len(name)) + name + b"\x15" + struct.pack("<f", 0.0) + b"\x18" + _varint(number)
+        model += b"\x0a" + _varint(len(message)) + message
+    return model
+
+
+def _varint(number: int) -> bytes:
+    encoded = bytearray()
+    while number >= 0x80:
+        encoded.append(number & 0x7F | 0x80)
+        number >>= 7
+    return bytes([*encoded, number])

@@ -20,7 +20,15 @@ import sentencepiece
 from pretrain.config import TokenizerSection
 from pretrain.errors import ConfigError, DataError
 from pretrain.sentencepiece_model import ModelFile, read_model, round_scores, surface
-from pretrain.tokenizer import SPACE_PIECE, Tokenizer, find_special_ids, fingerprint_of, read_file, save_file
+from pretrain.tokenizer import (
+    CARRIED_FILES,
+    SPACE_PIECE,
+    Tokenizer,
+    find_special_ids,
+    fingerprint_of,
+    read_file,
+    save_file,
+)
 
 UNK_ID, BOS_ID, EOS_ID, PAD_ID = 0, 1, 2, 3
 NUM_RESERVED = 8
@@ -71,6 +79,7 @@ class SentencePieceTokenizer(Tokenizer):
             ) from None
         self._cuts_text = self.file.words_are_independent
         self.files = {"tokenizer.model": model}
+        self.files |= {name: file.read_bytes() for name in CARRIED_FILES if (file := path.with_name(name)).is_file()}
         self.kind = f"sentencepiece {self.file.model_type}" + (" with byte fallback" if self.file.has_bytes else "")
         self.is_exact = self.file.keeps_text
         self.vocab_size: int = self._processor.vocab_size()

@@ -32,6 +32,7 @@ _SPELLINGS_OF = {
     "model.activation": "hidden_act activation_function act_fn swiglu activation_type mlp_type",
     "model.positions": "pos_emb position_embedding_type pos_embedding position_encoding use_rotary_position_embeddings",
     "model.rope_theta": "rotary_emb_base rotary_base rope_base rope_freq_base",
+    "model.rope_fraction": "partial_rotary_factor rotary_pct rotary_percent rotary_percentage rope_pct partial_rotary",
     "model.rope_scaling": "rope_parameters use_scaled_rope rope_scaling_type rotary_scaling",
     "model.rope_scaling.type": "rope_type",
     "model.rope_scaling.factor": "scaling_factor rope_scaling_factor rotary_scaling_factor scale_factor",

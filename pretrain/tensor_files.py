@@ -149,3 +149,11 @@ class TensorFile:
     def read(self, key: str, start: int, stop: int) -> torch.Tensor:
         """Return elements [start, stop) of a flat tensor."""
         return self._file.get_slice(key)[start:stop]
+
+    def names(self) -> list[str]:
+        """Names of the tensors."""
+        return list(self._file.keys())
+
+    def read_whole(self, key: str) -> torch.Tensor:
+        """Return a tensor in its own shape and dtype."""
+        return self._file.get_tensor(key)

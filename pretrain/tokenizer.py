@@ -17,6 +17,8 @@ import numpy as np
 
 from pretrain.errors import ConfigError, DataError
 
+# What may lie beside a tokenizer of any kind, and goes along with it into run folders and exports.
+CARRIED_FILES = ("chat_template.jinja", "generation_config.json")
 SPACE_PIECE = "\u2581"  # how sentencepiece writes a space inside a piece; in a text it would come back as a space
 
 

@@ -108,6 +108,8 @@ def _compare_special_tokens(tokenizer: Tokenizer, exported: Any) -> dict[str, tu
     optional = {"bos": tokenizer.bos_id == tokenizer.eos_id, "pad": tokenizer.pad_id == tokenizer.eos_id}
     for name in ("unk", "bos", "eos", "pad"):
         theirs = getattr(exported, f"{name}_token_id")
+        if name == "unk" and tokenizer.unk_id is None:  # no text gives it, whatever a client calls so
+            continue
         if not (theirs is None and optional.get(name)):
             pairs[f"{name}_id"] = (getattr(tokenizer, f"{name}_id"), theirs)
     for token, token_id in tokenizer.special_tokens().items():

@@ -38,25 +38,26 @@ TIERS = (
     "plan_report",
     "prefetch settings sentencepiece_tokenizer model optim lora initial_weights swapped_states explain_parallel checkpoint_files writable_store shard_reader journal sources spills sampling"
     " tracking family_table profiling watchdog",
-    "communication link_speeds metrics guard spikes hf_tokenizer paraphrases generate checkpoint_folder checkpoint_store",
-    "conversation engine tokenizer_files tokenizer_trial checkpoint_places scoring",
+    "communication link_speeds metrics guard spikes hf_tokenizer paraphrases generate checkpoint_folder checkpoint_store hf_config hf_tensors import_check"
+    " weights_checkpoint",
+    "added_tokens start_config conversation engine tokenizer_files tokenizer_trial checkpoint_places scoring",
     "text_shards talk harness adapters",
     "data_plan",
     "damage",
     "row_reader run_state",
     "stream submit_checks",
     "checkpoint_loading share_writer feed source_sample replicas submit",
-    "checkpoint run_folder tokenizer_export workers submit_options",
+    "checkpoint run_folder import_tokenizer tokenizer_export workers submit_options",
     "inspection evaluate adapter_export hf_export self_test samples task_evals answers preflight refining verify_shards inspect_shards",
     "shares store_check tar_documents tar_folder",
     "corpus",
     "tar_index",
-    "resume prepare convert quickstart inspection_page evaluations",
+    "resume prepare convert hf_import quickstart inspection_page evaluations",
     "run evaluate_runs",
     "rollback saving plan_check",
     "train",
     "dry_run plan_table",
-    "prepare_options plan_options",
+    "prepare_options plan_options import_options",
 )
 TIER_OF = {module: tier for tier, modules in enumerate(TIERS) for module in modules.split()}
 

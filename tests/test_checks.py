@@ -452,6 +452,14 @@ def test_the_family_takes_the_models_options() -> None:
     assert all(text.startswith(f"{option} is ") for option, text in problems)
 
 
+def test_qwen2_is_not_for_a_tokenizer_that_its_clients_read_otherwise() -> None:
+    (problem,) = texts_of(config_of(model__family="qwen2"))
+    assert problem[0] == "model.family" and problem[1].startswith(
+        "model.family is qwen2, and tokenizer.model is t.model; expected a tokenizer.json for it, because transformers 5"
+    )
+    assert texts_of(config_of(model__family="qwen2", tokenizer__model="downloads/qwen/tokenizer.json")) == []
+
+
 def test_checkpoints_go_where_writing_is_possible_and_no_secret_is_written() -> None:
     for place, text in {
         "s3://me:hidden@bucket/run": "is s3://bucket/run with a password or a query; expected neither, for this is written "

@@ -60,7 +60,7 @@ def test_vocabulary_that_is_a_multiple_is_not_padded():
         (
             {"attention_bias": "qkv"},
             "model.attention_bias is qkv; expected false or true for family llama. Remove model.attention_bias, or use "
-            "model.family stablelm.",
+            "model.family qwen2.",
         ),
         (
             {"family": "qwen3", "attention_bias": True},
@@ -80,12 +80,26 @@ def test_vocabulary_that_is_a_multiple_is_not_padded():
         (
             {"sliding_window": 8},
             "model.sliding_window is 8; expected null for family llama. Remove model.sliding_window, or use model.family "
-            "qwen3.",
+            "mistral.",
         ),
         (
             {"family": "gpt2", "sliding_window": 8},
             "model.sliding_window is 8; expected null for family gpt2. Remove model.sliding_window, or use model.family "
             "starcoder2.",
+        ),
+        (
+            {"rope_fraction": 0.5},
+            "model.rope_fraction is 0.5; expected 1 for family llama. Remove model.rope_fraction, or use model.family "
+            "stablelm.",
+        ),
+        (
+            {"family": "gpt2", "rope_fraction": 0.5},
+            "model.rope_fraction is 0.5; expected no value for positions learned, where it does nothing. Remove "
+            "model.rope_fraction, or use model.family stablelm.",
+        ),
+        (
+            {"family": "stablelm", "rope_fraction": 0.4},
+            "model.rope_fraction is 0.4, which is 3 of 8 dimensions; expected an even number, at least 2. Use 0.25.",
         ),
         (
             {"attention_softcap": 50.0},
@@ -217,6 +231,7 @@ SHAPES = [
     resolve(family="gpt2"),
     resolve(family="gpt2", tie_embeddings=False, num_layers=3),
     resolve(family="qwen3", num_kv_heads=2, head_dim=10, sliding_window=5),
+    resolve(family="olmo2", num_kv_heads=2),
     resolve(family="stablelm"),
     resolve(family="stablelm", attention_bias="qkv", num_kv_heads=2, tie_embeddings=True),
     resolve(family="starcoder2", num_kv_heads=1),

@@ -14,13 +14,14 @@ from pretrain.sequence_parallel import ALONE
 LLAMA = {"family": "llama", "num_kv_heads": 2}
 GPT2 = {"family": "gpt2"}
 QWEN3 = {"family": "qwen3", "num_kv_heads": 2, "head_dim": 10, "sliding_window": 5}
-STABLELM = {"family": "stablelm", "attention_bias": "qkv", "num_kv_heads": 1,
+OLMO2 = {"family": "olmo2", "num_kv_heads": 2}
+STABLELM = {"family": "stablelm", "attention_bias": "qkv", "num_kv_heads": 1, "rope_fraction": 0.5,
             "rope_scaling": {"type": "llama3", "factor": 4.0, "original_seq_len": 12}}  # fmt: skip
 STARCODER2 = {"family": "starcoder2", "sliding_window": 6,
               "rope_scaling": {"type": "yarn", "factor": 2.0, "original_seq_len": 12}}  # fmt: skip
 CUSTOM = {"family": "custom", "norm": "layernorm", "positions": "learned", "qk_norm": True, "attention_bias": "qkv",
           "ffn_bias": True, "attention_softcap": 1.5, "logit_softcap": 4.0, "sliding_window": 9, "num_kv_heads": 2}  # fmt: skip
-ALL = [LLAMA, GPT2, QWEN3, STABLELM, STARCODER2, CUSTOM]
+ALL = [LLAMA, GPT2, QWEN3, OLMO2, STABLELM, STARCODER2, CUSTOM]
 FAMILIES = pytest.mark.parametrize("options", ALL, ids=[options["family"] for options in ALL])
 VOCAB, LENGTH = 300, 24
 
@@ -56,7 +57,7 @@ def batch(rows=2, seed=0, ends=((7, 15, 24), (24,))):
 
 def naive_frequencies(s):
     """Return what each pair turns by one position, in the words of the papers, and the factor of sines and cosines."""
-    half, scaling = s.head_dim // 2, s.rope_scaling
+    half, scaling = int(s.head_dim * s.rope_fraction) // 2, s.rope_scaling
     plain = s.rope_theta ** -(torch.arange(half).double() / half)
     if scaling is None:
         return plain, 1.0
@@ -81,14 +82,14 @@ def naive_losses(model, tokens, targets):
         return F.rms_norm(x, (s.dim,), p[f"{name}.weight"], s.norm_eps)
 
     def rotate(x):  # complex form of RoPE: pairs (i, i + C/2)
-        half = s.head_dim // 2
+        half = int(s.head_dim * s.rope_fraction) // 2
         frequencies, magnitude = naive_frequencies(s)
         angles = torch.outer(torch.arange(len(x)).double(), frequencies)
         turned = (
-            torch.complex(x[..., :half].double(), x[..., half:].double())
+            torch.complex(x[..., :half].double(), x[..., half : 2 * half].double())
             * torch.polar(magnitude + 0 * angles, angles)[:, None]
         )
-        return torch.cat((turned.real, turned.imag), -1).float()
+        return torch.cat((turned.real, turned.imag, x[..., 2 * half :]), -1).float()
 
     T, H, K, C = len(tokens), s.num_heads, s.num_kv_heads, s.head_dim
     x = p["embedding.weight"][tokens]
@@ -96,9 +97,14 @@ def naive_losses(model, tokens, targets):
         x = x + p["position_embedding.weight"][:T]
     for i in range(s.num_layers):
         name = f"blocks.{i}"
-        q, k, v = linear(norm(x, f"{name}.attention_norm"), f"{name}.attention.qkv").split((H * C, K * C, K * C), -1)
+        before = (lambda x, name: x) if s.norm == "reordered_rmsnorm" else norm
+        after = norm if s.norm == "reordered_rmsnorm" else (lambda x, name: x)
+        q, k, v = linear(before(x, f"{name}.attention_norm"), f"{name}.attention.qkv").split((H * C, K * C, K * C), -1)
+        if s.qk_norm == "full":
+            q = F.rms_norm(q, (H * C,), p[f"{name}.attention.q_norm.weight"], s.norm_eps)
+            k = F.rms_norm(k, (K * C,), p[f"{name}.attention.k_norm.weight"], s.norm_eps)
         q, k, v = q.view(T, H, C), k.view(T, K, C), v.view(T, K, C)
-        if s.qk_norm:
+        if s.qk_norm is True:
             q, k = (
                 F.rms_norm(x, (C,), p[f"{name}.attention.{part}_norm.weight"], s.norm_eps)
                 for x, part in ((q, "q"), (k, "k"))
@@ -112,11 +118,11 @@ def naive_losses(model, tokens, targets):
         distance = torch.arange(T)[:, None] - torch.arange(T)
         scores = scores.masked_fill((distance < 0) | (distance >= (s.sliding_window or T)), -math.inf)
         mixed = torch.einsum("hts,shc->thc", scores.softmax(-1), v).reshape(T, H * C)
-        x = x + linear(mixed, f"{name}.attention.output")
-        h = norm(x, f"{name}.ffn_norm")
+        x = x + after(linear(mixed, f"{name}.attention.output"), f"{name}.attention_norm")
+        h = before(x, f"{name}.ffn_norm")
         if s.activation == "swiglu":
             gate, up = linear(h, f"{name}.ffn.gate_up").split(s.ffn_dim, -1)
-            x = x + linear(F.silu(gate) * up, f"{name}.ffn.down")
+            x = x + after(linear(F.silu(gate) * up, f"{name}.ffn.down"), f"{name}.ffn_norm")
         else:
             x = x + linear(F.gelu(linear(h, f"{name}.ffn.up"), approximate="tanh"), f"{name}.ffn.down")
     output = p["embedding.weight" if s.tie_embeddings else "output.weight"]

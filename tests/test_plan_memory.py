@@ -58,6 +58,7 @@ def test_shapes_are_those_of_the_model(name: str) -> None:
         ("gpt2-124m", ["train.micro_batch_size=4"]),
         ("qwen3-0.6b", ["model.num_layers=6", "data.seq_len=512"]),
         ("stablelm-1.6b", ["model.num_layers=3", "train.micro_batch_size=2"]),
+        ("llama-1.3b", ["model.num_layers=3", "model.family=olmo2", "model.num_kv_heads=4"]),
         ("starcoder2-3b", ["model.num_layers=5", "data.seq_len=5000"]),
         ("llama-1.3b", ["model.num_layers=2", "train.z_loss=1e-4", "model.tie_embeddings=true"]),
     ],
