@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     if (status := import_model(arguments, parser)) is not None:
         return status
-    from pretrain.convert import convert
+    from pretrain.convert import convert, notes, summary
     from pretrain.errors import LonghaulError
 
     try:
@@ -59,16 +59,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.json:
         print(json.dumps(report))
     else:
-        logits, tokenizer = report["logits"], report["tokenizer"]
-        ties = f", and {tokenizer['ties']} have other ids of the same score" if tokenizer["ties"] else ""
-        if "class_replaced_because" in tokenizer:
-            print(f"note: tokenizer_class was replaced: {tokenizer['class_replaced_because']}", file=sys.stderr)
-        print(
-            f"{arguments.out}: {logits['architecture']} of step {report['source']['step']} in {report['dtype']}. "
-            f"In transformers, logits of {logits['tokens']} tokens differ by at most {logits['max_difference']:.1e} "
-            f"({logits['max_relative_difference']:.1e} of the largest), ids of {tokenizer['mismatches']} of "
-            f"{tokenizer['texts']} texts{ties}."
-        )
+        for note in notes(report):
+            print(f"note: {note}", file=sys.stderr)
+        print(f"{arguments.out}: {summary(report)}")
     return 0
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Mapping
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,24 @@ def convert(
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return report
+
+
+def notes(report: Mapping[str, Any]) -> list[str]:
+    """Say what is unusual about an export."""
+    replaced = report["tokenizer"].get("class_replaced_because")
+    return [f"tokenizer_class was replaced: {replaced}"] if replaced else []
+
+
+def summary(report: Mapping[str, Any]) -> str:
+    """Say what was exported, and how far it agrees."""
+    logits, tokenizer = report["logits"], report["tokenizer"]
+    ties = f", and {tokenizer['ties']} have other ids of the same score" if tokenizer["ties"] else ""
+    return (
+        f"{logits['architecture']} of step {report['source']['step']} in {report['dtype']}. "
+        f"In transformers, logits of {logits['tokens']} tokens differ by at most {logits['max_difference']:.1e} "
+        f"({logits['max_relative_difference']:.1e} of the largest), ids of {tokenizer['mismatches']} of "
+        f"{tokenizer['texts']} texts{ties}."
+    )
 
 
 def _check_family(run: Path) -> None:

@@ -100,7 +100,7 @@ WITHOUT_TORCH = (
 MAX_FILE_LINES = 400
 MAX_BODY_LINES = 60
 MAX_COMMAND_LINES = 70
-MAX_OPTIONS = 150
+MAX_OPTIONS = 160
 
 # Words by which code calls a section, beside its own name and `section`.
 SECTION_WORDS = {
