@@ -22,7 +22,7 @@ BENCHMARKS = sorted(path.relative_to(ROOT) for path in (ROOT / "benchmarks").glo
 
 # A module imports modules of lower tiers only. `kernels` is below all of them.
 TIERS = (
-    "errors section hashed_file read_ahead spellings heartbeat text_index scaling_laws matrix_owners",
+    "errors section hashed_file read_ahead spellings heartbeat command_line text_index scaling_laws matrix_owners",
     "model_options run_options task_metrics task_grammars gpus start_clock store_errors checkpoint_owner sequence_parallel recompute activation_offload network slurm slurm_script",
     "config hardware task_stories",
     "augment moments stores config_docs schedule batch_plan packing phases row_order families console tokenizer source_files matrix_exchange lion torch_optimizers"
@@ -93,7 +93,7 @@ WITHOUT_TORCH = (
     " prepare dry_run verify_shards inspect_shards store_check prepare_options repetition personal_data near_duplicates languages wikipedia"
     " filters dataset_files redaction refining shares spills json_lines decoding tar_files text_index text_shards tar_documents tar_folder"
     " tar_index chat messages examples hashed_file read_ahead gpus moments scaling_laws matrix_owners deepspeed_settings plan_shapes plan_activations plan_memory plan_communication plan_time plan plan_report plan_table plan_options"
-    " augment paraphrases csv_files example_files task_metrics task_grammars task_stories task_data config_changes slurm slurm_script run_state submit submit_checks submit_options"
+    " augment command_line paraphrases csv_files example_files task_metrics task_grammars task_stories task_data config_changes slurm slurm_script run_state submit submit_checks submit_options"
 )
 
 MAX_FILE_LINES = 400
