@@ -29,7 +29,7 @@ def explain(path: OptionPath, error_type: str, value: Any) -> str:
         holder = next(path[:end] for end in range(len(path) - 1, 0, -1) if pattern(path[:end]) in known)
         option = known[pattern(holder)]
         _, is_ruled, rule = option.rule.partition(", each ")
-        if is_ruled:
+        if is_ruled and len(holder) == len(path) - 1:
             rule = rule.removeprefix("with ")
             return f"{name} is {short(value)}; expected {rule}.{_mend(replace(option, rule=rule), value)}"
         return f"{name} is {short(value)}; expected {dotted(holder)} to be {option.rule}."
