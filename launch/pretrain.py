@@ -11,6 +11,7 @@ from pathlib import Path
 if sys.path[0] == str(Path(__file__).resolve().parent):  # run as a file: launch/ would shadow the package `pretrain`
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from pretrain.command_line import CommandLine, count
 from pretrain.console import ends_at_closed_pipe, write_patiently
 from pretrain.guard import StopRequest
 from pretrain.start_clock import StartClock
@@ -29,13 +30,12 @@ again), 75 stopped by a signal and resumable by the same command. In status.json
 @ends_at_closed_pipe
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit status."""
-    parser = argparse.ArgumentParser(
-        prog="pretrain", description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = CommandLine(prog="pretrain", description=__doc__, epilog=EXAMPLES)
     parser.add_argument("config", metavar="CONFIG", help="YAML file")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="options that replace the file's")
-    parser.add_argument("--check", action="store_true", help="check CONFIG, print its run folder, start nothing")
-    parser.add_argument("--explain", type=int, metavar="RANKS", help="say what `parallel` means on so many ranks")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="options that replace the file's")
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument("--check", action="store_true", help="check CONFIG, print its run folder, start nothing")
+    mode.add_argument("--explain", type=count, metavar="RANKS", help="say what `parallel` means on so many ranks")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # DeepSpeed's launcher adds it
     arguments = parser.parse_args(argv)
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1")

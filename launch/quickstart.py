@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 if sys.path[0] == str(Path(__file__).resolve().parent):  # run as a file: launch/ would shadow the package `pretrain`
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from pretrain.command_line import CommandLine
 from pretrain.console import ends_at_closed_pipe
 
 EXAMPLES = """examples:
@@ -22,11 +22,9 @@ exit status: 0 done, 1 failed, 2 wrong config or use, 75 stopped; the same comma
 @ends_at_closed_pipe
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit status."""
-    parser = argparse.ArgumentParser(
-        prog="quickstart", description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = CommandLine(prog="quickstart", description=__doc__, epilog=EXAMPLES)
     parser.add_argument("--config", default="configs/quickstart.yaml", metavar="CONFIG", help="YAML file")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="options that replace the file's")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="options that replace the file's")
     arguments = parser.parse_args(argv)
     from pretrain.errors import LonghaulError
     from pretrain.quickstart import quickstart

@@ -141,10 +141,8 @@ def _length_problems(config: Config) -> Iterator[Problem]:
     if train.num_steps is None and train.num_tokens is None:
         yield Problem("train", "train.num_steps is missing; expected train.num_steps or train.num_tokens. Add one.")
     if train.num_steps is not None and train.num_tokens is not None:
-        text = (
-            f"train.num_tokens is {train.num_tokens}; expected train.num_steps or train.num_tokens, not both. Drop one."
-        )
-        yield Problem("train.num_tokens", text)
+        text = f"train.num_tokens is {train.num_tokens}; expected train.num_steps or train.num_tokens, not both. Drop "
+        yield Problem("train.num_tokens", text + "one: train.num_tokens=null or train.num_steps=null as an override.")
 
 
 def _optimizer_problems(config: Config) -> Iterator[Problem]:

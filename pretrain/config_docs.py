@@ -103,6 +103,7 @@ def _options_of(schema: Schema, prefix: str, definitions: Schema) -> list[Option
         description = field.get("description") or (target or {}).get("description", "")
         default = None if required or target is not None else yaml_value(field.get("default"))
         parts = field.get("anyOf", [field])
+        parts = [part.get("items", part) for part in parts]
         choices = tuple(_word(choice) for part in parts for choice in part.get("enum", ()))
         found.append(Option(name, describe(field), default, required, description, choices, target is not None))
         if target is not None:
@@ -142,7 +143,10 @@ def describe(schema: Schema) -> str:
             return "names, each with " + describe(schema["additionalProperties"])
         case "array":
             least = f"at least {schema['minItems']} " if "minItems" in schema else ""
-            return f"a list of {least}" + ("sections" if "$ref" in schema["items"] else "texts")
+            if "$ref" in schema["items"]:
+                return f"a list of {least}sections"
+            what = describe(schema["items"])
+            return f"a list of {least}texts" if what == "text" else f"a list, each {what}"
         case _:
             return "text" + (f" that matches `{schema['pattern']}`" if "pattern" in schema else "")
 

@@ -155,7 +155,7 @@ class Engine:
         import deepspeed
 
         check_machine(config, ranks.world_size, ranks.device.type, deepspeed.ops.op_builder)
-        self.disk = prepare_folder(config)
+        self.disk = prepare_folder(config, deepspeed.ops.op_builder, ranks)
         self.ranks = ranks
         self.stage = effective_stage(config.parallel, config.train.precision, plan.world_size)
         self.optim = config.optim

@@ -7,18 +7,22 @@ from collections.abc import Iterator
 
 from pretrain.batch_plan import BatchPlan
 from pretrain.config import Config
-from pretrain.deepspeed_settings import deepspeed_settings, effective_stage
+from pretrain.deepspeed_settings import check_hpz, deepspeed_settings, effective_stage
 from pretrain.errors import EXIT_DONE
 from pretrain.families import num_parameters
-from pretrain.plan_memory import disk_bytes, host_bytes, resident, shape_of
+from pretrain.plan_memory import disk_bytes, host_bytes, layout_of, resident, shape_of
 
 _KINDS = ("parameters", "gradients", "masters", "moments", "buckets")
-_STAGES = (
-    "every rank holds weights, gradients and the optimizer's states whole",
-    "each rank holds its share of the masters and moments, which it updates; weights and gradients are whole",
-    "each rank holds its share of gradients, masters and moments; weights are whole",
-    "each rank holds its share of everything, and gathers the weights of a block before it computes with them",
-)
+_STAGES = {  # by the kind of optimizer, and the stage
+    ("plain", 0): "every rank holds weights, gradients and the optimizer's states whole",
+    ("summed", 1): "each rank holds its share of the masters and moments, which it updates; weights are whole, and "
+    "gradients, these in fp32 too",
+    ("divided", 1): "each rank holds its share of the masters and moments, which it updates; weights are whole, and "
+    "gradients until the last backward pass of a step is over, of which each rank then keeps its share",
+    ("divided", 2): "each rank holds its share of gradients, masters and moments; weights are whole",
+    ("weights", 3): "each rank holds its share of everything, and gathers the weights of a block before it computes "
+    "with them",
+}
 _OFFLOADS = {
     "none": "nothing is kept outside of the GPU",
     "optimizer": "masters and moments are kept in {where}, gradients come to the host's memory, and the CPU updates",
@@ -32,12 +36,14 @@ def explain_parallel(config: Config, ranks: int) -> str:
     """Say what a config's `parallel` means on so many ranks, beside its other values; then DeepSpeed's JSON.
 
     Raises:
-        ConfigError: the batch does not divide.
+        ConfigError: the batch does not divide, or `parallel.hpz_ranks` does not.
     """
     plan, num_total, parallel = BatchPlan.of(config, ranks), num_parameters(shape_of(config)), config.parallel
+    check_hpz(parallel, ranks)
     lines = [
-        f"{num_total:,} parameters on {ranks} ranks, {config.train.precision}, {config.optim.name}. Bytes of one rank, "
-        "without activations and gathered weights:",
+        f"{num_total:,} parameters on {ranks} rank{'s' * (ranks > 1)}, {config.train.precision}, {config.optim.name}.",
+        "Bytes of one rank when the last backward pass of a step is over, without activations and gathered weights;",
+        "`python launch/plan.py` says when in a step it holds most:",
         "",
         f"  {'zero_stage offload':<22}" + "".join(f"{name:>12}" for name in (*_KINDS, "on GPU", "on host", "on disk")),
     ]
@@ -78,9 +84,14 @@ def _words(config: Config, ranks: int) -> Iterator[str]:
     parallel = config.parallel
     stage = effective_stage(parallel, config.train.precision, ranks)
     runs = "" if stage == parallel.zero_stage else f" runs as {stage} here"
-    yield f"parallel.zero_stage {parallel.zero_stage}{runs}: {_STAGES[stage]}."
+    yield f"parallel.zero_stage {parallel.zero_stage}{runs}: {_STAGES[layout_of(config, ranks).kind, stage]}."
     where = f"files in {parallel.nvme_dir}" if parallel.nvme_dir else "the host's memory"
     yield f"parallel.offload {parallel.offload}: {_OFFLOADS[parallel.offload].format(where=where)}."
+    if (size := parallel.sequence_parallel_size) > 1:
+        yield (
+            f"parallel.sequence_parallel_size {size}: so many neighbouring ranks share each row, and its activations; "
+            "states are divided by all ranks as without it."
+        )
     if parallel.hpz_ranks > 1:
         yield (
             f"parallel.hpz_ranks {parallel.hpz_ranks}: so many neighbouring ranks hold the weights once more among "

@@ -170,7 +170,7 @@ class MetricLog:
         self.world_size, self.attempt, self._tracker = world_size, attempt, tracker
         self._flops_per_token, self._peak_flops = flops_per_token, peak_flops
         self._recent: deque[float] = deque(maxlen=20)
-        self._line = LiveLine()
+        self._line, self._has_doubted = LiveLine(), False
         self._folder = folder
         self._open_files(first_step, is_first=attempt == 1 and first_step == 0)
 
@@ -218,7 +218,13 @@ class MetricLog:
     def _show(self, line: dict[str, Any]) -> None:
         step = line["step"]
         mean_seconds = sum(self._recent) / len(self._recent)
-        mfu = "" if line["mfu"] is None else f"  MFU {100 * line['mfu']:.1f}%"
+        mfu = "" if line["mfu"] is None or line["mfu"] > 1 else f"  MFU {100 * line['mfu']:.1f}%"
+        if line["mfu"] and line["mfu"] > 1 and not self._has_doubted:
+            self._has_doubted = True
+            self.say(
+                f"step {step}  MFU is left out where above 100%: the peak of a rank, {self._peak_flops:.3g} FLOP/s, "
+                "is too low. A CPU's is measured at the start, and was when others used it."
+            )
         text = (
             f"step {step}/{self.num_steps}  loss {line['loss']:.4f}  "
             f"{format_count(self.tokens_per_step / mean_seconds)} tokens/s{mfu}  lr {line['lr']:.2e}  "

@@ -108,10 +108,12 @@ def find_route(ranks: Mapping[str, str], environment: Mapping[str, str]) -> Rout
                 f"environment: {GLOO} is {name}, which {platform.node()} does not have; expected one of "
                 f"{', '.join(known)}. Unset it, and the interface that leads to rank 0 is taken on each node."
             )
+    master = ranks["MASTER_ADDR"]
+    if ranks["WORLD_SIZE"] == "1":
+        return route_to("127.0.0.1")
+    route = _resolve(master)  # on one node too: there rank 0 would wait for ever to reach what it serves itself
     if not spans_nodes(ranks, environment):
         return route_to("127.0.0.1")
-    master = ranks["MASTER_ADDR"]
-    route = _resolve(master)
     means_loopback = [name for name in given if any(_is_loopback(one.address) for one in known[name])]
     if route.is_own and not means_loopback and not _may_be_own(master, ranks, environment):
         raise ConfigError(

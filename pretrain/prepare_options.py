@@ -7,6 +7,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from pretrain.command_line import CommandLine, count
 from pretrain.errors import ConfigError
 from pretrain.stores import is_remote
 
@@ -26,9 +27,7 @@ command then goes on."""
 
 def parse(argv: Sequence[str] | None, description: str | None) -> argparse.Namespace:
     """Read the arguments; ends the process with status 2 and a message where they do not fit each other."""
-    parser = argparse.ArgumentParser(
-        prog="prepare", description=description, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = CommandLine(prog="prepare", description=description, epilog=EXAMPLES)
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--dry-run", action="store_true", help="write nothing; foresee from samples what there will be")
     mode.add_argument(
@@ -46,11 +45,11 @@ def parse(argv: Sequence[str] | None, description: str | None) -> argparse.Names
         "--train-tokenizer", action="store_true", help="train the tokenizer if it does not exist, no more"
     )
     mode.add_argument("--share", metavar="K/N", help="make the K-th of N shares of every source, for --merge")
-    mode.add_argument("--merge", metavar="N", type=_count, help="make the shards of N shares, the same as without them")
+    mode.add_argument("--merge", metavar="N", type=count, help="make the shards of N shares, the same as without them")
     parser.add_argument("--json", action="store_true", help="with one of these: print one JSON object")
     parser.add_argument("--tokenizer", metavar="PATH", help="with --inspect: the tokenizer, if it is not found")
-    parser.add_argument("--samples", metavar="N", type=_count, help="with --inspect: documents to show; default: 3")
-    parser.add_argument("--processes", metavar="N", type=_count, help="with --verify; default: one per core")
+    parser.add_argument("--samples", metavar="N", type=count, help="with --inspect: documents to show; default: 3")
+    parser.add_argument("--processes", metavar="N", type=count, help="with --verify; default: one per core")
     parser.add_argument("config", metavar="CONFIG", nargs="?", help="YAML file")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="options that replace the file's")
     arguments = parser.parse_intermixed_args(argv)
@@ -66,12 +65,6 @@ def parse(argv: Sequence[str] | None, description: str | None) -> argparse.Names
     if not arguments.config and not (arguments.inspect or arguments.verify):
         parser.error("CONFIG is missing")
     return arguments
-
-
-def _count(text: str) -> int:
-    if not (text.isascii() and text.isdigit() and int(text)):
-        raise argparse.ArgumentTypeError(f"it is {text or 'empty'}; expected a whole number from 1")
-    return int(text)
 
 
 def run(arguments: argparse.Namespace) -> None:

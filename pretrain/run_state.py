@@ -136,9 +136,13 @@ def _judge(state: RunState, run: Path, status: Mapping[str, Any]) -> None:
             ended = f"job {job.job_id} is {job.state}" if job else f"its process on {state.host} has ended"
             state.state, state.reason = "lost", f"{ended}, and could not say why. The same command goes on"
     elif state.state == "new" and job:
-        state.state, state.reason = "failed", f"job {job.job_id} ended before training began: see its log"
+        state.state, state.reason = "failed", _ended_early(job, run)
     elif state.state == "new":
         state.reason = "nothing has started, and SLURM knows no job of it (any more): see slurm-*.log there"
+
+
+def _ended_early(job: Job, run: Path) -> str:
+    return f"job {job.job_id} ended before training began: see {run}/slurm-{last_job(run)}.log"
 
 
 def _read_progress(state: RunState, run: Path, attempt: int) -> None:

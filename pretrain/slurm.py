@@ -22,6 +22,10 @@ _ENDED = (
 _UNLIMITED = ("UNLIMITED", "INFINITE")
 _KEPT = ("SLURM_CONF", "SLURM_CLUSTERS")  # of a job's variables: where its cluster is
 _COMMAND_SECONDS = 60.0
+# sbatch's words where there is no configuration, no controller, or none that answers.
+_UNREACHED = (
+    "configuration source|contact slurm controller|connection refused|no answer in|could not resolve|zero bytes"
+)
 
 
 @dataclass(frozen=True)
@@ -174,6 +178,11 @@ def submit(script: Path) -> str:
         ConfigError: SLURM refuses it.
     """
     done = _run("sbatch", "--parsable", str(script))
+    if done.returncode and re.search(_UNREACHED, done.stderr, re.IGNORECASE):
+        raise ConfigError(
+            f"sbatch {script}: {done.stderr.strip()}; expected SLURM, which is not reached from here. Submit from a "
+            "login node of the cluster; there `scontrol ping` says whether its controller is up."
+        )
     if done.returncode:
         raise ConfigError(
             f"sbatch {script}: {done.stderr.strip() or f'status {done.returncode}'}; expected a job that this cluster "

@@ -7,6 +7,7 @@ nanoGPT, nanochat and litgpt, in lower case with underscores.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Sequence
 
 _SPELLINGS_OF = {
@@ -166,6 +167,9 @@ for _option, _words in _SPELLINGS_OF.items():
     for _word in _words.split():
         SPELLINGS.setdefault(_word, []).append(_option)
 
+# Other ways to divide a model. Looked for first: their names are spelt like that of sequence parallelism.
+_NOT_HERE = re.compile(r"(tensor|pipe(line)?|expert)_(model_)?parallel.*|(tp|pp|ep|autotp)_(size|degree)")
+
 
 def suggest_option(name: str, known: Sequence[str]) -> str:
     """Say which option was probably meant by `name`, or which ones its section has.
@@ -183,6 +187,11 @@ def suggest_option(name: str, known: Sequence[str]) -> str:
     """
     section, _, word = name.rpartition(".")
     word = word.lower().replace("-", "_")
+    if _NOT_HERE.fullmatch(word):
+        return (
+            "Tensor, pipeline and expert parallelism are not part of Longhaul; parallel.zero_stage divides the states, "
+            "parallel.sequence_parallel_size the rows."
+        )
     inside = [option for option in known if option.rpartition(".")[0] == section]
     for close in (
         [option for option in SPELLINGS.get(word, []) if option in known],

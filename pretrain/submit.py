@@ -17,6 +17,7 @@ from typing import Any
 from pretrain.batch_plan import BatchPlan
 from pretrain.config import Config
 from pretrain.console import warn
+from pretrain.deepspeed_settings import check_hpz
 from pretrain.errors import ConfigError, LonghaulError
 from pretrain.redaction import redact, storable
 from pretrain.run_state import LIVE, SUBMISSIONS, SUBMITTED_CONFIG, last_job, read_json, read_state
@@ -28,6 +29,8 @@ from pretrain.submit_checks import (
     Request,
     check_cluster,
     check_data,
+    check_extra_options,
+    check_files,
     check_run,
     check_time,
     choose_cpus,
@@ -73,14 +76,17 @@ def prepare_submission(
     """
     config = load_config(path, overrides)
     BatchPlan.of(config, request.num_ranks)
+    check_hpz(config.parallel, request.num_ranks)
     check_time(request)
+    check_extra_options(request)
     check_run(config)
-    try:
-        check_data(config)
-    except LonghaulError as error:
-        if not is_trial:
-            raise
-        warn(str(error))
+    for check in (lambda: check_files(request), lambda: check_data(config)):
+        try:
+            check()
+        except LonghaulError as error:
+            if not is_trial:
+                raise
+            warn(str(error))
     groups = list_nodes()
     check_cluster(request, groups)
     refuse_secrets([*overrides, *(f"{name}={value}" for name, value in request.variables.items())])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +11,7 @@ from pretrain.batch_plan import num_steps_of
 from pretrain.checkpoint_owner import OWNER
 from pretrain.config import Config
 from pretrain.config_changes import check_same_run
+from pretrain.console import format_duration
 from pretrain.data_plan import open_plan
 from pretrain.errors import ConfigError
 from pretrain.redaction import redact
@@ -20,6 +22,14 @@ from pretrain.stores import is_remote
 from pretrain.tokenizer_files import open_tokenizer
 
 _CPUS_PER_TASK = 8  # where the cluster cannot be asked
+_ONLY_THERE = "If only the nodes have it, submit by sbatch the script that --dry-run prints."
+_OWN_FLAGS = {  # by the names of sbatch
+    **{name: f"--{name}" for name in (
+        "nodes", "gpus-per-node", "cpus-per-task", "time", "partition", "account", "qos", "constraint", "job-name")},
+    "ntasks-per-node": "--tasks-per-node", "signal": "--grace", "array": "--chain", "N": "--nodes",
+    "c": "--cpus-per-task", "t": "--time", "p": "--partition", "A": "--account", "q": "--qos", "C": "--constraint",
+    "J": "--job-name", "a": "--chain",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -77,11 +87,47 @@ def check_time(request: Request) -> None:
             f"--time is {request.time}; expected minutes, hours:minutes:seconds or days-hours, as sbatch takes it. "
             "Use for example 24:00:00."
         ) from None
-    if limit is not None and limit <= request.grace_seconds + 60:  # SLURM may send the signal a minute early
+    grace = request.grace_seconds
+    if limit is not None and limit <= grace + 60:  # SLURM may send the signal a minute early
         raise ConfigError(
-            f"--time is {request.time}, and --grace {request.grace_seconds}; expected a limit longer than the grace by "
-            "more than a minute, or training would be told to stop as it starts. Raise --time or lower --grace."
+            f"--time is {request.time} ({format_duration(limit)}), and --grace {grace} ({format_duration(grace)}); "
+            "expected a limit longer than the grace by more than a minute, or training would be told to stop as it "
+            "starts. Raise --time or lower --grace."
         )
+
+
+def check_extra_options(request: Request) -> None:
+    """Check that what is passed on to sbatch is not what is checked here: it would win over that.
+
+    Raises:
+        ConfigError: it is.
+    """
+    for option in request.extra_options:
+        given = re.match(r"--([a-z-]+)|-([A-Za-z])", option)
+        own = _OWN_FLAGS.get(given[1] or given[2]) if given else None
+        if own:
+            raise ConfigError(
+                f"-- {option}: expected what this command has no option for. Write {own} before the --, where it is "
+                "checked."
+            )
+
+
+def check_files(request: Request) -> None:
+    """Check that image and Python are there, if their folder is on this machine too; the job looks on its nodes.
+
+    Raises:
+        ConfigError: they are not.
+    """
+    image = request.container
+    is_file = image.endswith((".sif", ".sqsh")) or image.startswith((".", "/"))
+    if is_file and "://" not in image and _is_missing(image):
+        raise ConfigError(f"--container is {image}, which does not exist; expected an image. {_ONLY_THERE}")
+    if request.python and "/" in request.python and not image and _is_missing(request.python):
+        raise ConfigError(f"--python is {request.python}, which does not exist; expected a Python. {_ONLY_THERE}")
+
+
+def _is_missing(path: str) -> bool:
+    return Path(path).parent.is_dir() and not Path(path).is_file()
 
 
 def check_run(config: Config) -> None:
@@ -186,12 +232,15 @@ def _misfit(request: Request, name: str, groups: Sequence[NodeGroup]) -> str:
     if most is not None and request.nodes > most:
         return f"--nodes is {request.nodes}; expected at most {most}, as partition {name} allows a job. Lower it."
     enough = [group for group in groups if group.gpus >= request.gpus_per_node]
-    if sum(group.num_nodes for group in enough) < request.nodes:
+    num_enough, most_gpus = sum(group.num_nodes for group in enough), max(group.gpus for group in groups)
+    if num_enough < request.nodes:
         has = ", ".join(f"{group.num_nodes} with {group.gpus} GPUs" for group in groups)
-        flaw = "--gpus-per-node=0 and --tasks-per-node for CPUs, or " if not any(group.gpus for group in groups) else ""
+        on_cpus = "Use --gpus-per-node=0 and --tasks-per-node for CPUs"
+        fix = f"Lower --gpus-per-node to {most_gpus}" if most_gpus else on_cpus
+        fix = f"Lower --nodes to {num_enough}" if num_enough else fix
         return (
             f"--nodes is {request.nodes} and --gpus-per-node {request.gpus_per_node}; expected nodes that partition "
-            f"{name} has ({has}). Use {flaw}fewer of them, or another --partition."
+            f"{name} has ({has}). {fix}, or use another --partition."
         )
     cpus = request.tasks_per_node * (request.cpus_per_task or 1)
     if sum(group.num_nodes for group in enough if group.cpus >= cpus) < request.nodes:

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from pretrain.console import warn
+from pretrain.command_line import CommandLine, count
+from pretrain.console import format_duration, warn
 
 EXAMPLES = """examples:
   python launch/submit.py configs/llama-1.3b.yaml --nodes 4 --gpus-per-node 8
@@ -28,8 +29,8 @@ def parse(argv: Sequence[str] | None, description: str | None) -> argparse.Names
     """Read the arguments; ends the process with status 2 and a message where they do not fit each other."""
     given = list(sys.argv[1:] if argv is None else argv)
     given, extra = (given[: given.index("--")], given[given.index("--") + 1 :]) if "--" in given else (given, [])
-    parser = argparse.ArgumentParser(
-        prog="submit", description=description, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = CommandLine(
+        prog="submit", description=description, epilog=EXAMPLES,
         usage="submit CONFIG [key=value ...] --nodes N --gpus-per-node N [options] [-- options of sbatch]\n"
               "       submit --status RUN | --cancel RUN",
     )  # fmt: skip
@@ -41,20 +42,20 @@ def parse(argv: Sequence[str] | None, description: str | None) -> argparse.Names
         "--dry-run", action="store_true", help="check, print script and command, submit and write nothing"
     )
     add("--json", action="store_true", help="print one JSON object on stdout and nothing else there")
-    add("--nodes", metavar="N", type=_count)
+    add("--nodes", metavar="N", type=count)
     add("--gpus-per-node", metavar="N", type=int, choices=range(0, 1025), help="one rank each; 0: ranks on CPUs")
-    add("--tasks-per-node", metavar="N", type=_count, help="ranks of a node; only with --gpus-per-node 0")
-    add("--cpus-per-task", metavar="N", type=_count, help="by default a rank's part of the node's")
+    add("--tasks-per-node", metavar="N", type=count, help="ranks of a node; only with --gpus-per-node 0")
+    add("--cpus-per-task", metavar="N", type=count, help="by default a rank's part of the node's")
     add("--time", default="24:00:00", help="limit of a job, after which it is requeued; default: %(default)s")
     for name in ("partition", "account", "qos", "constraint"):
         add(f"--{name}", default="", help="as sbatch takes it")
     add("--job-name", metavar="NAME", help="by default the run folder's")
-    add("--grace", metavar="SECONDS", type=_count, default=600,
+    add("--grace", metavar="SECONDS", type=count, default=600,
         help="before the limit, when training saves and leaves; default: %(default)s")  # fmt: skip
     add(
         "--chain",
         metavar="K",
-        type=_count,
+        type=count,
         default=1,
         help="K jobs, one after the other, instead of one that is requeued",
     )
@@ -71,17 +72,17 @@ def parse(argv: Sequence[str] | None, description: str | None) -> argparse.Names
         return arguments
     if not arguments.config:
         parser.error("CONFIG is missing")
-    if arguments.nodes is None or arguments.gpus_per_node is None:
-        parser.error("--nodes and --gpus-per-node are missing; on CPUs: --gpus-per-node 0 --tasks-per-node N")
-    if (arguments.gpus_per_node == 0) != (arguments.tasks_per_node is not None):
+    missing = [
+        flag for flag in ("--nodes", "--gpus-per-node") if getattr(arguments, flag[2:].replace("-", "_")) is None
+    ]
+    if missing:
+        on_cpus = "; on CPUs: --gpus-per-node 0 --tasks-per-node N" if "--gpus-per-node" in missing else ""
+        parser.error(f"{' and '.join(missing)} {'are' if len(missing) > 1 else 'is'} missing{on_cpus}")
+    if arguments.gpus_per_node == 0 and arguments.tasks_per_node is None:
+        parser.error("--tasks-per-node is missing: with --gpus-per-node 0, how many ranks each node has on its CPUs")
+    if arguments.gpus_per_node and arguments.tasks_per_node is not None:
         parser.error("--tasks-per-node goes with --gpus-per-node 0, and only with it: on GPUs it is one rank a GPU")
     return arguments
-
-
-def _count(text: str) -> int:
-    if not (text.isascii() and text.isdigit() and int(text)):
-        raise argparse.ArgumentTypeError(f"it is {text or 'empty'}; expected a whole number from 1")
-    return int(text)
 
 
 def _variable(text: str) -> tuple[str, str]:
@@ -111,7 +112,7 @@ def run(arguments: argparse.Namespace) -> str:
 
 
 def _submit(arguments: argparse.Namespace) -> str:
-    from pretrain.slurm import is_installed
+    from pretrain.slurm import is_installed, parse_time
     from pretrain.submit import SCRIPT, prepare_submission, send
     from pretrain.submit_checks import Request
 
@@ -136,13 +137,20 @@ def _submit(arguments: argparse.Namespace) -> str:
         warn(warning)
     if arguments.json:
         return json.dumps({"run": str(run), "job": job_id, "script": str(run / SCRIPT), "command": sbatch})
-    kind = f"GPU{'s' * (request.gpus_per_node > 1)}" if request.gpus_per_node else "ranks on CPUs"
+    kind = "GPU" if request.gpus_per_node else "rank"
+    each = f"{_number(request.tasks_per_node, kind)}{' each' * (request.nodes > 1)}"
+    limit = parse_time(request.time)
+    until = "no time limit" if limit is None else f"at most {format_duration(limit)} at a time"
     jobs = (
         f"jobs {job_id}_1 to {job_id}_{arguments.chain}, one after the other"
         if arguments.chain > 1
         else f"job {job_id}"
     )
     return (
-        f"{jobs}: {request.nodes} nodes with {request.tasks_per_node} {kind} each, {arguments.time}; script "
-        f"{run / SCRIPT}, log {run}/slurm-{job_id}.log\nHow it stands: python launch/submit.py --status {run}"
+        f"{jobs}: {_number(request.nodes, 'node')} with {each}, {until}; script {run / SCRIPT}, log "
+        f"{run}/slurm-{job_id}.log\nHow it stands: python launch/submit.py --status {run}"
     )
+
+
+def _number(number: int, noun: str) -> str:
+    return f"{number} {noun}{'s' * (number > 1)}"

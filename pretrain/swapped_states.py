@@ -9,16 +9,22 @@ stays in memory.
 from __future__ import annotations
 
 import os
+import re
 import shutil
+import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from pretrain.config import Config
+from pretrain.console import write_patiently
 from pretrain.deepspeed_settings import nvme_folder
+from pretrain.distributed import Ranks
 from pretrain.errors import ConfigError
 
 
@@ -47,15 +53,46 @@ def locate(
     return flats[mapping.param_group_index], master.start, weight.start, weight.numel
 
 
-def prepare_folder(config: Config) -> Path | None:
-    """Make the folder of a run's states on this node's disk, if the config has one.
+def prepare_folder(config: Config, builders: ModuleType, ranks: Ranks) -> Path | None:
+    """Make the folder of a run's states on this node's disk, empty, if the config has one; all ranks together.
 
+    Args:
+        config: the config.
+        builders: DeepSpeed's, of the operators that it compiles.
+        ranks: all of them.
     Raises:
-        ConfigError: it cannot be made, or its file system has no direct access, which DeepSpeed reads and writes by.
+        ConfigError: it cannot be made, its file system has no direct access, which DeepSpeed reads and writes by, or
+            the operators that do so cannot be compiled.
     """
     folder = nvme_folder(config)
     if folder is None:
         return None
+    if ranks.is_first:
+        write_patiently(
+            sys.stderr, "loading async_io and pin_memory; the first time DeepSpeed compiles them, minutes\n"
+        )
+    ranks.agree(lambda: _load_operators(config, builders))
+    if ranks.local_rank == 0:  # what a start that was killed left, of more ranks perhaps
+        shutil.rmtree(folder / "zero_stage_3", ignore_errors=True)
+    ranks.agree(lambda: _check_folder(config, folder))
+    return folder
+
+
+def _load_operators(config: Config, builders: ModuleType) -> None:
+    try:
+        builders.AsyncIOBuilder().load()  # pin_memory too
+    except (RuntimeError, ImportError, OSError) as error:
+        text = str(error)
+        line = re.search(r"^.*(?:error: |not found|cannot find ).*$", text, re.MULTILINE)
+        reason = line.group() if line else text.partition("\n")[0]
+        raise ConfigError(
+            f"parallel.nvme_dir is {config.parallel.nvme_dir}; expected DeepSpeed's operators `async_io` and "
+            f"`pin_memory`, which cannot be compiled here ({reason.strip()}). Install g++, ninja and libaio-dev (on "
+            "Fedora and RHEL gcc-c++, ninja-build and libaio-devel), or leave it out."
+        ) from None
+
+
+def _check_folder(config: Config, folder: Path) -> None:
     probe = folder / f".probe-{os.getpid()}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -66,12 +103,15 @@ def prepare_folder(config: Config) -> Path | None:
             f"parallel.nvme_dir is {config.parallel.nvme_dir}, which cannot be used ({error}); expected a folder on a "
             "disk of each node, writable and not in memory. Name one, such as a folder of the node's NVMe disk."
         ) from None
-    return folder
 
 
 def remove_states(folder: Path, rank: int) -> None:
-    """Remove the files of one rank; what a run that was killed left is overwritten by its next start."""
-    shutil.rmtree(folder / "zero_stage_3" / "optimizer" / f"rank{rank}", ignore_errors=True)
+    """Remove the files of one rank, and with the last ones the folder."""
+    states = folder / "zero_stage_3" / "optimizer" / f"rank{rank}"
+    shutil.rmtree(states, ignore_errors=True)
+    for above in (states.parent, states.parent.parent, folder):
+        with suppress(OSError):  # others have something there, or removed it
+            above.rmdir()
 
 
 def groups_in_memory(optimizer: Any) -> Iterator[int]:

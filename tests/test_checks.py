@@ -338,7 +338,8 @@ def test_length_is_given_once() -> None:
     assert texts_of(config_of(train__num_tokens=5)) == [
         (
             "train.num_tokens",
-            "train.num_tokens is 5; expected train.num_steps or train.num_tokens, not both. Drop one.",
+            "train.num_tokens is 5; expected train.num_steps or train.num_tokens, not both. Drop one: "
+            "train.num_tokens=null or train.num_steps=null as an override.",
         )
     ]
 

@@ -44,6 +44,26 @@ def test_arguments_reach_the_command(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert f"error: {tmp_path / 'none.yaml'}: cannot be read: No such file or directory." in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        (["train", "--explain", "0", "a.yaml"], "argument --explain: it is 0; expected a whole number from 1\n"),
+        (["train", "--explain=-1", "a.yaml"], "argument --explain: it is -1; expected a whole number from 1\n"),
+        (["train", "--explain", "two", "a.yaml"], "argument --explain: it is two; expected a whole number from 1\n"),
+        (["train", "--check", "--explain", "8", "a.yaml"], "--explain: not allowed with argument --check\n"),
+        (["train"], "the following arguments are required: CONFIG\n"),
+        (["train", "a.yaml", "--explian=8"], "unrecognized arguments: --explian=8. Did you mean --explain?\n"),
+        (["submit", "a.yaml", "--dryrun", "--noeds=4", "--xyzzy"], "--xyzzy. Did you mean --dry-run and --nodes?\n"),
+        (["prepare", "a.yaml", "--verfy"], "arguments: --verfy. Did you mean --verify?\n"),
+    ],
+    ids=str,
+)
+def test_wrong_use_says_what_is_right(arguments: list[str], error: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 2 and capsys.readouterr().err.endswith(error)
+
+
 def test_it_runs_as_a_file_from_anywhere(tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "launch/cli.py"), "train", "none.yaml"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)

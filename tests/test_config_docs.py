@@ -55,6 +55,8 @@ def test_options_know_their_defaults() -> None:
         ({"type": "string"}, "text"),
         ({"type": "string", "pattern": "^x$"}, "text that matches `^x$`"),
         ({"type": "array", "items": {"type": "string"}}, "a list of texts"),
+        ({"type": "array", "items": {"enum": ["a", "b"]}}, "a list, each one of a or b"),
+        ({"type": "array", "items": {"type": "integer", "minimum": 1}}, "a list, each a whole number of at least 1"),
         ({"type": "array", "items": {"$ref": "#/x"}, "minItems": 1}, "a list of at least 1 sections"),
         ({"type": "array", "prefixItems": [{"type": "number"}] * 2}, "a list of 2, each a number"),
         ({"$ref": "#/$defs/X"}, "a section of options"),

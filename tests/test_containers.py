@@ -38,6 +38,19 @@ def test_both_recipes_copy_the_same_and_all_of_it_exists() -> None:
     assert {"Makefile", "setup.py", "configs", "kernels", "launch", "pretrain"} <= set(copied)
 
 
+def test_docker_is_sent_what_is_copied_and_not_what_is_large() -> None:
+    ignored = [line for line in (ROOT / ".dockerignore").read_text().splitlines() if not line.startswith("#")]
+    assert {".git", ".venv", "data", "runs"} <= set(ignored)
+    files = [
+        path.relative_to(ROOT) for source in copied_by_docker() for path in [ROOT / source, *(ROOT / source).rglob("*")]
+    ]
+    left_out = {
+        str(path) for path in files for pattern in ignored
+        if str(path) == pattern or (pattern.startswith("**/") and path.match(pattern[3:]))
+    }  # fmt: skip
+    assert [name for name in left_out if not name.endswith(("__pycache__", ".pyc"))] == []
+
+
 def test_both_recipes_install_by_the_same_script_and_ask_for_a_base() -> None:
     call = "sh launch/containers/install.sh"
     assert f"RUN {call}\n" in DOCKERFILE and f"    {call}\n" in DEFINITION

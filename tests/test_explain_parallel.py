@@ -18,6 +18,8 @@ from pretrain.settings import load_config
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ROOT / "configs/llama-7b.yaml"
 TOTAL = 6_738_415_616
+KINDS = ("parameters", "gradients", "masters", "moments", "buckets")
+UNITS = {"TB": 1e12, "GB": 1e9, "MB": 1e6, "kB": 1e3}
 
 
 def test_a_disk_and_hpz_move_what_they_say():
@@ -49,8 +51,38 @@ def test_the_json_is_what_deepspeed_is_told():
     assert "runs as 1 here" in explain_parallel(load_config(CONFIG, ["parallel.zero_stage=0"]), 64)
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("stage", "offload"),
+    [(0, "none"), (1, "none"), (1, "optimizer"), (2, "none"), (2, "optimizer"), (3, "none"), (3, "parameters")],
+)
+def test_words_and_figures_are_the_planners(precision: str, stage: int, offload: str):
+    config = load_config(
+        CONFIG, [f"parallel={{zero_stage: {stage}, offload: {offload}}}", f"train.precision={precision}"]
+    )
+    text, held = explain_parallel(config, 64), resident(config, 64)
+    assert "64 ranks" in text and "Bytes of one rank when the last backward pass of a step is over, without" in text
+    [own] = [line for line in text.splitlines() if line.startswith("> ")]
+    cells = [own[24 + 12 * number : 36 + 12 * number].strip() for number in range(6)]
+    for cell, value in zip(cells, [*(held[kind] for kind in KINDS), sum(held.values())], strict=True):
+        shown = 0 if cell == "-" else float(cell.split()[0]) * UNITS[cell.split()[1]]
+        assert shown == pytest.approx(value, rel=0.006)
+    [words] = [line for line in text.splitlines() if line.startswith("parallel.zero_stage")]
+    says_whole = "gradients and the optimizer's states whole" in words or "gradients, these in fp32 too" in words
+    assert says_whole == (held["gradients"] >= 4 * TOTAL)
+    assert ("each rank then keeps its share" in words) == (stage == 1 and (precision, offload) != ("bf16", "none"))
+
+
+def test_ranks_that_share_rows_are_mentioned():
+    overrides = ["parallel.sequence_parallel_size=4", "train.global_batch_size=64", "train.micro_batch_size=1"]
+    text = explain_parallel(load_config(CONFIG, overrides), 64)
+    assert "parallel.sequence_parallel_size 4: so many neighbouring ranks share each row, and its activations;" in text
+
+
 def test_the_command_says_it_and_starts_nothing(capsys):
     assert main(["--explain", "64", str(CONFIG)]) == 0
     assert capsys.readouterr().out == explain_parallel(load_config(CONFIG), 64) + "\n"
+    assert main(["--explain", "64", str(CONFIG), "parallel={zero_stage: 3, hpz_ranks: 3}"]) == 2
+    assert "on 64 ranks: parallel.hpz_ranks is 3; expected a divisor of 64." in capsys.readouterr().err
     assert main(["--explain", "7", str(CONFIG)]) == 2
     assert "on 7 ranks: train.global_batch_size is" in capsys.readouterr().err

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -47,6 +48,17 @@ def test_a_training_line_has_the_promised_keys_and_figures(tmp_path, capsys):
     assert (line["seconds/forward"], line["seconds/backward"]) == (0.2, 0.3)
     shown = capsys.readouterr().err
     assert shown.count("\n") == 1 and shown.startswith("step 2/10  loss 2.0000  2k tokens/s  MFU 6.0%")
+
+
+def test_a_utilisation_that_cannot_be_is_left_out_and_said_once(tmp_path, capsys):
+    log = make_log(tmp_path, tensorboard=False)
+    for step, seconds in ((1, 0.01), (2, 0.01), (3, 0.5), (4, 0.5)):
+        log.step(replace(step_metrics(step), step_seconds=seconds))
+    log.close()
+    doubt, second, fourth = capsys.readouterr().err.splitlines()
+    assert doubt.startswith("step 1  MFU is left out where above 100%: the peak of a rank, 1e+06 FLOP/s, is too low")
+    assert "tokens/s  lr " in second and "MFU 6.0%" in fourth
+    assert read(tmp_path)[0]["mfu"] == pytest.approx(3.0)
 
 
 def test_a_loss_that_is_not_a_number_is_null(tmp_path):

@@ -8,7 +8,7 @@ import psutil
 import pytest
 
 from pretrain import network
-from pretrain.errors import ConfigError
+from pretrain.errors import ConfigError, PeerError
 from pretrain.network import Route, find_route, interface_variables, route_to, spans_nodes
 
 RANKS = {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "node1"}
@@ -53,8 +53,21 @@ def test_other_nodes_are_known_from_what_the_launcher_says(environment, spans):
     assert spans_nodes(RANKS, environment) is spans
 
 
-def test_on_one_node_it_is_the_loopback_interface_whatever_the_hosts_name_means():
-    route = find_route(RANKS | {"MASTER_ADDR": "no-such-host.invalid"}, {"LOCAL_WORLD_SIZE": "4"})
+@pytest.mark.parametrize("environment", [{"LOCAL_WORLD_SIZE": "4"}, {"LOCAL_WORLD_SIZE": "1"}, {}], ids=str)
+@pytest.mark.parametrize("rank", ["0", "3"])
+def test_a_name_that_is_not_known_is_said_on_every_rank(monkeypatch: pytest.MonkeyPatch, rank, environment):
+    monkeypatch.setattr(network, "RESOLVE_SECONDS", 0.0)
+    monkeypatch.setattr("platform.node", lambda: "node2")
+    ranks = RANKS | {"RANK": rank, "LOCAL_RANK": "0", "MASTER_ADDR": "no-such-host.invalid"}
+    with pytest.raises(PeerError, match=r"launch: MASTER_ADDR is no-such-host.invalid, which node2 does not know \("):
+        find_route(ranks, environment)
+    assert find_route(ranks | {"RANK": "0", "WORLD_SIZE": "1"}, {}).is_loopback  # nobody is to be met
+
+
+def test_on_one_node_it_is_the_loopback_interface_whatever_the_hosts_name_means(monkeypatch: pytest.MonkeyPatch):
+    routes = {"node1": ETH, "127.0.0.1": route_to("127.0.0.1")}
+    monkeypatch.setattr(network, "route_to", routes.__getitem__)
+    route = find_route(RANKS, {"LOCAL_WORLD_SIZE": "4"})
     assert route.is_loopback
     assert interface_variables(route, RANKS, {"LOCAL_WORLD_SIZE": "4"}, Store()) == {
         "GLOO_SOCKET_IFNAME": route.interface, "NCCL_SOCKET_IFNAME": f"={route.interface}",

@@ -379,3 +379,12 @@ def test_every_section_is_in_the_config() -> None:
     assert {name for name, option in options().items() if option.section and "." not in name} == set(
         Config.model_fields
     )
+
+
+@pytest.mark.parametrize(
+    "name", ["tensor_parallel_size", "pipeline_parallel_size", "expert_model_parallel_size", "tp_size"]
+)
+def test_other_ways_to_divide_a_model_are_not_taken_for_sequence_parallelism(name: str) -> None:
+    text = "Tensor, pipeline and expert parallelism are not part of Longhaul; parallel.zero_stage divides the states, "
+    for asked in (name, f"parallel.{name}"):
+        assert suggest_option(asked, list(options())) == text + "parallel.sequence_parallel_size the rows."

@@ -19,7 +19,14 @@ from pretrain.run_state import read_state, render
 from pretrain.slurm import Job, NodeGroup, count_gpus, find_jobs, list_nodes, parse_time, place_in_queue
 from pretrain.slurm_script import ROOT, TEMPLATE, ScriptSettings, covering, enter_container, fill_in
 from pretrain.submit import prepare_submission, send
-from pretrain.submit_checks import Request, check_cluster, check_time, choose_cpus
+from pretrain.submit_checks import (
+    Request,
+    check_cluster,
+    check_extra_options,
+    check_files,
+    check_time,
+    choose_cpus,
+)
 from tests.rank_helpers import run_command
 
 GPUS = Request(nodes=2, gpus_per_node=8, tasks_per_node=8)
@@ -188,7 +195,10 @@ def test_containers_have_what_the_config_names(tmp_path: Path) -> None:
         ({"time": "1-01:00:00"}, "--time is 1-01:00:00; expected at most the limit of partition gpu, 1-00:00:00."),
         ({"time": "UNLIMITED"}, "--time is UNLIMITED; expected at most the limit of partition gpu"),
         ({"nodes": 5}, r"--nodes is 5 and --gpus-per-node 8; expected nodes that partition gpu has \(4 with 8 GPUs\)"),
+        ({"nodes": 5}, "Lower --nodes to 4, or use another --partition."),
         ({"gpus_per_node": 16}, "--gpus-per-node 16; expected nodes that partition gpu has"),
+        ({"gpus_per_node": 16}, "Lower --gpus-per-node to 8, or use another --partition."),
+        ({"nodes": 9, "gpus_per_node": 0, "tasks_per_node": 1}, "Lower --nodes to 4, or use another --partition."),
         (
             {"partition": "cpu"},
             r"partition cpu has \(9 with 0 GPUs\). Use --gpus-per-node=0 and --tasks-per-node for CPUs",
@@ -232,12 +242,46 @@ def test_cpus_are_divided_like_gpus() -> None:
     ("changes", "error"),
     [
         ({"time": "a day"}, "--time is a day; expected minutes, hours:minutes:seconds or days-hours"),
-        ({"time": "10"}, "--time is 10, and --grace 600; expected a limit longer than the grace by more than a minute"),
+        (
+            {"time": "10"},
+            r"--time is 10 \(10m00s\), and --grace 600 \(10m00s\); expected a limit longer than the grace by more than",
+        ),
     ],
 )
 def test_times_that_make_no_sense(changes: dict, error: str) -> None:
     with pytest.raises(ConfigError, match=error):
         check_time(replace(GPUS, **changes))
+
+
+@pytest.mark.parametrize(
+    ("options", "flag"),
+    [(["--time=1:00"], "--time"), (["--exclusive", "-t", "1:00"], "--time"), (["-N4"], "--nodes"),
+     (["--signal=USR1@9"], "--grace"), (["--ntasks-per-node=2"], "--tasks-per-node"), (["--array=1-3"], "--chain")],
+    ids=str,
+)  # fmt: skip
+def test_what_would_win_over_what_was_checked_is_not_passed_on(options: list[str], flag: str) -> None:
+    with pytest.raises(ConfigError, match=f"expected what this command has no option for. Write {flag} before the --"):
+        check_extra_options(replace(GPUS, extra_options=options))
+    check_extra_options(
+        replace(GPUS, extra_options=["--exclusive", "--mem=64G", "--mail-type=END", "-v", "--time-min=1"])
+    )
+
+
+def test_image_and_python_are_there(tmp_path: Path) -> None:
+    (tmp_path / "image.sif").touch()
+    image, python = str(tmp_path / "nosuch.sif"), str(tmp_path / "nosuch")
+    with pytest.raises(ConfigError, match=f"--container is {image}, which does not exist; expected an image. If only"):
+        check_files(replace(GPUS, container=image))
+    with pytest.raises(ConfigError, match="--container is nosuch.sqsh, which does not exist"):
+        check_files(replace(GPUS, container="nosuch.sqsh"))
+    with pytest.raises(
+        ConfigError, match=f"--python is {python}, which does not exist; expected a Python. If only the"
+    ):
+        check_files(replace(GPUS, python=python))
+    for container in (str(tmp_path / "image.sif"), "docker://a/b.sif", "nvcr.io#nvidia/pytorch:26.01-py3",
+                      str(tmp_path / "nowhere/image.sif")):  # fmt: skip
+        check_files(replace(GPUS, container=container, python=python))  # in the image, or on the nodes only
+    check_files(replace(GPUS, python="python3"))
 
 
 def submission_of(config: Path, run: Path, *overrides: str, request: Request = ON_CPUS):
@@ -250,6 +294,8 @@ def test_config_batch_data_and_secrets_are_checked(tiny_config: Path, tmp_path: 
         (["optim.lr=-1"], ConfigError, "command line: optim.lr is -1"),
         (["train.global_batch_size=6", "train.micro_batch_size=1"], ConfigError,
          r"on 4 ranks: train.global_batch_size is 6; expected a multiple"),
+        (["parallel={zero_stage: 3, hpz_ranks: 3}"], ConfigError,
+         r"on 4 ranks: parallel.hpz_ranks is 3; expected a divisor of 4. Use the number of GPUs of a node, or 1."),
         (["tokenizer.model=gone.model"], DataError, "gone.model: the tokenizer is not readable"),
         (["data.sources.0.shards=gone"], DataError, "shards is gone, which does not exist"),
     ):  # fmt: skip
@@ -272,7 +318,7 @@ def test_the_config_is_copied_so_that_a_job_that_waits_trains_what_was_submitted
 
 
 def test_what_is_left_in_the_run_folder(tiny_config, tmp_path, said, monkeypatch) -> None:
-    run = tmp_path / "run"
+    run, asks = tmp_path / "run", slurm._run
     ready = submission_of(tiny_config, run, "train.micro_batch_size=4")
     monkeypatch.setattr("shutil.which", lambda name: None)
     with pytest.raises(
@@ -285,6 +331,13 @@ def test_what_is_left_in_the_run_folder(tiny_config, tmp_path, said, monkeypatch
         ConfigError, match=f"sbatch {run}/submit.sbatch: it is down; expected a job that this cluster takes"
     ):
         send(ready)
+    with pytest.raises(
+        ConfigError, match="source; expected SLURM, which is not reached from here. Submit from a login"
+    ):
+        monkeypatch.setattr(slurm, "_run", lambda *command: subprocess.CompletedProcess(
+            command, 1, "", "sbatch: error: Could not establish a configuration source"))  # fmt: skip
+        send(ready)
+    monkeypatch.setattr(slurm, "_run", asks)
     said["sbatch"], said["scontrol"] = "7;cluster\n", RECORD.format(state="PENDING")
     job, warning = send(ready)
     assert job == "7" and "SLURM does not let job 7 be requeued (Requeue=0)" in warning and "--chain K" in warning
@@ -389,7 +442,7 @@ def test_a_run_of_slurm(tmp_path: Path, config_of, said) -> None:
     said["scontrol"] = RECORD.format(state="NODE_FAIL")
     assert "lost at step 4: job 7 is NODE_FAIL, and could not say why" in render(read_state(run))
     (run / "status.json").unlink()
-    assert "failed at step 4: job 7 ended before training began: see its log" in render(read_state(run))
+    assert f"failed at step 4: job 7 ended before training began: see {run}/slurm-7.log" in render(read_state(run))
     said.clear()
     (run / "metrics.jsonl").unlink()
     assert render(read_state(run)) == (
@@ -462,8 +515,10 @@ def test_a_local_run_is_seen_and_stopped(fork_server, tiny_config, tmp_path) -> 
         (["a.yaml"], "--nodes and --gpus-per-node are missing; on CPUs: --gpus-per-node 0 --tasks-per-node N"),
         (
             ["a.yaml", "--nodes=2", "--gpus-per-node=0"],
-            "--tasks-per-node goes with --gpus-per-node 0, and only with it",
+            "--tasks-per-node is missing: with --gpus-per-node 0, how many ranks each node has on its CPUs",
         ),
+        (["a.yaml", "--nodes=2"], "error: --gpus-per-node is missing; on CPUs: --gpus-per-node 0 --tasks-per-node N"),
+        (["a.yaml", "--gpus-per-node=8"], "error: --nodes is missing\n"),
         (["a.yaml", "--nodes=2", "--gpus-per-node=8", "--tasks-per-node=8"], "--tasks-per-node goes with"),
         (["a.yaml", "--nodes=0", "--gpus-per-node=8"], "it is 0; expected a whole number from 1"),
         (["a.yaml", "--nodes=2", "--gpus-per-node=8", "--env=A"], "it is A; expected NAME=VALUE"),
@@ -477,6 +532,26 @@ def test_wrong_use(arguments: list[str], error: str, capsys: pytest.CaptureFixtu
     with pytest.raises(SystemExit) as ended:
         parse(arguments, "")
     assert ended.value.code == 2 and error in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("sizes", "answer"),
+    [
+        ("--nodes=2 --gpus-per-node=0 --tasks-per-node=1 --time=15", "job 7: 2 nodes with 1 rank each, at most 15m00s"),
+        ("--nodes=1 --gpus-per-node=4 --time=UNLIMITED", "job 7: 1 node with 4 GPUs, no time limit;"),
+        (
+            "--nodes=2 --gpus-per-node=1 --chain=3",
+            "jobs 7_1 to 7_3, one after the other: 2 nodes with 1 GPU each, at most",
+        ),
+    ],
+)
+def test_what_was_submitted_is_said(tiny_config, tmp_path, monkeypatch, sizes: str, answer: str) -> None:
+    from pretrain import submit_options
+
+    monkeypatch.setattr("pretrain.submit.send", lambda _: ("7", ""))
+    given = [str(tiny_config), f"run.dir={tmp_path}/run", "train.micro_batch_size=1", *sizes.split()]
+    text = submit_options.run(submit_options.parse(given, ""))
+    assert text.startswith(answer) and f"script {tmp_path}/run/submit.sbatch, log {tmp_path}/run/slurm-7.log\n" in text
 
 
 @pytest.mark.launches

@@ -28,7 +28,7 @@ nth() { local last=$#; [ "$number" -lt "$last" ] && last=$number; echo "${!last}
 [ -n "$SIGNAL_SENT" ] && kill "-$SIGNAL_SENT" "$PPID"
 exit "$(nth $STATUS)"
 """
-SCONTROL = '#!/bin/bash\necho "${0##*/} $*" >>"$FOLDER/calls"\nexit "${SCONTROL_STATUS:-0}"\n'
+SCONTROL = '#!/bin/bash\necho "${0##*/} $*" >>"$FOLDER/calls"\neval "$SCONTROL_SIGNALS"\nexit "${SCONTROL_STATUS:-0}"\n'
 CONFIG = """\
 model: {dim: 32, num_layers: 1, num_heads: 2}
 tokenizer: {model: tokenizer.model, vocab_size: 512}
@@ -79,7 +79,16 @@ def test_a_run_that_is_done_ends(folder: Path) -> None:
     assert not list((folder / "run").glob(".seen*"))
 
 
-@pytest.mark.parametrize("variables", [{"STATUS": "75"}, {"STATUS": "69", "NODE_LOST": "1"}], ids=str)
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"STATUS": "75"},
+        {"STATUS": "69", "NODE_LOST": "1"},
+        {"STATUS": "75", "SCONTROL_SIGNALS": "kill -TERM $PPID; kill -TERM $$"},
+        {"STATUS": "75", "SCONTROL_SIGNALS": "kill -KILL $$"},
+    ],
+    ids=str,
+)
 def test_a_run_that_was_stopped_or_lost_a_node_is_requeued(folder: Path, variables: dict[str, str]) -> None:
     for number, step in enumerate(("00000003", "00000005", "00000006", "00000009"), 1):
         (folder / "calls").write_text("")
