@@ -61,6 +61,7 @@ setup(
             "moto[s3]>=5,<6",
             "mwparserfromhell>=0.6.6,<0.8",
             "mypy>=1.15,<3",
+            "peft>=0.17,<1",
             "py3langid>=0.3,<0.5",
             "pytest>=8.3,<10",
             "pytest-timeout>=2.3,<3",

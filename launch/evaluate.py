@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 from collections.abc import Sequence
@@ -11,6 +10,7 @@ from pathlib import Path
 if sys.path[0] == str(Path(__file__).resolve().parent):  # run as a file: launch/ would shadow the package `pretrain`
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from pretrain.command_line import CommandLine
 from pretrain.console import ends_at_closed_pipe
 from pretrain.errors import LonghaulError
 from pretrain.evaluate_options import add_arguments, options_from, steps_from
@@ -27,9 +27,7 @@ EXAMPLES = """examples:
 @ends_at_closed_pipe
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit status."""
-    parser = argparse.ArgumentParser(
-        prog="evaluate", description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = CommandLine(prog="evaluate", description=__doc__, epilog=EXAMPLES)
     add_arguments(parser)
     arguments = parser.parse_args(argv)
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1")
