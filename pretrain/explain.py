@@ -26,7 +26,6 @@ def explain(path: OptionPath, error_type: str, value: Any) -> str:
     if error_type == "extra_forbidden":
         return f"{name} is unknown; expected an option. {suggest_option(pattern(path), list(known))}"
     if option is None:  # an item of a list or of names of plain values
-<<<<<<< HEAD
         holder = next(path[:end] for end in range(len(path) - 1, 0, -1) if pattern(path[:end]) in known)
         option = known[pattern(holder)]
         _, is_ruled, rule = option.rule.partition(", each ")
@@ -34,14 +33,6 @@ def explain(path: OptionPath, error_type: str, value: Any) -> str:
             rule = rule.removeprefix("with ")
             return f"{name} is {short(value)}; expected {rule}.{_mend(replace(option, rule=rule), value)}"
         return f"{name} is {short(value)}; expected {dotted(holder)} to be {option.rule}."
-=======
-        end = next(end for end in range(len(path) - 1, 0, -1) if pattern(path[:end]) in known)
-        option = known[pattern(path[:end])]
-        if inner_rules := option.rule.split(", each ")[len(path) - end :]:
-            rule = ", each ".join(inner_rules).removeprefix("with ")
-            return f"{name} is {short(value)}; expected {rule}.{_mend(replace(option, rule=rule), value)}"
-        return f"{name} is {short(value)}; expected {dotted(path[:end])} to be {option.rule}."
->>>>>>> evaluate
     if error_type == "missing":
         inner = [inner.name.rpartition(".")[2] for inner in known.values() if _is_needed_in(inner, option)]
         rule = f"a section that gives {', '.join(inner)}" if option.section and inner else option.rule

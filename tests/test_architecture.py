@@ -93,13 +93,8 @@ WITHOUT_TORCH = (
     " sources store_errors stores node_cache remote_corpus prefetch shards shard_reader row_table data_plan journal workers corpus source_sample"
     " prepare dry_run verify_shards inspect_shards store_check prepare_options repetition personal_data near_duplicates languages wikipedia"
     " filters dataset_files redaction refining shares spills json_lines decoding tar_files text_index text_shards tar_documents tar_folder"
-<<<<<<< HEAD
     " tar_index chat evaluate_options comparison report_options messages examples hashed_file read_ahead gpus moments scaling_laws matrix_owners deepspeed_settings plan_shapes plan_activations plan_memory plan_communication plan_time plan plan_report plan_table plan_options"
     " augment paraphrases csv_files example_files task_metrics task_grammars task_stories task_data command_line config_changes slurm slurm_script run_state submit submit_checks submit_options"
-=======
-    " tar_index chat evaluate_options comparison gpus moments scaling_laws matrix_owners deepspeed_settings plan_shapes plan_activations plan_memory plan_communication plan_time plan plan_report plan_table plan_options"
-    " command_line config_changes slurm slurm_script run_state submit submit_checks submit_options"
->>>>>>> evaluate
 )
 
 MAX_FILE_LINES = 400
