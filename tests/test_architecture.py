@@ -38,7 +38,7 @@ TIERS = (
     " tracking family_table profiling watchdog",
     "communication link_speeds metrics guard spikes hf_tokenizer generate checkpoint_folder checkpoint_store",
     "engine tokenizer_files tokenizer_trial checkpoint_places",
-    "text_shards",
+    "text_shards saved_run",
     "data_plan",
     "damage",
     "row_reader run_state",
