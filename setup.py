@@ -42,6 +42,7 @@ setup(
         "bench": ["accelerate>=1.1,<2", 'liger-kernel>=0.8.5,<0.9; platform_system == "Linux"'],
         # near-duplicates, Wikipedia's markup, languages: what `prepare` does by choice
         "data": ["datasketch>=2,<3", "mwparserfromhell>=0.6.6,<0.8", "py3langid>=0.3,<0.5"],
+        "gguf": ["gguf>=0.17,<1"],  # `convert --to gguf`; llama-cpp-python beside it runs what was written
         "gs": ["gcsfs>=2024.6"],
         "s3": ["s3fs>=2024.6"],
         "wandb": ["wandb>=0.31,<1"],
@@ -51,7 +52,9 @@ setup(
             "datasketch>=2,<3",
             "flask>=3,<4",  # with flask-cors, what moto's server needs; its own extra brings 40 packages more
             "flask-cors>=5,<7",
+            "gguf>=0.17,<1",
             "hypothesis>=6.100,<7",
+            "jinja2>=3.1,<4",
             "moto[s3]>=5,<6",
             "mwparserfromhell>=0.6.6,<0.8",
             "mypy>=1.15,<3",

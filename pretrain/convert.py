@@ -134,8 +134,14 @@ def _export(saved: SavedRun, export: PartialExport, options: ConvertOptions, dty
         return export_torch(saved, export, dtype)
     rows = comparison_rows(saved)
     if options.to == "gguf":
-        from pretrain.gguf_export import export_gguf
-
+        try:
+            from pretrain.gguf_export import export_gguf
+        except ModuleNotFoundError as error:
+            if error.name != "gguf":
+                raise
+            raise ConfigError(
+                "--to is gguf; expected the package gguf to be installed. Run: pip install 'longhaul[gguf]'"
+            ) from None
         return export_gguf(saved, export, dtype, rows, verify, options.licence)
     from pretrain.hf_export import export_hf
 

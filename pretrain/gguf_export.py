@@ -264,11 +264,10 @@ def _read_back(
     for key, value in keys.items():
         field = reader.get_field(key)
         found: Any = None if field is None else field.contents()
-        if isinstance(value, (float, list)):
-            value, found = np.asarray(value), np.asarray(found)
-            value = value.astype(np.float32) if value.dtype.kind == "f" else value
-        if not np.array_equal(found, value):
-            raise ExportError(f"{path.name}: {key} is {found!r}; expected {value!r}. {REPORT_IT}")
+        wanted = np.asarray(value)
+        if not np.array_equal(found, wanted.astype(np.float32) if wanted.dtype.kind == "f" else wanted):
+            shown = [str(one)[:60] for one in (found, value)]
+            raise ExportError(f"{path.name}: {key} is {shown[0]}; expected {shown[1]}. {REPORT_IT}")
     by_name, quantized, largest = {one.name: one for one in reader.tensors}, 0, 0.0
     for name, tensor in extra.items():
         if not torch.equal(_decode(by_name.pop(name)), tensor):
@@ -324,9 +323,9 @@ def modelfile(tokenizer: Tokenizer) -> str:
         turn = TURN_BEGIN + "{{ .Role }}\n{{ .Content }}" + TURN_END + "\n"
         lines += [
             f'TEMPLATE """{{{{ range .Messages }}}}{turn}{{{{ end }}}}{TURN_BEGIN}assistant\n"""',
-            f"PARAMETER stop {TURN_END}",
+            f'PARAMETER stop "{TURN_END}"',
         ]
     else:
         lines.append('TEMPLATE """{{ .Prompt }}"""')
-    lines.append(f"PARAMETER stop {tokenizer.name_of(tokenizer.eos_id)}")
+    lines.append(f'PARAMETER stop "{tokenizer.name_of(tokenizer.eos_id)}"')
     return "\n".join(lines) + "\n"

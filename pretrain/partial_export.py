@@ -7,6 +7,7 @@ cost the hours that a large model takes.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from pretrain.console import LiveLine, format_bytes, format_duration
-from pretrain.errors import ConfigError, ExportError
+from pretrain.errors import ConfigError
 from pretrain.tensor_files import sync_folder
 
 JOURNAL = ".journal.jsonl"
@@ -139,17 +140,13 @@ class PartialExport:
             Size and sha256 of each file.
 
         Raises:
-            ExportError: the disk has no room for them, or a part cannot be made.
-            OSError: the disk is full, read-only or gone.
+            OSError: the disk has no room for them, is read-only or gone; or what a part's making raises.
         """
         total = sum(part.num_bytes for parts in files.values() for part in parts)
         there = sum(path.stat().st_size for name in files if (path := self.folder / name).exists())
         disk = os.statvfs(self.folder)
         if (free := disk.f_bavail * disk.f_frsize) < total - there:
-            raise ExportError(
-                f"{self._out}: takes {total - there:,} bytes, and {free:,} are free; expected room. Free space there, "
-                "or name a folder on another disk."
-            )
+            raise OSError(errno.ENOSPC, f"it takes {total - there:,} bytes, and {free:,} are free")
         done, described = 0, {}
         for name, parts in files.items():
             described[name] = self._write_file(name, parts, done, total)
@@ -161,6 +158,8 @@ class PartialExport:
         path = self.folder / name
         num_kept, kept_bytes, digest = self._kept(path, parts)
         self._digests[name] = self._digests.get(name, [])[:num_kept]
+        if num_kept == len(parts) and path.stat().st_size == kept_bytes:
+            return {"bytes": kept_bytes, "sha256": digest.hexdigest()}
         with open(path, "r+b" if num_kept else "wb") as file:
             file.truncate(kept_bytes)
             file.seek(kept_bytes)
@@ -179,6 +178,7 @@ class PartialExport:
                 file.flush()
                 self._journal.write(json.dumps({"file": name, "sha256": digest.hexdigest()}) + "\n")
                 self._journal.flush()
+                self._digests[name].append(digest.hexdigest())
             os.fsync(file.fileno())
         path.chmod(self.folder.stat().st_mode & 0o666)  # whoever may read the folder may read the file
         return {"bytes": done, "sha256": digest.hexdigest()}

@@ -75,8 +75,11 @@ def _parts(saved: SavedRun, folder: Path, dtype: torch.dtype) -> list[Part]:
     skeleton.parent.mkdir()
     # Memory of these is never touched. A checksum could not be that of weights that come later.
     empty = {name: torch.empty(size, dtype=dtype) for name, size in saved.shapes.items()}
-    with _without_checksums(), skip_data():
-        torch.save(empty, skeleton)
+    try:
+        with _without_checksums(), skip_data():
+            torch.save(empty, skeleton)
+    except RuntimeError as error:  # torch's way to say that a file cannot be written
+        raise OSError(f"torch: {str(error).splitlines()[0]}") from error
     reader: Any = torch._C.PyTorchFileReader(str(skeleton))
     offsets = [reader.get_record_offset(f"data/{index}") for index in range(len(empty))]
     ends = [begin + tensor.nbytes for begin, tensor in zip(offsets, empty.values(), strict=True)]
