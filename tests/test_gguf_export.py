@@ -242,7 +242,9 @@ needs_library = pytest.mark.skipif(
 def test_llama_cpp_computes_the_same(name, tokenizer, tmp_path, monkeypatch):  # noqa: F811
     monkeypatch.setattr(llama_cpp, "NUM_TEXTS", 2000)
     report = export(make_run(name, tokenizer), tmp_path, "fp32", partial(make, verify="logits"))
-    assert report["client"] == "llama.cpp" and report["logits"]["max_relative_difference"] < llama_cpp.FP32_TOLERANCE
+    assert report["client"] == "llama.cpp" and report["logits"]["max_relative_difference"] < (
+        2e-3 if make_model(name).shape.activation == "gelu" else 5e-6
+    )
     assert report["greedy"]["equal_tokens"] > 0 and report["tokenizer"]["mismatches"] == 0
 
 
