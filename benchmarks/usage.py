@@ -33,6 +33,7 @@ COLLECTIVES = {
     "allgather_into_tensor_coalesced_": "all_gather_into_tensor", "allgather_coalesced_": "all_gather",
     "reduce_scatter_": "reduce_scatter", "_reduce_scatter_base_": "reduce_scatter_tensor",
     "reduce_scatter_tensor_coalesced_": "reduce_scatter_tensor", "alltoall_base_": "all_to_all_single",
+    "exchange_parts": "all_to_all_single",  # an operator of ours: what it calls is not dispatched again
     "alltoall_": "all_to_all", "gather_": "gather", "scatter_": "scatter", "send": "send", "recv_": "recv",
 }  # fmt: skip
 KINDS = ("parameters", "masters", "moments", "gradients", "buckets", "activations", "other")
@@ -67,8 +68,8 @@ class Usage(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Call the operator, and note what it did."""
         result = func(*args, **(kwargs or {}))
-        if func.namespace == "c10d":
-            self._count(func._schema.name.removeprefix("c10d::"), args)
+        if func.namespace in ("c10d", "longhaul"):
+            self._count(func._schema.name.partition("::")[2], args)
         for tensor in _tensors((args, kwargs, result)):
             self._note(tensor.untyped_storage())
         self.peaks[self.phase] = max(self.peaks[self.phase], self._live_bytes)
@@ -92,10 +93,10 @@ class Usage(TorchDispatchMode):
 
     def _count(self, operator: str, args: Iterable[Any]) -> None:
         if operator not in COLLECTIVES:
-            return  # a barrier
+            return  # a barrier, or no collective
         name = COLLECTIVES[operator]
         sides = [sum(tensor.nbytes for tensor in _tensors(arg)) for arg in args]
-        size = sides[1] if name == "all_to_all_single" else max(sides)
+        size = sides[1] if operator == "alltoall_base_" else max(sides)
         entry = self.traffic.setdefault((self.phase, name), [0, 0])
         entry[0] += 1
         entry[1] += size

@@ -63,6 +63,11 @@ class BatchPlan:
             sequence_parallel_size=shared_by,
         )
 
+    @property
+    def tokens_of_micro_step(self) -> int:
+        """Tokens that one rank computes at once."""
+        return self.micro_batch_size * self.seq_len // self.sequence_parallel_size
+
     def reader_of(self, rank: int) -> int:
         """Return which part of a step's rows a rank has; ranks that share rows have the same."""
         return rank // self.sequence_parallel_size

@@ -41,6 +41,19 @@ def bucket_elements(world_size: int) -> int:
     return min(max(40_000_000, 1_000_000 * world_size), 500_000_000)
 
 
+def check_hpz(parallel: ParallelSection, world_size: int) -> None:
+    """Check that the ranks are whole groups that hold the weights once more.
+
+    Raises:
+        ConfigError: they are not.
+    """
+    if world_size % parallel.hpz_ranks:
+        text = (
+            f"on {world_size} ranks: parallel.hpz_ranks is {parallel.hpz_ranks}; expected a divisor of {world_size}. "
+        )
+        raise ConfigError(text + "Use the number of GPUs of a node, or 1.")
+
+
 def prefetch_elements(num_parameters: int, num_layers: int) -> int:
     """Weights that stage 3 gathers ahead of their use: those of a block, or more."""
     return max(50_000_000, num_parameters // num_layers)
@@ -133,11 +146,7 @@ def check_machine(config: Config, world_size: int, device_type: str, builders: M
     if device_type == "cpu" and parallel.quantize:
         text = f"parallel.quantize is [{', '.join(parallel.quantize)}]; expected [] on a CPU: the kernels are CUDA's. "
         raise ConfigError(text + "Leave it out.")
-    if world_size % parallel.hpz_ranks:
-        text = (
-            f"on {world_size} ranks: parallel.hpz_ranks is {parallel.hpz_ranks}; expected a divisor of {world_size}. "
-        )
-        raise ConfigError(text + "Use the number of GPUs of a node, or 1.")
+    check_hpz(parallel, world_size)
     if parallel.quantize and not builders.QuantizerBuilder().is_compatible():
         text = (
             f"parallel.quantize is [{', '.join(parallel.quantize)}]; expected DeepSpeed's operator `quantizer`, which "

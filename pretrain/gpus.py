@@ -92,13 +92,20 @@ GPUS: dict[str, Gpu] = {
 def gpu_of_device(name: str) -> tuple[str, Gpu] | None:
     """Return the entry whose words are all in a device's name, the most particular one; None if there is none.
 
+    A memory in the name must be the entry's. A part of a GPU (MIG) and a laptop's are others than the table's.
+
     Args:
         name: as CUDA gives it, such as `NVIDIA A100-SXM4-40GB`.
     """
-    words = set(re.findall(r"[a-z0-9]+", name.lower()))
-    found = [key for key in GPUS if words.issuperset(key.lower().split())]
+    words = re.findall(r"[a-z0-9]+", re.sub(r"\b(\d+) ?gb\b", r"\1gb", name.lower()))
+    sizes = [int(word.removesuffix("gb")) for word in words if re.fullmatch(r"\d{2,3}(gb)?", word)]
+    if {"mig", "laptop", "max", "mobile"} & set(words):
+        return None
+    found = [key for key in GPUS if set(words).issuperset(key.lower().split())]
     key = max(found, key=len, default=None)
-    return (key, GPUS[key]) if key else None
+    if key is None or (sizes and key != "GH200" and abs(GPUS[key].memory_gib / sizes[0] - 1) > 0.1):
+        return None  # a GH200's name has the memory of its CPU
+    return key, GPUS[key]
 
 
 def find_gpu(name: str) -> tuple[str, Gpu]:
@@ -113,7 +120,7 @@ def find_gpu(name: str) -> tuple[str, Gpu]:
         return key, GPUS[key]
     if found := gpu_of_device(name):
         return found
-    near = [plain[one] for one in difflib.get_close_matches(_plain(name), plain, n=3, cutoff=0.5)]
+    near = [plain[one] for one in difflib.get_close_matches(_plain(name), plain, n=3, cutoff=0.6)]
     near += [key for key in GPUS if _plain(name) and _plain(name) in _plain(key) and key not in near]
     advice = f"Nearest: {', '.join(near)}." if near else "See docs/planning.md."
     raise ConfigError(f"--gpu: GPU is {name}; expected one of {', '.join(GPUS)}. {advice}")

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pretrain.batch_plan import BatchPlan
 from pretrain.config import Config
-from pretrain.deepspeed_settings import effective_stage
+from pretrain.deepspeed_settings import check_hpz, effective_stage
 from pretrain.errors import ConfigError
 from pretrain.gpus import GIB, find_gpu
+from pretrain.parallel_checks import parallel_problems
 from pretrain.plan_memory import Memory, memory_of
 from pretrain.plan_time import Machine, StepTime, step_time, utilisation
 from pretrain.scaling_laws import SECONDS_PER_DAY
 
 DEFAULT_GPU, DEFAULT_NUM_GPUS, MOST_GPUS = "H100", 8, 16_384
 HOST_GIB = 1800.0  # of a node with eight GPUs and 2 TB
-_CHECKPOINTING = ("none", "selective", "full")
+_CHECKPOINTING = ("none", "selective", "full", "offload")
+_NOISE = 0.03  # far less than these times are off by
+_SHARED_BY = (1, 2, 4, 8)  # ranks of a node that may share rows
 # (stage, offload), in the order in which equally fast ones are preferred
 _DIVISIONS = ((0, "none"), (1, "none"), (2, "none"), (3, "none"), (1, "optimizer"), (2, "optimizer"), (3, "optimizer"),
               (3, "parameters"))  # fmt: skip
@@ -82,26 +85,34 @@ def make_plan(config: Config, machine: Machine) -> Plan:
     """Foresee a config as it is.
 
     Raises:
-        ConfigError: the batch does not divide over the GPUs, or an option for long rows is not reckoned with yet.
+        ConfigError: the batch does not divide over the GPUs, or they are no whole groups.
     """
-    _check_reckoned(config)
     batch = BatchPlan.of(config, machine.num_gpus)
+    check_hpz(config.parallel, machine.num_gpus)
     memory = memory_of(config, batch, machine.masks_attention)
     return Plan(config, batch, machine, memory, step_time(config, batch, machine))
 
 
-def _check_reckoned(config: Config) -> None:
-    parallel, train = config.parallel, config.train
-    for name, value, known in (
-        ("parallel.sequence_parallel_size", parallel.sequence_parallel_size, "1"),
-        ("train.ffn_chunk_tokens", train.ffn_chunk_tokens, "0"),
-        ("train.activation_checkpointing", train.activation_checkpointing, " or ".join(_CHECKPOINTING)),
-    ):
-        if str(value) not in known.split(" or "):
-            raise ConfigError(
-                f"planner: {name} is {value}; expected {known}, which is all that it reckons with so far. Plan with "
-                "that, which takes more memory."
-            )
+def not_reckoned(config: Config) -> list[str]:
+    """Name the options of a config that change memory or time, and are not part of a plan."""
+    parallel, found = config.parallel, []
+    if config.train.compile:
+        found.append("train.compile")
+    if parallel.quantize:
+        found.append("parallel.quantize")
+    if parallel.nvme_dir:
+        found.append("the time of parallel.nvme_dir")
+    if parallel.hpz_ranks > 1:
+        found.append("the time that parallel.hpz_ranks saves")
+    return [*found, *(["data.phases"] if config.data.phases else [])]
+
+
+def more_gpus_help(plan: Plan) -> bool:
+    """Say whether a plan that does not fit would on many times as many GPUs, each with the same rows."""
+    times = 64
+    machine = replace(plan.machine, num_gpus=times * plan.machine.num_gpus)
+    config = changed(plan.config, global_batch_size=times * plan.config.train.global_batch_size)
+    return make_plan(config, machine).fits
 
 
 def choose_machine(
@@ -145,14 +156,18 @@ def choose_machine(
 
 
 def _divides(config: Config, num_gpus: int) -> bool:
-    return config.train.global_batch_size % (config.train.micro_batch_size * num_gpus) == 0
+    together = config.train.micro_batch_size * num_gpus
+    return config.train.global_batch_size * config.parallel.sequence_parallel_size % together == 0
+
+
+_PARALLEL = ("zero_stage", "offload", "sequence_parallel_size")
 
 
 def changed(config: Config, **options: Any) -> Config:
     """Return the config with other values of options of `parallel` and `train`, by their names."""
     sections: dict[str, dict[str, Any]] = {"parallel": {}, "train": {}}
     for name, value in options.items():
-        sections["parallel" if name in ("zero_stage", "offload") else "train"][name] = value
+        sections["parallel" if name in _PARALLEL else "train"][name] = value
     return config.model_copy(
         update={name: getattr(config, name).model_copy(update=update) for name, update in sections.items()}
     )
@@ -160,7 +175,8 @@ def changed(config: Config, **options: Any) -> Config:
 
 def overrides(plan: Plan, config: Config) -> list[str]:
     """Return what to put on the command line to get from a config to a plan's."""
-    names = ("parallel.zero_stage", "parallel.offload", "train.micro_batch_size", "train.activation_checkpointing")
+    names = ("parallel.zero_stage", "parallel.offload", "parallel.sequence_parallel_size", "train.micro_batch_size",
+             "train.activation_checkpointing")  # fmt: skip
     found = []
     for name in names:
         section, _, key = name.partition(".")
@@ -175,8 +191,9 @@ class Search:
     """What a search found.
 
     Args:
-        best: of each way to divide and to compute again, the fastest micro-batch that fits, the fastest way first.
-        too_large: of those ways where nothing fits, the smallest micro-batch, the least that the GPU lacks first.
+        best: of each way to divide and to compute again, the fastest batch that fits; the fastest way first, but the
+            config as it is before it where it is as fast within 3%.
+        too_large: of those ways where nothing fits, the smallest batch, the least that the GPU lacks first.
     """
 
     best: list[Plan]
@@ -184,49 +201,73 @@ class Search:
 
 
 def search(config: Config, machine: Machine) -> Search:
-    """Try ZeRO stages, offload, activation checkpointing and micro-batches, with the same global batch.
+    """Try ZeRO stages, offload, checkpointing, ranks that share rows and micro-batches, with the same global batch.
 
     Raises:
         ConfigError: no micro-batch divides the batch over the GPUs.
     """
-    sizes = _micro_batches(config, machine.num_gpus)
     best, too_large = [], []
     for stage, offload in _divisions(config, machine.num_gpus):
         for mode in _CHECKPOINTING:
-            plans = [
-                make_plan(changed(config, zero_stage=stage, offload=offload, micro_batch_size=size,
-                                  activation_checkpointing=mode), machine)
-                for size in sizes
-            ]  # fmt: skip
+            way = changed(config, zero_stage=stage, offload=offload, activation_checkpointing=mode)
+            plans = [make_plan(one, machine) for one in _batches(way, machine)]
             fitting = [plan for plan in plans if plan.fits]
             if fitting:
                 best.append(min(fitting, key=lambda plan: (plan.time.total, plan.memory.total)))
-            else:
-                too_large.append(plans[0])
+            elif plans:
+                too_large.append(max(plans, key=lambda plan: plan.free_bytes))
+    if not best and not too_large:
+        BatchPlan.of(config, machine.num_gpus)  # says what does divide
+    configured = make_plan(config, machine) if best and _divides(config, machine.num_gpus) else None
     return Search(
-        sorted(best, key=lambda plan: plan.time.total), sorted(too_large, key=lambda plan: -plan.free_bytes)
-    )  # fmt: skip
+        _in_order(best, configured if configured and configured.fits else None),
+        sorted(too_large, key=lambda plan: -plan.free_bytes),
+    )
+
+
+def _in_order(plans: list[Plan], configured: Plan | None) -> list[Plan]:
+    """Order plans by their speed; but a config that fits and is as fast as the best, about, comes first as it is."""
+    ordered = sorted(plans, key=lambda plan: plan.time.total)
+    if configured is None or configured.time.total > (1 + _NOISE) * ordered[0].time.total:
+        return ordered
+    return [configured, *(plan for plan in ordered if _way(plan) != _way(configured))]
+
+
+def _way(plan: Plan) -> tuple[int, str, str]:
+    parallel = plan.config.parallel
+    return parallel.zero_stage, parallel.offload, plan.config.train.activation_checkpointing
+
+
+def _batches(config: Config, machine: Machine) -> Iterator[Config]:
+    """Yield a config with each number of ranks of a node that may share rows, and micro-batches that double."""
+    batch, asked = config.train.global_batch_size, config.parallel.sequence_parallel_size
+    for shared_by in sorted({*_SHARED_BY, asked}):
+        readers, rest = divmod(machine.num_gpus, shared_by)
+        shared = changed(config, sequence_parallel_size=shared_by)
+        if rest or batch % readers or (shared_by > machine.gpus_per_node and shared_by != asked):
+            continue
+        if any(parallel_problems(shared)):
+            continue
+        for size in _micro_batches(batch // readers, config.train.micro_batch_size):
+            yield changed(shared, micro_batch_size=size)
 
 
 def _divisions(config: Config, ranks: int) -> Iterator[tuple[int, str]]:
     """Yield ways to divide that are allowed and differ from each other."""
-    for stage, offload in _DIVISIONS:
-        parallel = config.parallel.model_copy(update={"zero_stage": stage, "offload": offload})
-        if effective_stage(parallel, config.train.precision, ranks) != stage:
-            continue  # it would run as another
-        if stage == 3 and config.train.compile:
-            continue
-        yield stage, offload
+    asked = config.parallel
+    seen: set[tuple[int, str]] = set()
+    for stage, offload in ((asked.zero_stage, asked.offload), *_DIVISIONS):
+        parallel = asked.model_copy(update={"zero_stage": stage, "offload": offload})
+        runs_as = effective_stage(parallel, config.train.precision, ranks), offload
+        if runs_as not in seen and (not seen or runs_as[0] == stage):
+            seen.add(runs_as)
+            yield stage, offload
 
 
-def _micro_batches(config: Config, num_gpus: int) -> list[int]:
+def _micro_batches(rows: int, configured: int) -> list[int]:
     """Return micro-batches that divide a rank's rows, the smallest first: those that double, about."""
-    rows, remainder = divmod(config.train.global_batch_size, num_gpus)
-    if remainder or not rows:
-        BatchPlan.of(config, num_gpus)  # says what does divide
-    divisors = [size for size in range(1, rows + 1) if rows % size == 0]
     chosen: list[int] = []
-    for size in divisors:
-        if not chosen or size >= 2 * chosen[-1] or size == config.train.micro_batch_size:
+    for size in (size for size in range(1, rows + 1) if rows % size == 0):
+        if not chosen or size >= 2 * chosen[-1] or size == configured:
             chosen.append(size)
     return chosen

@@ -31,16 +31,20 @@ class Collective:
         name: torch.distributed's.
         num_bytes: payload of all of them.
         count: how many there are, about.
-        when: `passes` while forward and backward pass run, `gradients` when the last one is over, `update` after it.
+        when: `passes` while forward and backward pass run, `gradients` when the last one is over, `update` after it;
+            `waited` while they run, which wait for it.
+        sharers: that take part, where not all ranks do.
     """
 
     name: str
     num_bytes: float
     count: int
     when: str
+    sharers: int | None = None
 
     def wire_bytes(self, ranks: int) -> float:
-        """Bytes that each rank sends."""
+        """Bytes that each rank of a run of so many sends."""
+        ranks = self.sharers or ranks
         return self.num_bytes * (2 if self.name == "all_reduce" else 1) * (ranks - 1) / ranks
 
 
@@ -71,6 +75,8 @@ def collectives(config: Config, plan: BatchPlan, on_cpu: bool = False) -> list[C
             found.append(Collective("all_reduce", 4 * groups + (at.size == 2), groups + (at.size == 2), "update"))
         if at.stage > 0:
             found.append(Collective("all_gather_into_tensor", at.size * whole, groups, "update"))
+    if plan.sequence_parallel_size > 1:
+        found.append(_exchanges(config, plan, at.size))
     if config.optim.name == "muon":
         found.append(_muon(config, at, 4 if on_cpu else 2))
     return found
@@ -90,15 +96,20 @@ def communication(config: Config, ranks: int, on_cpu: bool = False) -> dict[str,
     return totals
 
 
+def _exchanges(config: Config, plan: BatchPlan, size: int) -> Collective:
+    """What ranks that share rows send each other around attention: queries, keys and values there, its result back."""
+    shape, sharers = shape_of(config), plan.sequence_parallel_size
+    heads = 2 * shape.num_heads + 2 * max(shape.num_kv_heads, sharers)
+    passes = 3 if config.train.activation_checkpointing in ("full", "offload") else 2  # backward is the way back
+    count = 2 * passes * shape.num_layers * plan.num_micro_steps
+    elements = heads * shape.head_dim * plan.tokens_of_micro_step * count / 2
+    return Collective("all_to_all_single", size * elements, count, "waited", sharers)
+
+
 def _divided_weights(config: Config, plan: BatchPlan, at: Layout, sizes: list[int]) -> list[Collective]:
     """Stage 3: weights are gathered for each pass, gradients scattered after each backward pass."""
     ranks, steps = plan.world_size, plan.num_micro_steps
-    recomputes = config.train.activation_checkpointing != "none"
-    order = [[_padded(numel, ranks) for numel in module if numel > PERSISTENT_ELEMENTS]
-             for module in modules_in_order(shape_of(config))]  # fmt: skip
-    weights = gathered_elements(
-        [sum(module) for module in order], kept_elements(recomputes), shape_of(config).tie_embeddings
-    )
+    weights = gathered_weights(config, ranks)
     persistent = sum(_padded(numel, ranks) for numel in sizes if numel <= PERSISTENT_ELEMENTS)
     gradients = sum(_padded(numel, ranks) for numel in sizes)
     ahead = min(prefetch_elements(at.total, config.model.num_layers), MAX_LIVE_ELEMENTS)
@@ -108,6 +119,16 @@ def _divided_weights(config: Config, plan: BatchPlan, at: Layout, sizes: list[in
         Collective("reduce_scatter_tensor", at.grad_size * gradients * steps, steps * -(-at.total // at.bucket),
                    "passes"),
     ]  # fmt: skip
+
+
+def gathered_weights(config: Config, ranks: int) -> int:
+    """Count the weights that stage 3 brings together in one micro-step, on each of so many ranks."""
+    recomputes = config.train.activation_checkpointing != "none"
+    order = [[_padded(numel, ranks) for numel in module if numel > PERSISTENT_ELEMENTS]
+             for module in modules_in_order(shape_of(config))]  # fmt: skip
+    return gathered_elements(
+        [sum(module) for module in order], kept_elements(recomputes), shape_of(config).tie_embeddings
+    )
 
 
 def _padded(numel: int, ranks: int) -> int:

@@ -1,7 +1,6 @@
 """How much memory a training step takes on each rank, and when most.
 
-B rows of T tokens are N = B T tokens of a micro-batch; `size` is bytes of a weight. What the layers keep is what
-`layers.py` and `kernels/` save on a GPU; what DeepSpeed holds is what 0.19.8 does (docs/notes/0026-planner.md).
+`size` is bytes of a weight. What DeepSpeed holds is what 0.19.8 does (docs/notes/0026-planner.md).
 """
 
 from __future__ import annotations
@@ -10,7 +9,6 @@ import math
 from dataclasses import dataclass
 from functools import cache
 
-from kernels.loss_chunks import chunk_rows
 from pretrain.batch_plan import BatchPlan
 from pretrain.config import Config, OptimSection
 from pretrain.deepspeed_settings import (
@@ -24,6 +22,7 @@ from pretrain.deepspeed_settings import (
 )
 from pretrain.families import ModelShape, num_parameters, resolve_shape
 from pretrain.moments import is_hidden_matrix, moment_names
+from pretrain.plan_activations import activations, offloaded_bytes
 from pretrain.plan_shapes import parameter_shapes
 
 CONTEXT_BYTES = 3 * 2**29  # of CUDA, cuBLAS and NCCL, outside of what torch counts: an allowance
@@ -179,73 +178,6 @@ def disk_bytes(config: Config, ranks: int) -> int:
 
 
 @dataclass(frozen=True)
-class Activations:
-    """Bytes of a micro-batch's forward pass.
-
-    Args:
-        kept: that the backward pass needs, of all blocks, embedding and final norm, without the loss.
-        loss: gradients that the loss computes in the forward pass and keeps.
-        loss_peak: what is there beside these while the loss is computed, or its gradients are handed on.
-        handed_on: of that, the gradients.
-        block_peak: what is there beside `kept` while a block's backward pass runs.
-    """
-
-    kept: int
-    loss: int
-    loss_peak: int
-    handed_on: int
-    block_peak: int
-
-
-def activations(shape: ModelShape, num_rows: int, seq_len: int, mode: str, size: int, masked: bool) -> Activations:
-    """Count what the forward pass of a micro-batch keeps, and what comes on top.
-
-    Args:
-        shape: the model.
-        num_rows: B.
-        seq_len: T.
-        mode: `train.activation_checkpointing`.
-        size: bytes of a weight, which activations have too.
-        masked: attention is PyTorch's, which holds a mask: in fp32, and on GPUs before compute capability 8.0.
-    """
-    N, D, F = num_rows * seq_len, shape.dim, shape.ffn_dim
-    H, K, C = shape.num_heads, shape.num_kv_heads, shape.head_dim
-    norm_bytes = 8 if shape.norm == "layernorm" else 4  # mean and deviation of each token, fp32
-    gated = shape.activation == "swiglu"
-    up = 2 * F if gated else F
-    turned = (H + K) * C if shape.positions == "rope" or shape.qk_norm else 0
-    repeated = 2 * H * C if masked and K < H else 0
-    explicit = masked and (shape.attention_softcap is not None or shape.attention_dropout > 0)
-    scores = (4 + size) * H * seq_len if explicit else 0  # bytes a token: probabilities in fp32, and rounded
-    small = 2 * norm_bytes + (4 * (H + K) if shape.qk_norm else 0)
-    attended = H * C * size + 4 * H + scores  # what attention returns, and the logarithms of its sums
-    cheap = (4 * D + turned + repeated + F) * size + small  # norms, RoPE, activations
-    dear = ((H + 2 * K) * C + up) * size + attended  # products and attention
-    block = {"none": cheap + dear, "selective": dear + 3 * D * size, "full": 2 * D * size}[mode]
-    tables = 4 * C if shape.positions == "rope" else 0
-    final = 0 if mode == "full" else D * size  # the stream before the last norm; with `full`, in place of the first
-    mask = num_rows * seq_len**2 * size if masked else 0
-    kept = N * (shape.num_layers * block + final + tables + norm_bytes + 12) + mask
-    again = {"none": 0, "selective": cheap, "full": cheap + dear}[mode]
-    # Beside what the block kept, less what it has freed by then: gradients of the residual stream and of what is worked
-    # on, and the one of a weight that has just been made.
-    tails = (
-        N * (D + F) * size + F * D * size,  # down's weight
-        N * (D + up) * size,  # the activation
-        N * (2 * D - F) * size + up * D * size,  # up's weight
-        N * ((2 * H + 2 * K) * C - D - up - F) * size + N * H * C * 4,  # attention
-    )
-    classes = shape.padded_vocab_size
-    loss = 4 * (classes + N) * D
-    logits = 4 * chunk_rows(N, shape.vocab_size) * shape.vocab_size
-    handed_on = size * (classes + N) * D
-    return Activations(
-        kept=int(kept), loss=loss, loss_peak=max(logits + size * N * D, handed_on), handed_on=handed_on,
-        block_peak=int(N * (again - D * size) + max(tails) + (size * classes * D if shape.tie_embeddings else 0)),
-    )  # fmt: skip
-
-
-@dataclass(frozen=True)
 class Memory:
     """Bytes on one rank's GPU at the moment of a step when they are most.
 
@@ -283,7 +215,10 @@ def memory_of(config: Config, plan: BatchPlan, masked: bool = False) -> Memory:
     at, shape = layout_of(config, plan.world_size), shape_of(config)
     states = resident(config, plan.world_size)
     mode = config.train.activation_checkpointing
-    acts = activations(shape, plan.micro_batch_size, plan.seq_len, mode, at.size, masked or at.size == 4)
+    acts = activations(
+        shape, plan.micro_batch_size, plan.seq_len, mode, at.size, masked or at.size == 4,
+        plan.sequence_parallel_size, config.train.ffn_chunk_tokens,
+    )  # fmt: skip
     gathered = _gathered(at, shape, mode != "none")
     early, sums = _held_gradients(at, _own_gradients(at, shape), plan.num_micro_steps)
     bucket, copies = _reduction(at, at.bucket)
@@ -308,7 +243,10 @@ def memory_of(config: Config, plan: BatchPlan, masked: bool = False) -> Memory:
     when = max(moments, key=lambda name: sum((fixed | moments[name]).values()))
     parts = {kind: int(value) for kind, value in (fixed | moments[when]).items() if value}
     allowance = CONTEXT_BYTES + int(FRAGMENTATION * sum(parts.values()))
-    return Memory(when, parts, allowance, host_bytes(config, plan.world_size))
+    host = host_bytes(config, plan.world_size)
+    if mode == "offload":
+        host["activations"] = offloaded_bytes(shape, plan.tokens_of_micro_step, at.size)
+    return Memory(when, parts, allowance, host)
 
 
 def kept_elements(recomputes: bool) -> int:

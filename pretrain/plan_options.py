@@ -23,6 +23,7 @@ EXAMPLES = """examples:
 
 Nothing is started, and no GPU is needed. exit status: 0 done, 2 wrong config or use."""
 DEFAULT_MFU = 0.4
+_SUFFIXES = {"k": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}  # as the reports write them
 
 
 def parse(argv: Sequence[str] | None, description: str | None) -> argparse.Namespace:
@@ -45,13 +46,20 @@ def parse(argv: Sequence[str] | None, description: str | None) -> argparse.Names
     which.add_argument("--parameters", metavar="N", type=_positive, help="without CONFIG: of the model")
     which.add_argument("--tokens", metavar="N", type=_positive, help="without CONFIG: that there are")
     which.add_argument("--gpu-days", metavar="N", type=_positive, help="without CONFIG: days of one GPU that there are")
-    laws.add_argument("--mfu", metavar="0..1", type=_share, default=DEFAULT_MFU, help="with --gpu-days; default: 0.4")
+    laws.add_argument("--mfu", metavar="0..1", type=_share, help="with --gpu-days; default: 0.4")
     arguments = parser.parse_intermixed_args(argv)
+    if "=" in (arguments.config or ""):
+        parser.error(f"CONFIG is {arguments.config}; expected a YAML file before the first key=value")
     quantity = next((name for name in ("parameters", "tokens", "gpu_days") if getattr(arguments, name)), None)
     if quantity and arguments.config:
         parser.error(f"--{quantity.replace('_', '-')} takes no CONFIG; use --scaling-law with one")
     if not quantity and not arguments.config:
         parser.error("CONFIG is missing")
+    if arguments.mfu is not None and quantity != "gpu_days":
+        parser.error("--mfu goes with --gpu-days")
+    idle = [name for name in ("gpus", "network", "price", "host_memory") if quantity and getattr(arguments, name)]
+    if idle:
+        parser.error(f"--{idle[0].replace('_', '-')} goes with CONFIG")
     return arguments
 
 
@@ -62,12 +70,13 @@ def _count(text: str) -> int:
 
 
 def _positive(text: str) -> float:
+    number, factor = (text[:-1], _SUFFIXES[text[-1]]) if text[-1:] in _SUFFIXES else (text, 1.0)
     try:
-        value = float(text)
+        value = float(number) * factor
     except ValueError:
         value = math.nan
     if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"it is {text or 'empty'}; expected a number above 0")
+        raise argparse.ArgumentTypeError(f"it is {text or 'empty'}; expected a number above 0, such as 7e9 or 7B")
     return value
 
 
@@ -117,8 +126,9 @@ def _law(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.tokens:
         return {"given": "tokens", "value": arguments.tokens} | recommend(num_tokens=arguments.tokens)
     name, gpu = find_gpu(arguments.gpu)
-    flops = flops_of(arguments.gpu_days, gpu.flops, arguments.mfu)
-    return {"given": "flops", "value": flops, "gpu": name, "gpu_days": arguments.gpu_days, "mfu": arguments.mfu,
+    mfu = arguments.mfu or DEFAULT_MFU
+    flops = flops_of(arguments.gpu_days, gpu.flops, mfu)
+    return {"given": "flops", "value": flops, "gpu": name, "gpu_days": arguments.gpu_days, "mfu": mfu,
             **recommend(flops=flops)}  # fmt: skip
 
 

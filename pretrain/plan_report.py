@@ -8,9 +8,9 @@ from pretrain.config import Config
 from pretrain.console import format_count, format_duration
 from pretrain.families import num_parameters
 from pretrain.gpus import GIB
-from pretrain.plan import Plan, Search, overrides
+from pretrain.plan import Plan, Search, more_gpus_help, not_reckoned, overrides
 from pretrain.plan_communication import collectives
-from pretrain.plan_memory import shape_of
+from pretrain.plan_memory import disk_bytes, shape_of
 
 _SHOWN = 5  # of the best, and of those that do not fit
 _TIMES = {
@@ -37,11 +37,14 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "network_gbits": machine.network * 8, "price_per_hour": machine.price,
         "zero_stage": plan.config.parallel.zero_stage, "offload": plan.config.parallel.offload,
         "micro_batch_size": plan.batch.micro_batch_size, "num_micro_steps": plan.batch.num_micro_steps,
+        "sequence_parallel_size": plan.batch.sequence_parallel_size,
+        "ffn_chunk_tokens": plan.config.train.ffn_chunk_tokens,
         "activation_checkpointing": plan.config.train.activation_checkpointing,
         "tokens_per_step": plan.batch.tokens_per_step, "num_steps": plan.batch.num_steps,
         "fits": plan.fits, "memory_bytes": plan.memory.total, "allocated_bytes": plan.memory.allocated,
         "gpu_memory_bytes": machine.gpu.memory_bytes, "peak_is": plan.memory.when,
-        "memory": plan.memory.parts | {"allowance": plan.memory.allowance}, "host_memory": plan.memory.host,
+        "memory": plan.memory.parts | {"allowance": plan.memory.allowance}, "host_memory_of_rank": plan.memory.host,
+        "host_memory_of_node": plan.node_bytes, "not_reckoned": not_reckoned(plan.config),
         "step_seconds": plan.time.total, "seconds": vars(plan.time),
         "communication_bytes": {name: sum(one.num_bytes for one in sent if one.name == name)
                                 for name in sorted({one.name for one in sent})},
@@ -70,6 +73,7 @@ def render(config: Config, plan: Plan, found: Search) -> str:
         f"{machine.gpus_per_node}, {machine.network * 8:g} Gbit/s a GPU between them",
         "", "As configured: " + settings_of(plan), *_memory_lines(plan), *_time_lines(plan), "",
         *_search_lines(config, plan, found), "",
+        *([f"Not reckoned with: {', '.join(left_out)}."] if (left_out := not_reckoned(config)) else []),
         "Foreseen, not measured: docs/planning.md says what is assumed. Step 20 of a run on GPUs compares.",
     ]  # fmt: skip
     return "\n".join(lines)
@@ -79,17 +83,21 @@ def settings_of(plan: Plan) -> str:
     """Name what a search changes, of a plan."""
     parallel, batch = plan.config.parallel, plan.batch
     offload = "" if parallel.offload == "none" else f", offload {parallel.offload}"
+    shared = "" if batch.sequence_parallel_size == 1 else f", {batch.sequence_parallel_size} ranks share rows"
+    chunks = plan.config.train.ffn_chunk_tokens
     return (
-        f"ZeRO {parallel.zero_stage}{offload}, micro-batch {batch.micro_batch_size} x {batch.num_micro_steps} "
+        f"ZeRO {parallel.zero_stage}{offload}{shared}, micro-batch {batch.micro_batch_size} x {batch.num_micro_steps} "
         f"micro-step{'s' * (batch.num_micro_steps > 1)}, checkpointing {plan.config.train.activation_checkpointing}"
+        + (f", feed-forward by {chunks:,} tokens" if chunks else "")
     )
 
 
 def lack(plan: Plan) -> str:
     """Say how much too much a plan takes that does not fit."""
-    if plan.free_bytes < 0:
-        return f"{gib(-plan.free_bytes)} too many"
-    return f"{gib(plan.node_bytes)} of each node's host, which has {gib(plan.machine.host_bytes)}"
+    lacking = [f"{gib(-plan.free_bytes)} too many"] if plan.free_bytes < 0 else []
+    if plan.node_bytes > plan.machine.host_bytes:
+        lacking.append(f"{gib(plan.node_bytes)} of each node's host, which has {gib(plan.machine.host_bytes)}")
+    return ", and ".join(lacking)
 
 
 def reason(plan: Plan) -> str:
@@ -102,8 +110,13 @@ def reason(plan: Plan) -> str:
     }[stage]  # fmt: skip
     if plan.config.parallel.offload != "none":
         said += f", the CPU updates ({100 * plan.time.update / plan.time.total:.0f}% of the step)"
-    again = {"none": "nothing is computed twice", "selective": "norms and activations are computed twice",
-             "full": "each forward pass is computed twice"}[plan.config.train.activation_checkpointing]  # fmt: skip
+    if (sharers := plan.batch.sequence_parallel_size) > 1:
+        said += f", {sharers} ranks share each row"
+    again = {
+        "none": "nothing is computed twice", "selective": "norms and activations are computed twice",
+        "full": "each forward pass is computed twice",
+        "offload": "each forward pass is computed twice, from inputs that the host keeps",
+    }[plan.config.train.activation_checkpointing]  # fmt: skip
     return f"{said}; {again}; {100 * plan.time.communication / plan.time.total:.0f}% of a step is communication"
 
 
@@ -116,6 +129,8 @@ def _memory_lines(plan: Plan) -> list[str]:
     host = [f"{kind} {gib(ranks * value)}" for kind, value in plan.memory.host.items() if value]
     if host:
         lines.append(f"           of each node's host: {', '.join(host)}")
+    if on_disk := disk_bytes(plan.config, plan.machine.num_gpus):
+        lines.append(f"           of parallel.nvme_dir of each node: {gib(ranks * on_disk)}")
     return lines
 
 
@@ -135,9 +150,15 @@ def _time_lines(plan: Plan) -> list[str]:
 
 
 def _search_lines(config: Config, plan: Plan, found: Search) -> list[str]:
-    lines = [f"The best of {len(found.best)} ways that fit:"] if found.best else [
-        "Nothing fits: use more GPUs, or ones with more memory."
-    ]  # fmt: skip
+    if found.best:
+        lines = [f"The best of {len(found.best)} ways that fit:"]
+    elif any(map(more_gpus_help, found.too_large)):
+        lines = ["Nothing fits: use more GPUs, or ones with more memory."]
+    else:
+        lines = [
+            "Nothing fits, and more GPUs do not help: each holds its part of a row's activations and of the weights.",
+            "Use GPUs with more memory, shorter rows, or train.ffn_chunk_tokens (docs/training.md, Long rows).",
+        ]
     for number, one in enumerate(found.best[:_SHOWN], 1):
         change = " ".join(overrides(one, config)) or "as configured"
         faster = f", {plan.time.total / one.time.total:.2f} x as fast" if change != "as configured" else ""

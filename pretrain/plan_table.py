@@ -53,6 +53,7 @@ _LLAMA3_8B = ("model.num_kv_heads=8", "model.ffn_dim=14336", "tokenizer.vocab_si
               "train.micro_batch_size=1", "train.activation_checkpointing=selective",
               "parallel.zero_stage=3")  # fmt: skip
 _FOUNDRY, _TITAN = "llm-foundry, scripts/train/benchmarking/README.md", "torchtitan, llama3_h100_202412_torchtitan.md"
+_HELD = "H100s held at 500 W, 2.4 TB/s"
 _ML = "Megatron-LM, images/model_table.png"
 PUBLISHED = (
     Published(f"{_FOUNDRY}: 1.3B", "llama-1.3b", ("train.micro_batch_size=8",), "H100", 8, 45_455, 41.8),
@@ -62,8 +63,10 @@ PUBLISHED = (
               "parallel.zero_stage=3"), "H100", 8, 6_935, 37.1),
     Published(f"{_FOUNDRY}: 125M", "gpt2-124m", ("data.seq_len=2048", "train.micro_batch_size=16",
               "train.global_batch_size=256"), "A100", 8, 142_830, 44.8),
-    Published(f"{_TITAN}: Llama 3.1 8B", "llama-7b", _LLAMA3_8B, "H100", 8, 6_667, 0, "H100s held at 500 W, compiled"),
-    Published(f"{_TITAN}: the same", "llama-7b", _LLAMA3_8B, "H100", 128, 6_514, 0, "likewise"),
+    Published(f"{_TITAN}: Llama 3.1 8B", "llama-7b", _LLAMA3_8B, "H100", 8, 5_762, 0, _HELD),
+    Published(f"{_TITAN}: compiled", "llama-7b", _LLAMA3_8B, "H100", 8, 6_667, 0, "likewise; ours is not compiled"),
+    Published(f"{_TITAN}: Llama 3.1 8B", "llama-7b", _LLAMA3_8B, "H100", 128, 5_605, 0, _HELD),
+    Published(f"{_TITAN}: compiled", "llama-7b", _LLAMA3_8B, "H100", 128, 6_514, 0, "likewise; ours is not compiled"),
     Published("litgpt, tutorials/pretrain_tinyllama.md: 1.1B", "llama-1.3b", ("train.micro_batch_size=8",
               "model.num_layers=22", "model.num_heads=32", "model.num_kv_heads=4", "model.ffn_dim=5632"), "A100", 16,
               0, 52),
@@ -84,8 +87,8 @@ def tables() -> str:
 
 SCALE_NOTE = """
 The best settings that fit, by the search of `launch/plan.py`, for each number of GPUs, 8 to a node. The batch is the
-config's as long as that gives each GPU the same number of rows, at least one; else the next larger one that does,
-which is marked `+`: whether such a batch still trains as well is another question. Days and dollars are of the
+config's as long as that divides over the GPUs, of which up to eight may share a row; else the next larger one that
+does, which is marked `+`: whether such a batch still trains as well is another question. Days and dollars are of the
 config's tokens, without failures, saves and evaluation.
 """
 PUBLISHED_NOTE = """
@@ -94,7 +97,7 @@ trainers. `ours` is foreseen; the published numbers are of other code, other ver
 say whether the assumptions are of the right size, not that ours is faster.
 """
 AT_SCALE = """
-At scale: MegaScale (Jiang et al. 2024, arXiv:2402.15627) reports 55.2% MFU for 175B on 12,288 GPUs, Megatron-LM's
+At scale: MegaScale (Jiang et al. 2024, arXiv:2402.15627) reports 55.2% MFU for 175B on 12,288 A100s, Megatron-LM's
 README 41 to 48% up to 6,144 H100s, Llama 3 (arXiv:2407.21783, table 4) 41% for 405B on 16,384 H100s: all with tensor
 and pipeline parallelism, which divide a row and a layer. ZeRO alone, which is what the tables above are of, cannot.
 ZeRO-3 on Azure's A100s gave 204 TFLOP/s a GPU for 175B on 256, and 157 to 171 for 530B to 2T on 1,024 (DeepSpeed's
@@ -103,14 +106,16 @@ one in 2,100 GPU-days, and still had over 90% effective training time.
 """
 GPU_NOTE = """
 Dense TFLOP/s by the makers' data sheets; memory as programs find it; GB/s of the GPU's memory and, in one direction,
-of its links to the others of its node. `reached` is what large matrix products reach alone. Network and price are
+of its links to the others of its node. `reached` is what large matrix products reach alone
+(of an RTX 4090 others measured 178 TFLOP/s, more than its sheet). Network and price are
 assumptions; `--network` and `--price` replace them.
 """
 
 
 def _enlarged(config: Config, num_gpus: int) -> Config:
-    """Return the config with the next batch that gives each GPU the same number of rows, and a row a micro-batch."""
-    rows = -(-config.train.global_batch_size // num_gpus) * num_gpus
+    """Return the config with the next batch that divides over the GPUs, of which eight may share a row."""
+    readers = num_gpus if config.train.global_batch_size >= num_gpus else num_gpus // 8
+    rows = -(-config.train.global_batch_size // readers) * readers
     return changed(config, global_batch_size=rows, micro_batch_size=1)
 
 
@@ -131,23 +136,33 @@ def _scale_rows(name: str, gpu: str) -> Iterator[str]:
             yield f"| {number:,} | {tokens} | {lacking} | | | | | | | |"
 
 
-def _scale_row(plan: Plan, tokens: str) -> str:
+def _settings(plan: Plan) -> str:
     offload = "" if plan.config.parallel.offload == "none" else f", offload {plan.config.parallel.offload}"
-    settings = (
-        f"ZeRO {plan.config.parallel.zero_stage}{offload}, {plan.batch.micro_batch_size} x "
-        f"{plan.batch.num_micro_steps}, {plan.config.train.activation_checkpointing}"
+    sharers = plan.batch.sequence_parallel_size
+    shared = f", {sharers} share rows" if sharers > 1 else ""
+    mode = plan.config.train.activation_checkpointing
+    return (
+        f"ZeRO {plan.config.parallel.zero_stage}{offload}{shared}, {plan.batch.micro_batch_size} x "
+        f"{plan.batch.num_micro_steps}, {'inputs on the host' if mode == 'offload' else mode}"
     )
+
+
+def _scale_row(plan: Plan, tokens: str) -> str:
     cost = "" if plan.cost is None else f"${format_count(plan.cost)}"
     return (
-        f"| {plan.machine.num_gpus:,} | {tokens} | {settings} | {gib(plan.memory.total)} | {plan.time.total:.3g} s "
-        f"| {plan.tokens_per_second / plan.machine.num_gpus:,.0f} | {100 * plan.mfu[0]:.1f}% "
-        f"| {100 * plan.time.communication / plan.time.total:.0f}% | {plan.days:.3g} | {cost} |"
+        f"| {plan.machine.num_gpus:,} | {tokens} | {_settings(plan)} | {gib(plan.memory.total)} "
+        f"| {plan.time.total:.3g} s | {plan.tokens_per_second / plan.machine.num_gpus:,.0f} | {100 * plan.mfu[0]:.1f}% "
+        f"| {100 * plan.time.communication / plan.time.total:.0f}% | {_days(plan.days)} | {cost} |"
     )
+
+
+def _days(days: float) -> str:
+    return f"{days:,.0f}" if days >= 100 else f"{days:.3g}"
 
 
 def _published_rows() -> Iterator[str]:
-    yield "| published | GPUs | tokens/s a GPU | MFU | ours: tokens/s a GPU | MFU | ratio | differs by |"
-    yield "|---|---|---|---|---|---|---|---|"
+    yield "| published | GPUs | tokens/s a GPU | MFU | ours | tokens/s a GPU | MFU | ratio | differs by |"
+    yield "|---|---|---|---|---|---|---|---|---|"
     for one in PUBLISHED:
         plan = plan_of(one)
         rate, mfu = plan.tokens_per_second / one.num_gpus, 100 * plan.mfu[0]
@@ -155,8 +170,8 @@ def _published_rows() -> Iterator[str]:
         published = f"{one.tokens_per_second:,.0f}" if one.tokens_per_second else ""
         share = f"{one.mfu:g}%" if one.mfu else ""
         yield (
-            f"| {one.source} | {one.num_gpus:,} x {one.gpu} | {published} | {share} | {rate:,.0f} | {mfu:.1f}% "
-            f"| {ratio:.2f} | {one.note} |"
+            f"| {one.source} | {one.num_gpus:,} x {one.gpu} | {published} | {share} | {_settings(plan)} | {rate:,.0f} "
+            f"| {mfu:.1f}% | {ratio:.2f} | {one.note} |"
         )
 
 

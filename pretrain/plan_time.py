@@ -13,7 +13,8 @@ from pretrain.batch_plan import BatchPlan
 from pretrain.config import Config
 from pretrain.families import ModelShape, flops_per_token
 from pretrain.gpus import Gpu
-from pretrain.plan_communication import Collective, collectives
+from pretrain.plan_activations import offloaded_bytes
+from pretrain.plan_communication import Collective, collectives, gathered_weights
 from pretrain.plan_memory import Layout, layout_of, shape_of
 
 
@@ -50,7 +51,14 @@ class Assumptions:
 
 
 ASSUMPTIONS = Assumptions()
-_KERNELS_OF_BLOCK = {"none": 32, "selective": 42, "full": 44}  # forward and backward; norms with a sum count once
+_KERNELS_OF_BLOCK = {
+    "none": 32,
+    "selective": 42,
+    "full": 44,
+    "offload": 48,
+}  # forward and backward; norms with a sum count once
+_KERNELS_OF_CHUNK = 20  # a further one of the feed-forward
+_KERNELS_OF_EXCHANGE = 16  # copies around attention, and collectives
 
 
 @dataclass(frozen=True)
@@ -84,10 +92,14 @@ class Machine:
         """FLOP/s by the data sheet."""
         return self.gpu.flops_fp32 if precision == "fp32" else self.gpu.flops
 
-    def bus(self) -> float:
-        """Bytes a second that each rank of a ring over all GPUs sends; rings leave a node by all of its networks."""
+    def bus(self, num_nodes: int) -> float:
+        """Bytes a second that each rank of a ring over so many nodes sends; it leaves a node by all of its networks."""
         inside, across = self.gpu.link * 1e9, self.network * 1e9 * min(self.gpus_per_node, self.num_gpus)
-        return inside if self.num_nodes == 1 else min(inside, across)
+        return inside if num_nodes == 1 else min(inside, across)
+
+    def pairs(self, num_nodes: int) -> float:
+        """Bytes a second that each rank sends to all others on so many nodes: to other nodes by its own network."""
+        return (self.gpu.link if num_nodes == 1 else min(self.gpu.link, self.network)) * 1e9
 
     @property
     def masks_attention(self) -> bool:
@@ -97,7 +109,10 @@ class Machine:
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of a step, by what they are spent on; they add up to `total`."""
+    """Seconds of a step, by what they are spent on; they add up to `total`.
+
+    `host` is what the GPU waits for the host: to start kernels, to take and give activations, to give weights.
+    """
 
     matmul: float
     attention: float
@@ -122,21 +137,30 @@ def step_time(config: Config, plan: BatchPlan, machine: Machine, assumed: Assump
         assumed: what is not on a data sheet.
     """
     shape, at = shape_of(config), layout_of(config, machine.num_gpus)
-    N, mode = plan.micro_batch_size * plan.seq_len, config.train.activation_checkpointing
+    N, mode = plan.tokens_of_micro_step, config.train.activation_checkpointing
+    chunks = -(-N // (config.train.ffn_chunk_tokens or N))
     peak, repeats = machine.peak(config.train.precision), plan.num_micro_steps
     bandwidth = machine.gpu.bandwidth * 1e9 * assumed.bandwidth
     matmul = repeats * _matmul_seconds(
-        shape, N, at.size, mode, peak * machine.gpu.matmul * assumed.sustained, bandwidth
+        shape, N, at.size, mode, chunks, peak * machine.gpu.matmul * assumed.sustained, bandwidth
     )
     attention = repeats * _attention_seconds(shape, N, plan.seq_len, mode, peak, assumed)
-    memory = repeats * _memory_bytes(shape, N, at, mode) / bandwidth
+    memory = repeats * _memory_bytes(shape, N, at, mode, plan.sequence_parallel_size) / bandwidth
     update = _update_seconds(at, repeats, bandwidth, assumed)
     passes = matmul + attention + memory
     exposed = _communication_seconds(collectives(config, plan), config, machine, passes, assumed)
-    blocks = shape.num_layers * (_KERNELS_OF_BLOCK[mode] * assumed.kernel_seconds
+    kernels = _KERNELS_OF_BLOCK[mode] + _KERNELS_OF_CHUNK * (chunks - 1)
+    kernels += _KERNELS_OF_EXCHANGE if plan.sequence_parallel_size > 1 else 0
+    blocks = shape.num_layers * (kernels * assumed.kernel_seconds
                                  + (12 * assumed.hook_seconds if at.stage == 3 else 0.0))  # fmt: skip
-    starting = repeats * blocks  # the host runs ahead of the GPU: only what it is slower by is waited for
-    return StepTime(matmul, attention, memory, update, exposed, max(0.0, starting - passes))
+    waiting = max(0.0, repeats * blocks - passes)  # the host runs ahead of the GPU: only what it is slower by
+    if mode == "offload":  # one way beside the forward passes, the other beside the backward passes, of 1 to 3
+        copying = repeats * offloaded_bytes(shape, N, at.size) / (assumed.host_link * 1e9)
+        waiting += max(0.0, copying - passes / 4) + max(0.0, copying - passes * 3 / 4)
+    if at.offload == "parameters":
+        fetched = repeats * at.size * gathered_weights(config, at.ranks) / at.ranks
+        waiting += fetched / (assumed.host_link * 1e9)
+    return StepTime(matmul, attention, memory, update, exposed, waiting)
 
 
 def utilisation(config: Config, plan: BatchPlan, machine: Machine, seconds: float) -> tuple[float, float]:
@@ -146,43 +170,39 @@ def utilisation(config: Config, plan: BatchPlan, machine: Machine, seconds: floa
     return rate * flops_per_token(shape, causal=False), rate * flops_per_token(shape, causal=True)
 
 
-def _products(shape: ModelShape) -> list[tuple[int, int]]:
-    """Inputs and outputs of the matrix products of a block."""
-    up = shape.ffn_dim * (2 if shape.activation == "swiglu" else 1)
-    attended = shape.num_heads * shape.head_dim
-    return [
-        (shape.dim, (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim), (attended, shape.dim),
-        (shape.dim, up), (shape.ffn_dim, shape.dim),
-    ]  # fmt: skip
-
-
-def _matmul_seconds(shape: ModelShape, N: int, size: int, mode: str, reached: float, bandwidth: float) -> float:
+def _matmul_seconds(
+    shape: ModelShape, N: int, size: int, mode: str, chunks: int, reached: float, bandwidth: float
+) -> float:  # fmt: skip
     """Seconds of a micro-step's products: computing, and what is read and written once, one after the other.
 
     They overlap in truth, and tiles read more than once; the two errors are of one size, and small products thus take
     a smaller part of the peak.
     """
 
-    def product(inputs: int, outputs: int, times: float) -> float:
+    def product(inputs: int, outputs: int, times: float, parts: int = 1) -> float:
         computing = 2.0 * N * inputs * outputs / reached
-        moving = (N * inputs + N * outputs + inputs * outputs) * size / bandwidth
-        return times * (computing + moving)
+        moving = (N * inputs + N * outputs + parts * inputs * outputs) * size / bandwidth
+        adding = 3.0 * (parts - 1) * inputs * outputs * size / bandwidth  # gradients of the parts
+        return times * (computing + moving) + adding
 
-    times = 4.0 if mode == "full" else 3.0  # forward, two backward, and forward again
-    block = sum(product(inputs, outputs, times) for inputs, outputs in _products(shape))
-    return shape.num_layers * block + product(shape.dim, shape.padded_vocab_size, 3.0)
+    D, F, C = shape.dim, shape.ffn_dim, shape.head_dim
+    times = 4.0 if mode in ("full", "offload") else 3.0  # forward, two backward, and forward again
+    block = product(D, (shape.num_heads + 2 * shape.num_kv_heads) * C, times) + product(shape.num_heads * C, D, times)
+    times = 4.0 if chunks > 1 else times
+    block += product(D, F * (2 if shape.activation == "swiglu" else 1), times, chunks) + product(F, D, times, chunks)
+    return shape.num_layers * block + product(D, shape.padded_vocab_size, 3.0)
 
 
 def _attention_seconds(shape: ModelShape, N: int, seq_len: int, mode: str, peak: float, assumed: Assumptions) -> float:
     """Seconds of a micro-step's attention, if each row is one document."""
     seen = seq_len / 2 if shape.sliding_window is None else min(shape.sliding_window, seq_len / 2)
     forward = 4.0 * N * shape.num_heads * shape.head_dim * seen
-    times = 2 if mode == "full" else 1
+    times = 2 if mode in ("full", "offload") else 1
     seconds = times * forward / (peak * assumed.attention_forward) + 2.5 * forward / (peak * assumed.attention_backward)
     return shape.num_layers * seconds
 
 
-def _memory_bytes(shape: ModelShape, N: int, at: Layout, mode: str) -> float:
+def _memory_bytes(shape: ModelShape, N: int, at: Layout, mode: str, shared_by: int) -> float:
     """Bytes that are read and written in a micro-step by all that is no product and no attention."""
     D, F, H, K, C = shape.dim, shape.ffn_dim, shape.num_heads, shape.num_kv_heads, shape.head_dim
     gated = shape.activation == "swiglu"
@@ -191,6 +211,9 @@ def _memory_bytes(shape: ModelShape, N: int, at: Layout, mode: str) -> float:
     forward = norms_forward + turned + (3 * F if gated else 2 * F)
     backward = norms_backward + turned + 2 * (H + 2 * K) * C + (5 * F if gated else 3 * F)
     backward += 4 * H * C  # attention's row sums, and gradients of queries summed in fp32 and rounded
+    if shared_by > 1:  # put in order to be sent, and what came likewise
+        exchanged = 4 * (2 * H + 2 * max(K, shared_by)) * C
+        forward, backward = forward + exchanged, backward + exchanged
     again = forward if mode != "none" else 0
     blocks = shape.num_layers * (forward + backward + again) * at.size
     loss = 4.0 * 4 * shape.vocab_size  # logits are written, read twice and written over, in fp32
@@ -222,16 +245,18 @@ def _communication_seconds(
     found: list[Collective], config: Config, machine: Machine, passes: float, assumed: Assumptions
 ) -> float:
     """Seconds that collectives keep a step waiting."""
-    ranks, nodes = machine.num_gpus, machine.num_nodes
-    if ranks == 1:
+    if machine.num_gpus == 1:
         return 0.0
-    per_node = min(machine.gpus_per_node, ranks)
-    ring = nodes * ((per_node - 1) * assumed.hop_seconds + (assumed.node_seconds if nodes > 1 else 0.0))
-    tree = 2 * (per_node - 1) * assumed.hop_seconds + 2 * math.log2(max(nodes, 1)) * assumed.node_seconds
-    waited = {"passes": 0.0, "gradients": 0.0, "update": 0.0}
+    seconds = {"passes": 0.0, "gradients": 0.0, "update": 0.0, "waited": 0.0}
     for one in found:
-        latency = tree if one.name == "all_reduce" else ring
-        waited[one.when] += one.wire_bytes(ranks) / (machine.bus() * assumed.link) + one.count * latency
+        ranks = one.sharers or machine.num_gpus
+        nodes, per_node = -(-ranks // machine.gpus_per_node), min(machine.gpus_per_node, ranks)
+        if one.name == "all_reduce":
+            latency = 2 * (per_node - 1) * assumed.hop_seconds + 2 * math.log2(nodes) * assumed.node_seconds
+        else:
+            latency = nodes * ((per_node - 1) * assumed.hop_seconds + (assumed.node_seconds if nodes > 1 else 0.0))
+        bus = machine.bus(nodes) if one.sharers is None else machine.pairs(nodes)
+        seconds[one.when] += one.wire_bytes(ranks) / (bus * assumed.link) + one.count * latency
     if config.parallel.overlap_comm:
-        waited["passes"] -= min(waited["passes"] * assumed.hidden, passes)
-    return sum(waited.values())
+        seconds["passes"] -= min(seconds["passes"] * assumed.hidden, passes)
+    return sum(seconds.values())

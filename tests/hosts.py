@@ -15,9 +15,8 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import psutil
-import pytest
 
-from tests.rank_helpers import ROOT
+from tests.rank_helpers import ROOT, skip_for
 
 PREFIX = "10.112.0."
 # What a host's commands run in: its network, and names and mounts of their own.
@@ -70,10 +69,7 @@ def why_not(*commands: str) -> str | None:
 
 def require(*commands: str) -> None:
     """Skip the test where hosts cannot be had; fail there if LONGHAUL_REQUIRE_HOSTS is set, as .ci/run does."""
-    if reason := why_not(*commands):
-        if os.environ.get("LONGHAUL_REQUIRE_HOSTS"):
-            pytest.fail(reason)
-        pytest.skip(reason)
+    skip_for(why_not(*commands), "LONGHAUL_REQUIRE_HOSTS")
 
 
 def ip(*arguments: str) -> None:

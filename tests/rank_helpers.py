@@ -11,6 +11,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import pytest
+
 from pretrain.checkpoint_files import CheckpointReader, folder_name, list_steps
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -30,6 +32,12 @@ def prepare(config: Path, *overrides: str) -> None:
     """Run `launch/prepare.py`, which must succeed."""
     done = run_command("launch/prepare.py", config, *overrides, timeout=300)
     assert done.returncode == 0, done.stderr
+
+
+def skip_for(reason: str | None, variable: str) -> None:
+    """Skip the test if there is a reason; fail it where an environment variable says that there must be none."""
+    if reason:
+        (pytest.fail if os.environ.get(variable) else pytest.skip)(reason)
 
 
 def free_port() -> int:

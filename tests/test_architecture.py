@@ -27,7 +27,7 @@ TIERS = (
     "config hardware",
     "moments stores config_docs schedule batch_plan packing phases row_order families console tokenizer source_files matrix_exchange lion torch_optimizers"
     " generate_options repetition stalls personal_data near_duplicates languages wikipedia",
-    "redaction chat parallel_checks config_changes mixture explain patient_file deepspeed_settings plan_shapes sentencepiece_model varied_texts table_files token_files shards tensor_files distributed watch_links layers"
+    "redaction chat parallel_checks config_changes mixture explain patient_file deepspeed_settings plan_shapes plan_activations sentencepiece_model varied_texts table_files token_files shards tensor_files distributed watch_links layers"
     " published model_card muon compiling filters dataset_files decoding tar_files",
     "checks node_cache row_table json_lines run_status plan_memory",
     "remote_corpus plan_communication",
@@ -90,7 +90,7 @@ WITHOUT_TORCH = (
     " sources store_errors stores node_cache remote_corpus prefetch shards shard_reader row_table data_plan journal workers corpus source_sample"
     " prepare dry_run verify_shards inspect_shards store_check prepare_options repetition personal_data near_duplicates languages wikipedia"
     " filters dataset_files redaction refining shares spills json_lines decoding tar_files text_index text_shards tar_documents tar_folder"
-    " tar_index chat gpus moments scaling_laws matrix_owners deepspeed_settings plan_shapes plan_memory plan_communication plan_time plan plan_report plan_table plan_options"
+    " tar_index chat gpus moments scaling_laws matrix_owners deepspeed_settings plan_shapes plan_activations plan_memory plan_communication plan_time plan plan_report plan_table plan_options"
     " config_changes slurm slurm_script run_state submit submit_checks submit_options"
 )
 

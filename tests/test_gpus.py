@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from pretrain.errors import ConfigError
@@ -29,9 +31,19 @@ def test_a_name_that_only_contains_one_is_not_it() -> None:
 
 
 @pytest.mark.parametrize(
+    "text", ["NVIDIA H100 MIG 1g.10gb", "H100 64GB", "H100 94GB", "A100 20 GB", "NVIDIA GeForce RTX 4090 Laptop GPU"]
+)
+def test_another_memory_or_a_part_is_another_gpu(text: str) -> None:
+    assert gpu_of_device(text) is None
+    with pytest.raises(ConfigError, match=re.escape(f"--gpu: GPU is {text}; expected one of")):
+        find_gpu(text)
+    assert gpu_of_device("NVIDIA GH200 480GB") == ("GH200", GPUS["GH200"])  # of its CPU
+
+
+@pytest.mark.parametrize(
     ("text", "key"),
     [("h100", "H100"), ("H100 SXM5", "H100"), ("a100-40gb", "A100 40GB"), ("A100-80GB", "A100"), ("rtx4090", "RTX 4090"),
-     ("h100_pcie", "H100 PCIe"), ("NVIDIA B200", "B200")],
+     ("h100_pcie", "H100 PCIe"), ("A100 40 GB", "A100 40GB"), ("NVIDIA B200", "B200")],
 )  # fmt: skip
 def test_a_user_may_write_it_otherwise(text: str, key: str) -> None:
     assert find_gpu(text)[0] == key

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -16,7 +17,10 @@ from hypothesis import strategies as st
 from launch.plan import main
 from pretrain.config import Config
 from pretrain.errors import ConfigError
+from pretrain.families import num_parameters
 from pretrain.plan import HOST_GIB, Plan, changed, choose_machine, make_plan, overrides, search
+from pretrain.plan_communication import collectives
+from pretrain.plan_memory import shape_of
 from pretrain.plan_report import as_json, lack, reason, render
 from pretrain.plan_time import ASSUMPTIONS, Machine, step_time
 from pretrain.settings import load_config
@@ -83,14 +87,15 @@ def test_assumptions_can_be_others() -> None:
 
 
 def test_the_search_keeps_what_fits_and_puts_the_fastest_first() -> None:
-    config = load("llama-7b")
-    found = search(config, on(config))
+    config = load("llama-70b")
+    machine = on(config, number=64)
+    found = search(config, machine)
     assert found.best and found.too_large
     times = [plan.time.total for plan in found.best]
     assert times == sorted(times)
     assert all(plan.fits for plan in found.best) and not any(plan.fits for plan in found.too_large)
     assert all(plan.batch.global_batch_size == 1024 for plan in [*found.best, *found.too_large])
-    as_configured = make_plan(config, on(config))
+    as_configured = make_plan(config, machine)
     assert found.best[0].time.total <= as_configured.time.total
     ways = {(plan.config.parallel.zero_stage, plan.config.parallel.offload,
              plan.config.train.activation_checkpointing) for plan in [*found.best, *found.too_large]}  # fmt: skip
@@ -125,20 +130,50 @@ def test_as_many_gpus_as_are_needed() -> None:
     assert choose_machine(load("llama-400b")).num_gpus == 8  # it never fits
 
 
-@pytest.mark.parametrize(
-    ("change", "known"),
-    [("parallel.sequence_parallel_size=2", "1"), ("train.ffn_chunk_tokens=512", "0"),
-     ("train.activation_checkpointing=offload", "none or selective or full")],
-)  # fmt: skip
-def test_what_is_not_reckoned_with_is_said(change: str, known: str) -> None:
-    config = load("llama-7b", change)
-    with pytest.raises(ConfigError) as caught:
-        make_plan(config, on(config))
-    name, _, value = change.partition("=")
-    assert str(caught.value) == (
-        f"planner: {name} is {value}; expected {known}, which is all that it reckons with so far. Plan with that, which "
-        "takes more memory."
-    )
+def test_long_rows_are_shared_where_nothing_else_fits() -> None:
+    rows = ("data.seq_len=131072", "train.global_batch_size=16", "train.micro_batch_size=1")
+    config = load("llama-7b", *rows)
+    found = search(config, on(config, number=16))
+    assert not make_plan(config, on(config, number=16)).fits
+    shared = [plan for plan in found.best if plan.batch.sequence_parallel_size > 1]
+    assert shared and all("parallel.sequence_parallel_size=" in " ".join(overrides(plan, config)) for plan in shared)
+    assert all("ranks share each row" in reason(plan) for plan in shared)
+    assert all(plan.batch.sequence_parallel_size in (1, 2, 4, 8) for plan in [*found.best, *found.too_large])
+    assert {plan.config.train.activation_checkpointing for plan in found.best} >= {"none", "offload"}
+    for plan in found.best:  # what it says can be put on the command line
+        load("llama-7b", *rows, *overrides(plan, config))
+
+
+def test_fewer_rows_than_gpus_are_shared() -> None:
+    config = load("llama-7b", "train.global_batch_size=8", "train.micro_batch_size=1", "data.seq_len=32768")
+    found = search(config, on(config, number=32))
+    assert found.best and {plan.batch.sequence_parallel_size for plan in found.best} <= {4, 8}
+
+
+def test_long_rows_cost_what_they_must() -> None:
+    config = load("llama-7b", "data.seq_len=32768", "train.global_batch_size=64", "train.micro_batch_size=1")
+    machine = on(config, number=16)
+
+    def plan(**options: object) -> Plan:
+        return make_plan(changed(config, **options), machine)
+
+    alone, shared, across = plan(), plan(sequence_parallel_size=2), plan(sequence_parallel_size=16)
+    sent = [one for one in collectives(shared.config, shared.batch) if one.name == "all_to_all_single"]
+    shape = shape_of(config)
+    elements = 4 * shape.num_heads * shape.head_dim * shape.num_layers * 32768 / 2
+    assert [one.num_bytes for one in sent] == [2 * 3 * elements * shared.batch.num_micro_steps]  # forward, again, back
+    assert sent[0].wire_bytes(16) == sent[0].num_bytes / 2, "a half stays on its rank"
+    assert shared.time.communication > alone.time.communication
+    assert across.time.communication > 4 * shared.time.communication, "to another node"
+    assert shared.memory.parts["activations"] == pytest.approx(alone.memory.parts["activations"] / 2, rel=0.05)
+    moved, chunks = plan(activation_checkpointing="offload"), plan(ffn_chunk_tokens=2048)
+    assert moved.memory.host["activations"] == 63 * shape.dim * 32768 * 2 and "activations" not in alone.memory.host
+    assert moved.memory.parts["activations"] < alone.memory.parts["activations"]
+    assert chunks.memory.parts["activations"] < alone.memory.parts["activations"]
+    none, slow = plan(activation_checkpointing="none"), plan(activation_checkpointing="none", ffn_chunk_tokens=2048)
+    assert slow.time.matmul > 1.1 * none.time.matmul, "feed-forwards are computed twice"
+    link = replace(ASSUMPTIONS, host_link=0.5)
+    assert step_time(moved.config, moved.batch, machine, link).host > moved.time.host
 
 
 def test_bf16_needs_units_for_it() -> None:
@@ -146,6 +181,50 @@ def test_bf16_needs_units_for_it() -> None:
         choose_machine(load("llama-350m"), "V100")
     half = load("llama-350m", "train.precision=fp16")
     assert make_plan(half, on(half, "V100")).memory.parts["activations"] > 0
+
+
+def test_a_config_that_is_as_fast_comes_first_as_it_is() -> None:
+    config = load("gpt2-124m")
+    found = search(config, on(config))
+    assert overrides(found.best[0], config) == [] and found.best[1].time.total < found.best[0].time.total
+    slower = load("gpt2-124m", "train.activation_checkpointing=full")
+    assert overrides(search(slower, on(slower)).best[0], slower) != []
+    one = load("quickstart", "train.precision=fp32")  # whose stage 1 runs as 0 on one GPU
+    stages = {plan.config.parallel.zero_stage for plan in search(one, on(one, number=1)).best}
+    assert 0 not in stages and 1 in stages
+
+
+def test_offloaded_weights_are_fetched() -> None:
+    config = load("llama-7b", "parallel.zero_stage=3", "parallel.offload=optimizer")
+    rest = make_plan(config, on(config, number=1)).time
+    moved = make_plan(changed(config, offload="parameters"), on(config, number=1))
+    fetched = 2 * 2 * num_parameters(shape_of(config)) * moved.batch.num_micro_steps / 20e9
+    assert moved.time.host - rest.host == pytest.approx(fetched, rel=0.1)
+    assert "waiting for the host" in render(config, moved, search(config, on(config)))
+
+
+def test_what_is_left_out_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    config = load("llama-7b", "parallel.zero_stage=3", "parallel.quantize=[weights]", "parallel.hpz_ranks=8",
+                  "parallel.offload=optimizer", "parallel.nvme_dir=/nvme")  # fmt: skip
+    plan = make_plan(config, on(config))
+    text = render(config, plan, search(config, on(config)))
+    assert ("Not reckoned with: parallel.quantize, the time of parallel.nvme_dir, the time that parallel.hpz_ranks saves."
+            in text)  # fmt: skip
+    assert "of parallel.nvme_dir of each node: 75.3 GiB" in text and as_json(plan)["not_reckoned"]
+    assert as_json(plan)["host_memory_of_node"] == 8 * sum(plan.memory.host.values())
+    assert "Not reckoned" not in render(load("llama-7b"), plan, search(config, on(config)))
+    with pytest.raises(ConfigError, match=r"on 8 ranks: parallel.hpz_ranks is 3; expected a divisor of 8\."):
+        make_plan(load("llama-7b", "parallel.zero_stage=3", "parallel.hpz_ranks=3"), on(config))
+
+
+def test_where_more_gpus_do_not_help_it_says_so() -> None:
+    config = load("llama-7b", "data.seq_len=8388608", "train.global_batch_size=8", "train.micro_batch_size=1")
+    plan = make_plan(config, on(config))
+    assert "and more GPUs do not help" in render(config, plan, search(config, on(config)))
+    config = load("llama-400b")
+    plan = make_plan(config, on(config, number=8))
+    assert "Nothing fits: use more GPUs" in render(config, plan, search(config, on(config, number=8)))
+    assert re.search(r"GiB too many, and .* GiB of each node's host, which has 1800.0 GiB", lack(plan))
 
 
 def test_reasons_differ_with_what_they_are_for() -> None:
@@ -225,6 +304,12 @@ def test_wrong_use_is_one_message(
         (["--price", "-1", "c.yaml"], "it is -1; expected a number above 0"),
         (["--network", "fast", "c.yaml"], "it is fast; expected a number above 0"),
         (["--gpu-days", "3", "--mfu", "40"], "it is 40; expected a number above 0 and up to 1"),
+        (["--gpu-days", "3", "--price", "2"], "--price goes with CONFIG"),
+        (["c.yaml", "--mfu", "0.5"], "--mfu goes with --gpu-days"),
+        (
+            ["train.num_steps=2", "c.yaml"],
+            "CONFIG is train.num_steps=2; expected a YAML file before the first key=value",
+        ),
         (["c.yaml", "--parameters", "7e9"], "--parameters takes no CONFIG; use --scaling-law with one"),
     ],
 )
@@ -238,6 +323,7 @@ def test_scaling_laws_of_the_command(capsys: pytest.CaptureFixture[str]) -> None
     law = run_json(capsys, "--gpu-days", "100", "--gpu", "A100", "--mfu", "0.5")
     assert law["value"] == pytest.approx(100 * 86_400 * 312e12 * 0.5) and law["fit"]["tokens"] > 1e10
     assert run_json(capsys, "--tokens", "1e12")["ratio"]["parameters"] == pytest.approx(5e10)
+    assert run_json(capsys, "--tokens", "1T") == run_json(capsys, "--tokens", "1e12")
     assert main(["--parameters", "7e9"]) == 0
     assert "For 7B parameters:" in (text := capsys.readouterr().out) and "140B tokens" in text
     laws = run_json(capsys, str(ROOT / "configs/llama-1.3b.yaml"), "--scaling-law")["scaling_laws"]

@@ -31,4 +31,4 @@ def test_what_is_foreseen_is_of_the_size_of_what_others_measured(one) -> None:
         ratio = plan.tokens_per_second / one.num_gpus / one.tokens_per_second
     else:
         ratio = 100 * plan.mfu[0] / one.mfu
-    assert 0.8 < ratio < 1.3  # other code, other versions: not a prediction of ours
+    assert 0.8 < ratio < 1.4  # other code, other versions: not a prediction of ours

@@ -43,6 +43,9 @@ CASES: dict[str, dict[str, Any]] = {
     "starcoder2": {"overrides": ["model.family=starcoder2", "parallel.zero_stage=3"]},
     "qwen3, recomputed": {"overrides": ["model.family=qwen3", "parallel.zero_stage=3",
                                         "train.activation_checkpointing=full"]},
+    "shared rows": {"overrides": ["parallel.sequence_parallel_size=2", "train.activation_checkpointing=full"]},
+    "shared rows, few key heads": {"overrides": ["parallel.sequence_parallel_size=2", "model.num_kv_heads=1",
+                                                 "parallel.zero_stage=3", "train.ffn_chunk_tokens=16"]},
     "nothing is kept": {"overrides": ["parallel.zero_stage=3"], "reuse": 0},
 }  # fmt: skip
 

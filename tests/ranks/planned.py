@@ -13,7 +13,6 @@ import os
 import statistics
 import sys
 import time
-from collections import Counter
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -21,37 +20,17 @@ from typing import Any
 sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from benchmarks.usage import Usage
 from pretrain import engine as engine_module
 from pretrain.batch_plan import BatchPlan
 from pretrain.distributed import Ranks
-from pretrain.engine import Engine, init_distributed
+from pretrain.engine import Engine, init_distributed, sequence_group
 from pretrain.model import Transformer
 from pretrain.plan_memory import shape_of
 from pretrain.settings import load_config
 
-NAMES = {
-    "c10d::allreduce_": "all_reduce", "c10d::_allgather_base_": "all_gather_into_tensor",
-    "c10d::_reduce_scatter_base_": "reduce_scatter_tensor", "c10d::alltoall_base_": "all_to_all_single",
-}  # fmt: skip
 GRADIENTS = ("averaged_gradients", "fp32_groups_gradients_flat", "grad_partitions_flat_buffer")
-
-
-class Payload(TorchDispatchMode):
-    """Bytes of every collective, by its name; a name that is not known is kept as it is."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.bytes: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace == "c10d":
-            name = NAMES.get(func._schema.name, func._schema.name)
-            sizes = [sum(t.nbytes for t in tree_leaves(arg) if isinstance(t, torch.Tensor)) for arg in args]
-            self.bytes[name] += sizes[1] if name == "all_to_all_single" else max(sizes)
-        return func(*args, **(kwargs or {}))
 
 
 def storages(*holders: Any) -> dict[int, int]:
@@ -102,24 +81,32 @@ def run_case(case: dict[str, Any], config_path: str, ranks: Ranks) -> dict[str, 
             return found
 
         engine_module.deepspeed_settings = with_less_reuse
-    engine = Engine(Transformer(shape, 1, config.train.activation_checkpointing), config, plan, ranks)
+    group = sequence_group(config.parallel, ranks)
+    model = Transformer(
+        shape, 1, config.train.activation_checkpointing, group=group, ffn_chunk_tokens=config.train.ffn_chunk_tokens
+    )
+    engine = Engine(model, config, plan, ranks)
     engine_module.deepspeed_settings = settings
     engine.train()
     held: dict[str, int] = {}
     seconds, device = [], ranks.device
     for step in range(3 if device.type == "cpu" else 12):
         begin = time.perf_counter()
-        with Payload() if step == 2 else nullcontext() as payload:
+        with Usage() if step == 2 else nullcontext() as usage:
             for index in range(plan.num_micro_steps):
-                tokens_BT = torch.randint(0, shape.vocab_size, (plan.micro_batch_size, plan.seq_len), device=device)
-                rows = (tokens_BT, tokens_BT, torch.zeros_like(tokens_BT),
+                size = plan.micro_batch_size, plan.seq_len // plan.sequence_parallel_size
+                tokens_BT = torch.randint(0, shape.vocab_size, size, device=device)
+                doc_start_BT = torch.zeros(plan.micro_batch_size, plan.seq_len, dtype=torch.int64, device=device)
+                rows = (tokens_BT, tokens_BT, doc_start_BT,
                         torch.arange(plan.micro_batch_size, device=device), step)  # fmt: skip
                 engine.backward(engine.forward(*rows)[0])
                 if index < plan.num_micro_steps - 1:
                     engine.end_micro_step()
-            if payload is not None:
-                held, counted = resident(engine), payload.bytes
+            if usage is not None:
+                held = resident(engine)
             engine.step(1e-3)
+            if usage is not None:
+                counted = {name: num_bytes for (_, name), (_, num_bytes) in usage.traffic.items()}
         if device.type == "cuda":
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - begin)

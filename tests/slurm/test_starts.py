@@ -3,32 +3,20 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.fork_server import ForkServer
 from tests.rank_helpers import ROOT, free_port, losses
-from tests.slurm.cluster import NODES, Cluster, why_not
+from tests.slurm.cluster import NODES, Cluster
 
 pytestmark = [pytest.mark.slow, pytest.mark.slurm, pytest.mark.launches, pytest.mark.timeout(600)]
 BIN = Path(sys.executable).parent
 SIZES = ["train.micro_batch_size=4", "train.num_steps=3", "checkpoint.every_steps=0"]
 TORCHRUN = ["--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d"]
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[Cluster]:
-    if reason := why_not():
-        if os.environ.get("LONGHAUL_REQUIRE_SLURM"):  # .ci/run does not let it pass
-            pytest.fail(reason)
-        pytest.skip(reason)
-    with Cluster() as cluster:
-        yield cluster
 
 
 @pytest.fixture(scope="module")

@@ -3,31 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
 from tests.rank_helpers import losses, metric_lines, newest, start_ranks
-from tests.slurm.cluster import NODES, Cluster, why_not
+from tests.slurm.cluster import NODES, Cluster
 
 pytestmark = [pytest.mark.slow, pytest.mark.slurm, pytest.mark.launches, pytest.mark.timeout(900)]
 NUM_STEPS = 60
 SIZES = [f"train.num_steps={NUM_STEPS}", "train.global_batch_size=128", "train.micro_batch_size=4",
          "checkpoint.every_steps=9"]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[Cluster]:
-    if reason := why_not():
-        if os.environ.get("LONGHAUL_REQUIRE_SLURM"):  # .ci/run does not let it pass
-            pytest.fail(reason)
-        pytest.skip(reason)
-    with Cluster() as cluster:
-        yield cluster
 
 
 @pytest.fixture(scope="module")
