@@ -45,6 +45,7 @@ setup(
         "data": ["datasketch>=2,<3", "mwparserfromhell>=0.6.6,<0.8", "py3langid>=0.3,<0.5"],
         # tasks of launch/evaluate.py and eval.tasks
         "evals": ["lm-eval>=0.4.13,<0.5"],
+        "gguf": ["gguf>=0.17,<1"],  # `convert --to gguf`; llama-cpp-python beside it runs what was written
         "gs": ["gcsfs>=2024.6"],
         "s3": ["s3fs>=2024.6"],
         # what answers of tuned models are scored by
@@ -56,6 +57,7 @@ setup(
             "datasketch>=2,<3",
             "flask>=3,<4",  # with flask-cors, what moto's server needs; its own extra brings 40 packages more
             "flask-cors>=5,<7",
+            "gguf>=0.17,<1",
             "hypothesis>=6.100,<7",
             "lm-eval>=0.4.13,<0.5",
             "moto[s3]>=5,<6",

@@ -61,10 +61,17 @@ def rope_tables(
     Returns:
         Two fp32 tensors `[B, T, 1, C/2]`.
     """
-    exponents = torch.arange(0, head_dim, 2, device=positions_BT.device).float() / head_dim
-    frequencies_R, magnitude = _frequencies(theta**exponents, theta, scaling)
+    frequencies_R, magnitude = rope_frequencies(head_dim, theta, scaling, positions_BT.device)
     angles = positions_BT.float()[..., None, None] * frequencies_R
     return (angles.cos(), angles.sin()) if magnitude == 1.0 else (angles.cos() * magnitude, angles.sin() * magnitude)
+
+
+def rope_frequencies(
+    head_dim: int, theta: float, scaling: RopeScaling | None, device: torch.device | None = None
+) -> tuple[Tensor, float]:
+    """Return what each pair turns by a position, fp32 `[C/2]`, and what the cosines and sines are multiplied by."""
+    exponents = torch.arange(0, head_dim, 2, device=device).float() / head_dim
+    return _frequencies(theta**exponents, theta, scaling)
 
 
 def _frequencies(periods_R: Tensor, theta: float, scaling: RopeScaling | None) -> tuple[Tensor, float]:

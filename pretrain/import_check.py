@@ -20,7 +20,7 @@ PROMPT_TOKENS, NEW_TOKENS = 32, 32
 
 
 class ReferenceOutputs(Protocol):
-    """As `hf_export.Reference`."""
+    """As `hf_export.Computed`."""
 
     architecture: str
     logits: list[Tensor]

@@ -13,7 +13,6 @@ import time
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -30,15 +29,12 @@ from pretrain.config_changes import check_same_run, describe_changes
 from pretrain.console import warn
 from pretrain.distributed import Ranks
 from pretrain.errors import CheckpointError, ConfigError
-from pretrain.families import resolve_shape
-from pretrain.model import Transformer
 from pretrain.patient_file import PatientFile
 from pretrain.redaction import RedactingFormatter, storable
 from pretrain.run_status import read_saved_step, write_status
+from pretrain.saved_run import LoadedRun, SavedRun, saved_run
 from pretrain.settings import load_config, parse_config, resolved_yaml
 from pretrain.tensor_files import write_text
-from pretrain.tokenizer import Tokenizer
-from pretrain.tokenizer_files import open_tokenizer
 
 CONFIG_FILE = "config.yaml"
 _PACKAGES = (
@@ -266,19 +262,6 @@ def open_log(folder: Path, ranks: Ranks) -> None:
     log.addHandler(handler)
 
 
-@dataclass
-class LoadedRun:
-    """A model read back from a run folder: fp32, on the CPU, in evaluation mode."""
-
-    model: Transformer
-    config: Config
-    tokenizer: Tokenizer
-    step: int
-    num_tokens: int
-    checkpoint: str  # name of its folder
-    run: Path
-
-
 def place_of_run(run: Path) -> Place:
     """Return where the checkpoints of a run folder lie, as its config says.
 
@@ -303,31 +286,32 @@ def _config_in(place: Place) -> Config | None:
 def load_run(run: str | Path, step: int | None = None, allow_pipe: bool = False) -> LoadedRun:
     """Read the model of a run's newest checkpoint that verifies, or of update number `step`.
 
+    Raises:
+        LonghaulError: as `open_run`.
+    """
+    with open_run(run, step, allow_pipe) as saved:
+        return saved.load()
+
+
+@contextmanager
+def open_run(run: str | Path, step: int | None = None, allow_pipe: bool = False) -> Iterator[SavedRun]:
+    """Open a run's newest checkpoint that verifies, or that of update number `step`, until the end of the block.
+
     A checkpoint that others made must not run commands: its config's `data.allow_pipe` is replaced.
 
     Raises:
         ConfigError: no such folder, run or step.
-        CheckpointError: the checkpoint is damaged.
+        CheckpointError: the checkpoint is damaged, or its model or tokenizer is another than its config says.
         StoreAccessError: the store that it lies in cannot be read.
     """
     path = Path(run)
     own = newest_good(path, place_of_run(path), step)
-    config = parse_config(own.manifest["about"]["config"])
-    config = config.model_copy(update={"data": config.data.model_copy(update={"allow_pipe": allow_pipe})})
-    reader = merged(own, path, config.data)  # what is evaluated, exported and talked to is one model
-    tokenizer = open_tokenizer(config.tokenizer, path)
-    shape = resolve_shape(config.model, tokenizer.vocab_size, config.data.max_seq_len)
-    with torch.device("meta"):  # its weights are read, not drawn
-        model = Transformer(shape, config.run.seed)
-    model.to_empty(device="cpu")
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(reader.read_whole(name))
-    reader.close()
-    training = reader.training
-    return LoadedRun(
-        model.eval(), config, tokenizer, reader.manifest["step"], training["num_tokens"], reader.folder.name, path
-    )
+    data = parse_config(own.manifest["about"]["config"]).data.model_copy(update={"allow_pipe": allow_pipe})
+    reader = merged(own, path, data)  # what is evaluated, exported and talked to is one model
+    try:
+        yield saved_run(reader, path, allow_pipe)
+    finally:
+        reader.close()
 
 
 def newest_good(run: Path, place: Place, step: int | None) -> CheckpointReader:

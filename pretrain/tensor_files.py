@@ -6,7 +6,7 @@ import errno
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import safetensors
@@ -67,6 +67,28 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Map
     return content.num_bytes, content.sha256
 
 
+def safetensors_head(tensors: Sequence[tuple[str, torch.Tensor]], metadata: Mapping[str, str]) -> bytes:
+    """Return what a safetensors file begins with: lengths, and places of the tensors that follow in this order.
+
+    Args:
+        tensors: names and tensors; their dtypes and shapes are looked at, and they may be on the meta device.
+        metadata: for the header.
+    """
+    header: dict[str, object] = {"__metadata__": dict(metadata)}
+    end = 0
+    for key, tensor in tensors:
+        begin, end = end, end + tensor.nbytes
+        header[key] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # so that the tensors are aligned
+    return len(text).to_bytes(8, "little") + text
+
+
+def bytes_of(tensor: torch.Tensor) -> memoryview:
+    """Return the bytes of a contiguous tensor on the CPU, without a copy."""
+    return tensor.reshape(-1).view(torch.uint8).numpy().data if tensor.numel() else memoryview(b"")
+
+
 class TensorBytes:
     """The bytes of a safetensors file of tensors in memory, which are not copied.
 
@@ -82,21 +104,14 @@ class TensorBytes:
         """Take contiguous tensors on the CPU, which must not change any more."""
         self._tensors = [tensors[key] for key in sorted(tensors)]
         assert all(one.is_contiguous() and one.device.type == "cpu" for one in self._tensors)
-        header: dict[str, object] = {"__metadata__": dict(metadata)}
-        end = 0
-        for key, tensor in zip(sorted(tensors), self._tensors, strict=True):
-            begin, end = end, end + tensor.nbytes
-            header[key] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)  # so that the tensors are aligned
-        self._head = len(text).to_bytes(8, "little") + text
+        self._head = safetensors_head([(key, tensors[key]) for key in sorted(tensors)], metadata)
+        end = sum(tensor.nbytes for tensor in self._tensors)
         self.num_bytes, self.sha256 = len(self._head) + end, ""
 
     def chunks(self) -> Iterator[memoryview]:
         """Yield the file from its beginning."""
         digest = hashlib.sha256()
-        own = (one.view(-1).view(torch.uint8).numpy().data for one in self._tensors if one.numel())
-        buffers = [memoryview(self._head), *own]
+        buffers = [memoryview(self._head), *map(bytes_of, self._tensors)]
         for buffer in buffers:
             for begin in range(0, len(buffer), _CHUNK_BYTES):
                 part = buffer[begin : begin + _CHUNK_BYTES]
@@ -157,3 +172,8 @@ class TensorFile:
     def read_whole(self, key: str) -> torch.Tensor:
         """Return a tensor in its own shape and dtype."""
         return self._file.get_tensor(key)
+
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield each tensor with its name; the bytes stay in the file until they are looked at."""
+        for key in self._file.keys():
+            yield key, self._file.get_tensor(key)

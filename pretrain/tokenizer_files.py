@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from pretrain.chat import TEMPLATE_FILE, chat_template, own_template
 from pretrain.config import TokenizerSection
 from pretrain.errors import ConfigError
 from pretrain.hf_tokenizer import FILES_BESIDE, TOKENIZER_CONFIG, JsonTokenizer, build_tokenizer
@@ -88,6 +89,8 @@ def write_tokenizer_files(
         (out_dir / name).write_bytes(content)
     if isinstance(tokenizer, SentencePieceTokenizer):
         build_tokenizer(tokenizer).save(str(out_dir / "tokenizer.json"))
+    if (template := chat_template(tokenizer)) and own_template(tokenizer) is None:
+        (out_dir / TEMPLATE_FILE).write_text(template, encoding="utf-8")
     names = {
         f"{which}_token": tokenizer.name_of(token_id)
         for which in ("bos", "eos", "unk", "pad")
@@ -120,5 +123,7 @@ def write_tokenizer_files(
         }
         if isinstance(tokenizer, SentencePieceTokenizer):
             settings |= {"add_bos_token": True, "add_eos_token": False, "add_prefix_space": False, "legacy": False}
+        if template := chat_template(tokenizer):
+            settings["chat_template"] = template  # for clients that do not read the file
     text = json.dumps(settings, indent=2, ensure_ascii=False)
     (out_dir / TOKENIZER_CONFIG).write_text(text + "\n", encoding="utf-8")

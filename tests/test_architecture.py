@@ -41,14 +41,16 @@ TIERS = (
     "communication link_speeds metrics guard spikes hf_tokenizer paraphrases generate checkpoint_folder checkpoint_store hf_config hf_tensors import_check"
     " weights_checkpoint",
     "added_tokens start_config conversation engine tokenizer_files tokenizer_trial checkpoint_places scoring",
-    "text_shards talk harness adapters",
+    "text_shards talk harness adapters saved_run",
     "data_plan",
     "damage",
     "row_reader run_state",
     "stream submit_checks",
     "checkpoint_loading share_writer feed source_sample replicas submit",
-    "checkpoint run_folder import_tokenizer tokenizer_export workers submit_options",
-    "inspection evaluate adapter_export hf_export self_test samples task_evals answers preflight refining verify_shards inspect_shards",
+    "checkpoint run_folder import_tokenizer tokenizer_export workers submit_options gguf_tokenizer provenance partial_export",
+    "hf_files reference gguf_tables",
+    "llama_cpp",
+    "inspection evaluate adapter_export hf_export gguf_export torch_export self_test samples task_evals answers preflight refining verify_shards inspect_shards",
     "shares store_check tar_documents tar_folder",
     "corpus",
     "tar_index",
@@ -58,6 +60,7 @@ TIERS = (
     "train",
     "dry_run plan_table",
     "prepare_options plan_options import_options",
+    "convert_options",
 )
 TIER_OF = {module: tier for tier, modules in enumerate(TIERS) for module in modules.split()}
 
@@ -69,6 +72,8 @@ FILE_OF_LIBRARY = {
     "lm_eval": "pretrain/harness.py",
     "fsspec": "pretrain/stores.py",
     "jinja2": "pretrain/messages.py",
+    "gguf": "pretrain/gguf_export.py",
+    "llama_cpp": "pretrain/llama_cpp.py",
     "mwparserfromhell": "pretrain/wikipedia.py",
     "py3langid": "pretrain/languages.py",
     "psutil": "pretrain/network.py",

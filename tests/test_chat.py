@@ -9,7 +9,9 @@ import jinja2.sandbox
 import pytest
 
 from pretrain.chat import chat_template, own_template, speaks_chatml, stop_ids
+from pretrain.hf_export import load_tokenizer
 from pretrain.hf_tokenizer import JsonTokenizer
+from pretrain.tokenizer_files import write_tokenizer_files
 from tests.test_hf_export import tokenizer  # noqa: F401
 from tests.tokenizer_helpers import train_json
 
@@ -61,3 +63,17 @@ def test_a_template_in_its_own_file_comes_first_and_the_default_one_of_several(t
     assert chat_template(JsonTokenizer(path)) == "plain"
     (tmp_path / "chat_template.jinja").write_text("own {{ bos_token }}")
     assert chat_template(JsonTokenizer(path)) == "own {{ bos_token }}"
+
+
+def test_transformers_writes_conversations_as_the_template_says(tokenizer, tmp_path: Path):  # noqa: F811
+    write_tokenizer_files(tokenizer, tmp_path, 64)
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert settings["chat_template"] == (tmp_path / "chat_template.jinja").read_text() == chat_template(tokenizer)
+    theirs = load_tokenizer(tmp_path)
+    special = tokenizer.special_tokens()
+    expected = [tokenizer.bos_id]
+    for message in MESSAGES:
+        text = f"{message['role']}\n{message['content']}"
+        expected += [special["<|im_start|>"], *tokenizer.encode(text), special["<|im_end|>"], *tokenizer.encode("\n")]
+    expected += [special["<|im_start|>"], *tokenizer.encode("assistant\n")]
+    assert theirs.apply_chat_template(MESSAGES, add_generation_prompt=True, return_dict=False) == expected

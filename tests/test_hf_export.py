@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import os
 import socket
@@ -15,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pretrain import family_table, hf_export, hf_tokenizer, tokenizer_export
+from pretrain import family_table, hf_export, hf_files, hf_tokenizer, tokenizer_export
 from pretrain.config import ModelSection
 from pretrain.errors import ExportError
 from pretrain.families import FAMILIES, num_parameters, resolve_shape
@@ -24,8 +25,10 @@ from pretrain.generate import generate
 from pretrain.generate_options import GenerateOptions
 from pretrain.hf_export import export_hf
 from pretrain.model import Transformer
+from pretrain.partial_export import PartialExport, Progress
 from pretrain.published import PUBLISHED_MODELS
-from pretrain.run_folder import LoadedRun
+from pretrain.reference import compute_reference
+from pretrain.saved_run import SavedRun
 from pretrain.sentencepiece_tokenizer import SentencePieceTokenizer, choose_sample, fit
 from pretrain.settings import parse_config
 from pretrain.tokenizer import Tokenizer
@@ -85,16 +88,25 @@ def make_model(name: str, vocab_size: int = 421) -> Transformer:
     return model
 
 
-def make_run(name: str, tokenizer: Tokenizer) -> LoadedRun:
-    return LoadedRun(
-        make_model(name),
-        config_of(name),
-        tokenizer,
-        30,
-        12345,
-        "step-00000030",
-        Path("runs/a"),
-    )
+def make_run(name: str, tokenizer: Tokenizer, model: Transformer | None = None) -> SavedRun:
+    model = model or make_model(name)
+    parameters = {key: parameter.detach() for key, parameter in model.named_parameters()}
+    shapes = {key: tuple(parameter.shape) for key, parameter in parameters.items()}
+    return SavedRun(
+        config_of(name), tokenizer, model.shape, 30, 12345, "step-00000030", Path("runs/a"), shapes,
+        lambda key: parameters[key].clone(), {"about": {"longhaul": "0.1", "torch": "2"}, "step": 30},
+    )  # fmt: skip
+
+
+def export(run: SavedRun, out: Path, dtype: str = "bf16", make=export_hf, **options) -> dict:
+    """Export to a folder as `convert` does; rows to compare are made up."""
+    partial = PartialExport(out, {}, Progress(io.StringIO()))
+    try:
+        report = make(run, partial, dtype, make_rows(), **options)
+        partial.finish()
+    finally:
+        partial.close(discard=True)
+    return report
 
 
 def make_rows() -> dict[str, list[torch.Tensor]]:
@@ -111,7 +123,7 @@ def few_texts(monkeypatch):
 def llama_export(tokenizer, tmp_path_factory):
     """One export of a llama model, with its report."""
     folder = tmp_path_factory.mktemp("export")
-    return folder, export_hf(make_run("llama", tokenizer), folder, "bf16", make_rows())
+    return folder, export(make_run("llama", tokenizer), folder)
 
 
 @pytest.mark.parametrize(
@@ -119,18 +131,18 @@ def llama_export(tokenizer, tmp_path_factory):
 )
 def test_logits_weights_and_ids_are_the_same(name, dtype, tokenizer, tmp_path, few_texts):
     run = make_run(name, tokenizer)
-    before = {key: parameter.detach().clone() for key, parameter in run.model.named_parameters()}
-    report = export_hf(run, tmp_path, dtype, make_rows())
+    before = {key: run.read(key) for key in run.shapes}
+    report = export(run, tmp_path, dtype)
     assert report["logits"]["max_relative_difference"] < 1e-5
     assert report["logits"]["rows"] == {"random": 4} and report["logits"]["tokens"] == 2 * SEQ_LEN + 6
     written = load_file(tmp_path / "model.safetensors")
-    assert {tensor.dtype for tensor in written.values()} == {hf_export.DTYPES[dtype]}
-    restored = dict(import_tensors(run.model.shape, written))
+    assert {tensor.dtype for tensor in written.values()} == {hf_files.DTYPES[dtype]}
+    restored = dict(import_tensors(run.shape, written))
     assert restored.keys() == before.keys()
     for key, parameter in before.items():
         rows = slice(421 if key in ("embedding.weight", "output.weight") else None)
-        assert torch.equal(restored[key][rows], parameter.to(hf_export.DTYPES[dtype])[rows]), key
-    assert ("lm_head.weight" in written) == (not run.model.shape.tie_embeddings)
+        assert torch.equal(restored[key][rows], parameter.to(hf_files.DTYPES[dtype])[rows]), key
+    assert ("lm_head.weight" in written) == (not run.shape.tie_embeddings)
 
 
 def test_the_report_counts_texts_and_files(llama_export):
@@ -148,7 +160,7 @@ def test_files_can_be_read_by_others_as_the_folder_can(llama_export):
 
 
 def test_config_is_read_alike_by_old_and_new_transformers(tokenizer, tmp_path, few_texts):
-    export_hf(make_run("llama-tied-biased", tokenizer), tmp_path, "bf16", make_rows())
+    export(make_run("llama-tied-biased", tokenizer), tmp_path, "bf16")
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["architectures"] == ["LlamaForCausalLM"] and config["vocab_size"] == 421
     assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 5e5
@@ -157,7 +169,7 @@ def test_config_is_read_alike_by_old_and_new_transformers(tokenizer, tmp_path, f
     assert config["attention_bias"] is config["mlp_bias"] is True and config["rms_norm_eps"] == 1e-6
     assert (config["bos_token_id"], config["eos_token_id"], config["pad_token_id"]) == (1, 2, 3)
     generation = json.loads((tmp_path / "generation_config.json").read_text())
-    assert generation["eos_token_id"] == 2 and generation["do_sample"] is False
+    assert generation["eos_token_id"] == [2, 5] and generation["do_sample"] is False
 
 
 def test_scaled_rope_is_written_for_old_and_new_transformers():
@@ -193,7 +205,7 @@ def test_windows_are_written_as_transformers_reads_them():
 
 
 def test_the_card_warns_of_a_client_that_ignores_an_option(tokenizer, tmp_path, few_texts):
-    report = export_hf(make_run("starcoder2", tokenizer), tmp_path, "bf16", make_rows())
+    report = export(make_run("starcoder2", tokenizer), tmp_path, "bf16")
     assert report["ignored_by"] == {"sliding_window": "llama.cpp"}
     card = (tmp_path / "README.md").read_text()
     assert "> **llama.cpp loads this model and computes something else**: it ignores `sliding_window`." in card
@@ -211,7 +223,7 @@ def test_a_custom_model_names_the_nearest_family_and_what_differs(tokenizer, tmp
     finally:
         del MODELS["custom"]
     with pytest.raises(ExportError) as caught:
-        export_hf(run, tmp_path, "bf16", make_rows())
+        export(run, tmp_path, "bf16")
     assert str(caught.value) == (
         "runs/a: model.family is custom; expected one that is exported. The nearest is qwen3. It differs in: model.norm "
         "is layernorm (qwen3: rmsnorm). Train without that under model.family qwen3."
@@ -220,7 +232,7 @@ def test_a_custom_model_names_the_nearest_family_and_what_differs(tokenizer, tmp
 
 
 def test_gpt2_config_has_what_llama_cpp_reads(tokenizer, tmp_path, few_texts):
-    export_hf(make_run("gpt2", tokenizer), tmp_path, "bf16", make_rows())
+    export(make_run("gpt2", tokenizer), tmp_path, "bf16")
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["n_ctx"] == config["n_positions"] == SEQ_LEN and config["n_inner"] == 128
     assert config["activation_function"] == "gelu_new" and config["layer_norm_epsilon"] == 1e-5
@@ -237,7 +249,7 @@ def test_the_card_says_what_the_model_is(llama_export):
 
 @pytest.mark.parametrize("name", ["llama", "gpt2-untied"])
 def test_sharded_weights_load(name, tokenizer, tmp_path, few_texts):
-    report = export_hf(make_run(name, tokenizer), tmp_path, "fp32", make_rows(), max_shard_bytes=60_000)
+    report = export(make_run(name, tokenizer), tmp_path, "fp32", max_shard_bytes=20_000)
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     names = sorted(report["files"])
     assert len(names) > 2 and names[0] == f"model-00001-of-{len(names):05}.safetensors"
@@ -308,7 +320,7 @@ def test_two_swapped_tensors_are_found(name, first, second, tokenizer, tmp_path,
     with pytest.raises(
         ExportError, match=r"random row 0, position [01]: the logit of token \d+ is .* in transformers; exp"
     ):
-        export_hf(make_run(name, tokenizer), tmp_path, "fp32", make_rows())
+        export(make_run(name, tokenizer), tmp_path, "fp32")
 
 
 @pytest.mark.parametrize(
@@ -347,10 +359,10 @@ def test_two_swapped_tensors_are_found(name, first, second, tokenizer, tmp_path,
     ],
 )
 def test_an_altered_config_is_found(name, key, value, message, tokenizer, tmp_path, few_texts, monkeypatch):
-    right = hf_export._hf_config
-    monkeypatch.setattr(hf_export, "_hf_config", lambda *args: right(*args) | {key: value})
+    right = hf_files.hf_config
+    monkeypatch.setattr(hf_export, "hf_config", lambda *args: right(*args) | {key: value})
     with pytest.raises(ExportError, match=message):
-        export_hf(make_run(name, tokenizer), tmp_path, "fp32", make_rows())
+        export(make_run(name, tokenizer), tmp_path, "fp32")
 
 
 @pytest.mark.parametrize(
@@ -366,36 +378,36 @@ def test_an_altered_config_is_found(name, key, value, message, tokenizer, tmp_pa
 )
 def test_logits_alone_show_a_mistake(name, key, value, tokenizer, tmp_path, few_texts, monkeypatch):
     """The tolerance is between rounding and the smallest mistake, even if the config's own comparison missed it."""
-    right = hf_export._hf_config
+    right = hf_files.hf_config
     changes = {key: value} if key != "rope_parameters" else {key: value, "rope_scaling": None}
-    monkeypatch.setattr(hf_export, "_hf_config", lambda *args: right(*args) | changes)
+    monkeypatch.setattr(hf_export, "hf_config", lambda *args: right(*args) | changes)
     monkeypatch.setattr(hf_export, "_compare_config", lambda *args: None)
     with pytest.raises(ExportError, match=r"position \d+: the logit of token \d+ is .* in transformers; expected"):
-        export_hf(make_run(name, tokenizer), tmp_path, "fp32", make_rows())
+        export(make_run(name, tokenizer), tmp_path, "fp32")
 
 
 def test_one_altered_bit_is_found(tokenizer, tmp_path, few_texts, monkeypatch):
     """A token's embedding that no compared row holds moves no logit: the weights themselves are compared too."""
-    right = hf_export.export_tensors
+    right = hf_files.export_tensors
 
     def alter(shape, parameters):
         for name, tensor in right(shape, parameters):
-            if name == "model.embed_tokens.weight" and len(list(tmp_path.iterdir())) == 0:
+            if name == "model.embed_tokens.weight" and not tensor.is_meta:
                 tensor = tensor.clone()
                 tensor[unused] *= 1 + 2**-20
             yield name, tensor
 
     unused = next(token for token in range(421) if not any((row == token).any() for row in make_rows()["random"]))
-    monkeypatch.setattr(hf_export, "export_tensors", alter)
+    monkeypatch.setattr(hf_files, "export_tensors", alter)
     with pytest.raises(ExportError, match="model.embed_tokens.weight: comes back altered; expected the same bits"):
-        export_hf(make_run("llama", tokenizer), tmp_path, "fp32", make_rows())
+        export(make_run("llama", tokenizer), tmp_path, "fp32")
 
 
 def test_an_altered_tokenizer_is_found(tokenizer, tmp_path, monkeypatch):
     right = hf_tokenizer._merges
     monkeypatch.setattr(hf_tokenizer, "_merges", lambda normal: right(normal)[::-1])
     with pytest.raises(ExportError, match=r"tokenizer: ids of '.*' are \[.*\] in transformers; expected \["):
-        export_hf(make_run("llama", tokenizer), tmp_path, "fp32", make_rows())
+        export(make_run("llama", tokenizer), tmp_path, "fp32")
 
 
 def test_another_special_token_is_found(tokenizer, tmp_path, monkeypatch):
@@ -408,18 +420,19 @@ def test_another_special_token_is_found(tokenizer, tmp_path, monkeypatch):
 
     monkeypatch.setattr(tokenizer_export, "write_tokenizer_files", write)
     with pytest.raises(ExportError, match="tokenizer: eos_id is 3 in transformers; expected 2"):
-        export_hf(make_run("llama", tokenizer), tmp_path, "fp32", make_rows())
+        export(make_run("llama", tokenizer), tmp_path, "fp32")
 
 
 @pytest.mark.parametrize(("value", "dtype"), [(float("nan"), "fp32"), (1e5, "fp16")])
 def test_weights_that_are_not_finite_are_refused(value, dtype, tokenizer, tmp_path):
-    run = make_run("llama", tokenizer)
+    model = make_model("llama")
     with torch.no_grad():
-        run.model.final_norm.weight[3] = value
+        model.final_norm.weight[3] = value
+    run = make_run("llama", tokenizer, model)
     with pytest.raises(
         ExportError, match=r"final_norm.weight: holds NaN or infinity as torch.float\d\d; expected finite"
     ):
-        export_hf(run, tmp_path, dtype, make_rows())
+        export(run, tmp_path, dtype)
 
 
 def test_exporting_and_loading_need_no_network(tokenizer, tmp_path, few_texts, monkeypatch):
@@ -428,7 +441,7 @@ def test_exporting_and_loading_need_no_network(tokenizer, tmp_path, few_texts, m
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
-    export_hf(make_run("llama", tokenizer), tmp_path, "bf16", make_rows())
+    export(make_run("llama", tokenizer), tmp_path, "bf16")
 
 
 def test_generation_in_transformers_continues_as_the_model_does(llama_export, tokenizer):
@@ -439,8 +452,7 @@ def test_generation_in_transformers_continues_as_the_model_does(llama_export, to
     inputs = AutoTokenizer.from_pretrained(folder)("def main(", return_tensors="pt")
     assert set(inputs) == {"input_ids", "attention_mask"} and inputs["input_ids"][0, 0] == tokenizer.bos_id
     generated = theirs.generate(**inputs, max_new_tokens=20, do_sample=False, eos_token_id=None)[0]
-    ours = make_run("llama", tokenizer).model
-    hf_export._round_weights(ours, torch.bfloat16)
+    ours = hf_export._rounded_model(make_run("llama", tokenizer), torch.bfloat16)
     tokens = inputs["input_ids"]
     for _ in range(20):
         tokens = torch.cat([tokens, ours.logits(tokens)[:, -1:].argmax(-1)], dim=1)
@@ -455,15 +467,16 @@ def test_a_repetition_penalty_is_that_of_transformers(llama_export, tokenizer):
         AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32),
         AutoTokenizer.from_pretrained(folder),
     )
-    ours = make_run("llama", tokenizer).model
-    hf_export._round_weights(ours, torch.bfloat16)
+    ours = hf_export._rounded_model(make_run("llama", tokenizer), torch.bfloat16)
     prompts, repeated = ["def main(", "import import import", "x"], {}
     for penalty in (1.0, 1.3):
         options = GenerateOptions(max_new_tokens=30, temperature=0.0, repetition_penalty=penalty)
         found = [completion.ids for completion in generate(ours, tokenizer, prompts, options)]  # one batch, padded
         for prompt, ids in zip(prompts, found, strict=True):
             inputs = read(prompt, return_tensors="pt")
-            made = theirs.generate(**inputs, max_new_tokens=30, do_sample=False, repetition_penalty=penalty)[0].tolist()
+            made = theirs.generate(
+                **inputs, max_new_tokens=30, do_sample=False, repetition_penalty=penalty, eos_token_id=tokenizer.eos_id
+            )[0].tolist()
             expected = made[inputs["input_ids"].shape[1] :]
             assert ids == [token for token in expected if token != tokenizer.eos_id]
         repeated[penalty] = sum(len(ids) - len(set(ids)) for ids in found)
@@ -486,13 +499,15 @@ def test_transformers_does_not_take_our_kernels_for_its_own(llama_export):
     assert done.stdout.split()[0] == str(ROOT / "kernels" / "__init__.py")
 
 
-def test_a_second_package_named_kernels_is_explained(llama_export, monkeypatch):
+def test_a_second_package_named_kernels_is_explained(llama_export, tokenizer, tmp_path, monkeypatch):
     def fail(*args, **kwargs):
         raise ImportError("cannot import name 'CUDAProperties' from 'kernels'", name="kernels")
 
     monkeypatch.setattr(hf_export.AutoModelForCausalLM, "from_pretrained", fail)
     with pytest.raises(ExportError, match="PyPI's package `kernels` is installed .* Run `pip uninstall kernels`"):
-        hf_export.verify_model(make_model("llama"), llama_export[0], make_rows())
+        run = make_run("llama", tokenizer)
+        reference = compute_reference(run.load().model, make_rows(), tmp_path / "reference")
+        hf_export.verify_model(run, torch.bfloat16, llama_export[0], reference)
 
 
 def test_varied_texts_cut_from_samples_are_compared_too(tokenizer, llama_export):
