@@ -12,7 +12,7 @@ from launch.convert import main
 from pretrain.adapter_export import export_adapter
 from pretrain.adapters import BASE
 from pretrain.checkpoint_files import CheckpointReader
-from pretrain.convert import convert
+from pretrain.convert import ConvertOptions, convert
 from pretrain.errors import ConfigError
 from pretrain.run_folder import load_run
 from tests.rank_helpers import prepare, run_cases
@@ -56,7 +56,7 @@ def test_peft_and_transformers_compute_what_the_tuned_model_does(folder, family)
     from transformers import AutoModelForCausalLM
 
     tuned, base, out = folder / f"{family}-tuned", folder / f"{family}-hf", folder / f"{family}-peft"
-    convert(folder / family, base, dtype="fp32")
+    convert(folder / family, base, options=ConvertOptions(dtype="fp32"))
     report = export_adapter(tuned, out)
     assert report["largest_difference"] < 1e-6 and report["source"]["base"]["checkpoint"].endswith("step-00000004")
     assert sorted(path.name for path in out.iterdir()) == [
@@ -75,7 +75,7 @@ def test_peft_and_transformers_compute_what_the_tuned_model_does(folder, family)
 
 
 def test_a_merged_export_is_verified_as_any_other(folder):
-    report = convert(folder / "llama-tuned", folder / "merged", dtype="fp32")
+    report = convert(folder / "llama-tuned", folder / "merged", options=ConvertOptions(dtype="fp32"))
     assert report["logits"]["max_relative_difference"] < 5e-5
 
 

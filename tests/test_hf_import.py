@@ -15,7 +15,7 @@ from launch.convert import main
 from pretrain import hf_export, hf_import, import_check, weights_checkpoint
 from pretrain.added_tokens import AddedTokens
 from pretrain.checkpoint_files import CheckpointReader
-from pretrain.convert import convert
+from pretrain.convert import ConvertOptions, convert
 from pretrain.errors import ConfigError, ExportError
 from pretrain.hf_import import import_hf
 from pretrain.import_tokenizer import choose_tokenizer
@@ -74,7 +74,7 @@ def test_logits_are_those_of_transformers_and_the_way_back_gives_the_same_tensor
     run = load_run(tmp_path / "run")
     with torch.no_grad():
         torch.testing.assert_close(run.model.logits(tokens), theirs(input_ids=tokens).logits, rtol=0, atol=1e-4)
-    convert(tmp_path / "run", tmp_path / "back", dtype="fp32")
+    convert(tmp_path / "run", tmp_path / "back", options=ConvertOptions(dtype="fp32"))
     before, after = (load_file(tmp_path / folder / "model.safetensors") for folder in ("published", "back"))
     assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
 
@@ -120,7 +120,7 @@ def test_bf16_shards_and_small_files_keep_every_bit(llama, tmp_path, monkeypatch
     assert len(shards) > 3
     import_hf(source, tmp_path / "run")
     assert len(list((tmp_path / "run/checkpoints/step-00000000").glob("weights-*"))) > 3
-    convert(tmp_path / "run", tmp_path / "back", dtype="bf16")
+    convert(tmp_path / "run", tmp_path / "back", options=ConvertOptions(dtype="bf16"))
     after = load_file(tmp_path / "back" / "model.safetensors")
     before = {key: tensor for path in shards for key, tensor in load_file(path).items()}
     assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
@@ -228,6 +228,7 @@ def test_the_sentencepiece_model_is_kept_and_tokens_beside_it_make_the_other_fil
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (source / name).unlink()
     use_sentencepiece(source)
+    (source / "chat_template.jinja").write_text("{{ messages }}")
     report = import_hf(source, tmp_path / "run")
     assert report["tokenizer"]["file"] == "tokenizer.model"
     assert (tmp_path / "run/chat_template.jinja").read_text() == "{{ messages }}"
