@@ -18,7 +18,7 @@ class Baseline(nn.Module):
     """A pre-norm decoder-only Transformer; documents of a row see each other, as in most plain code.
 
     Raises:
-        ValueError: the shape has a window, a soft-cap, scaled or partial RoPE, for which there is no plain one-line
+        ValueError: the shape has a window, a soft-cap or scaled RoPE, for which there is no plain one-line
             operator, or norms elsewhere than here.
     """
 
@@ -27,7 +27,7 @@ class Baseline(nn.Module):
         for name in ("sliding_window", "attention_softcap", "logit_softcap", "rope_scaling"):
             if getattr(shape, name) is not None:
                 raise ValueError(f"model.{name} is {getattr(shape, name)}; expected null for the baseline. Remove it.")
-        for name, plain in (("norm", ("rmsnorm", "layernorm")), ("qk_norm", (False, True)), ("rope_fraction", (1.0,))):
+        for name, plain in (("norm", ("rmsnorm", "layernorm")), ("qk_norm", (False, True))):
             if getattr(shape, name) not in plain:
                 raise ValueError(f"model.{name} is {getattr(shape, name)}; expected one of {plain} for the baseline.")
         self.embedding = nn.Embedding(shape.padded_vocab_size, shape.dim)
@@ -43,7 +43,7 @@ class Baseline(nn.Module):
                 nn.init.normal_(parameter, 0.0, shape.init_std)
         self._loss = self._mean_loss
         if not learned:
-            exponents = torch.arange(0, shape.head_dim, 2).float() / shape.head_dim
+            exponents = torch.arange(0, shape.rope_dim, 2).float() / shape.rope_dim
             angles_TR = torch.arange(shape.seq_len).float()[:, None] * (1.0 / shape.rope_theta**exponents)
             self.register_buffer("cos_TC", torch.cat((angles_TR, angles_TR), -1).cos(), persistent=False)
             self.register_buffer("sin_TC", torch.cat((angles_TR, angles_TR), -1).sin(), persistent=False)
@@ -85,8 +85,10 @@ def _norm(shape: ModelShape) -> nn.Module:
 
 
 def _rotate(x_BHTC: Tensor, cos_TC: Tensor, sin_TC: Tensor) -> Tensor:
-    first, second = x_BHTC.chunk(2, dim=-1)
-    return (x_BHTC * cos_TC + torch.cat((-second, first), dim=-1) * sin_TC).to(x_BHTC.dtype)
+    turned, rest = x_BHTC.tensor_split([cos_TC.shape[-1]], dim=-1)
+    first, second = turned.chunk(2, dim=-1)
+    turned = (turned * cos_TC + torch.cat((-second, first), dim=-1) * sin_TC).to(x_BHTC.dtype)
+    return torch.cat((turned, rest), dim=-1) if rest.shape[-1] else turned
 
 
 class _Attention(nn.Module):

@@ -86,6 +86,9 @@ class OneRow:
 
     num_rows = 1
 
+    def sources(self):
+        return [("text", range(1))]
+
     def batch(self, numbers):
         tokens, targets = row_of(SENTENCE)
         return Batch(tokens, targets, torch.zeros_like(tokens), torch.tensor([0]))

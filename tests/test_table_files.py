@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from pretrain import sources, table_files
+from pretrain import csv_files, sources, table_files
 from pretrain.config import SourceSection
 from pretrain.errors import DataError
 from pretrain.source_files import list_files
@@ -325,7 +325,8 @@ def test_a_csv_file_whose_quotes_do_not_match_is_a_bad_file(tmp_path: Path, end:
 
 @pytest.mark.parametrize("kind", ["csv", "parquet"])
 def test_rows_that_are_too_long_are_bad(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "MAX_DOCUMENT_BYTES", 100)
+    for module in (sources, csv_files):
+        monkeypatch.setattr(module, "MAX_DOCUMENT_BYTES", 100)
     if kind == "csv":  # there it is the file: a quote that is not closed takes in the rest of it
         write_csv(tmp_path / "a.csv", [["text"], ["good"], ["x" * 101]])
         with pytest.raises(DataError, match=r"field larger than field limit \(100\), in line 3"):
