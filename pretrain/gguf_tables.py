@@ -66,6 +66,10 @@ _QK_NORMS = {
     "blocks.{i}.attention.q_norm": ("blk.{i}.attn_q_norm",),
     "blocks.{i}.attention.k_norm": ("blk.{i}.attn_k_norm",),
 }
+_BEHIND = {  # norms of what a sublayer adds
+    "blocks.{i}.attention_norm": ("blk.{i}.post_attention_norm",),
+    "blocks.{i}.ffn_norm": ("blk.{i}.post_ffw_norm",),
+}
 
 GGUF_MODELS: Mapping[str, GgufModel] = {
     "llama": GgufModel(
@@ -76,6 +80,12 @@ GGUF_MODELS: Mapping[str, GgufModel] = {
     "stablelm": GgufModel(
         "stablelm", _LAYER, _NAMES | _GATED, constants={"use_parallel_residual": False}, needs_output=True
     ),
+    "mistral": GgufModel(
+        "llama", _RMS, _NAMES | _GATED, keys=_HEADS | {"vocab_size": "vocab_size"}, interleaved=True,
+        rope_scaling=("linear", "llama3", "yarn"), refused=_NO_WINDOW,
+    ),
+    "qwen2": GgufModel("qwen2", _RMS, _NAMES | _GATED, refused=_NO_WINDOW),
+    "olmo2": GgufModel("olmo2", _RMS, _NAMES | _GATED | _QK_NORMS | _BEHIND),
     "starcoder2": GgufModel("starcoder2", _LAYER, _NAMES | _UNGATED, refused=_NO_WINDOW),
     "gpt2": GgufModel(
         "gpt2",
@@ -130,7 +140,7 @@ def gguf_keys(shape: ModelShape) -> dict[str, Any]:
     }
     keys |= {key: getattr(shape, option) for key, option in family.keys.items()} | dict(family.constants)
     if shape.positions == "rope":
-        keys |= {"rope.dimension_count": shape.head_dim, "rope.freq_base": float(shape.rope_theta)}
+        keys |= {"rope.dimension_count": shape.rope_dim, "rope.freq_base": float(shape.rope_theta)}
     if (scaling := shape.rope_scaling) is not None and scaling.type != "llama3":  # whose factors are a tensor
         keys |= {"rope.scaling.type": scaling.type, "rope.scaling.factor": float(scaling.factor)}
         if scaling.type == "yarn":
@@ -141,7 +151,7 @@ def gguf_keys(shape: ModelShape) -> dict[str, Any]:
             }
             if scaling.attention_factor is not None:  # over what llama.cpp computes by itself
                 own = dataclasses.replace(_scaling(shape), attention_factor=None)
-                _, magnitude = rope_frequencies(shape.head_dim, shape.rope_theta, own)
+                _, magnitude = rope_frequencies(shape.rope_dim, shape.rope_theta, own)
                 keys["rope.scaling.attn_factor"] = scaling.attention_factor / magnitude
     return {f"{family.architecture}.{key}": value for key, value in keys.items()}
 

@@ -14,12 +14,15 @@ import torch
 
 from pretrain import gguf_export, llama_cpp
 from pretrain.errors import ExportError
+from pretrain.families import resolve_shape
 from pretrain.gguf_export import export_gguf, modelfile, read_parameters
-from pretrain.gguf_tables import check_gguf, extra_tensors, gguf_keys, gguf_tensors, parameters_of
+from pretrain.gguf_tables import GGUF_MODELS, check_gguf, extra_tensors, gguf_keys, gguf_tensors, parameters_of
 from pretrain.gguf_tokenizer import gguf_tokenizer, read_as_special
 from pretrain.hf_tokenizer import JsonTokenizer
+from pretrain.model import Transformer
+from pretrain.model_options import ModelSection
 from pretrain.sentencepiece_tokenizer import SentencePieceTokenizer
-from tests.test_hf_export import MODELS, export, make_model, make_run, tokenizer  # noqa: F401
+from tests.test_hf_export import MODELS, SEQ_LEN, export, make_model, make_run, tokenizer  # noqa: F401
 from tests.tokenizer_helpers import SOURCES, train_json, train_sentencepiece
 
 EXPORTED = [name for name in MODELS if MODELS[name].get("sliding_window") is None]
@@ -48,6 +51,37 @@ def test_tensors_come_back(name, dtype, tokenizer, tmp_path):  # noqa: F811
             assert not torch.equal(tensor, wanted)
         else:
             assert torch.equal(tensor, wanted.to(TORCH.get(dtype, torch.float16))), key
+
+
+IMPORTED = {
+    "mistral": dict(family="mistral", dim=32, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=12),
+    "qwen2": dict(family="qwen2", dim=32, num_layers=2, num_heads=4, num_kv_heads=2, rope_theta=1e6),
+    "olmo2": dict(family="olmo2", dim=32, num_layers=3, num_heads=4, num_kv_heads=2, norm_eps=1e-6),
+    "stablelm, partial RoPE": dict(family="stablelm", dim=64, num_layers=2, num_heads=4, rope_fraction=0.25),
+}
+
+
+def imported(name: str) -> Transformer:
+    """A model of a kind that others publish, whose parameters are none of 0 or 1."""
+    model = Transformer(resolve_shape(ModelSection(**IMPORTED[name]), 421, SEQ_LEN), seed=3).eval()
+    generator = torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    return model
+
+
+@pytest.mark.parametrize("name", IMPORTED)
+def test_tensors_of_imported_families_come_back(name, tokenizer, tmp_path):  # noqa: F811
+    model = imported(name)
+    run = make_run("llama", tokenizer, model)
+    export(run, tmp_path, "fp32", make)
+    restored = dict(read_parameters(model.shape, tmp_path / "model.gguf"))
+    assert restored.keys() == run.shapes.keys()
+    assert all(torch.equal(tensor, run.read(key)[: len(tensor)]) for key, tensor in restored.items())
+    assert gguf_keys(model.shape)[f"{GGUF_MODELS[model.shape.family].architecture}.rope.dimension_count"] == (
+        4 if "partial" in name else model.shape.head_dim
+    )
 
 
 def test_queries_and_keys_of_llama_are_rotated_as_neighbours():
@@ -245,6 +279,16 @@ def test_llama_cpp_computes_the_same(name, tokenizer, tmp_path, monkeypatch):  #
     assert report["client"] == "llama.cpp" and report["logits"]["max_relative_difference"] < (
         2e-3 if make_model(name).shape.activation == "gelu" else 5e-6
     )
+    assert report["greedy"]["equal_tokens"] > 0 and report["tokenizer"]["mismatches"] == 0
+
+
+@needs_library
+@pytest.mark.slow
+@pytest.mark.parametrize("name", IMPORTED)
+def test_llama_cpp_computes_imported_families(name, tokenizer, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(llama_cpp, "NUM_TEXTS", 100)
+    report = export(make_run("llama", tokenizer, imported(name)), tmp_path, "fp32", partial(make, verify="logits"))
+    assert report["client"] == "llama.cpp" and report["logits"]["max_relative_difference"] < 5e-6
     assert report["greedy"]["equal_tokens"] > 0 and report["tokenizer"]["mismatches"] == 0
 
 
