@@ -13,11 +13,10 @@ import torch
 
 from pretrain import hf_export
 from pretrain.errors import ConfigError
-from pretrain.hf_export import export_hf
 from pretrain.scoring import Scorer
 from pretrain.task_evals import import_harness
 from tests.task_files import documents, write_tasks
-from tests.test_hf_export import SEQ_LEN, make_rows, make_run, tokenizer  # noqa: F401
+from tests.test_hf_export import SEQ_LEN, export, make_run, tokenizer  # noqa: F401
 
 pytestmark = pytest.mark.filterwarnings("default")  # of lm-eval's libraries
 
@@ -36,7 +35,7 @@ def cache(tmp_path_factory):
 @pytest.fixture(scope="module")
 def run(tokenizer):  # noqa: F811
     """A model that writes no single bytes: where these are not UTF-8, tokenizers shows others than sentencepiece does."""
-    run = make_run("llama", tokenizer)
+    run = make_run("llama", tokenizer).load()
     single = [token for token in range(tokenizer.vocab_size) if tokenizer.name_of(token).startswith("<0x")]
     assert len(single) == 256
     with torch.no_grad():
@@ -56,14 +55,12 @@ def answers(results, task):
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_transformers_and_our_model_give_the_same_scores(run, tmp_path, monkeypatch):
+def test_transformers_and_our_model_give_the_same_scores(run, tokenizer, tmp_path, monkeypatch):  # noqa: F811
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
     monkeypatch.setattr(hf_export, "NUM_TEXTS", 200)
-    export = tmp_path / "export"
-    export.mkdir()
-    export_hf(run, export, "fp32", make_rows())
+    export(make_run("llama", tokenizer, run.model), tmp_path / "export", "fp32")
     docs, ours = documents(12), make_harness(run)
     folder = write_tasks(tmp_path / "tasks", docs)
     manager = TaskManager(include_path=str(folder), include_defaults=False)
@@ -71,7 +68,7 @@ def test_transformers_and_our_model_give_the_same_scores(run, tmp_path, monkeypa
     def scores(model, names, **model_args):
         common = dict(tasks=names, task_manager=manager, bootstrap_iters=100, batch_size=4, device="cpu")
         if model == "hf":
-            model_args |= {"pretrained": str(export), "dtype": "float32"}
+            model_args |= {"pretrained": str(tmp_path / "export"), "dtype": "float32"}
         return simple_evaluate(model=model, model_args=model_args or None, **common)
 
     names = ["choices", "letters", "lambada_like"]

@@ -16,7 +16,7 @@ from tests.test_hf_export import SEQ_LEN, make_run, tokenizer  # noqa: F401
 
 @pytest.fixture(scope="module")
 def run(tokenizer):  # noqa: F811
-    return make_run("llama", tokenizer)
+    return make_run("llama", tokenizer).load()
 
 
 def requests(number=20):
@@ -94,7 +94,7 @@ def test_texts_are_those_of_generate_and_end_where_a_turn_does(run):
 
 
 def test_a_model_that_computes_nan_is_an_error(run, tokenizer):  # noqa: F811
-    broken = make_run("llama", tokenizer)
+    broken = make_run("llama", tokenizer).load()
     with torch.no_grad():
         broken.model.output.weight[7] = float("nan")
     with pytest.raises(LonghaulError, match="NaN") as caught:
