@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from pretrain import hf_export
+from pretrain.chat import stop_ids
 from pretrain.errors import ConfigError
 from pretrain.scoring import Scorer
 from pretrain.task_evals import import_harness
@@ -46,7 +47,8 @@ def run(tokenizer):  # noqa: F811
 def make_harness(run, batch_tokens=256, **options):
     from pretrain.harness import HarnessModel
 
-    return HarnessModel(Scorer(run.model, run.tokenizer, batch_tokens), run.tokenizer, SEQ_LEN, **options)
+    scorer = Scorer(run.model, run.tokenizer, batch_tokens, end_ids=stop_ids(run.tokenizer))
+    return HarnessModel(scorer, run.tokenizer, SEQ_LEN, **options)
 
 
 def answers(results, task):
