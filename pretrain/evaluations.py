@@ -32,7 +32,8 @@ from pretrain.tensor_files import write_text
 from pretrain.tokenizer_files import open_tokenizer
 
 FOLDER = "evaluations"
-_OWN = ("held-out", "answers")  # what is no task of lm-eval
+_ANSWERS = "eval.metric"  # a name that no task of lm-eval has
+_OWN = ("held-out", _ANSWERS)
 
 
 @dataclass(frozen=True)
@@ -53,8 +54,8 @@ class Judged:
         found: dict[str, Any] = {"run": self.run, "step": self.step}
         if "held-out" in self.entries:
             found |= self.entries["held-out"]["result"]
-        if "answers" in self.entries:
-            found["answers"] = self.entries["answers"]["result"]
+        if _ANSWERS in self.entries:
+            found["answers"] = self.entries[_ANSWERS]["result"]
         if tasks := self.task_results():
             found["tasks"] = {
                 name: {key: value for key, value in result.items() if key != "values"}
@@ -72,7 +73,7 @@ class Judged:
         scores: dict[str, Score] = {}
         if entry := self.entries.get("held-out"):
             scores |= _held_out_scores(entry)
-        if entry := self.entries.get("answers"):
+        if entry := self.entries.get(_ANSWERS):
             scores |= {name: Score(value, None, [], []) for name, value in entry["result"]["values"].items()}
         for task, result in self.task_results().items():
             same = (
@@ -149,9 +150,9 @@ class Judge:
         found = {}
         if "held-out" in missing:
             found["held-out"] = self._held_out(checkpoint, loaded)
-        if "answers" in missing:
-            found["answers"] = self._answers(checkpoint, loaded)
-        if tasks := [name for name in missing if name not in ("held-out", "answers")]:
+        if _ANSWERS in missing:
+            found[_ANSWERS] = self._answers(checkpoint, loaded)
+        if tasks := [name for name in missing if name not in _OWN]:
             found |= self._do_tasks(checkpoint, loaded, tasks)
         for name, entry in found.items():
             entry |= {"name": name, "settings": checkpoint.wanted[name]}
@@ -184,7 +185,7 @@ class Judge:
         }  # fmt: skip
 
     def _answers(self, checkpoint: _Checkpoint, loaded: LoadedRun) -> dict[str, Any]:
-        rows, metric = checkpoint.rows, checkpoint.wanted["answers"]["metric"]
+        rows, metric = checkpoint.rows, checkpoint.wanted[_ANSWERS]["metric"]
         assert rows is not None
         size = loaded.config.train.micro_batch_size * loaded.config.data.seq_len
         answered = judge_answers(metric, loaded.model, loaded.tokenizer, rows, size, self._group)
@@ -267,7 +268,7 @@ class _Checkpoint:
             self.wanted["held-out"] = common | {"rows": self.rows.identity()}
             if config.eval.metric:
                 check_metric(config.eval.metric)
-                self.wanted["answers"] = self.wanted["held-out"] | {"metric": config.eval.metric}
+                self.wanted[_ANSWERS] = self.wanted["held-out"] | {"metric": config.eval.metric}
         own = {
             "include_path": options.include_path and str(Path(options.include_path).absolute()),
             "num_fewshot": options.num_fewshot, "limit": options.limit, "chat": options.chat,

@@ -115,7 +115,7 @@ def check_traffic(traffic, theory, where):
         assert found.get(name, 0) == pytest.approx(wanted, rel=1e-3, abs=200), (name, *where)
     evaluation, save = ({name: size for name, (_, size) in traffic[phase].items()} for phase in ("evaluation", "save"))
     weights = {"all_gather_into_tensor"} if where[0] == 3 else set()
-    assert {name for name, size in evaluation.items() if size > 1000} == weights
+    assert {name for name, size in evaluation.items() if size > 4096} == weights  # the rows' losses are less
     assert sum(save.values()) < 5000  # what is saved is not sent
 
 
