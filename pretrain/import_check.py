@@ -12,6 +12,7 @@ from torch import Tensor
 from pretrain.errors import ExportError
 from pretrain.families import ModelShape
 from pretrain.model import KVCache, Transformer
+from pretrain.reference import largest_difference
 
 NUM_POSITIONS = 256  # whose logits are compared in each row, the last ones: of 150,000 tokens they are 150 MB a row
 ROW_TOKENS = 512
@@ -101,13 +102,9 @@ def check_model(model: Transformer, rows: Rows, reference: ReferenceOutputs, tol
 
 def _compare(ours_TV: Tensor, theirs_TV: Tensor, tolerance: float, row: str, first: int) -> tuple[float, float]:
     """Return the largest difference and the largest logit; raise if a difference is too large."""
-    scale = max(float(theirs_TV.abs().max()), torch.finfo(torch.float32).tiny)
-    difference_TV = (ours_TV - theirs_TV).abs()
-    largest = float(difference_TV.max())
-    if not largest <= tolerance * scale:  # written so that NaN fails
-        bad = difference_TV.nan_to_num(torch.inf).amax(1) > tolerance * scale
-        place = int(bad.nonzero()[0])
-        token = int(difference_TV[place].nan_to_num(torch.inf).argmax())
+    largest, scale, wrong = largest_difference(theirs_TV, ours_TV, tolerance)
+    if wrong:
+        place, token = wrong
         raise ExportError(
             f"import: {row} row, position {first + place}: the logit of token {token} is "
             f"{float(ours_TV[place, token]):.6g}; "

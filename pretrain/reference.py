@@ -101,6 +101,29 @@ def _continue(model: Transformer, prompt_T: Tensor, num_new: int) -> Continuatio
     return continuation
 
 
+def largest_difference(
+    expected_TV: Tensor, found_TV: Tensor, tolerance: float
+) -> tuple[float, float, tuple[int, int] | None]:
+    """Compare the logits of a row.
+
+    Args:
+        expected_TV, found_TV: of equal shape.
+        tolerance: of a difference, relative to the largest logit that is expected.
+
+    Returns:
+        The largest difference, the largest logit, and the first position with a difference that is too large, with the
+        token of the largest one there; None if there is none.
+    """
+    scale = max(float(expected_TV.abs().max()), torch.finfo(torch.float32).tiny)
+    difference_TV = (expected_TV - found_TV).abs()
+    largest = float(difference_TV.max())
+    if largest <= tolerance * scale:
+        return largest, scale, None
+    difference_TV = difference_TV.nan_to_num(torch.inf)  # NaN is too large
+    position = int((difference_TV.amax(1) > tolerance * scale).nonzero()[0])
+    return largest, scale, (position, int(difference_TV[position].argmax()))
+
+
 def compare_logits(ours_TV: Tensor, theirs_TV: Tensor, where: str, client: str, tolerance: float) -> dict[str, float]:
     """Compare the logits of a row.
 
@@ -121,13 +144,9 @@ def compare_logits(ours_TV: Tensor, theirs_TV: Tensor, where: str, client: str, 
         raise ExportError(
             f"{where}: logits are {tuple(theirs_TV.shape)} in {client}; expected {tuple(ours_TV.shape)}. {REPORT_IT}"
         )
-    scale = max(float(ours_TV.abs().max()), torch.finfo(torch.float32).tiny)
-    difference_TV = (ours_TV - theirs_TV).abs()
-    largest = float(difference_TV.max())
-    if not largest <= tolerance * scale:  # written so that NaN fails
-        bad = difference_TV.nan_to_num(torch.inf).amax(1) > tolerance * scale
-        position = int(bad.nonzero()[0])
-        token = int(difference_TV[position].nan_to_num(torch.inf).argmax())
+    largest, scale, wrong = largest_difference(ours_TV, theirs_TV, tolerance)
+    if wrong:
+        position, token = wrong
         raise ExportError(
             f"{where}, position {position}: the logit of token {token} is {float(theirs_TV[position, token]):.6g} in "
             f"{client}; expected {float(ours_TV[position, token]):.6g} within {tolerance * scale:.2g} "

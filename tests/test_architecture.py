@@ -38,7 +38,7 @@ TIERS = (
     "plan_report",
     "prefetch settings sentencepiece_tokenizer model optim lora initial_weights swapped_states explain_parallel checkpoint_files writable_store shard_reader journal sources spills sampling"
     " tracking family_table profiling watchdog",
-    "communication link_speeds metrics guard spikes hf_tokenizer paraphrases generate checkpoint_folder checkpoint_store hf_config hf_tensors import_check"
+    "communication link_speeds metrics guard spikes hf_tokenizer paraphrases generate checkpoint_folder checkpoint_store hf_config hf_tensors"
     " weights_checkpoint",
     "added_tokens start_config conversation engine tokenizer_files tokenizer_trial checkpoint_places scoring",
     "text_shards talk harness adapters saved_run",
@@ -49,7 +49,7 @@ TIERS = (
     "checkpoint_loading share_writer feed source_sample replicas submit",
     "checkpoint run_folder import_tokenizer tokenizer_export workers submit_options gguf_tokenizer provenance partial_export",
     "hf_files reference gguf_tables",
-    "llama_cpp",
+    "llama_cpp import_check",
     "inspection evaluate adapter_export hf_export gguf_export torch_export self_test samples task_evals answers preflight refining verify_shards inspect_shards",
     "shares store_check tar_documents tar_folder",
     "corpus",
