@@ -17,7 +17,7 @@ setup(
     description="Pretraining of decoder-only Transformers, from raw text to a verified export",
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
-    package_data={"kernels": ["tiles/*.json"], "launch": ["slurm/*.sbatch"], "pretrain": ["pages/*"]},
+    package_data={"kernels": ["tiles/*.json"], "launch": ["slurm/*.sbatch"], "pretrain.reporting": ["pages/*"]},
     python_requires=">=3.11",
     packages=find_packages(include=["pretrain", "pretrain.*", "kernels", "kernels.*", "launch", "launch.*"]),
     install_requires=[

@@ -1,7 +1,7 @@
 """A Transformer as people write it in plain PyTorch: what Longhaul's is compared with.
 
-Same shape, same parameter names and, on rows of one document, same result as `pretrain.model.Transformer` (a test
-compares them), from torch's own layers: `nn.Linear`, `nn.RMSNorm` or `nn.LayerNorm`, causal
+Same shape, same parameter names and, on rows of one document, same result as `pretrain.transformer.model.Transformer`
+(a test compares them), from torch's own layers: `nn.Linear`, `nn.RMSNorm` or `nn.LayerNorm`, causal
 `F.scaled_dot_product_attention`, and `F.cross_entropy` over all logits. Run it under autocast.
 """
 
@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pretrain.families import ModelShape
+from pretrain.options.families import ModelShape
 
 
 class Baseline(nn.Module):

@@ -33,14 +33,14 @@ import torch.distributed.checkpoint as dcp
 
 from benchmarks.record import ROOT, Record
 from benchmarks.step import SHRINK
-from pretrain.batch_plan import BatchPlan
-from pretrain.checkpoint import Checkpoints
-from pretrain.checkpoint_folder import FolderPlace
-from pretrain.distributed import Ranks, leave_distributed
-from pretrain.engine import Engine, init_distributed
-from pretrain.families import resolve_shape
-from pretrain.model import Transformer
-from pretrain.settings import load_config
+from pretrain.checkpoints.checkpoint import Checkpoints
+from pretrain.checkpoints.checkpoint_folder import FolderPlace
+from pretrain.options.batch_plan import BatchPlan
+from pretrain.options.families import resolve_shape
+from pretrain.options.settings import load_config
+from pretrain.ranks.distributed import Ranks, leave_distributed
+from pretrain.transformer.model import Transformer
+from pretrain.zero.engine import Engine, init_distributed
 
 EXAMPLES = """examples:
   python benchmarks/checkpoint.py configs/llama-350m.yaml --out bench-results/checkpoint.json

@@ -27,21 +27,21 @@ import torch
 
 from benchmarks.record import ROOT, Record
 from pretrain import __version__
-from pretrain.checkpoint_files import FORMAT_VERSION, manifest_digest, tensor_key
-from pretrain.checkpoint_folder import FolderPlace
-from pretrain.config import Config
-from pretrain.families import resolve_shape
-from pretrain.model import Transformer
-from pretrain.sentencepiece_tokenizer import train_tokenizer
-from pretrain.settings import load_config, resolved_yaml
-from pretrain.tokenizer_files import open_tokenizer
+from pretrain.checkpoints.checkpoint_files import FORMAT_VERSION, manifest_digest, tensor_key
+from pretrain.checkpoints.checkpoint_folder import FolderPlace
+from pretrain.options.config import Config
+from pretrain.options.families import resolve_shape
+from pretrain.options.settings import load_config, resolved_yaml
+from pretrain.tokenizers.sentencepiece_tokenizer import train_tokenizer
+from pretrain.tokenizers.tokenizer_files import open_tokenizer
+from pretrain.transformer.model import Transformer
 
 EXAMPLES = """examples:
   python benchmarks/convert.py configs/llama-1.3b.yaml --ranks 4 --out bench-results/convert.json
   python benchmarks/convert.py configs/gpt2-124m.yaml --only hf,load"""
 STATES = ("master", "exp_avg", "exp_avg_sq")
 VOCAB_SIZE = 8192
-LOAD = "import sys; from pretrain.run_folder import load_run; print(load_run(sys.argv[1]).num_tokens)"
+LOAD = "import sys; from pretrain.checkpoints.run_folder import load_run; print(load_run(sys.argv[1]).num_tokens)"
 SUBJECTS = {  # what is run, behind the run folder and the folder to make
     "load whole": [],
     "hf bf16, tensors": ["--to", "hf", "--dtype", "bf16", "--verify", "tensors"],

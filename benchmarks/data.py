@@ -34,14 +34,14 @@ import torch
 
 from benchmarks.data_peers import READERS
 from benchmarks.record import ROOT, Record, first_line
-from pretrain.batch_plan import BatchPlan
-from pretrain.config import Config
-from pretrain.data_plan import DataPlan
-from pretrain.mixture import Mixture
-from pretrain.packing import pack
-from pretrain.row_table import build_row_tables
-from pretrain.shards import MANIFEST_VERSION, Manifest, ShardWriter
-from pretrain.stream import TokenStream
+from pretrain.data.data_plan import DataPlan
+from pretrain.data.mixture import Mixture
+from pretrain.data.packing import pack
+from pretrain.data.row_table import build_row_tables
+from pretrain.data.shards import MANIFEST_VERSION, Manifest, ShardWriter
+from pretrain.data.stream import TokenStream
+from pretrain.options.batch_plan import BatchPlan
+from pretrain.options.config import Config
 
 EXAMPLES = """examples:
   python benchmarks/data.py --out bench-results/data.json

@@ -22,10 +22,10 @@ if sys.path[0] == str(Path(__file__).resolve().parent):
 from benchmarks.prepare import CONFIG, run_prepare, write_corpus
 from benchmarks.record import Record
 from benchmarks.table import render
-from pretrain.config import TokenizerSection
-from pretrain.sentencepiece_tokenizer import train_tokenizer
-from pretrain.shards import Manifest
-from pretrain.verify_shards import check_shard
+from pretrain.data.shards import Manifest
+from pretrain.options.config import TokenizerSection
+from pretrain.preparing.verify_shards import check_shard
+from pretrain.tokenizers.sentencepiece_tokenizer import train_tokenizer
 
 FILTERS = {
     "none": [],

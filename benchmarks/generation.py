@@ -19,11 +19,11 @@ if sys.path[0] == str(Path(__file__).resolve().parent):  # run as a file
 import torch
 
 from benchmarks.record import Record
-from pretrain.config import ModelSection
-from pretrain.families import ModelShape, num_parameters, resolve_shape
-from pretrain.generate import generate
-from pretrain.generate_options import GenerateOptions
-from pretrain.model import Transformer
+from pretrain.generation.generate import generate
+from pretrain.generation.generate_options import GenerateOptions
+from pretrain.options.config import ModelSection
+from pretrain.options.families import ModelShape, num_parameters, resolve_shape
+from pretrain.transformer.model import Transformer
 
 SHAPES = {"6.5m": (256, 6, 4, 2, 8192), "100m": (768, 12, 12, 4, 32000)}  # width, layers, heads, key heads, vocabulary
 CASES = ((1, 100), (16, 100), (1, 900))  # rows and tokens of their prompts

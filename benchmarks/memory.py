@@ -22,9 +22,9 @@ if sys.path[0] == str(Path(__file__).resolve().parent):  # run as a file
 from benchmarks.ranks import run_ranks
 from benchmarks.record import Record, first_line
 from benchmarks.usage import measure
-from pretrain.distributed import leave_distributed
-from pretrain.engine import init_distributed
-from pretrain.settings import load_config
+from pretrain.options.settings import load_config
+from pretrain.ranks.distributed import leave_distributed
+from pretrain.zero.engine import init_distributed
 
 EXAMPLES = """examples:
   python benchmarks/memory.py configs/quickstart.yaml --out bench-results/memory.json      (prepared before)

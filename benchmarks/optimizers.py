@@ -14,11 +14,11 @@ import torch
 
 from benchmarks.record import describe_device
 from benchmarks.timing import Timer
-from pretrain.config import OptimSection
-from pretrain.families import resolve_shape
-from pretrain.model import Transformer
-from pretrain.optim import make_optimizer, param_groups
-from pretrain.settings import load_config
+from pretrain.optimizers.optim import make_optimizer, param_groups
+from pretrain.options.config import OptimSection
+from pretrain.options.families import resolve_shape
+from pretrain.options.settings import load_config
+from pretrain.transformer.model import Transformer
 
 EXAMPLES = """examples:
   python benchmarks/optimizers.py configs/quickstart.yaml

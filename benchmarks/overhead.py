@@ -25,22 +25,22 @@ if sys.path[0] == str(Path(__file__).resolve().parent):  # run as a file
 
 from benchmarks.record import Record, first_line
 from benchmarks.updates import Rows, by_torch
-from pretrain.config import Config
-from pretrain.distributed import Ranks
-from pretrain.engine import init_distributed
+from pretrain.checkpoints.run_folder import RunFolder, log_path
+from pretrain.data.stream import TokenStream
 from pretrain.errors import ExportError
-from pretrain.families import resolve_shape
-from pretrain.guard import StopRequest
-from pretrain.metrics import StepMetrics
-from pretrain.model import Transformer
-from pretrain.run import Run, open_run
-from pretrain.run_folder import RunFolder, log_path
-from pretrain.schedule import lr_at
-from pretrain.settings import load_config
-from pretrain.start_clock import StartClock
-from pretrain.stream import TokenStream
-from pretrain.train import train_step
-from pretrain.watchdog import Watchdog
+from pretrain.options.config import Config
+from pretrain.options.families import resolve_shape
+from pretrain.options.schedule import lr_at
+from pretrain.options.settings import load_config
+from pretrain.ranks.distributed import Ranks
+from pretrain.ranks.start_clock import StartClock
+from pretrain.ranks.watchdog import Watchdog
+from pretrain.training.guard import StopRequest
+from pretrain.training.metrics import StepMetrics
+from pretrain.training.run import Run, open_run
+from pretrain.training.train import train_step
+from pretrain.transformer.model import Transformer
+from pretrain.zero.engine import init_distributed
 
 EXAMPLES = """examples:
   python benchmarks/overhead.py configs/quickstart.yaml --out bench-results/overhead.json      (prepared before)

@@ -22,10 +22,10 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.updates import Rows
-from pretrain.config import Config
-from pretrain.families import ModelShape, num_parameters
-from pretrain.family_table import check_exported, export_tensors, published_config
-from pretrain.model import Transformer
+from pretrain.formats.family_table import check_exported, export_tensors, published_config
+from pretrain.options.config import Config
+from pretrain.options.families import ModelShape, num_parameters
+from pretrain.transformer.model import Transformer
 
 if importlib.util.find_spec("accelerate") is None:
     raise ImportError("transformers' Trainer needs accelerate. Install it: pip install 'accelerate>=1.1,<2'")

@@ -31,8 +31,8 @@ import sentencepiece
 
 from benchmarks.record import ROOT, Record
 from benchmarks.table import render
-from pretrain.config import TokenizerSection
-from pretrain.sentencepiece_tokenizer import SentencePieceTokenizer, train_tokenizer
+from pretrain.options.config import TokenizerSection
+from pretrain.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer, train_tokenizer
 
 _SAMPLE_SECONDS = 0.1  # between looks at memory
 CONFIG = """

@@ -27,11 +27,11 @@ import torch
 
 from benchmarks.record import Record, first_line
 from benchmarks.updates import VARIANTS, Rows, Update, draw_rows, make_update
-from pretrain.batch_plan import BatchPlan
-from pretrain.config import Config
-from pretrain.families import ModelShape, flops_per_token, num_parameters, resolve_shape
-from pretrain.hardware import peak_flops, peak_memory_bytes
-from pretrain.settings import load_config
+from pretrain.options.batch_plan import BatchPlan
+from pretrain.options.config import Config
+from pretrain.options.families import ModelShape, flops_per_token, num_parameters, resolve_shape
+from pretrain.options.settings import load_config
+from pretrain.ranks.hardware import peak_flops, peak_memory_bytes
 
 EXAMPLES = """examples:
   python benchmarks/step.py configs/llama-350m.yaml --out bench-results/step-llama-350m.json

@@ -29,15 +29,15 @@ import webdataset
 from benchmarks.prepare import python_texts
 from benchmarks.record import Record
 from benchmarks.table import render
-from pretrain.batch_plan import BatchPlan
-from pretrain.config import Config, TokenizerSection
-from pretrain.data_plan import open_plan
-from pretrain.prepare import prepare
-from pretrain.row_reader import IGNORED_TARGET
-from pretrain.sentencepiece_tokenizer import train_tokenizer
-from pretrain.shards import Manifest
-from pretrain.stream import TokenStream
-from pretrain.tokenizer_files import open_tokenizer
+from pretrain.data.data_plan import open_plan
+from pretrain.data.row_reader import IGNORED_TARGET
+from pretrain.data.shards import Manifest
+from pretrain.data.stream import TokenStream
+from pretrain.options.batch_plan import BatchPlan
+from pretrain.options.config import Config, TokenizerSection
+from pretrain.preparing.prepare import prepare
+from pretrain.tokenizers.sentencepiece_tokenizer import train_tokenizer
+from pretrain.tokenizers.tokenizer_files import open_tokenizer
 
 LONG_CHARACTERS = 1 << 20
 _TAR_CHARACTERS = 1 << 23

@@ -1,6 +1,6 @@
 """One whole update of the weights (forward, backward, clip, fused AdamW) in each of the ways that are compared.
 
-- `ours-deepspeed`: Longhaul's Transformer as training runs it, by `pretrain.engine.Engine` on one rank
+- `ours-deepspeed`: Longhaul's Transformer as training runs it, by `pretrain.zero.engine.Engine` on one rank
 - `ours-compiled`: the same with `train.compile`
 - `ours-torch`: the same Transformer with bf16 weights and fp32 master copies, by torch alone
 - `baseline-eager`, `baseline-compiled`: plain PyTorch under bf16 autocast, without and with `torch.compile`
@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.baseline import Baseline
-from pretrain.config import Config
-from pretrain.families import ModelShape
-from pretrain.model import Transformer
-from pretrain.optim import make_optimizer, param_groups
+from pretrain.optimizers.optim import make_optimizer, param_groups
+from pretrain.options.config import Config
+from pretrain.options.families import ModelShape
+from pretrain.transformer.model import Transformer
 
 VARIANTS = (  # the most important first: time may run out
     "ours-deepspeed",
@@ -118,8 +118,8 @@ def _by_trainer(config: Config, shape: ModelShape, device: torch.device, with_li
 
 
 def _by_engine(config: Config, shape: ModelShape, compile_backend: str | None) -> Update:
-    from pretrain.batch_plan import BatchPlan
-    from pretrain.engine import Engine, init_distributed
+    from pretrain.options.batch_plan import BatchPlan
+    from pretrain.zero.engine import Engine, init_distributed
 
     ranks = init_distributed(config.parallel.start_timeout_seconds)
     model = make_ours(shape, ranks.device, torch.float32)

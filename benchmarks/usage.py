@@ -18,13 +18,13 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pretrain import train as train_module
-from pretrain.config import Config
-from pretrain.distributed import Ranks
-from pretrain.engine import Engine
-from pretrain.guard import StopRequest
-from pretrain.run import Run
-from pretrain.start_clock import StartClock
+from pretrain.options.config import Config
+from pretrain.ranks.distributed import Ranks
+from pretrain.ranks.start_clock import StartClock
+from pretrain.training import train as train_module
+from pretrain.training.guard import StopRequest
+from pretrain.training.run import Run
+from pretrain.zero.engine import Engine
 
 # torch's operators, by the names of torch.distributed
 COLLECTIVES = {

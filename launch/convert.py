@@ -12,8 +12,8 @@ if sys.path[0] == str(Path(__file__).resolve().parent):  # run as a file: launch
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from pretrain.console import ends_at_closed_pipe
-from pretrain.convert_options import make_parser
-from pretrain.import_options import import_model
+from pretrain.formats.convert_options import make_parser
+from pretrain.formats.import_options import import_model
 
 
 @ends_at_closed_pipe
@@ -23,13 +23,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     if (status := import_model(arguments, parser)) is not None:
         return status
-    from pretrain.convert import ConvertOptions, convert, parse_size, summary
     from pretrain.errors import EXIT_STOPPED, LonghaulError
+    from pretrain.formats.convert import ConvertOptions, convert, parse_size, summary
     from pretrain.redaction import print_error
 
     try:
         if arguments.to == "peft":
-            from pretrain.adapter_export import export_adapter
+            from pretrain.formats.adapter_export import export_adapter
 
             print(json.dumps(export_adapter(arguments.run, arguments.out, arguments.step, arguments.dtype)))
             return 0

@@ -13,7 +13,7 @@ if sys.path[0] == str(Path(__file__).resolve().parent):  # run as a file: launch
 from pretrain.command_line import CommandLine
 from pretrain.console import ends_at_closed_pipe
 from pretrain.errors import LonghaulError
-from pretrain.evaluate_options import add_arguments, options_from, steps_from
+from pretrain.evaluation.evaluate_options import add_arguments, options_from, steps_from
 
 EXAMPLES = """examples:
   python launch/evaluate.py runs/quickstart
@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         options, steps = options_from(arguments), steps_from(arguments)  # before the imports, which take long
         is_everybodys = False
-        from pretrain.evaluate_runs import evaluate_runs
+        from pretrain.evaluation.evaluate_runs import evaluate_runs
 
         evaluate_runs(arguments.runs, arguments.step, steps, options, arguments.json)
     except LonghaulError as error:

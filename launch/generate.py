@@ -14,7 +14,7 @@ if sys.path[0] == str(Path(__file__).resolve().parent):  # run as a file: launch
 
 from pretrain.console import TextPrinter, ends_at_closed_pipe
 from pretrain.errors import LonghaulError
-from pretrain.generate_options import add_arguments, options_from, prompts_from
+from pretrain.generation.generate_options import add_arguments, options_from, prompts_from
 
 EXAMPLES = """examples:
   python launch/generate.py runs/quickstart --prompt 'import '
@@ -37,10 +37,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     try:
         options, prompts = options_from(arguments), prompts_from(arguments)  # before seconds are spent on loading
-        from pretrain.conversation import Conversation
-        from pretrain.generate import generate, place
-        from pretrain.run_folder import load_run
-        from pretrain.talk import take_template, talk
+        from pretrain.checkpoints.run_folder import load_run
+        from pretrain.generation.conversation import Conversation
+        from pretrain.generation.generate import generate, place
+        from pretrain.generation.talk import take_template, talk
 
         run = load_run(arguments.run, arguments.step)
         model = place(run.model, run.config.train.precision, arguments.dtype)

@@ -25,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="make_tasks", description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    from pretrain.task_data import TASKS, write_task
+    from pretrain.tasks.task_data import TASKS, write_task
 
     parser.add_argument("tasks", nargs="*", metavar="TASK", help=f"of {', '.join(TASKS)}; all by default")
     parser.add_argument("--out", default="data/tasks", metavar="FOLDER", help="where each task gets a folder")

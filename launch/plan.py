@@ -16,7 +16,7 @@ from pretrain.console import ends_at_closed_pipe
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit status."""
     from pretrain.errors import LonghaulError
-    from pretrain.plan_options import parse, report
+    from pretrain.planning.plan_options import parse, report
 
     arguments = parse(argv, __doc__)
     try:

@@ -17,7 +17,7 @@ from pretrain.console import ends_at_closed_pipe
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit status."""
     from pretrain.errors import EXIT_DONE, EXIT_STOPPED, LonghaulError
-    from pretrain.prepare_options import parse, report, run
+    from pretrain.preparing.prepare_options import parse, report, run
 
     arguments = parse(argv, __doc__)
     previous = signal.signal(signal.SIGTERM, signal.default_int_handler)  # a batch system's stop is Ctrl-C too

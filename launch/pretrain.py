@@ -13,8 +13,8 @@ if sys.path[0] == str(Path(__file__).resolve().parent):  # run as a file: launch
 
 from pretrain.command_line import CommandLine, count
 from pretrain.console import ends_at_closed_pipe, write_patiently
-from pretrain.guard import StopRequest
-from pretrain.start_clock import StartClock
+from pretrain.ranks.start_clock import StartClock
+from pretrain.training.guard import StopRequest
 
 EXAMPLES = """examples:
   deepspeed launch/pretrain.py configs/gpt2-124m.yaml
@@ -44,8 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     is_everybodys, clock = True, StartClock("config")  # all ranks read the same config
     with StopRequest(ends_process=True, speaks=rank == "0") as stop:  # before the imports, which take long
         from pretrain.errors import LonghaulError
+        from pretrain.options.settings import load_config
         from pretrain.redaction import print_error
-        from pretrain.settings import load_config
 
         try:
             config = load_config(arguments.config, arguments.overrides)
@@ -54,8 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 return 0
             is_everybodys = False
             clock.begin("imports")
-            from pretrain.explain_parallel import show_parallel
-            from pretrain.train import train
+            from pretrain.training.explain_parallel import show_parallel
+            from pretrain.training.train import train
 
             return show_parallel(config, arguments.explain) if arguments.explain else train(config, stop, clock)
         except LonghaulError as error:

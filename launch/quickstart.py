@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="options that replace the file's")
     arguments = parser.parse_args(argv)
     from pretrain.errors import LonghaulError
-    from pretrain.quickstart import quickstart
+    from pretrain.training.quickstart import quickstart
 
     try:
         quickstart(arguments.config, arguments.overrides)

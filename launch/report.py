@@ -13,7 +13,7 @@ if sys.path[0] == str(Path(__file__).resolve().parent):  # run as a file: launch
 
 from pretrain.console import ends_at_closed_pipe, format_bytes
 from pretrain.errors import LonghaulError
-from pretrain.report_options import add_arguments, text_from
+from pretrain.reporting.report_options import add_arguments, text_from
 
 EXAMPLES = """examples:
   python launch/report.py runs/quickstart --inspect 'def main():'
@@ -31,10 +31,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     try:
         text = text_from(arguments)
-        from pretrain.hardware import best_device
-        from pretrain.inspection import inspect
-        from pretrain.inspection_page import facts_of, write_page
-        from pretrain.run_folder import load_run
+        from pretrain.checkpoints.run_folder import load_run
+        from pretrain.ranks.hardware import best_device
+        from pretrain.reporting.inspection import inspect
+        from pretrain.reporting.inspection_page import facts_of, write_page
 
         run = load_run(arguments.run, arguments.step)
         run.model.to(best_device())

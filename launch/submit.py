@@ -9,8 +9,8 @@ from pathlib import Path
 if sys.path[0] == str(Path(__file__).resolve().parent):  # run as a file: launch/ would shadow the package `pretrain`
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from pretrain.cluster.submit_options import parse, run
 from pretrain.console import ends_at_closed_pipe
-from pretrain.submit_options import parse, run
 
 
 @ends_at_closed_pipe

@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from pretrain.batch_plan import BatchPlan
-from pretrain.config import Config
-from pretrain.data_plan import open_plan
-from pretrain.row_table import build_row_tables
-from pretrain.shards import MANIFEST_VERSION, Manifest, Shard, ShardWriter, load_index
+from pretrain.data.data_plan import open_plan
+from pretrain.data.row_table import build_row_tables
+from pretrain.data.shards import MANIFEST_VERSION, Manifest, Shard, ShardWriter, load_index
+from pretrain.options.batch_plan import BatchPlan
+from pretrain.options.config import Config
 
 TOKENIZER = "a" * 64
 BOS, EOS, PAD = 1, 2, 3

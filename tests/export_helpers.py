@@ -6,11 +6,11 @@ import json
 import math
 from pathlib import Path
 
-from pretrain.checkpoint_files import FORMAT_VERSION, manifest_digest, tensor_key
-from pretrain.checkpoint_folder import FolderPlace
-from pretrain.model import Transformer
-from pretrain.settings import resolved_yaml
-from pretrain.tokenizer import Tokenizer
+from pretrain.checkpoints.checkpoint_files import FORMAT_VERSION, manifest_digest, tensor_key
+from pretrain.checkpoints.checkpoint_folder import FolderPlace
+from pretrain.options.settings import resolved_yaml
+from pretrain.tokenizers.tokenizer import Tokenizer
+from pretrain.transformer.model import Transformer
 
 
 def write_run(run: Path, config: object, tokenizer: Tokenizer, model: Transformer, num_ranks: int = 3) -> Path:

@@ -148,8 +148,8 @@ def import_everything() -> None:
     import sentencepiece  # noqa: F401
     import torch
 
-    engine = importlib.import_module("pretrain.engine")
-    importlib.import_module("pretrain.train")
+    engine = importlib.import_module("pretrain.zero.engine")
+    importlib.import_module("pretrain.training.train")
     engine._import_muon_without_compiler()
     for late in ("deepspeed.module_inject.auto_ep_config", "deepspeed.runtime.bf16_optimizer",
                  "deepspeed.runtime.zero.stage3", "setuptools", "torch._dynamo", "torch.distributed.fsdp",

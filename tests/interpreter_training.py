@@ -23,12 +23,12 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from pretrain.batch_plan import BatchPlan
-from pretrain.config import Config
-from pretrain.families import ModelShape, resolve_shape
-from pretrain.settings import load_config
-from pretrain.stream import TokenStream
-from pretrain.tokenizer_files import open_tokenizer
+from pretrain.data.stream import TokenStream
+from pretrain.options.batch_plan import BatchPlan
+from pretrain.options.config import Config
+from pretrain.options.families import ModelShape, resolve_shape
+from pretrain.options.settings import load_config
+from pretrain.tokenizers.tokenizer_files import open_tokenizer
 from tests import interpreter_bf16, interpreter_speed
 from tests.training_agreement import (
     ALL,

@@ -13,12 +13,12 @@ from torch.utils._pytree import tree_leaves
 
 from kernels import activation, attention, dropout, layer_norm, linear_cross_entropy, rms_norm, rope
 from kernels.loss_chunks import chunk_rows
-from pretrain import activation_offload
-from pretrain.activation_offload import KeptOnHost
-from pretrain.config import Config
-from pretrain.model import Transformer
-from pretrain.plan_memory import shape_of
-from pretrain.sequence_parallel import SequenceGroup
+from pretrain.options.config import Config
+from pretrain.planning.plan_memory import shape_of
+from pretrain.ranks.sequence_parallel import SequenceGroup
+from pretrain.transformer import activation_offload
+from pretrain.transformer.activation_offload import KeptOnHost
+from pretrain.transformer.model import Transformer
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 

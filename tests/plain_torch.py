@@ -7,13 +7,13 @@ from pathlib import Path
 
 import torch
 
-from pretrain.batch_plan import BatchPlan
-from pretrain.families import resolve_shape
-from pretrain.model import Transformer
-from pretrain.schedule import lr_at
-from pretrain.settings import load_config
-from pretrain.stream import TokenStream
-from pretrain.tokenizer_files import open_tokenizer
+from pretrain.data.stream import TokenStream
+from pretrain.options.batch_plan import BatchPlan
+from pretrain.options.families import resolve_shape
+from pretrain.options.schedule import lr_at
+from pretrain.options.settings import load_config
+from pretrain.tokenizers.tokenizer_files import open_tokenizer
+from pretrain.transformer.model import Transformer
 from tests.plain_optimizers import PlainLion, plain_muon
 
 

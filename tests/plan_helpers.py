@@ -9,9 +9,9 @@ from functools import cache
 import numpy as np
 from hypothesis import strategies as st
 
-from pretrain.data_plan import DataPlan
-from pretrain.mixture import Mixture
-from pretrain.row_order import spread_slots
+from pretrain.data.data_plan import DataPlan
+from pretrain.data.mixture import Mixture
+from pretrain.data.row_order import spread_slots
 
 NAMES = ("web", "code", "books", "maths")
 SEQ_LENS = (16, 32, 64)

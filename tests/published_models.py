@@ -16,8 +16,8 @@ import transformers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
-from pretrain.config import TokenizerSection
-from pretrain.sentencepiece_tokenizer import choose_sample, fit
+from pretrain.options.config import TokenizerSection
+from pretrain.tokenizers.sentencepiece_tokenizer import choose_sample, fit
 
 NUM_IDS = 421
 _LLAMA: dict[str, Any] = dict(

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.checkpoint_files import CheckpointReader, folder_name, list_steps
+from pretrain.checkpoints.checkpoint_files import CheckpointReader, folder_name, list_steps
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -9,8 +9,8 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from pretrain.config import Config
-from pretrain.stream import TokenStream
+from pretrain.data.stream import TokenStream
+from pretrain.options.config import Config
 from tests.data_helpers import TOKENIZER, batch_plan, make_config
 
 

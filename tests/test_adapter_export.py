@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from launch.convert import main
-from pretrain.adapter_export import export_adapter
-from pretrain.adapters import BASE
-from pretrain.checkpoint_files import CheckpointReader
-from pretrain.convert import ConvertOptions, convert
+from pretrain.checkpoints.adapters import BASE
+from pretrain.checkpoints.checkpoint_files import CheckpointReader
+from pretrain.checkpoints.run_folder import load_run
 from pretrain.errors import ConfigError
-from pretrain.run_folder import load_run
+from pretrain.formats.adapter_export import export_adapter
+from pretrain.formats.convert import ConvertOptions, convert
 from tests.rank_helpers import prepare, run_cases
 from tests.tuning_helpers import write_task
 

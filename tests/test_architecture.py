@@ -8,88 +8,52 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from functools import cache
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
 
-from pretrain.config_docs import options
-from pretrain.section import option_of
+from pretrain.options.config_docs import options
+from pretrain.options.section import option_of
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("kernels", "pretrain", "launch")
 FILES = sorted(path.relative_to(ROOT) for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 BENCHMARKS = sorted(path.relative_to(ROOT) for path in (ROOT / "benchmarks").glob("*.py"))
 
-# A module imports modules of lower tiers only. `kernels` is below all of them.
-TIERS = (
-    "errors section hashed_file read_ahead spellings heartbeat command_line text_index scaling_laws matrix_owners",
-    "model_options run_options task_metrics task_grammars gpus start_clock store_errors checkpoint_owner sequence_parallel recompute activation_offload network slurm slurm_script",
-    "config hardware task_stories",
-    "augment moments stores config_docs schedule batch_plan packing phases row_order families console tokenizer source_files matrix_exchange lion torch_optimizers"
-    " generate_options evaluate_options comparison repetition stalls personal_data near_duplicates languages wikipedia",
-    "redaction chat parallel_checks config_changes mixture explain patient_file deepspeed_settings plan_shapes plan_activations sentencepiece_model varied_texts table_files token_files shards tensor_files distributed watch_links layers"
-    " published model_card muon compiling filters dataset_files decoding tar_files",
-    "messages report_options",
-    "examples",
-    "checks node_cache row_table json_lines csv_files run_status plan_memory",
-    "remote_corpus example_files plan_communication task_data",
-    "plan_time",
-    "plan",
-    "plan_report",
-    "prefetch settings sentencepiece_tokenizer model optim lora initial_weights swapped_states explain_parallel checkpoint_files writable_store shard_reader journal sources spills sampling"
-    " tracking family_table profiling watchdog",
-    "communication link_speeds metrics guard spikes hf_tokenizer paraphrases generate checkpoint_folder checkpoint_store hf_config hf_tensors"
-    " weights_checkpoint",
-    "added_tokens start_config conversation engine tokenizer_files tokenizer_trial checkpoint_places scoring",
-    "text_shards talk harness adapters saved_run",
-    "data_plan",
-    "damage",
-    "row_reader run_state",
-    "stream submit_checks",
-    "checkpoint_loading share_writer feed source_sample replicas submit",
-    "checkpoint run_folder import_tokenizer tokenizer_export workers submit_options gguf_tokenizer provenance partial_export",
-    "hf_files reference gguf_tables",
-    "llama_cpp import_check",
-    "inspection evaluate adapter_export hf_export gguf_export torch_export self_test samples task_evals answers preflight refining verify_shards inspect_shards",
-    "shares store_check tar_documents tar_folder",
-    "corpus",
-    "tar_index",
-    "resume prepare convert hf_import quickstart inspection_page evaluations",
-    "run evaluate_runs",
-    "rollback saving plan_check",
-    "train",
-    "dry_run plan_table",
-    "prepare_options plan_options import_options",
-    "convert_options",
-)
-TIER_OF = {module: tier for tier, modules in enumerate(TIERS) for module in modules.split()}
+# The packages of `pretrain`, from the lowest: a module imports its own package and lower ones. The modules of `pretrain`
+# itself are below all of them, and `kernels` is below those.
+ORDER = (
+    "storage options ranks optimizers zero tokenizers data transformer checkpoints cluster generation preparing tasks"
+    " planning evaluation training formats reporting"
+).split()
 
 # One third-party library, one file: what goes wrong with it is in one place, and the rest is testable without it.
 FILE_OF_LIBRARY = {
-    "aiohttp": "pretrain/stores.py",
-    "datasketch": "pretrain/near_duplicates.py",
-    "deepspeed": "pretrain/engine.py",
-    "lm_eval": "pretrain/harness.py",
-    "fsspec": "pretrain/stores.py",
-    "jinja2": "pretrain/messages.py",
-    "gguf": "pretrain/gguf_export.py",
-    "llama_cpp": "pretrain/llama_cpp.py",
-    "mwparserfromhell": "pretrain/wikipedia.py",
-    "py3langid": "pretrain/languages.py",
-    "psutil": "pretrain/network.py",
-    "pyarrow": "pretrain/table_files.py",
-    "pydantic_core": "pretrain/settings.py",
-    "ruamel": "pretrain/settings.py",
-    "rouge_score": "pretrain/task_metrics.py",
-    "sacrebleu": "pretrain/task_metrics.py",
-    "safetensors": "pretrain/tensor_files.py",
-    "sentencepiece": "pretrain/sentencepiece_tokenizer.py",
-    "tensorboard": "pretrain/metrics.py",
-    "tokenizers": "pretrain/hf_tokenizer.py",
-    "transformers": "pretrain/hf_export.py",
-    "wandb": "pretrain/tracking.py",
-    "webdataset": "pretrain/shards.py",
-    "zstandard": "pretrain/source_files.py",
+    "aiohttp": "pretrain/storage/stores.py",
+    "datasketch": "pretrain/preparing/near_duplicates.py",
+    "deepspeed": "pretrain/zero/engine.py",
+    "lm_eval": "pretrain/evaluation/harness.py",
+    "fsspec": "pretrain/storage/stores.py",
+    "jinja2": "pretrain/tokenizers/messages.py",
+    "gguf": "pretrain/formats/gguf_export.py",
+    "llama_cpp": "pretrain/formats/llama_cpp.py",
+    "mwparserfromhell": "pretrain/preparing/wikipedia.py",
+    "py3langid": "pretrain/preparing/languages.py",
+    "psutil": "pretrain/ranks/network.py",
+    "pyarrow": "pretrain/preparing/table_files.py",
+    "pydantic_core": "pretrain/options/settings.py",
+    "ruamel": "pretrain/options/settings.py",
+    "rouge_score": "pretrain/tasks/task_metrics.py",
+    "sacrebleu": "pretrain/tasks/task_metrics.py",
+    "safetensors": "pretrain/storage/tensor_files.py",
+    "sentencepiece": "pretrain/tokenizers/sentencepiece_tokenizer.py",
+    "tensorboard": "pretrain/training/metrics.py",
+    "tokenizers": "pretrain/tokenizers/hf_tokenizer.py",
+    "transformers": "pretrain/formats/hf_export.py",
+    "wandb": "pretrain/training/tracking.py",
+    "webdataset": "pretrain/data/shards.py",
+    "zstandard": "pretrain/data/source_files.py",
 }
 # Data is prepared on machines that have no use for torch, and its start-up is quick without it.
 WITHOUT_TORCH = (
@@ -101,6 +65,11 @@ WITHOUT_TORCH = (
     " tar_index chat evaluate_options comparison report_options messages examples hashed_file read_ahead gpus moments scaling_laws matrix_owners deepspeed_settings plan_shapes plan_activations plan_memory plan_communication plan_time plan plan_report plan_table plan_options"
     " augment paraphrases csv_files example_files task_metrics task_grammars task_stories task_data command_line config_changes slurm slurm_script run_state submit submit_checks submit_options"
 )
+
+# Data are prepared, and runs planned and submitted, on machines that have no use for torch, and quickly without it: these
+# packages, except for what reads tensors.
+WITHOUT_TORCH = "storage options tokenizers data preparing tasks planning cluster".split()
+WITH_TORCH = {"pretrain/storage/tensor_files.py", "pretrain/data/row_reader.py", "pretrain/data/feed.py"}
 
 MAX_FILE_LINES = 400
 MAX_BODY_LINES = 60
@@ -129,7 +98,7 @@ def imports_of(path: Path) -> Iterator[str]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}:{node.lineno}: relative import; write the whole name"
             module = node.module or ""
-            if module in PACKAGES:  # `from pretrain import layers` imports the module pretrain.layers
+            if (ROOT / module.replace(".", "/")).is_dir():  # `from pretrain.data import feed` imports a module
                 yield from (f"{module}.{alias.name}" for alias in node.names)
             else:
                 yield module
@@ -141,21 +110,35 @@ def functions_of(path: Path) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]
             yield node
 
 
+def place_of(package: str) -> int:
+    """Return how high a package of `pretrain` is; its own modules, such as pretrain.errors, are below all."""
+    return ORDER.index(package) if package in ORDER else -1
+
+
 @pytest.mark.parametrize("path", FILES, ids=str)
 def test_imports_go_downward(path: Path) -> None:
     package, module = path.parts[0], path.stem
-    if package == "pretrain" and module != "__init__":
-        assert module in TIER_OF, f"{path} has no tier: add it to TIERS"
+    inside = path.parts[1] if len(path.parts) > 2 else ""
+    assert package != "pretrain" or not inside or inside in ORDER, f"{path} is in no package of ORDER: add it there"
     for name in imports_of(path):
         top, _, rest = name.partition(".")
         if top not in PACKAGES:
             continue
-        other = rest.partition(".")[0]
         assert top != "launch" or name == "launch" or package == "launch", f"{path} imports {name}"
         if package == "kernels":
             assert top == "kernels", f"{path} imports {name}"
-        if package == "pretrain" and top == "pretrain" and other in TIER_OF:
-            assert TIER_OF[other] < TIER_OF[module], f"{path} imports {name}, which is not in a lower tier"
+        if package == "pretrain" and top == "pretrain" and rest:
+            assert place_of(rest.partition(".")[0]) <= place_of(inside), f"{path} imports {name}, which is above it"
+            assert rest != f"{inside}.{module}".strip("."), f"{path} imports itself"
+
+
+def test_no_imports_go_in_circles() -> None:
+    modules = {".".join(path.with_suffix("").parts) for path in FILES}
+    graph = {}
+    for path in FILES:
+        named = {name if name in modules else name.rpartition(".")[0] for name in imports_of(path)}
+        graph[".".join(path.with_suffix("").parts)] = named & modules
+    list(TopologicalSorter(graph).static_order())  # raises CycleError, with the circle
 
 
 @pytest.mark.parametrize("path", FILES, ids=str)
@@ -167,7 +150,7 @@ def test_one_library_one_file(path: Path) -> None:
         if path.parts[0] == "kernels":
             assert library in ("torch", "triton"), f"{path} imports {name}"
         elif library == "torch":
-            assert path.stem not in WITHOUT_TORCH.split(), f"{path} imports {name}"
+            assert path.parts[1] not in WITHOUT_TORCH or str(path) in WITH_TORCH, f"{path} imports {name}"
         elif library not in ("numpy", "pydantic"):
             assert FILE_OF_LIBRARY.get(library) == str(path), f"{path} imports {name}"
 
@@ -217,7 +200,7 @@ def test_every_option_is_read() -> None:
 
 @pytest.mark.launches
 def test_text_is_prepared_without_torch() -> None:
-    check = "import sys, pretrain.prepare, pretrain.settings; sys.exit('torch' in sys.modules)"
+    check = "import sys, pretrain.preparing.prepare, pretrain.options.settings; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", check], cwd=ROOT, timeout=120).returncode == 0
 
 
@@ -244,7 +227,9 @@ def test_commands_guard_sys_path(path: Path) -> None:
     assert len(text.splitlines()) <= MAX_COMMAND_LINES, f"{path} is not thin: move it to pretrain/"
 
 
-def test_the_readme_names_every_module() -> None:
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+def test_the_map_names_every_module() -> None:
+    page = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
     modules = [path.name for path in FILES if path.parts[0] == "pretrain" and path.stem != "__init__"]
-    assert [name for name in modules if f" {name}" not in readme] == []
+    assert [name for name in modules if f"`{name}`" not in page] == []
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert [package for package in ORDER if f"  {package}/" not in readme] == []

@@ -10,10 +10,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pretrain.augment import augment_row
-from pretrain.config import AugmentSection, Config
+from pretrain.data.augment import augment_row
+from pretrain.data.stream import TokenStream, ValRows
 from pretrain.errors import DataError
-from pretrain.stream import TokenStream, ValRows
+from pretrain.options.config import AugmentSection, Config
 from tests.data_helpers import TOKENIZER, batch_plan, make_config, make_corpus, random_documents
 
 ROWS, BLANK = 12, 0

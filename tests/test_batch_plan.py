@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pretrain.batch_plan import BatchPlan, num_steps_of
-from pretrain.config import Config
 from pretrain.errors import ConfigError
+from pretrain.options.batch_plan import BatchPlan, num_steps_of
+from pretrain.options.config import Config
 
 
 def config_of(

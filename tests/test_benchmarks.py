@@ -36,7 +36,7 @@ from benchmarks.baseline import Baseline
 from benchmarks.record import Record
 from kernels.attention import attention
 from kernels.visibility import visibility
-from pretrain.families import num_parameters
+from pretrain.options.families import num_parameters
 from tests.rank_helpers import run_command
 
 ROOT = Path(__file__).resolve().parents[1]

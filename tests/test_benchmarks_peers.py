@@ -20,8 +20,8 @@ import torch
 from benchmarks import generation, overhead, step, table, updates
 from benchmarks.peers import TrainerLoop, copy_weights, make_model, use_liger
 from benchmarks.record import Record
-from pretrain.config import Config
-from pretrain.families import ModelShape, num_parameters
+from pretrain.options.config import Config
+from pretrain.options.families import ModelShape, num_parameters
 from tests.test_benchmarks import ROOT, STEP_KEYS, step_arguments
 
 CPU = torch.device("cpu")

@@ -8,10 +8,10 @@ from pathlib import Path
 import jinja2.sandbox
 import pytest
 
-from pretrain.chat import chat_template, own_template, speaks_chatml, stop_ids
-from pretrain.hf_export import load_tokenizer
-from pretrain.hf_tokenizer import JsonTokenizer
-from pretrain.tokenizer_files import write_tokenizer_files
+from pretrain.formats.hf_export import load_tokenizer
+from pretrain.tokenizers.chat import chat_template, own_template, speaks_chatml, stop_ids
+from pretrain.tokenizers.hf_tokenizer import JsonTokenizer
+from pretrain.tokenizers.tokenizer_files import write_tokenizer_files
 from tests.test_hf_export import tokenizer  # noqa: F401
 from tests.tokenizer_helpers import train_json
 

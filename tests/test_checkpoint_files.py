@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from pretrain.checkpoint_files import (
+from pretrain.checkpoints.checkpoint_files import (
     FORMAT_VERSION,
     CheckpointReader,
     Piece,
@@ -17,7 +17,7 @@ from pretrain.checkpoint_files import (
     tensor_key,
 )
 from pretrain.errors import CheckpointError, ConfigError
-from pretrain.tensor_files import write_tensors
+from pretrain.storage.tensor_files import write_tensors
 
 WHOLE = torch.arange(24, dtype=torch.float32)
 CUTS = {"rank-00000.safetensors": (0, 7), "rank-00001.safetensors": (7, 10), "rank-00002.safetensors": (17, 7)}

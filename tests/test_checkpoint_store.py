@@ -18,16 +18,17 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from pretrain import checkpoint_store, stores, writable_store
-from pretrain.checkpoint_files import FORMAT_VERSION, CheckpointReader, manifest_digest, tensor_key
-from pretrain.checkpoint_places import open_place
-from pretrain.checkpoint_store import StorePlace
-from pretrain.config import DataSection
+from pretrain.checkpoints import checkpoint_store
+from pretrain.checkpoints.checkpoint_files import FORMAT_VERSION, CheckpointReader, manifest_digest, tensor_key
+from pretrain.checkpoints.checkpoint_places import open_place
+from pretrain.checkpoints.checkpoint_store import StorePlace
+from pretrain.checkpoints.run_folder import RunFolder
 from pretrain.errors import CheckpointError, ConfigError, StoreAccessError
-from pretrain.run_folder import RunFolder
-from pretrain.run_options import CheckpointSection
-from pretrain.settings import load_config
-from pretrain.tensor_files import TensorBytes
+from pretrain.options.config import DataSection
+from pretrain.options.run_options import CheckpointSection
+from pretrain.options.settings import load_config
+from pretrain.storage import stores, writable_store
+from pretrain.storage.tensor_files import TensorBytes
 from tests.conftest import write_tiny_corpus
 from tests.rank_helpers import ROOT
 from tests.s3_server import SECRET, needs_moto, proxied, s3_server
@@ -274,7 +275,7 @@ def test_large_files_are_sent_in_parts_and_half_of_one_is_no_file(
 ) -> None:
     monkeypatch.setattr(writable_store, "PART_BYTES", 5 << 20)
     tensors = {"w/master/0": torch.arange(3 << 20, dtype=torch.float32)}  # 12 MiB
-    monkeypatch.setattr("pretrain.tensor_files._CHUNK_BYTES", 5 << 20)
+    monkeypatch.setattr("pretrain.storage.tensor_files._CHUNK_BYTES", 5 << 20)
     with proxied() as proxy:
         place = open_store(f"{bucket}/large", tmp_path)
         num_bytes, sha256 = place.write_tensors(5, "rank-00000.safetensors", tensors, {})

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from pretrain.checks import check_options, idle_options
-from pretrain.config import Config
+from pretrain.options.checks import check_options, idle_options
+from pretrain.options.config import Config
 
 
 def config_of(**changes: Any) -> Config:

@@ -6,8 +6,8 @@ import re
 
 import pytest
 
-from pretrain.config_docs import options
-from pretrain.spellings import suggest_option
+from pretrain.options.config_docs import options
+from pretrain.options.spellings import suggest_option
 from tests.rank_helpers import ROOT
 
 PAGE = (ROOT / "docs/coming-from.md").read_text(encoding="utf-8")

@@ -7,8 +7,8 @@ import time
 import pytest
 import torch
 
-from pretrain.communication import CommunicationTimer
-from pretrain.profiling import PhaseClock
+from pretrain.ranks.communication import CommunicationTimer
+from pretrain.ranks.profiling import PhaseClock
 
 
 class Work:

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from pretrain.comparison import Row, Score, difference, differences, ratio_stderr, table, task_table
+from pretrain.evaluation.comparison import Row, Score, difference, differences, ratio_stderr, table, task_table
 
 DRAW = np.random.default_rng(3)
 

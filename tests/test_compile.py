@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from pretrain import compiling
-from pretrain.compiling import compiled, should_compile
-from pretrain.config import ModelSection
 from pretrain.errors import TrainingError
-from pretrain.families import resolve_shape
-from pretrain.model import KVCache, Transformer
+from pretrain.options.config import ModelSection
+from pretrain.options.families import resolve_shape
+from pretrain.transformer import compiling
+from pretrain.transformer.compiling import compiled, should_compile
+from pretrain.transformer.model import KVCache, Transformer
 from tests.interpreter_process import run_interpreted
 from tests.rank_helpers import losses, newest, run_cases
 from tests.test_checks import config_of

@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 
-from pretrain.config_docs import describe, markdown, options, yaml_value
+from pretrain.options.config_docs import describe, markdown, options, yaml_value
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
 def test_the_page_is_current() -> None:
     page = (ROOT / "docs/config.md").read_text(encoding="utf-8")
-    assert page == markdown(), "run: python -m pretrain.config_docs > docs/config.md"
+    assert page == markdown(), "run: python -m pretrain.options.config_docs > docs/config.md"
 
 
 def test_the_page_has_every_option_once() -> None:

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.batch_plan import BatchPlan
-from pretrain.config import Config
 from pretrain.errors import ConfigError
-from pretrain.families import CHOICES, EXTRAS, ModelShape, num_parameters, resolve_shape
-from pretrain.settings import load_config, resolved_yaml
+from pretrain.options.batch_plan import BatchPlan
+from pretrain.options.config import Config
+from pretrain.options.families import CHOICES, EXTRAS, ModelShape, num_parameters, resolve_shape
+from pretrain.options.settings import load_config, resolved_yaml
 from tests.rank_helpers import losses, prepare, run_cases
 
 ROOT = Path(__file__).resolve().parents[1]

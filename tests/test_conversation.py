@@ -10,15 +10,15 @@ import pytest
 import torch
 
 from launch import generate as command
-from pretrain.config import ModelSection
-from pretrain.conversation import Conversation
 from pretrain.errors import ConfigError, TrainingError
-from pretrain.families import resolve_shape
-from pretrain.generate import end_ids, generate
-from pretrain.generate_options import GenerateOptions, read_prompts
-from pretrain.messages import encode_messages
-from pretrain.model import KVCache, Transformer
-from pretrain.talk import take_template, talk
+from pretrain.generation.conversation import Conversation
+from pretrain.generation.generate import end_ids, generate
+from pretrain.generation.generate_options import GenerateOptions, read_prompts
+from pretrain.generation.talk import take_template, talk
+from pretrain.options.config import ModelSection
+from pretrain.options.families import resolve_shape
+from pretrain.tokenizers.messages import encode_messages
+from pretrain.transformer.model import KVCache, Transformer
 
 SEQ_LEN, BEGIN, END = 200, 4, 5
 GREEDY = GenerateOptions(max_new_tokens=12, temperature=0)
@@ -320,7 +320,7 @@ def run(monkeypatch):
         data=types.SimpleNamespace(max_seq_len=SEQ_LEN), train=types.SimpleNamespace(precision="fp32")
     )
     loaded = types.SimpleNamespace(model=spell("fine"), tokenizer=Characters(), step=7, config=config)
-    monkeypatch.setattr("pretrain.run_folder.load_run", lambda run, step: loaded)
+    monkeypatch.setattr("pretrain.checkpoints.run_folder.load_run", lambda run, step: loaded)
     return loaded
 
 

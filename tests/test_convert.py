@@ -14,13 +14,14 @@ import torch
 from safetensors import safe_open
 
 from launch.convert import main
-from pretrain import convert as convert_module
-from pretrain import hf_export, hf_files, hf_tokenizer, torch_export
-from pretrain.checkpoint_files import manifest_digest
-from pretrain.convert import ConvertOptions, comparison_rows, convert, parse_size
+from pretrain.checkpoints.checkpoint_files import manifest_digest
 from pretrain.errors import CheckpointError, ConfigError, DataError, ExportError
-from pretrain.sentencepiece_tokenizer import choose_sample, fit
-from pretrain.settings import resolved_yaml
+from pretrain.formats import convert as convert_module
+from pretrain.formats import hf_export, hf_files, torch_export
+from pretrain.formats.convert import ConvertOptions, comparison_rows, convert, parse_size
+from pretrain.options.settings import resolved_yaml
+from pretrain.tokenizers import hf_tokenizer
+from pretrain.tokenizers.sentencepiece_tokenizer import choose_sample, fit
 from tests.data_helpers import file_size_limit
 from tests.export_helpers import write_run
 from tests.small_disk import small_disk

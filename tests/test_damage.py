@@ -18,18 +18,18 @@ import numpy as np
 import pytest
 import torch
 
-from pretrain import stores
-from pretrain.checkpoint_files import list_steps
-from pretrain.damage import Damage, DamageLedger, TooMuchDamageError, describe
-from pretrain.data_plan import open_plan
-from pretrain.distributed import Ranks
+from pretrain.checkpoints.checkpoint_files import list_steps
+from pretrain.data.damage import Damage, DamageLedger, TooMuchDamageError, describe
+from pretrain.data.data_plan import open_plan
+from pretrain.data.feed import Feed, StepInput
+from pretrain.data.row_reader import IGNORED_TARGET
+from pretrain.data.shards import Manifest, Shard, load_index
+from pretrain.data.stream import TokenStream
 from pretrain.errors import DataError
-from pretrain.feed import Feed, StepInput
-from pretrain.row_reader import IGNORED_TARGET
-from pretrain.settings import load_config
-from pretrain.shards import Manifest, Shard, load_index
-from pretrain.stream import TokenStream
-from pretrain.verify_shards import Problem, verify
+from pretrain.options.settings import load_config
+from pretrain.preparing.verify_shards import Problem, verify
+from pretrain.ranks.distributed import Ranks
+from pretrain.storage import stores
 from tests.data_helpers import (
     TOKENIZER,
     batch_plan,
@@ -85,7 +85,7 @@ ONE_RANK = ranks_of(1)[0]
 def origin(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("origin") / "web"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pretrain.shards._MEMBER_BYTES", 2000)  # several members a shard
+        patch.setattr("pretrain.data.shards._MEMBER_BYTES", 2000)  # several members a shard
         make_corpus(folder, random_documents(400, 1), random_documents(20, 2))
     return folder
 

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.phases import phases_of
-from pretrain.settings import load_config
+from pretrain.options.phases import phases_of
+from pretrain.options.settings import load_config
 from tests.conftest import write_tiny_corpus
 from tests.rank_helpers import ROOT, losses, metric_lines, run_command
 from tests.test_s3 import bucket, needs_moto  # noqa: F401 (a fixture)

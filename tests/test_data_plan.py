@@ -9,13 +9,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pretrain import row_order
-from pretrain.data_plan import DataPlan, open_plan
+from pretrain.data import row_order
+from pretrain.data.data_plan import DataPlan, open_plan
+from pretrain.data.mixture import Mixture
+from pretrain.data.row_order import MIXTURE_PERIOD, CorpusOrder, mixture_slots, permutation, spread_slots
+from pretrain.data.row_table import build_row_tables
+from pretrain.data.shards import Manifest
 from pretrain.errors import ConfigError, DataError
-from pretrain.mixture import Mixture
-from pretrain.row_order import MIXTURE_PERIOD, CorpusOrder, mixture_slots, permutation, spread_slots
-from pretrain.row_table import build_row_tables
-from pretrain.shards import Manifest
 from tests.data_helpers import make_config, make_corpus, random_documents
 
 SIZES = {"web": [13, 40, 7, 22, 31, 18], "code": [9, 11], "books": [25, 4, 60]}

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.config import SourceSection
+from pretrain.data.source_files import list_files, published_formats
 from pretrain.errors import DataError
-from pretrain.source_files import list_files, published_formats
-from pretrain.sources import ReadLog, read_documents
-from pretrain.task_data import make_examples
+from pretrain.options.config import SourceSection
+from pretrain.preparing.sources import ReadLog, read_documents
+from pretrain.tasks.task_data import make_examples
 
 
 def read(path: Path, on_bad_document: str = "error", on_bad_file: str = "error", **options: str):

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from pretrain.batch_plan import BatchPlan
-from pretrain.deepspeed_settings import check_machine, deepspeed_settings, effective_stage
 from pretrain.errors import ConfigError
-from pretrain.run_options import ParallelSection
-from pretrain.settings import parse_config
+from pretrain.options.batch_plan import BatchPlan
+from pretrain.options.run_options import ParallelSection
+from pretrain.options.settings import parse_config
+from pretrain.zero.deepspeed_settings import check_machine, deepspeed_settings, effective_stage
 
 
 def config_of(**sections):

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pretrain.families import resolve_shape
-from pretrain.optim import make_optimizer, param_groups
-from pretrain.run import set_determinism
+from pretrain.optimizers.optim import make_optimizer, param_groups
+from pretrain.options.families import resolve_shape
+from pretrain.training.run import set_determinism
 from tests.rank_helpers import ROOT
 from tests.training_agreement import BYTES_VOCAB, backward_once, build, byte_steps, make_config
 

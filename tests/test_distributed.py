@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pretrain.distributed import choose_device, first_host, read_rank_variables
 from pretrain.errors import ConfigError
+from pretrain.ranks.distributed import choose_device, first_host, read_rank_variables
 
 SRUN = {"SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "8",
         "SLURM_JOB_ID": "12345", "SLURM_STEP_ID": "2", "SLURM_STEP_NODELIST": "node7"}  # fmt: skip

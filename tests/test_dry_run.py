@@ -17,16 +17,16 @@ import pytest
 import zstandard
 
 from launch.prepare import main
-from pretrain import dry_run, source_sample
-from pretrain.config import Config, TokenizerSection
 from pretrain.console import format_bytes
-from pretrain.corpus import Corpus
-from pretrain.dry_run import forecast
+from pretrain.data.row_table import RowTable
+from pretrain.data.shards import Manifest
 from pretrain.errors import ConfigError, DataError
-from pretrain.prepare import prepare
-from pretrain.row_table import RowTable
-from pretrain.sentencepiece_tokenizer import SentencePieceTokenizer, train_tokenizer
-from pretrain.shards import Manifest
+from pretrain.options.config import Config, TokenizerSection
+from pretrain.preparing import dry_run, source_sample
+from pretrain.preparing.corpus import Corpus
+from pretrain.preparing.dry_run import forecast
+from pretrain.preparing.prepare import prepare
+from pretrain.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer, train_tokenizer
 from tests.tar_helpers import text_samples, write_tar
 from tests.test_table_files import save_dataset, write_csv
 from tests.token_writers import write_megatron, write_nanogpt

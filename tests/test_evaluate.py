@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
+from pretrain.data.row_reader import Batch
 from pretrain.errors import DataError
-from pretrain.evaluate import evaluate
-from pretrain.row_reader import Batch
+from pretrain.evaluation.evaluate import evaluate
 
 
 class Rows:

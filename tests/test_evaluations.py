@@ -8,7 +8,7 @@ import re
 import pytest
 
 from launch.evaluate import main
-from pretrain import evaluations
+from pretrain.evaluation import evaluations
 from tests.task_files import documents, write_tasks
 
 pytestmark = [pytest.mark.launches, pytest.mark.filterwarnings("default")]  # of lm-eval's libraries

@@ -8,18 +8,18 @@ import shutil
 import numpy as np
 import pytest
 
-from pretrain.config import ExamplesSection
-from pretrain.data_plan import open_plan
+from pretrain.data.data_plan import open_plan
+from pretrain.data.examples import context_bit, encode_examples, fields_of, fill_in, parse_example, plain_text
+from pretrain.data.row_reader import RowAddress, RowReader
+from pretrain.data.shard_reader import ShardReader
+from pretrain.data.shards import Manifest
 from pretrain.errors import ConfigError, DataError
-from pretrain.examples import context_bit, encode_examples, fields_of, fill_in, parse_example, plain_text
-from pretrain.inspect_shards import inspect
-from pretrain.prepare import prepare
-from pretrain.row_reader import RowAddress, RowReader
-from pretrain.sentencepiece_tokenizer import SentencePieceTokenizer
-from pretrain.settings import load_config
-from pretrain.shard_reader import ShardReader
-from pretrain.shards import Manifest
-from pretrain.verify_shards import verify
+from pretrain.options.config import ExamplesSection
+from pretrain.options.settings import load_config
+from pretrain.preparing.inspect_shards import inspect
+from pretrain.preparing.prepare import prepare
+from pretrain.preparing.verify_shards import verify
+from pretrain.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
 from tests.tuning_helpers import make_conversation, make_examples, write_lines, write_task
 
 
@@ -206,8 +206,8 @@ def test_the_loss_is_that_of_answers_alone(task, tokenizer):
     """Objective and gradients of packed rows are those of each example by itself, summed over its answers by hand."""
     import torch
 
-    from pretrain.families import resolve_shape
-    from pretrain.model import Transformer
+    from pretrain.options.families import resolve_shape
+    from pretrain.transformer.model import Transformer
 
     config = load_config(task / "tune.yaml")
     model = Transformer(resolve_shape(config.model, 360, 96), 1)

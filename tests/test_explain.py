@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pretrain.explain import dotted, explain, pattern, short
+from pretrain.options.explain import dotted, explain, pattern, short
 
 
 def test_names() -> None:

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 
 from launch.pretrain import main
-from pretrain.batch_plan import BatchPlan
-from pretrain.deepspeed_settings import deepspeed_settings
-from pretrain.explain_parallel import explain_parallel
-from pretrain.families import num_parameters, resolve_shape
-from pretrain.plan_memory import disk_bytes, host_bytes, resident
-from pretrain.settings import load_config
+from pretrain.options.batch_plan import BatchPlan
+from pretrain.options.families import num_parameters, resolve_shape
+from pretrain.options.settings import load_config
+from pretrain.planning.plan_memory import disk_bytes, host_bytes, resident
+from pretrain.training.explain_parallel import explain_parallel
+from pretrain.zero.deepspeed_settings import deepspeed_settings
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ROOT / "configs/llama-7b.yaml"

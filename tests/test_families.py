@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from pretrain.config import ModelSection
 from pretrain.errors import ConfigError
-from pretrain.families import FAMILIES, flops_per_token, nearest_exported, num_parameters, resolve_shape
-from pretrain.model import Transformer
+from pretrain.options.config import ModelSection
+from pretrain.options.families import FAMILIES, flops_per_token, nearest_exported, num_parameters, resolve_shape
+from pretrain.transformer.model import Transformer
 
 SMALL = {"dim": 32, "num_layers": 2, "num_heads": 4}
 

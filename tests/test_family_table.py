@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from pretrain import hf_export
-from pretrain.checkpoint_files import list_steps
-from pretrain.convert import convert
+from pretrain.checkpoints.checkpoint_files import list_steps
+from pretrain.checkpoints.run_folder import load_run
 from pretrain.errors import ExportError
-from pretrain.families import FAMILIES
-from pretrain.run_folder import load_run
+from pretrain.formats import hf_export
+from pretrain.formats.convert import convert
+from pretrain.options.families import FAMILIES
 from tests.rank_helpers import losses, run_cases
 
 # About a minute on two quiet cores; machines are not always quiet.

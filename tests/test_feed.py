@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pretrain.damage import DamageLedger
-from pretrain.distributed import Ranks
+from pretrain.data.damage import DamageLedger
+from pretrain.data.feed import Feed
+from pretrain.data.row_reader import Batch
+from pretrain.data.stream import StepRows
 from pretrain.errors import DataError
-from pretrain.feed import Feed
-from pretrain.row_reader import Batch
-from pretrain.sequence_parallel import SequenceGroup
-from pretrain.stream import StepRows
+from pretrain.ranks.distributed import Ranks
+from pretrain.ranks.sequence_parallel import SequenceGroup
 
 RANKS = Ranks(0, 0, 1, torch.device("cpu"))
 

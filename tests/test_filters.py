@@ -7,16 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from pretrain import languages, refining
-from pretrain import shares as shares_module
-from pretrain.checks import idle_options
-from pretrain.config import DataSection, FiltersSection, SourceSection
-from pretrain.dry_run import forecast
+from pretrain.data.shards import Manifest
+from pretrain.data.source_files import Bad
 from pretrain.errors import ConfigError
-from pretrain.filters import filter_text, needs_work
-from pretrain.prepare import prepare
-from pretrain.shards import Manifest
-from pretrain.source_files import Bad
+from pretrain.options.checks import idle_options
+from pretrain.options.config import DataSection, FiltersSection, SourceSection
+from pretrain.preparing import languages, refining
+from pretrain.preparing import shares as shares_module
+from pretrain.preparing.dry_run import forecast
+from pretrain.preparing.filters import filter_text, needs_work
+from pretrain.preparing.prepare import prepare
 from tests.test_prepare import config_of, copy_of, hashes, read_back, text_of, write_corpus
 from tests.test_wikipedia import dump, page
 

@@ -11,14 +11,14 @@ import pytest
 import torch
 
 from launch import generate as command
-from pretrain.config import ModelSection
 from pretrain.console import TextPrinter
 from pretrain.errors import CheckpointError, ConfigError, TrainingError
-from pretrain.families import resolve_shape
-from pretrain.generate import generate
-from pretrain.generate_options import GenerateOptions, read_prompts
-from pretrain.model import Transformer
-from pretrain.sampling import choose_tokens
+from pretrain.generation.generate import generate
+from pretrain.generation.generate_options import GenerateOptions, read_prompts
+from pretrain.generation.sampling import choose_tokens
+from pretrain.options.config import ModelSection
+from pretrain.options.families import resolve_shape
+from pretrain.transformer.model import Transformer
 
 ROOT = Path(__file__).resolve().parent.parent
 SEQ_LEN = 32
@@ -184,7 +184,9 @@ def run(monkeypatch):
     config = SimpleNamespace(data=SimpleNamespace(max_seq_len=SEQ_LEN), train=SimpleNamespace(precision="bf16"))
     loaded = SimpleNamespace(model=spell("abcdefgh"), tokenizer=Characters(), step=7, config=config)
     asked = []
-    monkeypatch.setattr("pretrain.run_folder.load_run", lambda run, step: asked.append((run, step)) or loaded)
+    monkeypatch.setattr(
+        "pretrain.checkpoints.run_folder.load_run", lambda run, step: asked.append((run, step)) or loaded
+    )
     return asked
 
 
@@ -197,7 +199,9 @@ def test_command_prints_prompt_and_text(run, capsys):
 @pytest.mark.parametrize("dtype", ["auto", "fp32", "bf16"])
 def test_dtype_is_that_of_the_weights(run, monkeypatch, capsys, dtype):
     seen = []
-    monkeypatch.setattr("pretrain.generate.generate", lambda model, *rest: seen.append(model.output.weight.dtype) or [])
+    monkeypatch.setattr(
+        "pretrain.generation.generate.generate", lambda model, *rest: seen.append(model.output.weight.dtype) or []
+    )
     assert command.main(["runs/x", "--prompt", "a", "--dtype", dtype]) == 0
     on_gpu = torch.cuda.is_available() and dtype == "auto"
     assert seen == [torch.bfloat16 if dtype == "bf16" or on_gpu else torch.float32]
@@ -228,7 +232,7 @@ def test_command_reports_errors_without_a_traceback(monkeypatch, capsys):
     def fail(run, step):
         raise CheckpointError("runs/x: damaged")
 
-    monkeypatch.setattr("pretrain.run_folder.load_run", fail)
+    monkeypatch.setattr("pretrain.checkpoints.run_folder.load_run", fail)
     assert command.main(["runs/x", "--prompt", "a"]) == 1
     assert capsys.readouterr().err == "error: runs/x: damaged\n"
     assert command.main(["runs/x", "--prompt", "a", "--top-p", "2"]) == 2

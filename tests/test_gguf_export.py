@@ -12,16 +12,16 @@ import gguf
 import pytest
 import torch
 
-from pretrain import gguf_export, llama_cpp
 from pretrain.errors import ExportError
-from pretrain.families import resolve_shape
-from pretrain.gguf_export import export_gguf, modelfile, read_parameters
-from pretrain.gguf_tables import GGUF_MODELS, check_gguf, extra_tensors, gguf_keys, gguf_tensors, parameters_of
-from pretrain.gguf_tokenizer import gguf_tokenizer, read_as_special
-from pretrain.hf_tokenizer import JsonTokenizer
-from pretrain.model import Transformer
-from pretrain.model_options import ModelSection
-from pretrain.sentencepiece_tokenizer import SentencePieceTokenizer
+from pretrain.formats import gguf_export, llama_cpp
+from pretrain.formats.gguf_export import export_gguf, modelfile, read_parameters
+from pretrain.formats.gguf_tables import GGUF_MODELS, check_gguf, extra_tensors, gguf_keys, gguf_tensors, parameters_of
+from pretrain.formats.gguf_tokenizer import gguf_tokenizer, read_as_special
+from pretrain.options.families import resolve_shape
+from pretrain.options.model_options import ModelSection
+from pretrain.tokenizers.hf_tokenizer import JsonTokenizer
+from pretrain.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
+from pretrain.transformer.model import Transformer
 from tests.test_hf_export import MODELS, SEQ_LEN, export, make_model, make_run, tokenizer  # noqa: F401
 from tests.tokenizer_helpers import SOURCES, train_json, train_sentencepiece
 
@@ -296,7 +296,7 @@ def test_llama_cpp_computes_imported_families(name, tokenizer, tmp_path, monkeyp
 @pytest.mark.slow
 def test_llama_cpp_shows_rows_that_are_not_reordered(tokenizer, tmp_path, monkeypatch):  # noqa: F811
     monkeypatch.setattr(llama_cpp, "NUM_TEXTS", 10)
-    from pretrain import gguf_tables
+    from pretrain.formats import gguf_tables
 
     monkeypatch.setattr(gguf_tables, "_is_rotated", lambda *_: False)
     with pytest.raises(ExportError, match=r"row 0, position \d+: the logit of token \d+ is .* in llama.cpp; expected"):

@@ -7,7 +7,7 @@ import re
 import pytest
 
 from pretrain.errors import ConfigError
-from pretrain.gpus import GPUS, find_gpu, gpu_of_device
+from pretrain.ranks.gpus import GPUS, find_gpu, gpu_of_device
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import signal
 import pytest
 
 from pretrain.errors import TrainingError
-from pretrain.guard import SkipGuard, StopRequest
+from pretrain.training.guard import SkipGuard, StopRequest
 
 
 @pytest.mark.parametrize("number", StopRequest.SIGNALS)

@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 
-from pretrain.hardware import best_device, peak_flops, peak_memory_bytes
+from pretrain.ranks.hardware import best_device, peak_flops, peak_memory_bytes
 
 
 def test_a_cpu_is_measured():

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-from pretrain import hf_export
-from pretrain.chat import stop_ids
 from pretrain.errors import ConfigError
-from pretrain.scoring import Scorer
-from pretrain.task_evals import import_harness
+from pretrain.evaluation.scoring import Scorer
+from pretrain.evaluation.task_evals import import_harness
+from pretrain.formats import hf_export
+from pretrain.tokenizers.chat import stop_ids
 from tests.task_files import documents, write_tasks
 from tests.test_hf_export import SEQ_LEN, export, make_run, tokenizer  # noqa: F401
 
@@ -45,7 +45,7 @@ def run(tokenizer):  # noqa: F811
 
 
 def make_harness(run, batch_tokens=256, **options):
-    from pretrain.harness import HarnessModel
+    from pretrain.evaluation.harness import HarnessModel
 
     scorer = Scorer(run.model, run.tokenizer, batch_tokens, end_ids=stop_ids(run.tokenizer))
     return HarnessModel(scorer, run.tokenizer, SEQ_LEN, **options)
@@ -143,7 +143,7 @@ def test_what_does_not_fit_is_cut_or_refused(run):
     ],
 )  # fmt: skip
 def test_how_tasks_want_texts_to_be_generated(settings, expected):
-    from pretrain.harness import generation_options
+    from pretrain.evaluation.harness import generation_options
 
     if isinstance(expected, dict):
         found = dataclasses.asdict(generation_options(settings, SEQ_LEN, "t"))
@@ -155,7 +155,7 @@ def test_how_tasks_want_texts_to_be_generated(settings, expected):
 
 
 def test_tasks_are_loaded_run_and_leave_no_trace(run, tmp_path, capsys):
-    from pretrain.harness import TaskSettings, load_tasks, run_tasks
+    from pretrain.evaluation.harness import TaskSettings, load_tasks, run_tasks
 
     folder = write_tasks(tmp_path / "tasks")
     wanted = {
@@ -202,7 +202,7 @@ def test_tasks_are_loaded_run_and_leave_no_trace(run, tmp_path, capsys):
 
 
 def test_a_group_has_the_mean_of_its_tasks(run, tmp_path, monkeypatch):
-    from pretrain.harness import TaskSettings, load_tasks, run_tasks
+    from pretrain.evaluation.harness import TaskSettings, load_tasks, run_tasks
 
     monkeypatch.setattr(
         harness_module(), "TaskManager", lambda include_path=None, include_defaults=True: manager_of(include_path)
@@ -219,7 +219,7 @@ def test_a_group_has_the_mean_of_its_tasks(run, tmp_path, monkeypatch):
 
 
 def harness_module():
-    from pretrain import harness
+    from pretrain.evaluation import harness
 
     return harness
 
@@ -239,7 +239,7 @@ def manager_of(include_path):
     ],
 )  # fmt: skip
 def test_tasks_that_cannot_be_done_are_named(tmp_path, change, message):
-    from pretrain.harness import TaskSettings, load_tasks
+    from pretrain.evaluation.harness import TaskSettings, load_tasks
 
     folder = write_tasks(tmp_path / "tasks", names=["choices"])
     path = folder / "choices.yaml"
@@ -249,7 +249,7 @@ def test_tasks_that_cannot_be_done_are_named(tmp_path, change, message):
 
 
 def test_names_that_are_wrong(tmp_path, monkeypatch):
-    from pretrain.harness import TaskSettings, load_tasks
+    from pretrain.evaluation.harness import TaskSettings, load_tasks
 
     folder = write_tasks(tmp_path / "tasks", names=["choices"])
     monkeypatch.setattr(
@@ -268,8 +268,8 @@ def test_names_that_are_wrong(tmp_path, monkeypatch):
 
 
 def test_a_conversation_has_control_tokens_and_one_bos(run):
-    from pretrain.chat import chat_template
-    from pretrain.harness import encode_rendered
+    from pretrain.evaluation.harness import encode_rendered
+    from pretrain.tokenizers.chat import chat_template
 
     ours = make_harness(run, template=chat_template(run.tokenizer))
     text = ours.apply_chat_template([{"role": "user", "content": "the value?"}])
@@ -282,7 +282,7 @@ def test_a_conversation_has_control_tokens_and_one_bos(run):
 
 
 def test_without_lm_eval_the_extra_is_named(monkeypatch):
-    monkeypatch.setitem(sys.modules, "pretrain.harness", None)
-    monkeypatch.delattr("pretrain.harness", raising=False)
+    monkeypatch.setitem(sys.modules, "pretrain.evaluation.harness", None)
+    monkeypatch.delattr("pretrain.evaluation.harness", raising=False)
     with pytest.raises(ConfigError, match=r"--tasks: tasks need lm_eval, .* pip install 'longhaul\[evals\]'"):
         import_harness("--tasks")

@@ -10,9 +10,9 @@ import torch
 import transformers
 
 from pretrain.errors import ConfigError
-from pretrain.families import num_parameters
-from pretrain.hf_config import check_config, read_config
-from pretrain.hf_export import resolved_config
+from pretrain.formats.hf_config import check_config, read_config
+from pretrain.formats.hf_export import resolved_config
+from pretrain.options.families import num_parameters
 
 _QWEN: dict[str, Any] = dict(
     attention_dropout=0.0, hidden_act="silu", rms_norm_eps=1e-6, rope_theta=1000000.0, tie_word_embeddings=True,

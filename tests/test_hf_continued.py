@@ -11,15 +11,15 @@ import torch
 import torch.nn.functional as F
 import transformers
 
-from pretrain import hf_export, hf_import
-from pretrain.batch_plan import BatchPlan
-from pretrain.convert import convert
-from pretrain.hf_import import import_hf
-from pretrain.run_folder import load_run
-from pretrain.sentencepiece_tokenizer import SentencePieceTokenizer
-from pretrain.settings import load_config
-from pretrain.stream import TokenStream
-from pretrain.tokenizer_files import write_tokenizer_files
+from pretrain.checkpoints.run_folder import load_run
+from pretrain.data.stream import TokenStream
+from pretrain.formats import hf_export, hf_import
+from pretrain.formats.convert import convert
+from pretrain.formats.hf_import import import_hf
+from pretrain.options.batch_plan import BatchPlan
+from pretrain.options.settings import load_config
+from pretrain.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
+from pretrain.tokenizers.tokenizer_files import write_tokenizer_files
 from tests.published_models import make_model
 from tests.rank_helpers import losses, metric_lines, prepare, run_cases
 

@@ -16,24 +16,25 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pretrain import family_table, hf_export, hf_files, hf_tokenizer, tokenizer_export
-from pretrain.config import ModelSection
+from pretrain.checkpoints.saved_run import SavedRun
 from pretrain.errors import ExportError
-from pretrain.families import FAMILIES, num_parameters, resolve_shape
-from pretrain.family_table import export_tensors, import_tensors, published_config
-from pretrain.generate import generate
-from pretrain.generate_options import GenerateOptions
-from pretrain.hf_export import export_hf
-from pretrain.model import Transformer
-from pretrain.partial_export import PartialExport, Progress
-from pretrain.published import PUBLISHED_MODELS
-from pretrain.reference import compute_reference
-from pretrain.saved_run import SavedRun
-from pretrain.sentencepiece_tokenizer import SentencePieceTokenizer, choose_sample, fit
-from pretrain.settings import parse_config
-from pretrain.tokenizer import Tokenizer
-from pretrain.tokenizer_export import verify_tokenizer
-from pretrain.varied_texts import varied_texts
+from pretrain.formats import family_table, hf_export, hf_files, tokenizer_export
+from pretrain.formats.family_table import export_tensors, import_tensors, published_config
+from pretrain.formats.hf_export import export_hf
+from pretrain.formats.partial_export import PartialExport, Progress
+from pretrain.formats.published import PUBLISHED_MODELS
+from pretrain.formats.reference import compute_reference
+from pretrain.formats.tokenizer_export import verify_tokenizer
+from pretrain.generation.generate import generate
+from pretrain.generation.generate_options import GenerateOptions
+from pretrain.options.config import ModelSection
+from pretrain.options.families import FAMILIES, num_parameters, resolve_shape
+from pretrain.options.settings import parse_config
+from pretrain.tokenizers import hf_tokenizer
+from pretrain.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer, choose_sample, fit
+from pretrain.tokenizers.tokenizer import Tokenizer
+from pretrain.tokenizers.varied_texts import varied_texts
+from pretrain.transformer.model import Transformer
 
 ROOT = Path(__file__).resolve().parents[1]
 SEQ_LEN = 64

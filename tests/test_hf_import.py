@@ -12,15 +12,16 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from launch.convert import main
-from pretrain import hf_export, hf_import, import_check, weights_checkpoint
-from pretrain.added_tokens import AddedTokens
-from pretrain.checkpoint_files import CheckpointReader
-from pretrain.convert import ConvertOptions, convert
+from pretrain.checkpoints import weights_checkpoint
+from pretrain.checkpoints.checkpoint_files import CheckpointReader
+from pretrain.checkpoints.run_folder import load_run
 from pretrain.errors import ConfigError, ExportError
-from pretrain.hf_import import import_hf
-from pretrain.import_tokenizer import choose_tokenizer
-from pretrain.run_folder import load_run
-from pretrain.settings import load_config
+from pretrain.formats import hf_export, hf_import, import_check
+from pretrain.formats.added_tokens import AddedTokens
+from pretrain.formats.convert import ConvertOptions, convert
+from pretrain.formats.hf_import import import_hf
+from pretrain.formats.import_tokenizer import choose_tokenizer
+from pretrain.options.settings import load_config
 from tests.published_models import (
     MODELS,
     NUM_IDS,
@@ -197,8 +198,8 @@ def test_new_tokens_have_the_mean_of_all_rows_and_change_no_other_id(kind, llama
 
 def use_sentencepiece(folder: Path) -> None:
     """Give a model the tokenizer that an export of ours has."""
-    from pretrain.sentencepiece_tokenizer import SentencePieceTokenizer
-    from pretrain.tokenizer_files import write_tokenizer_files
+    from pretrain.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
+    from pretrain.tokenizers.tokenizer_files import write_tokenizer_files
 
     (folder / "tokenizer.model").write_bytes(sentencepiece_model())
     write_tokenizer_files(SentencePieceTokenizer(folder / "tokenizer.model"), folder, 96)

@@ -14,11 +14,11 @@ import tokenizers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pretrain import hf_tokenizer
-from pretrain.config import TokenizerSection
 from pretrain.errors import ExportError
-from pretrain.hf_tokenizer import build_tokenizer, check_ids
-from pretrain.sentencepiece_tokenizer import (
+from pretrain.options.config import TokenizerSection
+from pretrain.tokenizers import hf_tokenizer
+from pretrain.tokenizers.hf_tokenizer import build_tokenizer, check_ids
+from pretrain.tokenizers.sentencepiece_tokenizer import (
     BOS_ID,
     CONTROL_SYMBOLS,
     EOS_ID,
@@ -28,8 +28,8 @@ from pretrain.sentencepiece_tokenizer import (
     choose_sample,
     fit,
 )
-from pretrain.tokenizer_files import write_tokenizer_files
-from pretrain.varied_texts import varied_texts
+from pretrain.tokenizers.tokenizer_files import write_tokenizer_files
+from pretrain.tokenizers.varied_texts import varied_texts
 from tests.tokenizer_helpers import train_sentencepiece
 
 LIBRARY = Path(os.__file__).parent

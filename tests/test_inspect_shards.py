@@ -12,10 +12,10 @@ from ruamel.yaml import YAML
 
 from launch.prepare import main
 from pretrain.errors import ConfigError
-from pretrain.inspect_shards import inspect
-from pretrain.prepare import prepare
-from pretrain.sentencepiece_tokenizer import SentencePieceTokenizer
-from pretrain.sources import document_digest, is_validation
+from pretrain.preparing.inspect_shards import inspect
+from pretrain.preparing.prepare import prepare
+from pretrain.preparing.sources import document_digest, is_validation
+from pretrain.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
 from tests.data_helpers import make_corpus, random_documents
 from tests.test_prepare import VOCAB_SIZE, config_of, text_of
 

@@ -21,15 +21,16 @@ import torch
 import torch.nn.functional as F
 
 from launch import report as command
-from pretrain import inspection, layers
-from pretrain.config import ModelSection
+from pretrain.data.row_reader import Batch
 from pretrain.errors import ConfigError, TrainingError
-from pretrain.evaluate import evaluate
-from pretrain.families import resolve_shape
-from pretrain.inspection import inspect, num_map_tokens
-from pretrain.inspection_page import BYTES, SPECIAL, TEXT, page_data, render
-from pretrain.model import Transformer
-from pretrain.row_reader import Batch
+from pretrain.evaluation.evaluate import evaluate
+from pretrain.options.config import ModelSection
+from pretrain.options.families import resolve_shape
+from pretrain.reporting import inspection
+from pretrain.reporting.inspection import inspect, num_map_tokens
+from pretrain.reporting.inspection_page import BYTES, SPECIAL, TEXT, page_data, render
+from pretrain.transformer import layers
+from pretrain.transformer.model import Transformer
 
 ROOT = Path(__file__).resolve().parents[1]
 SEQ_LEN = 48
@@ -263,7 +264,7 @@ def run(monkeypatch, tmp_path):
         model=build(), tokenizer=Bytes(), step=7, num_tokens=12345, run=tmp_path / "tiny",
         config=types.SimpleNamespace(model=types.SimpleNamespace(family="llama")),
     )  # fmt: skip
-    monkeypatch.setattr("pretrain.run_folder.load_run", lambda run, step: loaded)
+    monkeypatch.setattr("pretrain.checkpoints.run_folder.load_run", lambda run, step: loaded)
     return loaded
 
 

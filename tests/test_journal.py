@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pretrain import journal as journal_module
+from pretrain.data.shards import JOURNAL_NAME, Shard, ShardWriter
 from pretrain.errors import ConfigError, DataError
-from pretrain.journal import Journal, file_lock, read_recipe
-from pretrain.shards import JOURNAL_NAME, Shard, ShardWriter
+from pretrain.preparing import journal as journal_module
+from pretrain.preparing.journal import Journal, file_lock, read_recipe
 
 RECIPE = {"data.val_fraction": 0.1, "the tokenizer": "abc"}
 

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 import tokenizers
 
-from pretrain.config import TokenizerSection
 from pretrain.errors import ConfigError, DataError
-from pretrain.hf_tokenizer import JsonTokenizer
-from pretrain.tokenizer import check_round_trip
-from pretrain.tokenizer_files import open_tokenizer
-from pretrain.varied_texts import varied_texts
-from pretrain.workers import QueuedDocument, encode_batches
+from pretrain.options.config import TokenizerSection
+from pretrain.preparing.workers import QueuedDocument, encode_batches
+from pretrain.tokenizers.hf_tokenizer import JsonTokenizer
+from pretrain.tokenizers.tokenizer import check_round_trip
+from pretrain.tokenizers.tokenizer_files import open_tokenizer
+from pretrain.tokenizers.varied_texts import varied_texts
 from tests.tokenizer_helpers import JSON_KINDS, SOURCES, train_json
 
 TEXTS = SOURCES + varied_texts(2000, 3, SOURCES, ["<|endoftext|>", "<|im_start|>", "<tool_call>", "<s>", "</s>"])
@@ -191,6 +191,6 @@ def test_processes_tokenize_alike(paths: dict[str, Path]) -> None:
 
 
 def test_threads_of_the_library_are_off() -> None:
-    check = "import os, pretrain.hf_tokenizer; print(os.environ['TOKENIZERS_PARALLELISM'], end='')"
+    check = "import os, pretrain.tokenizers.hf_tokenizer; print(os.environ['TOKENIZERS_PARALLELISM'], end='')"
     done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, timeout=60)
     assert done.stdout == "false"

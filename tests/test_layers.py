@@ -4,9 +4,9 @@ import torch
 
 from kernels.dropout import DropoutKey
 from kernels.visibility import visibility
-from pretrain.config import ModelSection
-from pretrain.families import resolve_shape
-from pretrain.layers import Attention, Block, Context, LayerNorm, Linear, Output, RMSNorm, make_norm
+from pretrain.options.config import ModelSection
+from pretrain.options.families import resolve_shape
+from pretrain.transformer.layers import Attention, Block, Context, LayerNorm, Linear, Output, RMSNorm, make_norm
 
 
 def shape_of(**options):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from pretrain.config import OptimSection
-from pretrain.lion import Lion
+from pretrain.optimizers.lion import Lion
+from pretrain.options.config import OptimSection
 from tests.plain_optimizers import PlainLion
 
 

@@ -7,13 +7,13 @@ import torch
 import torch.nn.functional as F
 
 from kernels.linear_cross_entropy import linear_cross_entropy
-from pretrain.config import LoraSection, ModelSection, OptimSection
 from pretrain.errors import ConfigError
-from pretrain.families import flops_per_token, resolve_shape
-from pretrain.lora import AdaptedLinear, add_adapters, delta, is_adapter
-from pretrain.model import Transformer
-from pretrain.optim import param_groups
-from pretrain.settings import load_config
+from pretrain.optimizers.optim import param_groups
+from pretrain.options.config import LoraSection, ModelSection, OptimSection
+from pretrain.options.families import flops_per_token, resolve_shape
+from pretrain.options.settings import load_config
+from pretrain.transformer.lora import AdaptedLinear, add_adapters, delta, is_adapter
+from pretrain.transformer.model import Transformer
 from tests.tuning_helpers import write_task
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pretrain import matrix_exchange
-from pretrain.matrix_exchange import Held, MatrixExchange, plan_buckets
-from pretrain.matrix_owners import Matrix, assign_owners
+from pretrain.optimizers import matrix_exchange
+from pretrain.optimizers.matrix_exchange import Held, MatrixExchange, plan_buckets
+from pretrain.optimizers.matrix_owners import Matrix, assign_owners
 
 MATRICES = [Matrix("a", 0, 4, 6, 2.0), Matrix("a", 24, 2, 6, 3.0), Matrix("b", 0, 6, 4, 5.0), Matrix("c", 0, 3, 3, 7.0)]
 SIZES = {"a": 36, "b": 24, "c": 9}

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from pretrain.errors import ConfigError
-from pretrain.hf_tokenizer import JsonTokenizer
-from pretrain.messages import encode_messages
-from pretrain.sentencepiece_tokenizer import SentencePieceTokenizer
+from pretrain.tokenizers.hf_tokenizer import JsonTokenizer
+from pretrain.tokenizers.messages import encode_messages
+from pretrain.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
 from tests.tokenizer_helpers import train_json
 from tests.tuning_helpers import make_conversation, make_examples, write_task
 

@@ -8,8 +8,8 @@ from dataclasses import replace
 
 import pytest
 
-from pretrain.metrics import MetricLog, StepMetrics, drop_lines_after
-from pretrain.run_options import LogSection
+from pretrain.options.run_options import LogSection
+from pretrain.training.metrics import MetricLog, StepMetrics, drop_lines_after
 
 REQUIRED = {
     "step", "tokens", "loss", "grad_norm", "lr", "tokens_per_second", "tokens_per_second_per_gpu", "step_seconds", "mfu",

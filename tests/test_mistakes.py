@@ -96,8 +96,8 @@ def test_a_truncated_shard(tiny_config, tmp_path):
 
 
 def test_a_tokenizer_of_other_shards(tiny_config, tmp_path):
-    from pretrain.sentencepiece_tokenizer import train_tokenizer
-    from pretrain.settings import load_config
+    from pretrain.options.settings import load_config
+    from pretrain.tokenizers.sentencepiece_tokenizer import train_tokenizer
 
     section = load_config(
         tiny_config, [f"tokenizer.model={tmp_path}/other.model", "tokenizer.vocab_size=480"]

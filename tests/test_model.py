@@ -6,10 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pretrain.config import ModelSection
-from pretrain.families import resolve_shape
-from pretrain.model import KVCache, Transformer
-from pretrain.sequence_parallel import ALONE
+from pretrain.options.config import ModelSection
+from pretrain.options.families import resolve_shape
+from pretrain.ranks.sequence_parallel import ALONE
+from pretrain.transformer.model import KVCache, Transformer
 
 LLAMA = {"family": "llama", "num_kv_heads": 2}
 GPT2 = {"family": "gpt2"}

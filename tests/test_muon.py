@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pretrain.config import OptimSection
-from pretrain.muon import Muon, orthogonalise, update_scale
+from pretrain.optimizers.muon import Muon, orthogonalise, update_scale
+from pretrain.options.config import OptimSection
 from tests.plain_optimizers import PlainMuon
 
 SHAPES = [(16, 24), (24, 16), (16, 24), (40, 8), (1, 5), (12, 12)]

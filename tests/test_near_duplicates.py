@@ -7,9 +7,9 @@ import random
 import numpy as np
 import pytest
 
-from pretrain import near_duplicates
 from pretrain.errors import ConfigError
-from pretrain.near_duplicates import NearDuplicates, band_shape, bands_of, check_library
+from pretrain.preparing import near_duplicates
+from pretrain.preparing.near_duplicates import NearDuplicates, band_shape, bands_of, check_library
 
 WORDS = [f"word{number}" for number in range(20_000)]
 

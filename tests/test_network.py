@@ -7,9 +7,9 @@ import socket
 import psutil
 import pytest
 
-from pretrain import network
 from pretrain.errors import ConfigError, PeerError
-from pretrain.network import Route, find_route, interface_variables, route_to, spans_nodes
+from pretrain.ranks import network
+from pretrain.ranks.network import Route, find_route, interface_variables, route_to, spans_nodes
 
 RANKS = {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "node1"}
 ETH = Route("eth0", "10.0.0.2", is_own=False)

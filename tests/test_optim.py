@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import nn
 
-from pretrain.config import OptimSection
 from pretrain.errors import ConfigError
-from pretrain.lion import Lion
-from pretrain.moments import moment_names
-from pretrain.muon import Muon
-from pretrain.optim import create_state, make_optimizer, param_groups
+from pretrain.optimizers.lion import Lion
+from pretrain.optimizers.moments import moment_names
+from pretrain.optimizers.muon import Muon
+from pretrain.optimizers.optim import create_state, make_optimizer, param_groups
+from pretrain.options.config import OptimSection
 
 
 class Block(nn.Module):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pretrain.checkpoint_files import list_steps
+from pretrain.checkpoints.checkpoint_files import list_steps
 from tests.plain_torch import train_plainly
 from tests.rank_helpers import losses, metric_lines, newest, run_cases
 

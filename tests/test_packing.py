@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pretrain.packing import PACKING_VERSIONS, SEGMENT_DTYPE, count_segments, pack
+from pretrain.data.packing import PACKING_VERSIONS, SEGMENT_DTYPE, count_segments, pack
 
 LENGTHS = st.lists(st.integers(0, 40), max_size=60)
 PACKINGS = st.sampled_from(sorted(PACKING_VERSIONS))

@@ -11,18 +11,18 @@ import pytest
 import torch
 
 from launch.prepare import main
-from pretrain.config import Config, TokenizerSection
+from pretrain.data.examples import encode_examples
+from pretrain.data.shard_reader import ShardReader
+from pretrain.data.shards import Manifest
+from pretrain.data.stream import TokenStream, ValRows
 from pretrain.errors import ConfigError, DataError
-from pretrain.examples import encode_examples
-from pretrain.prepare import prepare
-from pretrain.sentencepiece_tokenizer import fit
-from pretrain.settings import load_config
-from pretrain.shard_reader import ShardReader
-from pretrain.shards import Manifest
-from pretrain.sources import document_digest, is_validation
-from pretrain.stream import TokenStream, ValRows
-from pretrain.tokenizer import save_file
-from pretrain.tokenizer_files import open_tokenizer
+from pretrain.options.config import Config, TokenizerSection
+from pretrain.options.settings import load_config
+from pretrain.preparing.prepare import prepare
+from pretrain.preparing.sources import document_digest, is_validation
+from pretrain.tokenizers.sentencepiece_tokenizer import fit
+from pretrain.tokenizers.tokenizer import save_file
+from pretrain.tokenizers.tokenizer_files import open_tokenizer
 from tests.data_helpers import batch_plan
 from tests.tuning_helpers import make_examples, write_lines
 

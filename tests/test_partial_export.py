@@ -12,9 +12,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from pretrain import partial_export
 from pretrain.errors import ConfigError
-from pretrain.partial_export import JOURNAL, Part, PartialExport, Progress
+from pretrain.formats import partial_export
+from pretrain.formats.partial_export import JOURNAL, Part, PartialExport, Progress
 from tests.data_helpers import file_size_limit
 
 KEY = {"checkpoint": "a", "dtype": "bf16"}

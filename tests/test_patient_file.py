@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from pretrain import patient_file
-from pretrain.patient_file import PatientFile
+from pretrain.storage import patient_file
+from pretrain.storage.patient_file import PatientFile
 from tests.data_helpers import file_size_limit
 
 

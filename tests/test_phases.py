@@ -9,18 +9,18 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pretrain.batch_plan import BatchPlan
-from pretrain.config import Config
-from pretrain.data_plan import describe_phases, open_plan
+from pretrain.data.data_plan import describe_phases, open_plan
+from pretrain.data.packing import PACKING_VERSIONS
+from pretrain.data.row_reader import IGNORED_TARGET
+from pretrain.data.shards import load_index
+from pretrain.data.stream import TokenStream, ValRows
 from pretrain.errors import DataError
-from pretrain.families import flops_per_token, resolve_shape
-from pretrain.packing import PACKING_VERSIONS
-from pretrain.phases import phases_of, sampling_weights
-from pretrain.row_reader import IGNORED_TARGET
-from pretrain.run import flops_by_length
-from pretrain.settings import load_config
-from pretrain.shards import load_index
-from pretrain.stream import TokenStream, ValRows
+from pretrain.options.batch_plan import BatchPlan
+from pretrain.options.config import Config
+from pretrain.options.families import flops_per_token, resolve_shape
+from pretrain.options.phases import phases_of, sampling_weights
+from pretrain.options.settings import load_config
+from pretrain.training.run import flops_by_length
 from tests.data_helpers import PAD, TOKENIZER, batch_plan, flip_bit, make_config, make_corpus, random_documents
 from tests.rank_helpers import ROOT, losses, metric_lines, prepare, run_cases
 

@@ -15,15 +15,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from launch.plan import main
-from pretrain.config import Config
 from pretrain.errors import ConfigError
-from pretrain.families import num_parameters
-from pretrain.plan import HOST_GIB, Plan, changed, choose_machine, make_plan, overrides, search
-from pretrain.plan_communication import collectives
-from pretrain.plan_memory import shape_of
-from pretrain.plan_report import as_json, lack, reason, render
-from pretrain.plan_time import ASSUMPTIONS, Machine, step_time
-from pretrain.settings import load_config
+from pretrain.options.config import Config
+from pretrain.options.families import num_parameters
+from pretrain.options.settings import load_config
+from pretrain.planning.plan import HOST_GIB, Plan, changed, choose_machine, make_plan, overrides, search
+from pretrain.planning.plan_communication import collectives
+from pretrain.planning.plan_memory import shape_of
+from pretrain.planning.plan_report import as_json, lack, reason, render
+from pretrain.planning.plan_time import ASSUMPTIONS, Machine, step_time
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from pretrain.plan import choose_machine, make_plan
-from pretrain.plan_check import STEPS, compare, compare_with_plan
-from pretrain.settings import load_config
+from pretrain.options.settings import load_config
+from pretrain.planning.plan import choose_machine, make_plan
+from pretrain.training.plan_check import STEPS, compare, compare_with_plan
 from tests.rank_helpers import metric_lines, run_cases
 
 CONFIG = load_config(Path(__file__).resolve().parents[1] / "configs/llama-1.3b.yaml")
@@ -58,7 +58,7 @@ def test_a_gpu_is_compared_once(on_h100: None) -> None:
 def test_what_is_not_known_is_said(on_h100: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Unknown 9000")
     compare_with_plan(run := fake_run(STEPS), first_step=1)
-    assert run.events == [("plan", "nothing is foreseen for Unknown 9000, which is not in pretrain/gpus.py", {})]
+    assert run.events == [("plan", "nothing is foreseen for Unknown 9000, which is not in pretrain/ranks/gpus.py", {})]
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Tesla V100-SXM2-32GB")
     compare_with_plan(run := fake_run(STEPS), first_step=1)
     assert len(run.events) == 1 and "nothing is foreseen: --gpu: train.precision is bf16" in run.events[0][1]

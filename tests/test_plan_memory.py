@@ -11,16 +11,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pretrain.batch_plan import BatchPlan
-from pretrain.config import Config, OptimSection
-from pretrain.families import num_parameters
-from pretrain.model import Transformer
-from pretrain.plan import changed
-from pretrain.plan_activations import activations, offloaded_bytes
-from pretrain.plan_communication import collectives, communication
-from pretrain.plan_memory import BYTES, layout_of, memory_of, resident, shape_of
-from pretrain.plan_shapes import hidden_matrices, modules_in_order, parameter_shapes
-from pretrain.settings import load_config
+from pretrain.options.batch_plan import BatchPlan
+from pretrain.options.config import Config, OptimSection
+from pretrain.options.families import num_parameters
+from pretrain.options.settings import load_config
+from pretrain.planning.plan import changed
+from pretrain.planning.plan_activations import activations, offloaded_bytes
+from pretrain.planning.plan_communication import collectives, communication
+from pretrain.planning.plan_memory import BYTES, layout_of, memory_of, resident, shape_of
+from pretrain.planning.plan_shapes import hidden_matrices, modules_in_order, parameter_shapes
+from pretrain.transformer.model import Transformer
 from tests.meta_memory import measure
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pretrain import mixture, row_order
-from pretrain.row_order import CorpusOrder
+from pretrain.data import mixture, row_order
+from pretrain.data.row_order import CorpusOrder
 from tests.plan_helpers import NAMES, Part, Recipe, recipes, spread_quickly
 
 few = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

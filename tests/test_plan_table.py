@@ -6,15 +6,17 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.gpus import GPUS
-from pretrain.plan_table import MODELS, NUM_GPUS, PUBLISHED, plan_of, tables
+from pretrain.planning.plan_table import MODELS, NUM_GPUS, PUBLISHED, plan_of, tables
+from pretrain.ranks.gpus import GPUS
 
 PAGE = Path(__file__).resolve().parents[1] / "docs/planning-tables.md"
 
 
 @pytest.mark.slow
 def test_the_page_is_current() -> None:
-    assert PAGE.read_text(encoding="utf-8") == tables(), "run: python -m pretrain.plan_table > docs/planning-tables.md"
+    assert PAGE.read_text(encoding="utf-8") == tables(), (
+        "run: python -m pretrain.planning.plan_table > docs/planning-tables.md"
+    )
 
 
 def test_the_page_has_every_gpu_model_and_number() -> None:

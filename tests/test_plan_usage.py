@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from pretrain import plan_communication
-from pretrain.config import Config
-from pretrain.plan_communication import communication
-from pretrain.plan_memory import resident
-from pretrain.settings import load_config
+from pretrain.options.config import Config
+from pretrain.options.settings import load_config
+from pretrain.planning import plan_communication
+from pretrain.planning.plan_communication import communication
+from pretrain.planning.plan_memory import resident
 from tests.rank_helpers import start_ranks
 
 CONFIG = """

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.link_speeds import Link, LinkSpeeds, rounds
-from pretrain.preflight import common_value, difference, missing_space, source_hashes
-from pretrain.settings import load_config
+from pretrain.options.settings import load_config
+from pretrain.ranks.link_speeds import Link, LinkSpeeds, rounds
+from pretrain.training.preflight import common_value, difference, missing_space, source_hashes
 from tests.fork_server import ForkServer
 from tests.hosts import Hosts, require
 from tests.rank_helpers import metric_lines, run_cases
@@ -48,7 +48,7 @@ def test_very_many_odd_nodes_are_not_all_named():
 
 def test_every_module_is_part_of_the_code():
     hashes = source_hashes()
-    assert {"pretrain/train.py", "launch/pretrain.py", "kernels/rms_norm.py"} <= set(hashes)
+    assert {"pretrain/training/train.py", "launch/pretrain.py", "kernels/rms_norm.py"} <= set(hashes)
     assert any(name.endswith(".json") for name in hashes) and all(len(one) == 64 for one in hashes.values())
 
 

@@ -25,19 +25,19 @@ import pytest
 import zstandard
 
 from launch.prepare import main
-from pretrain import corpus as corpus_module
-from pretrain import prepare as prepare_module
-from pretrain import shares as shares_module
-from pretrain.config import Config
+from pretrain.data.row_table import RowTable
+from pretrain.data.shard_reader import ShardReader
+from pretrain.data.shards import Manifest, ShardWriter
 from pretrain.errors import ConfigError, DataError
-from pretrain.journal import LOCK_NAME, file_lock
-from pretrain.prepare import prepare
-from pretrain.row_table import RowTable
-from pretrain.sentencepiece_tokenizer import SentencePieceTokenizer
-from pretrain.shard_reader import ShardReader
-from pretrain.shards import Manifest, ShardWriter
-from pretrain.sources import document_digest, is_validation
-from pretrain.spills import SpillWriter
+from pretrain.options.config import Config
+from pretrain.preparing import corpus as corpus_module
+from pretrain.preparing import prepare as prepare_module
+from pretrain.preparing import shares as shares_module
+from pretrain.preparing.journal import LOCK_NAME, file_lock
+from pretrain.preparing.prepare import prepare
+from pretrain.preparing.sources import document_digest, is_validation
+from pretrain.preparing.spills import SpillWriter
+from pretrain.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 VOCAB_SIZE = 420
@@ -203,7 +203,7 @@ import os, sys
 from pathlib import Path
 sys.path.insert(0, {root!r})
 from tests.test_prepare import config_of, copy_of, hashes
-from pretrain.prepare import prepare
+from pretrain.preparing.prepare import prepare
 import webdataset  # imported once, before the forks
 
 done, work, step = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
@@ -820,7 +820,7 @@ def test_a_whole_prepare_does_without_torch_and_leaves_it_importable(done: Path,
     code = (
         "import sys\n"
         "from pathlib import Path\n"
-        "from pretrain.prepare import prepare\n"
+        "from pretrain.preparing.prepare import prepare\n"
         "from tests.test_prepare import config_of\n"
         "prepare(config_of(Path(sys.argv[1])))\n"
         "print('torch' in sys.modules, 'webdataset' in sys.modules)\n"

@@ -13,12 +13,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pretrain import quickstart as driver
-from pretrain.config import Config, TokenizerSection
+from pretrain.data.shards import Manifest, ShardWriter
 from pretrain.errors import LonghaulError
-from pretrain.sentencepiece_tokenizer import SentencePieceTokenizer, train_tokenizer
-from pretrain.settings import load_config, resolved_yaml
-from pretrain.shards import Manifest, ShardWriter
+from pretrain.options.config import Config, TokenizerSection
+from pretrain.options.settings import load_config, resolved_yaml
+from pretrain.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer, train_tokenizer
+from pretrain.training import quickstart as driver
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXTS = [f"def f{number}(x):\n    return x + {number}  # größe\n" for number in range(40)]

@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.batch_plan import BatchPlan
-from pretrain.config import Config, TokenizerSection
-from pretrain.prepare import prepare
-from pretrain.sentencepiece_tokenizer import fit
-from pretrain.settings import load_config
-from pretrain.task_data import HELD_OUT_FILE, TASKS, TRAIN_FILE, write_task
-from pretrain.task_metrics import score
-from pretrain.tokenizer import save_file
+from pretrain.options.batch_plan import BatchPlan
+from pretrain.options.config import Config, TokenizerSection
+from pretrain.options.settings import load_config
+from pretrain.preparing.prepare import prepare
+from pretrain.tasks.task_data import HELD_OUT_FILE, TASKS, TRAIN_FILE, write_task
+from pretrain.tasks.task_metrics import score
+from pretrain.tokenizers.sentencepiece_tokenizer import fit
+from pretrain.tokenizers.tokenizer import save_file
 from tests.rank_helpers import metric_lines, run_cases
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
-from pretrain import activation_offload
-from pretrain.activation_offload import check_checkpointing
-from pretrain.config import ModelSection
 from pretrain.errors import ConfigError
-from pretrain.families import resolve_shape
-from pretrain.model import Transformer
+from pretrain.options.config import ModelSection
+from pretrain.options.families import resolve_shape
+from pretrain.transformer import activation_offload
+from pretrain.transformer.activation_offload import check_checkpointing
+from pretrain.transformer.model import Transformer
 from tests.live_tensors import LiveTensors
 from tests.test_model import ALL, GPT2, Counter, batch, build
 

@@ -21,17 +21,18 @@ from typing import Any, cast
 import numpy as np
 import pytest
 
-from pretrain import data_plan, node_cache, remote_corpus, shard_reader, stores
-from pretrain.config import Config
-from pretrain.data_plan import open_plan
+from pretrain.data import data_plan, node_cache, remote_corpus, shard_reader
+from pretrain.data.data_plan import open_plan
+from pretrain.data.node_cache import CacheFile, CacheFullError, NodeCache
+from pretrain.data.packing import PACKING_VERSIONS
+from pretrain.data.remote_corpus import open_remote
+from pretrain.data.row_table import table_folder
+from pretrain.data.shard_reader import ShardReader
+from pretrain.data.shards import Manifest, load_index
+from pretrain.data.stream import TokenStream, ValRows
 from pretrain.errors import ConfigError, DataError
-from pretrain.node_cache import CacheFile, CacheFullError, NodeCache
-from pretrain.packing import PACKING_VERSIONS
-from pretrain.remote_corpus import open_remote
-from pretrain.row_table import table_folder
-from pretrain.shard_reader import ShardReader
-from pretrain.shards import Manifest, load_index
-from pretrain.stream import TokenStream, ValRows
+from pretrain.options.config import Config
+from pretrain.storage import stores
 from tests.data_helpers import TOKENIZER, batch_plan, flip_bit, make_config, make_corpus, random_documents
 from tests.rank_helpers import ROOT, metric_lines, prepare, start_ranks
 from tests.store_reader import digests, remote_config

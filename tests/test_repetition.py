@@ -8,7 +8,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from pretrain.repetition import _duplicate_share, _top_share, find_repetition
+from pretrain.preparing.repetition import _duplicate_share, _top_share, find_repetition
 
 WORDS = [f"w{number}" + "x" * (number % 7) for number in range(5000)]
 

@@ -7,9 +7,9 @@ import json
 import pytest
 import torch
 
-from pretrain import replicas
-from pretrain.checkpoint_files import list_steps
-from pretrain.replicas import _describe, hash_tensor
+from pretrain.checkpoints.checkpoint_files import list_steps
+from pretrain.zero import replicas
+from pretrain.zero.replicas import _describe, hash_tensor
 from tests.rank_helpers import losses, metric_lines, run_cases
 
 SIZE = 3 * replicas._ROW + 1001  # whole rows and a rest

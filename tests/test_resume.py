@@ -8,7 +8,7 @@ import shutil
 import pytest
 import torch
 
-from pretrain.checkpoint_files import CheckpointReader, folder_name, list_steps
+from pretrain.checkpoints.checkpoint_files import CheckpointReader, folder_name, list_steps
 from tests.rank_helpers import losses, metric_lines, newest, run_cases
 
 pytestmark = pytest.mark.launches
@@ -127,7 +127,7 @@ def test_a_damaged_checkpoint_of_the_other_run_is_left_as_it_is(runs, tiny_confi
     path.write_bytes(content)
     shutil.copytree(other, tmp_path / "wrong tokenizer")
     wrong = tmp_path / "wrong tokenizer" / "checkpoints" / folder_name(15) / "manifest.json"
-    from pretrain.checkpoint_files import manifest_digest
+    from pretrain.checkpoints.checkpoint_files import manifest_digest
 
     manifest = json.loads(wrong.read_text())
     manifest["about"]["tokenizer"] = "0" * 64

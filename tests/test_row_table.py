@@ -7,9 +7,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from pretrain import row_table
+from pretrain.data import row_table
+from pretrain.data.row_table import RowTable, build_row_tables
 from pretrain.errors import DataError
-from pretrain.row_table import RowTable, build_row_tables
 from tests.data_helpers import document, file_size_limit, make_corpus, random_documents
 
 

@@ -6,12 +6,12 @@ import json
 
 import pytest
 
-from pretrain.config_changes import changed_options, flatten
+from pretrain.checkpoints.run_folder import RunFolder
+from pretrain.checkpoints.run_status import read_saved_step
 from pretrain.errors import ConfigError
-from pretrain.model_options import RopeScalingSection
-from pretrain.run_folder import RunFolder
-from pretrain.run_status import read_saved_step
-from pretrain.settings import load_config
+from pretrain.options.config_changes import changed_options, flatten
+from pretrain.options.model_options import RopeScalingSection
+from pretrain.options.settings import load_config
 from tests.conftest import write_tiny_corpus
 
 

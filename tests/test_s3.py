@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from pretrain import stores
-from pretrain.data_plan import open_plan
+from pretrain.data.data_plan import open_plan
 from pretrain.errors import DataError
+from pretrain.storage import stores
 from tests.data_helpers import TOKENIZER, make_config, make_corpus, random_documents
 from tests.s3_server import needs_moto, proxied, s3_server
 from tests.store_reader import digests, remote_config

@@ -7,8 +7,8 @@ import re
 
 import pytest
 
-from pretrain.checkpoint_files import list_steps
-from pretrain.samples import drop_samples_after, save_samples
+from pretrain.checkpoints.checkpoint_files import list_steps
+from pretrain.generation.samples import drop_samples_after, save_samples
 from tests.rank_helpers import losses, metric_lines, newest, run_cases
 
 pytestmark = [pytest.mark.slow, pytest.mark.launches, pytest.mark.timeout(600)]

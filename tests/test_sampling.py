@@ -16,9 +16,9 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from pretrain.generate_options import GenerateOptions
-from pretrain.sampling import NOT_FINITE, TextStream, choose_tokens, penalise, probabilities
-from pretrain.sentencepiece_tokenizer import SentencePieceTokenizer
+from pretrain.generation.generate_options import GenerateOptions
+from pretrain.generation.sampling import NOT_FINITE, TextStream, choose_tokens, penalise, probabilities
+from pretrain.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
 
 OPTION_SETS = [
     dict(zip(("temperature", "top_k", "top_p", "min_p", "repetition_penalty"), values, strict=True))

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pretrain.scaling_laws import CORRECTED, PUBLISHED, flops_of, recommend
+from pretrain.planning.scaling_laws import CORRECTED, PUBLISHED, flops_of, recommend
 
 sizes = st.floats(1e7, 1e13)
 

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pretrain.config import ScheduleSection
-from pretrain.schedule import lr_at, num_decay_steps
+from pretrain.options.config import ScheduleSection
+from pretrain.options.schedule import lr_at, num_decay_steps
 
 PEAK = 6e-4
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from pretrain.errors import LonghaulError, TrainingError
-from pretrain.generate import generate
-from pretrain.generate_options import GenerateOptions
-from pretrain.scoring import Continuation, Prompt, Scorer
+from pretrain.evaluation.scoring import Continuation, Prompt, Scorer
+from pretrain.generation.generate import generate
+from pretrain.generation.generate_options import GenerateOptions
 from tests.test_hf_export import SEQ_LEN, make_run, tokenizer  # noqa: F401
 
 

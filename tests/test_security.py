@@ -17,20 +17,20 @@ import numpy as np
 import pytest
 import torch
 
-from pretrain.checkpoint_files import MANIFEST, CheckpointReader, manifest_digest
-from pretrain.config import SourceSection, TokenizerSection
-from pretrain.distributed import Ranks
+from pretrain.checkpoints.checkpoint_files import MANIFEST, CheckpointReader, manifest_digest
+from pretrain.checkpoints.run_folder import RunFolder, environment, open_log
+from pretrain.data.remote_corpus import open_remote
+from pretrain.data.shards import _load_index, index_path
 from pretrain.errors import CheckpointError, ConfigError, DataError
-from pretrain.metrics import MetricLog
-from pretrain.model_card import _plain
+from pretrain.formats.model_card import _plain
+from pretrain.options.config import SourceSection, TokenizerSection
+from pretrain.options.run_options import LogSection
+from pretrain.preparing.sources import ReadLog, read_documents
+from pretrain.ranks.distributed import Ranks
 from pretrain.redaction import redact
-from pretrain.remote_corpus import open_remote
-from pretrain.run_folder import RunFolder, environment, open_log
-from pretrain.run_options import LogSection
-from pretrain.shards import _load_index, index_path
-from pretrain.sources import ReadLog, read_documents
-from pretrain.tensor_files import sha256_of
-from pretrain.tokenizer_files import open_tokenizer
+from pretrain.storage.tensor_files import sha256_of
+from pretrain.tokenizers.tokenizer_files import open_tokenizer
+from pretrain.training.metrics import MetricLog
 from tests.rank_helpers import ROOT, newest, run_cases
 from tests.store_reader import remote_config
 
@@ -150,9 +150,12 @@ FORBIDDEN = {
     "torch.hub", "eval", "exec", "__import__", "set_start_method",
 }  # fmt: skip
 ALLOWED = {
-    "pretrain/stores.py": {"shell=True"},  # `pipe:`, which data.allow_pipe allows
-    "pretrain/hf_tensors.py": {"pickle", "torch.load"},  # with weights_only: the name of the error of all that is more
-    "pretrain/torch_export.py": {"torch.load"},  # of what it has just written, with weights_only
+    "pretrain/storage/stores.py": {"shell=True"},  # `pipe:`, which data.allow_pipe allows
+    "pretrain/formats/hf_tensors.py": {
+        "pickle",
+        "torch.load",
+    },  # with weights_only: the name of the error of all that is more
+    "pretrain/formats/torch_export.py": {"torch.load"},  # of what it has just written, with weights_only
 }
 
 

@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from pretrain.sentencepiece_model import ModelFile, read_model, round_scores, scores_tie
+from pretrain.tokenizers.sentencepiece_model import ModelFile, read_model, round_scores, scores_tie
 from tests.tokenizer_helpers import train_sentencepiece
 
 protobuf = pytest.importorskip("sentencepiece.sentencepiece_model_pb2")

@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pretrain import sentencepiece_tokenizer as tokenizer_module
-from pretrain import tokenizer as base_module
-from pretrain.config import TokenizerSection
 from pretrain.errors import ConfigError, DataError
-from pretrain.hf_tokenizer import build_tokenizer, check_ids
-from pretrain.sentencepiece_tokenizer import (
+from pretrain.options.config import TokenizerSection
+from pretrain.tokenizers import sentencepiece_tokenizer as tokenizer_module
+from pretrain.tokenizers import tokenizer as base_module
+from pretrain.tokenizers.hf_tokenizer import build_tokenizer, check_ids
+from pretrain.tokenizers.sentencepiece_tokenizer import (
     BOS_ID,
     CHUNK_CHARACTERS,
     CONTROL_SYMBOLS,
@@ -29,8 +29,8 @@ from pretrain.sentencepiece_tokenizer import (
     report,
     train_tokenizer,
 )
-from pretrain.tokenizer import check_round_trip, save_file
-from pretrain.varied_texts import varied_texts
+from pretrain.tokenizers.tokenizer import check_round_trip, save_file
+from pretrain.tokenizers.varied_texts import varied_texts
 
 VOCAB_SIZE = 700
 

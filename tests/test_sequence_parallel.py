@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pretrain import sequence_parallel
-from pretrain.batch_plan import BatchPlan
-from pretrain.sequence_parallel import SequenceGroup, exchange_parts
-from pretrain.settings import load_config
+from pretrain.options.batch_plan import BatchPlan
+from pretrain.options.settings import load_config
+from pretrain.ranks import sequence_parallel
+from pretrain.ranks.sequence_parallel import SequenceGroup, exchange_parts
 from tests.rank_helpers import ROOT, losses, metric_lines, run_cases
 from tests.test_model import ALL, batch, build, sharpen
 

@@ -9,11 +9,11 @@ from hypothesis import given
 from hypothesis import settings as no_deadline
 from hypothesis import strategies as st
 
-from pretrain.config import Config
-from pretrain.config_docs import options
 from pretrain.errors import ConfigError
-from pretrain.settings import load_config, parse_config, resolved_yaml
-from pretrain.spellings import SPELLINGS, suggest_option
+from pretrain.options.config import Config
+from pretrain.options.config_docs import options
+from pretrain.options.settings import load_config, parse_config, resolved_yaml
+from pretrain.options.spellings import SPELLINGS, suggest_option
 
 GOOD = """\
 tokenizer: {model: data/tokenizer.model, vocab_size: 32000}

@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pretrain import shard_reader
+from pretrain.data import shard_reader
+from pretrain.data.shard_reader import DamagedDocumentError, ShardCache, ShardReader, check_shards
+from pretrain.data.shards import load_index
 from pretrain.errors import DataError
-from pretrain.shard_reader import DamagedDocumentError, ShardCache, ShardReader, check_shards
-from pretrain.shards import load_index
 from tests.data_helpers import flip_bit, random_documents, write_shards
 
 

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import webdataset
 
+from pretrain.data.shards import Manifest, ShardWriter, load_index
 from pretrain.errors import DataError
-from pretrain.shards import Manifest, ShardWriter, load_index
 from tests.data_helpers import document, file_size_limit, make_corpus, random_documents, write_shards
 
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pretrain.checkpoint_folder import FolderPlace
-from pretrain.engine import Fragment
-from pretrain.share_writer import ShareWriter
+from pretrain.checkpoints.checkpoint_folder import FolderPlace
+from pretrain.checkpoints.share_writer import ShareWriter
+from pretrain.zero.engine import Fragment
 
 
 @pytest.mark.parametrize("asynchronous", [True, False])

@@ -12,15 +12,15 @@ import numpy as np
 import pytest
 
 from launch.prepare import main
-from pretrain import json_lines
-from pretrain import shares as shares_module
-from pretrain.dry_run import forecast
+from pretrain.data.shards import Manifest, ShardWriter
 from pretrain.errors import ConfigError, DataError
-from pretrain.json_lines import is_divisible
-from pretrain.prepare import prepare
-from pretrain.shards import Manifest, ShardWriter
-from pretrain.shares import files_of_share, parse_share
-from pretrain.spills import SpillWriter
+from pretrain.preparing import json_lines
+from pretrain.preparing import shares as shares_module
+from pretrain.preparing.dry_run import forecast
+from pretrain.preparing.json_lines import is_divisible
+from pretrain.preparing.prepare import prepare
+from pretrain.preparing.shares import files_of_share, parse_share
+from pretrain.preparing.spills import SpillWriter
 from tests.test_filters import FILTERS, write_texts
 from tests.test_prepare import config_of, copy_of, hashes, stop_after, text_of, write_corpus
 from tests.token_writers import write_megatron

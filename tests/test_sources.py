@@ -14,11 +14,11 @@ from pathlib import Path
 import pytest
 import zstandard
 
-from pretrain import json_lines, sources
-from pretrain.config import SourceSection
+from pretrain.data.source_files import files_identity, list_files
 from pretrain.errors import DataError
-from pretrain.source_files import files_identity, list_files
-from pretrain.sources import ReadLog, document_digest, is_validation, read_documents, read_files
+from pretrain.options.config import SourceSection
+from pretrain.preparing import json_lines, sources
+from pretrain.preparing.sources import ReadLog, document_digest, is_validation, read_documents, read_files
 
 TEXT = "tab\there\r\n  two  spaces\nümlaut e\u0301 日本語 🎉\x00\n"
 

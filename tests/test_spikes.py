@@ -8,8 +8,8 @@ import random
 
 import pytest
 
-from pretrain.run_options import GuardSection
-from pretrain.spikes import WINDOW, Observation, SpikeGuard, describe_ranges
+from pretrain.options.run_options import GuardSection
+from pretrain.training.spikes import WINDOW, Observation, SpikeGuard, describe_ranges
 
 ROWS = 8  # of a step
 

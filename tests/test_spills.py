@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from pretrain.errors import DataError
-from pretrain.spills import RECORD, Spill, SpillWriter, read_buckets, spill_size
+from pretrain.preparing.spills import RECORD, Spill, SpillWriter, read_buckets, spill_size
 from tests.data_helpers import file_size_limit
 
 DTYPE = np.dtype("uint16")

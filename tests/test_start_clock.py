@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from pretrain.start_clock import StartClock, process_age
+from pretrain.ranks.start_clock import StartClock, process_age
 
 
 def test_parts_follow_each_other_and_are_said_in_order():
@@ -25,7 +25,7 @@ def test_parts_follow_each_other_and_are_said_in_order():
 
 
 def test_the_age_of_a_process_is_that_since_it_was_started():
-    code = "import time; time.sleep(0.3); from pretrain.start_clock import process_age; print(process_age())"
+    code = "import time; time.sleep(0.3); from pretrain.ranks.start_clock import process_age; print(process_age())"
     begin = time.monotonic()
     age = float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
     assert 0.3 <= age <= time.monotonic() - begin + 0.05

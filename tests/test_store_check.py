@@ -12,12 +12,13 @@ from pathlib import Path
 import pytest
 
 from launch.prepare import main
-from pretrain import store_check, stores
+from pretrain.data.shards import Manifest
 from pretrain.errors import DataError
-from pretrain.inspect_shards import inspect
-from pretrain.shards import Manifest
-from pretrain.store_check import inspect_store, verify_store
-from pretrain.verify_shards import Problem, verify
+from pretrain.preparing import store_check
+from pretrain.preparing.inspect_shards import inspect
+from pretrain.preparing.store_check import inspect_store, verify_store
+from pretrain.preparing.verify_shards import Problem, verify
+from pretrain.storage import stores
 from tests.data_helpers import flip_bit, make_corpus, random_documents
 from tests.store_server import StoreServer
 

@@ -8,7 +8,7 @@ import shutil
 import pytest
 import torch
 
-from pretrain.run_folder import load_run, place_of_run
+from pretrain.checkpoints.run_folder import load_run, place_of_run
 from tests.rank_helpers import losses, metric_lines, newest, run_cases, run_command
 from tests.s3_server import SECRET, needs_moto, proxied, s3_server
 from tests.test_topology import same_tensors

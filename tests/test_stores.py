@@ -11,10 +11,10 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from pretrain import stores
 from pretrain.errors import DataError
-from pretrain.store_errors import StoreError, as_store_error
-from pretrain.stores import Store, is_remote, shown
+from pretrain.storage import stores
+from pretrain.storage.store_errors import StoreError, as_store_error
+from pretrain.storage.stores import Store, is_remote, shown
 from tests.store_server import StoreServer
 
 CONTENT = bytes(range(256)) * 2000

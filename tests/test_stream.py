@@ -14,11 +14,11 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pretrain import row_reader
+from pretrain.data import row_reader
+from pretrain.data.row_reader import IGNORED_TARGET
+from pretrain.data.shards import load_index
+from pretrain.data.stream import TokenStream, ValRows
 from pretrain.errors import DataError
-from pretrain.row_reader import IGNORED_TARGET
-from pretrain.shards import load_index
-from pretrain.stream import TokenStream, ValRows
 from tests.data_helpers import (
     BOS,
     EOS,
@@ -459,5 +459,5 @@ def test_damaged_held_out_documents_are_named_once_and_not_scored(tmp_path, monk
 
 
 def test_pad_id_is_the_tokenizers():
-    tokenizer = pytest.importorskip("pretrain.sentencepiece_tokenizer")
+    tokenizer = pytest.importorskip("pretrain.tokenizers.sentencepiece_tokenizer")
     assert row_reader._PAD_ID == tokenizer.PAD_ID == PAD and tokenizer.BOS_ID == BOS and tokenizer.EOS_ID == EOS

@@ -13,13 +13,12 @@ from pathlib import Path
 
 import pytest
 
-from pretrain import slurm
-from pretrain.errors import ConfigError, DataError
-from pretrain.run_state import read_state, render
-from pretrain.slurm import Job, NodeGroup, count_gpus, find_jobs, list_nodes, parse_time, place_in_queue
-from pretrain.slurm_script import ROOT, TEMPLATE, ScriptSettings, covering, enter_container, fill_in
-from pretrain.submit import prepare_submission, send
-from pretrain.submit_checks import (
+from pretrain.cluster import slurm
+from pretrain.cluster.run_state import read_state, render
+from pretrain.cluster.slurm import Job, NodeGroup, count_gpus, find_jobs, list_nodes, parse_time, place_in_queue
+from pretrain.cluster.slurm_script import ROOT, TEMPLATE, ScriptSettings, covering, enter_container, fill_in
+from pretrain.cluster.submit import prepare_submission, send
+from pretrain.cluster.submit_checks import (
     Request,
     check_cluster,
     check_extra_options,
@@ -27,6 +26,7 @@ from pretrain.submit_checks import (
     check_time,
     choose_cpus,
 )
+from pretrain.errors import ConfigError, DataError
 from tests.rank_helpers import run_command
 
 GPUS = Request(nodes=2, gpus_per_node=8, tasks_per_node=8)
@@ -527,7 +527,7 @@ def test_a_local_run_is_seen_and_stopped(fork_server, tiny_config, tmp_path) -> 
     ids=str,
 )
 def test_wrong_use(arguments: list[str], error: str, capsys: pytest.CaptureFixture[str]) -> None:
-    from pretrain.submit_options import parse
+    from pretrain.cluster.submit_options import parse
 
     with pytest.raises(SystemExit) as ended:
         parse(arguments, "")
@@ -546,9 +546,9 @@ def test_wrong_use(arguments: list[str], error: str, capsys: pytest.CaptureFixtu
     ],
 )
 def test_what_was_submitted_is_said(tiny_config, tmp_path, monkeypatch, sizes: str, answer: str) -> None:
-    from pretrain import submit_options
+    from pretrain.cluster import submit_options
 
-    monkeypatch.setattr("pretrain.submit.send", lambda _: ("7", ""))
+    monkeypatch.setattr("pretrain.cluster.submit.send", lambda _: ("7", ""))
     given = [str(tiny_config), f"run.dir={tmp_path}/run", "train.micro_batch_size=1", *sizes.split()]
     text = submit_options.run(submit_options.parse(given, ""))
     assert text.startswith(answer) and f"script {tmp_path}/run/submit.sbatch, log {tmp_path}/run/slurm-7.log\n" in text

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from pretrain.errors import ConfigError
-from pretrain.swapped_states import prepare_folder, remove_states
+from pretrain.zero.swapped_states import prepare_folder, remove_states
 from tests.test_deepspeed_settings import config_of
 
 

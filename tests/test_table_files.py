@@ -16,11 +16,11 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from pretrain import csv_files, sources, table_files
-from pretrain.config import SourceSection
+from pretrain.data.source_files import list_files
 from pretrain.errors import DataError
-from pretrain.source_files import list_files
-from pretrain.sources import ReadLog, read_documents
+from pretrain.options.config import SourceSection
+from pretrain.preparing import csv_files, sources, table_files
+from pretrain.preparing.sources import ReadLog, read_documents
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXTS = [f"text {number}\n, \"quoted\" 'ä日本🎉'\t\r\n" + "x" * (number % 7) for number in range(500)]
@@ -93,7 +93,7 @@ def test_memory_is_bounded_and_other_columns_are_not_read(tmp_path: Path, kind: 
             writer.write_table(table, max_chunksize=1000)
     code = (
         "import pyarrow, sys\n"
-        "from pretrain.table_files import read_column\n"
+        "from pretrain.preparing.table_files import read_column\n"
         "from pathlib import Path\n"
         "def anonymous(): return int(next(l for l in open('/proc/self/status') if 'RssAnon' in l).split()[1])\n"
         "first, most, number = anonymous(), 0, 0\n"
@@ -111,10 +111,10 @@ def test_pyarrow_is_imported_for_tables_only(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "x"}\n')
     write_parquet(tmp_path / "b.parquet", ["y"])
     code = (
-        "import sys, pretrain.prepare, pretrain.dry_run, pretrain.settings\n"
-        "from pretrain.config import SourceSection\n"
-        "from pretrain.source_files import list_files\n"
-        "from pretrain.sources import ReadLog, read_documents\n"
+        "import sys, pretrain.preparing.prepare, pretrain.preparing.dry_run, pretrain.options.settings\n"
+        "from pretrain.options.config import SourceSection\n"
+        "from pretrain.data.source_files import list_files\n"
+        "from pretrain.preparing.sources import ReadLog, read_documents\n"
         "for path in sys.argv[1:]:\n"
         "    source = SourceSection(name='a', paths=[path], shards='s')\n"
         "    print(len(list(read_documents(list_files(source), source, 'error', 'error', ReadLog()))),\n"

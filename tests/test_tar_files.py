@@ -14,11 +14,11 @@ from pathlib import Path
 import pytest
 import zstandard
 
-from pretrain.config import SourceSection
+from pretrain.data.source_files import BrokenFile, list_files
 from pretrain.errors import DataError
-from pretrain.source_files import BrokenFile, list_files
-from pretrain.sources import ReadLog, read_documents
-from pretrain.tar_files import BLOCK_BYTES, Member, read_members
+from pretrain.options.config import SourceSection
+from pretrain.preparing.sources import ReadLog, read_documents
+from pretrain.preparing.tar_files import BLOCK_BYTES, Member, read_members
 from tests.data_helpers import flip_bit
 from tests.tar_helpers import text_samples, write_tar
 
@@ -208,7 +208,7 @@ def test_json_beside_txt_is_not_a_document_and_nothing_is_left_out_without_a_cou
 
 
 def test_a_member_that_is_too_long_is_a_bad_document(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pretrain.sources.MAX_DOCUMENT_BYTES", 100)
+    monkeypatch.setattr("pretrain.preparing.sources.MAX_DOCUMENT_BYTES", 100)
     path = write_tar(tmp_path / "web.tar", text_samples(["a" * 101, "b" * 100]))
     documents, log = read(path, on_bad_document="skip")
     assert [text for text, _ in documents] == ["b" * 100] and log.counts["skipped_too_long"] == 1

@@ -16,22 +16,23 @@ import pytest
 import torch
 
 from launch.prepare import main
-from pretrain import tar_documents, text_shards
-from pretrain.config import Config
-from pretrain.data_plan import open_plan
+from pretrain.data import text_shards
+from pretrain.data.data_plan import open_plan
+from pretrain.data.shard_reader import DamagedDocumentError, ShardReader
+from pretrain.data.shards import Manifest, load_index
+from pretrain.data.stream import TokenStream, ValRows
+from pretrain.data.text_index import TextContent
+from pretrain.data.text_shards import TextShardReader, tokenize_pieces
 from pretrain.errors import ConfigError, DataError
-from pretrain.inspect_shards import inspect, render
-from pretrain.prepare import prepare
-from pretrain.sentencepiece_tokenizer import SentencePieceTokenizer
-from pretrain.shard_reader import DamagedDocumentError, ShardReader
-from pretrain.shards import Manifest, load_index
-from pretrain.sources import document_digest, is_validation
-from pretrain.stream import TokenStream, ValRows
-from pretrain.tar_documents import first_of_equals
-from pretrain.text_index import TextContent
-from pretrain.text_shards import TextShardReader, tokenize_pieces
-from pretrain.tokenizer_files import open_tokenizer
-from pretrain.verify_shards import Problem, verify
+from pretrain.options.config import Config
+from pretrain.preparing import tar_documents
+from pretrain.preparing.inspect_shards import inspect, render
+from pretrain.preparing.prepare import prepare
+from pretrain.preparing.sources import document_digest, is_validation
+from pretrain.preparing.tar_documents import first_of_equals
+from pretrain.preparing.verify_shards import Problem, verify
+from pretrain.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
+from pretrain.tokenizers.tokenizer_files import open_tokenizer
 from tests.data_helpers import batch_plan, flip_bit
 from tests.rank_helpers import metric_lines, run_command
 from tests.store_server import StoreServer
@@ -347,8 +348,8 @@ def test_a_library_that_gives_other_ids_is_noticed(done: Path, monkeypatch: pyte
 
 
 def test_batches_come_from_a_server_that_fails(done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pretrain.stores.FIRST_PAUSE_SECONDS", 0.02)
-    monkeypatch.setattr("pretrain.stores.STALL_SECONDS", 0.5)
+    monkeypatch.setattr("pretrain.storage.stores.FIRST_PAUSE_SECONDS", 0.02)
+    monkeypatch.setattr("pretrain.storage.stores.STALL_SECONDS", 0.5)
     expected, _ = steps_of(config_in(done), 12, 1, 12)
     server = StoreServer(done)
     try:
@@ -479,7 +480,7 @@ from pathlib import Path
 sys.path.insert(0, {root!r})
 from tests.test_prepare import hashes
 from tests.test_tar_index import config_in
-from pretrain.prepare import prepare
+from pretrain.preparing.prepare import prepare
 import webdataset  # imported once, before the forks
 
 work, step = Path(sys.argv[1]), int(sys.argv[2])

@@ -14,9 +14,9 @@ import pytest
 
 from launch.make_tasks import main
 from pretrain.errors import ConfigError
-from pretrain.task_data import TASKS, make_examples, write_task
-from pretrain.task_grammars import Example
-from pretrain.task_metrics import METRICS, parse_roles
+from pretrain.tasks.task_data import TASKS, make_examples, write_task
+from pretrain.tasks.task_grammars import Example
+from pretrain.tasks.task_metrics import METRICS, parse_roles
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -43,7 +43,7 @@ def test_what_is_held_out_is_new_in_content(name: str, examples: dict) -> None:
 
 
 def test_the_same_arguments_give_the_same_bytes(tmp_path: Path) -> None:
-    make = "import sys; from pretrain.task_data import *; [write_task(n, f'{sys.argv[1]}/{n}', 20, 5) for n in TASKS]"
+    make = "import sys; from pretrain.tasks.task_data import *; [write_task(n, f'{sys.argv[1]}/{n}', 20, 5) for n in TASKS]"
     for hash_seed in ("1", "2"):
         environment = os.environ | {"PYTHONHASHSEED": hash_seed}
         subprocess.run(
@@ -87,7 +87,7 @@ def make_examples_of_few() -> None:
     monkey = pytest.MonkeyPatch()
     made = [Example(f"{number}\n", "x", frozenset()) for number in range(2)]
     monkey.setitem(TASKS, "roles", type(TASKS["roles"])(lambda random: made[int(random.random() * 2)], "roles"))
-    monkey.setattr("pretrain.task_data._MAX_TRIES", 50)
+    monkey.setattr("pretrain.tasks.task_data._MAX_TRIES", 50)
     try:
         make_examples("roles", 3, 1)
     finally:

@@ -7,9 +7,9 @@ from collections import Counter
 
 import pytest
 
-from pretrain import task_metrics
 from pretrain.errors import ConfigError
-from pretrain.task_metrics import METRICS, check_metric, normalize_answer, parse_roles, score, token_f1
+from pretrain.tasks import task_metrics
+from pretrain.tasks.task_metrics import METRICS, check_metric, normalize_answer, parse_roles, score, token_f1
 
 
 def test_squad_normalises_as_published() -> None:

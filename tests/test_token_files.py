@@ -11,15 +11,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pretrain import sources, token_files
-from pretrain.config import Config, SourceSection, TokenizerSection
+from pretrain.data.shard_reader import ShardReader
+from pretrain.data.shards import Manifest
+from pretrain.data.source_files import list_files, token_format
 from pretrain.errors import ConfigError, DataError
-from pretrain.prepare import prepare
-from pretrain.sentencepiece_tokenizer import SentencePieceTokenizer, train_tokenizer
-from pretrain.shard_reader import ShardReader
-from pretrain.shards import Manifest
-from pretrain.source_files import list_files, token_format
-from pretrain.sources import ReadLog, document_digest, is_validation, read_token_documents
+from pretrain.options.config import Config, SourceSection, TokenizerSection
+from pretrain.preparing import sources, token_files
+from pretrain.preparing.prepare import prepare
+from pretrain.preparing.sources import ReadLog, document_digest, is_validation, read_token_documents
+from pretrain.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer, train_tokenizer
 from tests.token_writers import write_llmc, write_megatron, write_nanogpt
 
 VOCAB_SIZE = 420

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from pretrain.errors import ExportError
-from pretrain.hf_export import load_tokenizer
-from pretrain.hf_tokenizer import JsonTokenizer
-from pretrain.sentencepiece_tokenizer import SentencePieceTokenizer
-from pretrain.tokenizer_export import export_tokenizer
+from pretrain.formats.hf_export import load_tokenizer
+from pretrain.formats.tokenizer_export import export_tokenizer
+from pretrain.tokenizers.hf_tokenizer import JsonTokenizer
+from pretrain.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
 from tests.tokenizer_helpers import JSON_KINDS, SOURCES, train_json, train_sentencepiece
 
 

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.config import TokenizerSection
 from pretrain.errors import ConfigError
-from pretrain.hf_tokenizer import JsonTokenizer
-from pretrain.sentencepiece_tokenizer import SentencePieceTokenizer
-from pretrain.tokenizer_files import keep_files, open_tokenizer, write_tokenizer_files
+from pretrain.options.config import TokenizerSection
+from pretrain.tokenizers.hf_tokenizer import JsonTokenizer
+from pretrain.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
+from pretrain.tokenizers.tokenizer_files import keep_files, open_tokenizer, write_tokenizer_files
 from tests.tokenizer_helpers import train_json, train_sentencepiece
 
 

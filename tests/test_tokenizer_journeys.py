@@ -10,13 +10,14 @@ import pytest
 from launch.convert import main as convert_main
 from launch.evaluate import main as evaluate_main
 from launch.generate import main as generate_main
-from pretrain import hf_export, tokenizer_trial
-from pretrain.prepare import prepare
-from pretrain.run_folder import load_run
-from pretrain.settings import load_config
-from pretrain.shard_reader import ShardReader
-from pretrain.shards import Manifest
-from pretrain.tokenizer_files import open_tokenizer
+from pretrain.checkpoints.run_folder import load_run
+from pretrain.data.shard_reader import ShardReader
+from pretrain.data.shards import Manifest
+from pretrain.formats import hf_export
+from pretrain.options.settings import load_config
+from pretrain.preparing.prepare import prepare
+from pretrain.tokenizers import tokenizer_trial
+from pretrain.tokenizers.tokenizer_files import open_tokenizer
 from tests.rank_helpers import losses, run_cases
 from tests.tokenizer_helpers import train_json, train_sentencepiece
 
@@ -69,7 +70,7 @@ def journeys(tiny_config, tmp_path_factory):
                 f"tokenizer={json.dumps(section, default=str)}",
             ]  # fmt: skip
             lines: list[str] = []
-            patch.setattr("pretrain.prepare.LiveLine.say", lambda self, text, lines=lines: lines.append(text))
+            patch.setattr("pretrain.preparing.prepare.LiveLine.say", lambda self, text, lines=lines: lines.append(text))
             prepare(load_config(tiny_config, overrides[name]))
             said[name] = "\n".join(lines)
     outcomes = run_cases(tiny_config, [{"overrides": case} for case in overrides.values()], 1, folder / "ranks")

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from pretrain import tokenizer_trial
-from pretrain.hf_tokenizer import JsonTokenizer
-from pretrain.sentencepiece_tokenizer import SentencePieceTokenizer
-from pretrain.tokenizer_trial import try_out
+from pretrain.tokenizers import tokenizer_trial
+from pretrain.tokenizers.hf_tokenizer import JsonTokenizer
+from pretrain.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
+from pretrain.tokenizers.tokenizer_trial import try_out
 from tests.tokenizer_helpers import SOURCES, train_json, train_sentencepiece
 
 

@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from pretrain.checkpoint_files import CheckpointReader, folder_name, list_steps
+from pretrain.checkpoints.checkpoint_files import CheckpointReader, folder_name, list_steps
 from tests.rank_helpers import losses, metric_lines, newest, run_cases
 
 pytestmark = [pytest.mark.slow, pytest.mark.launches, pytest.mark.timeout(900)]

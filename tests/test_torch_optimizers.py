@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pretrain import torch_optimizers
+from pretrain.optimizers import torch_optimizers
 from tests.rank_helpers import ROOT, metric_lines
 
 KINDS = {
@@ -40,7 +40,7 @@ def test_they_compute_what_torchs_own_do(name):
 def test_they_import_no_compiler():
     code = f"""
 import sys, torch
-from pretrain import torch_optimizers
+from pretrain.optimizers import torch_optimizers
 for name, options in {KINDS!r}.items():
     weight = torch.nn.Parameter(torch.ones(3))
     optimizer = getattr(torch_optimizers, name)([weight], **options)

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from pretrain.errors import ConfigError
-from pretrain.metrics import MetricLog
-from pretrain.run_options import LogSection
-from pretrain.tracking import Tracker, check_tracking
+from pretrain.options.run_options import LogSection
+from pretrain.training.metrics import MetricLog
+from pretrain.training.tracking import Tracker, check_tracking
 from tests.rank_helpers import losses, metric_lines, run_cases, run_command
 from tests.test_metrics import step_metrics
 
@@ -95,7 +95,7 @@ def test_a_site_that_cannot_be_reached_costs_half_a_minute_at_most(tiny_config, 
 
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")  # nobody listens there
     monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
-    monkeypatch.setattr("pretrain.tracking.START_SECONDS", 3)
+    monkeypatch.setattr("pretrain.training.tracking.START_SECONDS", 3)
     told = []
     tracker = Tracker("p", tmp_path, {"a": 1}, lambda *event: told.append(event))
     assert told[0][0] == "wandb_unreachable" and "`wandb sync` sends it" in told[0][1]
@@ -122,7 +122,7 @@ def test_without_the_library_nothing_starts(monkeypatch):
 
 @pytest.mark.launches
 def test_without_a_login_nothing_starts(tmp_path):
-    script = "import sys; from pathlib import Path; from pretrain.tracking import Tracker; Tracker('mine', Path(sys.argv[1]), {}, print)"
+    script = "import sys; from pathlib import Path; from pretrain.training.tracking import Tracker; Tracker('mine', Path(sys.argv[1]), {}, print)"
     empty = {"HOME": str(tmp_path), "NETRC": str(tmp_path / "netrc"), "WANDB_API_KEY": "", "WANDB_MODE": "online"}
     done = run_command("-c", script, tmp_path, **empty)
     assert re.search(

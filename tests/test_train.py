@@ -10,8 +10,8 @@ import shutil
 import pytest
 import torch
 
-from pretrain.checkpoint_files import CheckpointReader, folder_name, list_steps
-from pretrain.settings import load_config
+from pretrain.checkpoints.checkpoint_files import CheckpointReader, folder_name, list_steps
+from pretrain.options.settings import load_config
 from tests.data_helpers import damage_last_needed
 from tests.rank_helpers import losses, metric_lines, newest, run_cases
 

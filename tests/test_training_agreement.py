@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
-from pretrain.families import resolve_shape
-from pretrain.model import Transformer
+from pretrain.options.families import resolve_shape
+from pretrain.transformer.model import Transformer
 from tests.interpreter_process import run_interpreted
 from tests.training_agreement import (
     BEGIN,

@@ -8,12 +8,12 @@ import shutil
 import pytest
 import torch
 
-from pretrain.checkpoint_files import CheckpointReader, folder_name, list_steps
+from pretrain.checkpoints.checkpoint_files import CheckpointReader, folder_name, list_steps
+from pretrain.checkpoints.run_folder import load_run
+from pretrain.data.stream import ValRows
 from pretrain.errors import CheckpointError
-from pretrain.evaluate import evaluate
-from pretrain.run_folder import load_run
-from pretrain.settings import load_config
-from pretrain.stream import ValRows
+from pretrain.evaluation.evaluate import evaluate
+from pretrain.options.settings import load_config
 from tests.rank_helpers import losses, metric_lines, newest, prepare, run_cases, state_hash
 from tests.tuning_helpers import write_task
 
@@ -92,8 +92,8 @@ def test_the_merged_model_computes_what_the_adapters_did(runs):
 
 def adapted_model(folder, loaded, step):
     """The base with the adapters beside it, as training computed it."""
-    from pretrain.lora import add_adapters
-    from pretrain.model import Transformer
+    from pretrain.transformer.lora import add_adapters
+    from pretrain.transformer.model import Transformer
 
     model = Transformer(loaded.model.shape, 3)
     add_adapters(model, loaded.config.train.lora)

@@ -10,11 +10,11 @@ import torch
 from benchmarks.memory import STATES, bytes_in_theory
 from benchmarks.table import ring_bytes
 from benchmarks.usage import KINDS, MOMENTS, Usage
-from pretrain.families import resolve_shape
-from pretrain.model import Transformer
-from pretrain.plan_communication import communication
-from pretrain.plan_memory import resident
-from pretrain.settings import load_config
+from pretrain.options.families import resolve_shape
+from pretrain.options.settings import load_config
+from pretrain.planning.plan_communication import communication
+from pretrain.planning.plan_memory import resident
+from pretrain.transformer.model import Transformer
 from tests.rank_helpers import run_cases
 
 PERSISTENT = 100_000  # elements of a parameter up to which DeepSpeed's ZeRO-3 leaves it whole

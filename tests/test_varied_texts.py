@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pretrain.varied_texts import varied_texts
+from pretrain.tokenizers.varied_texts import varied_texts
 
 
 def test_varied_texts_are_fixed_by_the_seed_and_varied():

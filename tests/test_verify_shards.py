@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from launch.prepare import main
-from pretrain.row_table import build_row_tables
-from pretrain.shards import Manifest, Shard, load_index
-from pretrain.verify_shards import Problem, verify
+from pretrain.data.row_table import build_row_tables
+from pretrain.data.shards import Manifest, Shard, load_index
+from pretrain.preparing.verify_shards import Problem, verify
 from tests.data_helpers import flip_bit, make_corpus, random_documents
 
 
@@ -64,7 +64,7 @@ def test_of_a_link_the_file_that_is_gone_is_named(folder: Path) -> None:
 
 
 def test_wide_ids_and_pieces_smaller_than_documents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pretrain.verify_shards._READ_BYTES", 100)
+    monkeypatch.setattr("pretrain.preparing.verify_shards._READ_BYTES", 100)
     documents = [ids.astype("uint32") for ids in random_documents(200, 3)]
     (tmp_path / "wide").mkdir()
     make_corpus(tmp_path / "wide", documents, shard_bytes=20_000, vocab_size=70_000)
@@ -73,7 +73,7 @@ def test_wide_ids_and_pieces_smaller_than_documents(tmp_path: Path, monkeypatch:
 
 @pytest.mark.parametrize("read_bytes", [100, 1 << 22])
 def test_a_flipped_bit_of_a_document_names_it(folder: Path, monkeypatch: pytest.MonkeyPatch, read_bytes: int) -> None:
-    monkeypatch.setattr("pretrain.verify_shards._READ_BYTES", read_bytes)
+    monkeypatch.setattr("pretrain.preparing.verify_shards._READ_BYTES", read_bytes)
     shard, path, index = shard_of(folder)
     begin, end = (int(index["offset"][7]) + extra for extra in (0, 2 * int(index["num_tokens"][7])))
     flip_bit(path, end - 2)
@@ -118,7 +118,7 @@ def test_truncation_between_documents_and_behind_the_last(folder: Path) -> None:
 
 @pytest.mark.parametrize("member_bytes", [1 << 20, 2000])
 def test_truncation_at_a_member_boundary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, member_bytes: int) -> None:
-    monkeypatch.setattr("pretrain.shards._MEMBER_BYTES", member_bytes)
+    monkeypatch.setattr("pretrain.data.shards._MEMBER_BYTES", member_bytes)
     (tmp_path / "web").mkdir()
     make_corpus(tmp_path / "web", random_documents(300, 4), shard_bytes=30_000)
     assert problems(tmp_path / "web") == []

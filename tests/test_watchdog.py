@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.heartbeat import Beat, Heartbeat
-from pretrain.stalls import Judge, Stragglers
-from pretrain.watch_links import Hub, Spoke
+from pretrain.ranks.heartbeat import Beat, Heartbeat
+from pretrain.ranks.stalls import Judge, Stragglers
+from pretrain.ranks.watch_links import Hub, Spoke
 from tests.rank_helpers import ROOT
 
 SECONDS, START_SECONDS = 10.0, 30.0
@@ -289,8 +289,8 @@ import os, sys, time, threading
 from pathlib import Path
 import torch, torch.distributed as dist
 os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0", RANK="0", WORLD_SIZE="1")
-from pretrain.distributed import Ranks
-from pretrain.watchdog import Watchdog
+from pretrain.ranks.distributed import Ranks
+from pretrain.ranks.watchdog import Watchdog
 dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
 ranks = Ranks(0, 0, 1, torch.device("cpu"))
 dog = Watchdog(ranks, float(sys.argv[2]), 100.0, Path(sys.argv[1]) / "log.txt")

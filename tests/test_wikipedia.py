@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from pretrain import wikipedia
-from pretrain.config import DataSection, SourceSection
+from pretrain.data.source_files import Bad, list_files
 from pretrain.errors import ConfigError, DataError
-from pretrain.filters import filter_all, needs_work
-from pretrain.source_files import Bad, list_files
-from pretrain.sources import ReadLog, read_documents
-from pretrain.wikipedia import Markup, render
+from pretrain.options.config import DataSection, SourceSection
+from pretrain.preparing import wikipedia
+from pretrain.preparing.filters import filter_all, needs_work
+from pretrain.preparing.sources import ReadLog, read_documents
+from pretrain.preparing.wikipedia import Markup, render
 
 HEAD = """<mediawiki xmlns="http://www.mediawiki.org/xml/export-0.10/" xmlns:xsi="http://www.w3.org/2001/XMLSchema-instance" xsi:schemaLocation="http://www.mediawiki.org/xml/export-0.10/ http://www.mediawiki.org/xml/export-0.10.xsd" version="0.10" xml:lang="de">
   <siteinfo>

@@ -14,12 +14,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pretrain import workers
-from pretrain.config import TokenizerSection
 from pretrain.errors import ConfigError, DataError
-from pretrain.sentencepiece_tokenizer import SentencePieceTokenizer, choose_sample, fit
-from pretrain.tokenizer import save_file
-from pretrain.workers import Batch, QueuedDocument, encode_batches, fit_in_process
+from pretrain.options.config import TokenizerSection
+from pretrain.preparing import workers
+from pretrain.preparing.workers import Batch, QueuedDocument, encode_batches, fit_in_process
+from pretrain.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer, choose_sample, fit
+from pretrain.tokenizers.tokenizer import save_file
 
 TEXTS = [f"document {number} {'about many different words ' * (number % 7)}\n" for number in range(300)]
 ROOT = Path(__file__).resolve().parents[1]
@@ -104,9 +104,9 @@ def test_a_trainer_that_is_killed_is_an_error(section: TokenizerSection, monkeyp
 
 ORPHANS = """
 import os, sys
-from pretrain.config import TokenizerSection
-from pretrain.sentencepiece_tokenizer import SentencePieceTokenizer
-from pretrain.workers import QueuedDocument, encode_batches
+from pretrain.options.config import TokenizerSection
+from pretrain.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
+from pretrain.preparing.workers import QueuedDocument, encode_batches
 import multiprocessing
 if __name__ == "__main__":
     batches = ([QueuedDocument("a.txt", b"", b"", 4, "text")] for _ in range(100))

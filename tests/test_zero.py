@@ -7,7 +7,7 @@ import os
 
 import pytest
 
-from pretrain.checkpoint_files import list_steps
+from pretrain.checkpoints.checkpoint_files import list_steps
 from tests.rank_helpers import losses, newest, run_cases
 from tests.test_topology import relative_difference, same_tensors
 

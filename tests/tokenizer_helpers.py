@@ -12,8 +12,8 @@ import sentencepiece
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from pretrain.sentencepiece_tokenizer import choose_sample
-from pretrain.varied_texts import varied_texts
+from pretrain.tokenizers.sentencepiece_tokenizer import choose_sample
+from pretrain.tokenizers.varied_texts import varied_texts
 
 LIBRARY = Path(os.__file__).parent
 SOURCES = [(LIBRARY / f"{name}.py").read_text(encoding="utf-8") for name in ("argparse", "ast", "calendar", "datetime")]

@@ -19,10 +19,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.updates import Rows, by_torch
 from kernels import activation, attention, dropout, layer_norm, linear_cross_entropy, rms_norm, rope
-from pretrain.config import Config
-from pretrain.families import ModelShape
-from pretrain.model import Transformer
-from pretrain.schedule import lr_at
+from pretrain.options.config import Config
+from pretrain.options.families import ModelShape
+from pretrain.options.schedule import lr_at
+from pretrain.transformer.model import Transformer
 
 OPERATORS: dict[str, tuple[ModuleType, ...]] = {
     "attention": (attention,),

@@ -7,9 +7,9 @@ import random
 from collections.abc import Sequence
 from pathlib import Path
 
-from pretrain.config import TokenizerSection
-from pretrain.sentencepiece_tokenizer import fit
-from pretrain.tokenizer import save_file
+from pretrain.options.config import TokenizerSection
+from pretrain.tokenizers.sentencepiece_tokenizer import fit
+from pretrain.tokenizers.tokenizer import save_file
 
 KINDS = {"oak": "tree", "carp": "fish", "hawk": "bird", "rose": "flower", "iron": "metal", "jazz": "music",
          "ruby": "stone", "rain": "weather", "bread": "food", "chess": "game"}  # fmt: skip

@@ -26,7 +26,7 @@ def enter_hosts(rank: int, namespaces: list[str], names: list[str]) -> None:
 
 def open_fifo(rank: int, at_rank: int, number: int, fifo: str) -> None:
     """Let the `number`-th document that a rank reads come from a pipe into which nobody writes."""
-    from pretrain.shard_reader import ShardReader
+    from pretrain.data.shard_reader import ShardReader
 
     if rank == at_rank:
         _at_call(ShardReader, "read", number, lambda: open(fifo, "rb").close())
@@ -34,7 +34,7 @@ def open_fifo(rank: int, at_rank: int, number: int, fifo: str) -> None:
 
 def slow_down(rank: int, at_rank: int, seconds: float, num_steps: int) -> None:
     """Let a rank take so much longer over each of its first forward passes."""
-    from pretrain.engine import Engine
+    from pretrain.zero.engine import Engine
 
     forward, done = Engine.forward, [0]
 
@@ -49,7 +49,7 @@ def slow_down(rank: int, at_rank: int, seconds: float, num_steps: int) -> None:
 
 def slow_save(rank: int, at_rank: int, seconds: float) -> None:
     """Let a rank take so much longer to write its share of a checkpoint."""
-    from pretrain import checkpoint_folder
+    from pretrain.checkpoints import checkpoint_folder
 
     if rank == at_rank:
         write = checkpoint_folder.write_tensors
@@ -58,7 +58,7 @@ def slow_save(rank: int, at_rank: int, seconds: float) -> None:
 
 def fail(rank: int, at_rank: int, number: int) -> None:
     """Let a rank's `number`-th forward pass fail, as a bug of ours would."""
-    from pretrain.engine import Engine
+    from pretrain.zero.engine import Engine
 
     if rank == at_rank:
         _at_call(Engine, "forward", number, lambda: 1 / 0)
@@ -66,7 +66,7 @@ def fail(rank: int, at_rank: int, number: int) -> None:
 
 def signal_in_the_start(rank: int, at_rank: int) -> None:
     """Send a rank SIGTERM while it builds its engine."""
-    from pretrain.engine import Engine
+    from pretrain.zero.engine import Engine
 
     if rank == at_rank:
         _at_call(Engine, "fragments", 1, lambda: os.kill(os.getpid(), signal.SIGTERM))

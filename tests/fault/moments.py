@@ -25,7 +25,7 @@ SAVING = "longhaul-checkpoint"  # name of the threads that save
 
 def watch_calls(before: Callable[[str], None]) -> None:
     """Call `before` with the name of each of `CALLS` that a thread that saves is about to make."""
-    from pretrain import checkpoint_folder
+    from pretrain.checkpoints import checkpoint_folder
 
     holders: dict[str, Any] = {"open": builtins, "write_tensors": checkpoint_folder}
 
@@ -118,7 +118,7 @@ def at_step(
     rank: int, action: str, step: int, at_rank: int | None = None, after: float = 0.0, path: str = ""
 ) -> None:  # fmt: skip
     """Do something just before an update, from 1; the rest as for `at_call`."""
-    from pretrain import train
+    from pretrain.training import train
 
     original = train.train_step
 
@@ -134,7 +134,7 @@ def measure(rank: int, path: str, steps: list[int]) -> None:
     """Write what this process holds just before some updates to `path-RANK`, as a line of JSON each."""
     import psutil
 
-    from pretrain import train
+    from pretrain.training import train
 
     original, process = train.train_step, psutil.Process()
 

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from pretrain.checkpoint_files import list_steps
+from pretrain.checkpoints.checkpoint_files import list_steps
 from tests.fault.test_saving import KILLED, at_call, check_goes_on, wait_for
 from tests.rank_helpers import good_steps, losses, metric_lines, newest, state_hash
 from tests.small_disk import remount, small_disk

@@ -193,7 +193,7 @@ def test_a_signal_while_python_imports_ends_at_once(tiny_config, tmp_path):
     imports = []
     for line in process.stderr:
         imports.append(line)
-        if "pretrain.settings" in line:  # what comes next is torch
+        if "pretrain.options.settings" in line:  # what comes next is torch
             process.send_signal(signal.SIGTERM)
             break
     rest = process.stderr.read()

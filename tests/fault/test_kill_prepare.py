@@ -18,8 +18,8 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from pretrain.config import TokenizerSection
-from pretrain.sentencepiece_tokenizer import SentencePieceTokenizer, train_tokenizer
+from pretrain.options.config import TokenizerSection
+from pretrain.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer, train_tokenizer
 from tests.rank_helpers import ROOT
 from tests.test_prepare import text_of
 from tests.test_table_files import save_dataset, write_csv

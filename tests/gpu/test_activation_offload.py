@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pretrain.config import ModelSection
-from pretrain.families import resolve_shape
-from pretrain.model import Transformer
-from pretrain.run import set_determinism
+from pretrain.options.config import ModelSection
+from pretrain.options.families import resolve_shape
+from pretrain.training.run import set_determinism
+from pretrain.transformer.model import Transformer
 
 pytestmark = [
     pytest.mark.gpu,

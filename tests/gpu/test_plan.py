@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from pretrain.plan import choose_machine, make_plan
-from pretrain.settings import load_config
+from pretrain.options.settings import load_config
+from pretrain.planning.plan import choose_machine, make_plan
 from tests.rank_helpers import start_ranks
 
 pytestmark = [

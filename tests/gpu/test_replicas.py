@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pretrain.replicas import hash_tensor
+from pretrain.zero.replicas import hash_tensor
 
 pytestmark = [
     pytest.mark.gpu,

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pretrain.distributed import Ranks
-from pretrain.feed import Feed
-from pretrain.profiling import PhaseClock
+from pretrain.data.feed import Feed
+from pretrain.ranks.distributed import Ranks
+from pretrain.ranks.profiling import PhaseClock
 from tests.test_feed import Stream
 
 pytestmark = [

@@ -5,7 +5,7 @@ import torch
 
 pytest.importorskip("pydantic", reason="needs pydantic, with which the options of a model are checked")
 
-from pretrain.families import resolve_shape
+from pretrain.options.families import resolve_shape
 from tests.training_agreement import (
     ALL,
     BYTES_VOCAB,

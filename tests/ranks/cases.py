@@ -24,19 +24,20 @@ sys.path[0] = str(Path(__file__).resolve().parents[2])
 import torch
 
 from benchmarks.usage import measure
-from pretrain import checkpoint_folder, share_writer, spikes
-from pretrain import engine as engine_module
-from pretrain import train as train_module
-from pretrain.checkpoint import Checkpoints
-from pretrain.distributed import leave_distributed
-from pretrain.engine import init_distributed
+from pretrain.checkpoints import checkpoint_folder, share_writer
+from pretrain.checkpoints.checkpoint import Checkpoints
 from pretrain.errors import LonghaulError
-from pretrain.guard import StopRequest
-from pretrain.model import KVCache
-from pretrain.optim import make_optimizer
-from pretrain.replicas import hash_tensor
-from pretrain.settings import load_config
-from pretrain.start_clock import StartClock
+from pretrain.optimizers.optim import make_optimizer
+from pretrain.options.settings import load_config
+from pretrain.ranks.distributed import leave_distributed
+from pretrain.ranks.start_clock import StartClock
+from pretrain.training import spikes
+from pretrain.training import train as train_module
+from pretrain.training.guard import StopRequest
+from pretrain.transformer.model import KVCache
+from pretrain.zero import engine as engine_module
+from pretrain.zero.engine import init_distributed
+from pretrain.zero.replicas import hash_tensor
 from tests.host_reads import HostReads
 from tests.ranks import lies, loading
 from tests.ranks.file_operator import use_files

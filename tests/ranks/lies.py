@@ -9,9 +9,10 @@ from contextlib import ExitStack, contextmanager
 from types import SimpleNamespace
 from unittest.mock import patch
 
-from pretrain import link_speeds, preflight
-from pretrain import run as run_module
-from pretrain.distributed import Ranks
+from pretrain.ranks import link_speeds
+from pretrain.ranks.distributed import Ranks
+from pretrain.training import preflight
+from pretrain.training import run as run_module
 
 
 @contextmanager
@@ -34,7 +35,7 @@ def told(lie: str, ranks: Ranks) -> Iterator[None]:
                     replace(preflight, "_versions",
                             lambda names: versions(names) | ({"numpy": "0.1"} if "numpy" in names else {}))  # fmt: skip
                 case "code":
-                    replace(preflight, "source_hashes", lambda: sources() | {"pretrain/optim.py": "f" * 64})
+                    replace(preflight, "source_hashes", lambda: sources() | {"pretrain/optimizers/optim.py": "f" * 64})
                 case "clock":
                     ahead = SimpleNamespace(time=lambda: time.time() + 3600, monotonic=time.monotonic, sleep=time.sleep)
                     replace(preflight, "time", ahead)

@@ -8,11 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pretrain.checkpoint import Checkpoints
-from pretrain.checkpoint_folder import FolderPlace
-from pretrain.replicas import check_replicas
-from pretrain.run import Run
-from pretrain.tensor_files import TensorFile
+from pretrain.checkpoints.checkpoint import Checkpoints
+from pretrain.checkpoints.checkpoint_folder import FolderPlace
+from pretrain.storage.tensor_files import TensorFile
+from pretrain.training.run import Run
+from pretrain.zero.replicas import check_replicas
 
 
 def watched(open_run: Callable[..., Run]) -> Callable[..., Run]:

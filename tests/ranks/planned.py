@@ -22,13 +22,13 @@ sys.path[0] = str(Path(__file__).resolve().parents[2])
 import torch
 
 from benchmarks.usage import Usage
-from pretrain import engine as engine_module
-from pretrain.batch_plan import BatchPlan
-from pretrain.distributed import Ranks
-from pretrain.engine import Engine, init_distributed, sequence_group
-from pretrain.model import Transformer
-from pretrain.plan_memory import shape_of
-from pretrain.settings import load_config
+from pretrain.options.batch_plan import BatchPlan
+from pretrain.options.settings import load_config
+from pretrain.planning.plan_memory import shape_of
+from pretrain.ranks.distributed import Ranks
+from pretrain.transformer.model import Transformer
+from pretrain.zero import engine as engine_module
+from pretrain.zero.engine import Engine, init_distributed, sequence_group
 
 GRADIENTS = ("averaged_gradients", "fp32_groups_gradients_flat", "grad_partitions_flat_buffer")
 

@@ -17,14 +17,14 @@ sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 import torch
 
-from pretrain import engine as engine_module
-from pretrain.batch_plan import BatchPlan
-from pretrain.distributed import leave_distributed
-from pretrain.engine import MASTER, Engine, init_distributed
-from pretrain.families import resolve_shape
-from pretrain.model import Transformer
-from pretrain.optim import make_optimizer
-from pretrain.settings import parse_config
+from pretrain.optimizers.optim import make_optimizer
+from pretrain.options.batch_plan import BatchPlan
+from pretrain.options.families import resolve_shape
+from pretrain.options.settings import parse_config
+from pretrain.ranks.distributed import leave_distributed
+from pretrain.transformer.model import Transformer
+from pretrain.zero import engine as engine_module
+from pretrain.zero.engine import MASTER, Engine, init_distributed
 
 
 def resident(field: str) -> int:

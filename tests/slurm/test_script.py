@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.slurm_script import ScriptSettings, fill_in
+from pretrain.cluster.slurm_script import ScriptSettings, fill_in
 from tests.rank_helpers import ROOT
 from tests.slurm.cluster import why_not
 

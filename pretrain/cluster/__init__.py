@@ -1,0 +1,1 @@
+"""SLURM: submitting a run, and how it stands."""

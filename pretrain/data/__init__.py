@@ -1,0 +1,1 @@
+"""Prepared shards to the rows of a step: a pure function of the config and the step."""

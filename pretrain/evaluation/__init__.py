@@ -1,0 +1,1 @@
+"""Held-out loss, answers and tasks of lm-eval, of one checkpoint or several."""

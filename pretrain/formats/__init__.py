@@ -1,0 +1,1 @@
+"""Other software's formats, to and from, each with its proof."""

@@ -1,0 +1,1 @@
+"""Who learns and decays how, and the optimizers that torch lacks."""

@@ -1,0 +1,1 @@
+"""Raw text of any kind to shards: what `launch/prepare.py` does."""

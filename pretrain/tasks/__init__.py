@@ -1,0 +1,1 @@
+"""Made examples of tasks, and the metrics of answers."""

@@ -1,0 +1,1 @@
+"""The loop, and what surrounds it: a run's start, records, faults and end."""

@@ -1,0 +1,1 @@
+"""The Transformer, its adapters, and what its blocks keep in memory."""

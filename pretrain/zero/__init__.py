@@ -1,0 +1,1 @@
+"""DeepSpeed's ZeRO, and all there is to know of it."""
