@@ -1,0 +1,58 @@
+"""How Sphinx makes a site of these pages: `make docs`. The pages are plain Markdown, which a git host shows as well."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+
+project = "Longhaul"
+author = "the Longhaul contributors"
+version = release = re.search(r'__version__ = "(.+)"', (ROOT / "pretrain/__init__.py").read_text("utf-8")).group(1)  # type: ignore[union-attr]
+
+# The source folder is the repository, so that links to pages outside of docs/ are the same here and on a git host.
+root_doc = "docs/index"
+include_patterns = ["docs/**.md", "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/README.md"]
+exclude_patterns = [".*", "build", "runs", "data", "dist", "bench-results", "tests", "pretrain", "kernels", "launch"]
+source_suffix = {".md": "markdown"}
+extensions = ["myst_parser"]
+myst_heading_anchors = 4  # as GitHub makes them
+myst_number_code_blocks: list[str] = []
+suppress_warnings = ["myst.header"]  # a page may leave out a level of headings
+highlight_language = "text"
+
+html_theme = "furo"
+html_title = "Longhaul"
+html_static_path = ["_static"]
+html_css_files = ["longhaul.css"]
+html_copy_source = False
+html_show_sphinx = False
+html_show_copyright = False
+pygments_style = "friendly"
+pygments_dark_style = "monokai"
+
+
+def add_contents(app: Any, page: str, source: list[str]) -> None:
+    """Make the table of contents out of the lists of links in `docs/index.md`: each section is a part of it."""
+    if page != root_doc:
+        return
+    parts = re.split(r"^## (.+)\n", source[0], flags=re.MULTILINE)
+    for title, text in zip(parts[1::2], parts[2::2], strict=True):
+        pages = re.findall(r"^- \[.+?\]\((.+?)\)", text, re.MULTILINE)
+        tree = f"```{{toctree}}\n:hidden:\n:caption: {title}\n\n" + "\n".join(pages) + "\n```\n"
+        source[0] = source[0].replace(text, f"{text.rstrip()}\n\n{tree}\n")
+
+
+def add_entrance(app: Any, error: Exception | None) -> None:
+    """Write the page that leads from the site's folder to its first page."""
+    if error is None and app.builder.name == "html":
+        page = '<!doctype html><meta charset="utf-8"><title>Longhaul</title><meta http-equiv="refresh" content="0; url=docs/index.html">'
+        (Path(app.outdir) / "index.html").write_text(f'{page}<a href="docs/index.html">Longhaul</a>\n', encoding="utf-8")
+
+
+def setup(app: Any) -> None:
+    """Say to Sphinx when the functions above are called."""
+    app.connect("source-read", add_contents)
+    app.connect("build-finished", add_entrance)
