@@ -35,7 +35,9 @@ pygments_dark_style = "monokai"
 
 
 def add_contents(app: Any, page: str, source: list[str]) -> None:
-    """Make the table of contents out of the lists of links in `docs/index.md`: each section is a part of it."""
+    """Make the table of contents out of the lists of links in `docs/index.md`: each section is a part of it; notes are all listed."""
+    if page == "docs/notes/README":
+        source[0] += "\n```{toctree}\n:glob:\n:titlesonly:\n\n0*\n```\n"
     if page != root_doc:
         return
     parts = re.split(r"^## (.+)\n", source[0], flags=re.MULTILINE)
