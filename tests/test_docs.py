@@ -38,7 +38,7 @@ SECTIONS = {name for name, option in options().items() if option.section and "."
 # Programs that are not ours: their own arguments are theirs.
 FOREIGN = set(
     "apptainer apt-get aws break cd cp docker done export for git grep if in ip llama-cli mkdir nvidia-smi ollama pdsh pip"
-    " pre-commit sacct salloc sbatch scancel scontrol sed set sinfo sleep source squeue ssh tensorboard wandb".split()
+    " pre-commit sacct salloc sbatch scancel scontrol sed set sinfo sleep source squeue ssh tail tensorboard wandb".split()
 )
 # What stands for something of the reader's in a command, and what it is taken for.
 STANDS_FOR = {"N": "8", "K": "3", "$SLURM_ARRAY_TASK_ID/16": "1/16"}
@@ -209,7 +209,7 @@ def simple_commands(text: str) -> Iterator[list[str]]:
         if is_file or set(token) <= set("<>"):
             is_file = not is_file
         elif set(token) <= set(";&|()\n"):
-            if words:
+            if words and ")" not in token:  # a pattern of `case` is none
                 yield words
             words = []
         elif words or (token not in ("do", "then", "else", "fi", "esac") and not re.match(r"[A-Z_a-z]\w*=", token)):
@@ -430,3 +430,36 @@ def test_python_compiles_and_runs_where_it_says_so(block: Block, tmp_path: Path)
 @named("json")
 def test_json_parses(block: Block) -> None:
     json.loads(block.text)
+
+
+# --- messages
+
+
+@functools.cache
+def messages_in_sources() -> tuple[str, ...]:
+    """Every text in the sources, with a `\\0` for what is filled in."""
+    found = []
+    for folder in ("pretrain", "launch", "kernels"):
+        for path in (ROOT / folder).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.JoinedStr):
+                    found.append("".join(str(one.value) if isinstance(one, ast.Constant) else "\0" for one in node.values))
+                elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                    found.append(node.value)
+    return tuple(" ".join(text.split()) for text in found)
+
+
+def quoted(block: Block) -> list[str]:
+    return [" ".join(paragraph.split()) for paragraph in re.split(r"\n\s*\n", block.text) if paragraph.strip()]
+
+
+QUOTED = [(block, message) for block in BLOCKS if block.page == Path("docs/faq.md") and block.language == "text"
+          for message in quoted(block)]  # fmt: skip
+
+
+@pytest.mark.parametrize(("block", "message"), QUOTED, ids=[f"line {block.line}: {text[:50]}" for block, text in QUOTED])
+def test_messages_of_the_faq_are_in_the_sources(block: Block, message: str) -> None:
+    parts = [part.strip() for part in message.split("…")]
+    pattern = re.compile(".*?".join(re.escape(part) for part in parts))
+    assert sum(map(len, parts)) > 20, "too little to be found by"
+    assert any(pattern.search(text) for text in messages_in_sources()), message
