@@ -25,6 +25,9 @@ A config is a YAML 1.2 file of the sections below. Any option can be overridden 
 name: `optim.lr=3e-4`, `data.sources.0.weight=2`, `optim.betas='[0.9, 0.99]'`. The value is read as YAML too;
 `option=null` takes an option back to its default. Unknown options, wrong values and options that would do nothing
 are errors, reported all at once before anything starts.
+
+To begin with a config, see [your own text](getting-started.md) and [which size](sizes.md). What other trainers call an
+option is on the page [coming from another trainer](coming-from.md).
 """
 
 
