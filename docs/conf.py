@@ -19,7 +19,6 @@ exclude_patterns = [".*", "build", "runs", "data", "dist", "bench-results", "tes
 source_suffix = {".md": "markdown"}
 extensions = ["myst_parser"]
 myst_heading_anchors = 4  # as GitHub makes them
-myst_number_code_blocks: list[str] = []
 suppress_warnings = ["myst.header"]  # a page may leave out a level of headings
 highlight_language = "text"
 
@@ -31,7 +30,7 @@ html_copy_source = False
 html_show_sphinx = False
 html_show_copyright = False
 pygments_style = "friendly"
-pygments_dark_style = "monokai"
+pygments_dark_style = "github-dark"
 
 
 def add_contents(app: Any, page: str, source: list[str]) -> None:
@@ -42,9 +41,15 @@ def add_contents(app: Any, page: str, source: list[str]) -> None:
         return
     parts = re.split(r"^## (.+)\n", source[0], flags=re.MULTILINE)
     for title, text in zip(parts[1::2], parts[2::2], strict=True):
-        pages = re.findall(r"^- \[.+?\]\((.+?)\)", text, re.MULTILINE)
+        pages = [f"{name} <{path}>" for name, path in re.findall(r"^- \[(.+?)\]\((.+?)\)", text, re.MULTILINE)]
         tree = f"```{{toctree}}\n:hidden:\n:caption: {title}\n\n" + "\n".join(pages) + "\n```\n"
         source[0] = source[0].replace(text, f"{text.rstrip()}\n\n{tree}\n")
+
+
+def wrap_messages(app: Any, page: str, *_: Any) -> None:
+    """On the page of symptoms, break the long lines of messages, which elsewhere would take columns apart."""
+    if page == "docs/faq":
+        app.add_css_file("messages.css")
 
 
 def add_entrance(app: Any, error: Exception | None) -> None:
@@ -57,4 +62,5 @@ def add_entrance(app: Any, error: Exception | None) -> None:
 def setup(app: Any) -> None:
     """Say to Sphinx when the functions above are called."""
     app.connect("source-read", add_contents)
+    app.connect("html-page-context", wrap_messages)
     app.connect("build-finished", add_entrance)
