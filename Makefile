@@ -10,7 +10,7 @@ STAMP := .venv/.installed-with-$(if $(SYSTEM_TORCH),system,own)-torch
 # Files of tests run side by side, on as many cores as there are, but four at most: many start several ranks themselves.
 BESIDE := --numprocesses logical --maxprocesses 4 --dist loadfile
 
-.PHONY: help setup quickstart test check soak bench clean
+.PHONY: help setup quickstart test check soak bench docs clean
 .DEFAULT_GOAL := help
 
 help: ## list the commands
@@ -54,6 +54,10 @@ soak: setup ## the tests of faults with all their repetitions (10 to 30 minutes;
 
 bench: setup ## measure speed beside plain PyTorch and transformers; a table, and JSON in bench-results
 	@PYTHON=$(BIN)/python bash benchmarks/gpu.sh
+
+docs: setup ## make a site of docs/ in build/docs; a link that leads nowhere is an error
+	@$(BIN)/python -m sphinx -W --keep-going -q -b html -c docs -d build/docs-cache . build/docs
+	@echo "build/docs/index.html"
 
 clean: ## remove .venv and caches; data/ and runs/ stay
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

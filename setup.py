@@ -11,6 +11,9 @@ HERE = Path(__file__).resolve().parent
 # `SYSTEM_TORCH=1 make setup` keeps the torch of a container image, whatever its version is called
 TORCH = [] if os.environ.get("SYSTEM_TORCH") else ["torch>=2.11,<2.14", 'triton>=3.6,<3.8; platform_system == "Linux"']
 
+# `make docs`, and the tests of the pages
+DOCS = ["furo>=2025.7", "myst-parser>=5,<6", "sphinx>=9,<10"]
+
 setup(
     name="longhaul",
     version=re.search(r'__version__ = "(.+)"', (HERE / "pretrain/__init__.py").read_text(encoding="utf-8")).group(1),
@@ -43,6 +46,8 @@ setup(
         "bench": ["accelerate>=1.1,<2", 'liger-kernel>=0.8.5,<0.9; platform_system == "Linux"'],
         # near-duplicates, Wikipedia's markup, languages: what `prepare` does by choice
         "data": ["datasketch>=2,<3", "mwparserfromhell>=0.6.6,<0.8", "py3langid>=0.3,<0.5"],
+        # `make docs`
+        "docs": DOCS,
         # tasks of launch/evaluate.py and eval.tasks
         "evals": ["lm-eval>=0.4.13,<0.5"],
         "gguf": ["gguf>=0.17,<1"],  # `convert --to gguf`; llama-cpp-python beside it runs what was written
@@ -52,6 +57,7 @@ setup(
         "tasks": ["rouge-score>=0.1.2,<0.2", "sacrebleu>=2.5,<3"],
         "wandb": ["wandb>=0.31,<1"],
         "test": [
+            *DOCS,
             "accelerate>=1.1,<2",
             "datasets>=4,<6",
             "datasketch>=2,<3",
