@@ -56,7 +56,9 @@ def add_entrance(app: Any, error: Exception | None) -> None:
     """Write the page that leads from the site's folder to its first page."""
     if error is None and app.builder.name == "html":
         page = '<!doctype html><meta charset="utf-8"><title>Longhaul</title><meta http-equiv="refresh" content="0; url=docs/index.html">'
-        (Path(app.outdir) / "index.html").write_text(f'{page}<a href="docs/index.html">Longhaul</a>\n', encoding="utf-8")
+        (Path(app.outdir) / "index.html").write_text(
+            f'{page}<a href="docs/index.html">Longhaul</a>\n', encoding="utf-8"
+        )
 
 
 def setup(app: Any) -> None:
