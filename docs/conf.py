@@ -34,7 +34,7 @@ pygments_dark_style = "github-dark"
 
 
 def add_contents(app: Any, page: str, source: list[str]) -> None:
-    """Make the table of contents out of the lists of links in `docs/index.md`: each section is a part of it; notes are all listed."""
+    """Make the table of contents of the lists of links in `docs/index.md`, a part a section, and that of all notes."""
     if page == "docs/notes/README":
         source[0] += "\n```{toctree}\n:glob:\n:titlesonly:\n\n0*\n```\n"
     if page != root_doc:
@@ -55,10 +55,10 @@ def wrap_messages(app: Any, page: str, *_: Any) -> None:
 def add_entrance(app: Any, error: Exception | None) -> None:
     """Write the page that leads from the site's folder to its first page."""
     if error is None and app.builder.name == "html":
-        page = '<!doctype html><meta charset="utf-8"><title>Longhaul</title><meta http-equiv="refresh" content="0; url=docs/index.html">'
-        (Path(app.outdir) / "index.html").write_text(
-            f'{page}<a href="docs/index.html">Longhaul</a>\n', encoding="utf-8"
-        )
+        first = "docs/index.html"
+        leads = f'<meta http-equiv="refresh" content="0; url={first}"><a href="{first}">Longhaul</a>'
+        text = f'<!doctype html><meta charset="utf-8"><title>Longhaul</title>{leads}\n'
+        (Path(app.outdir) / "index.html").write_text(text, encoding="utf-8")
 
 
 def setup(app: Any) -> None:

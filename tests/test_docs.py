@@ -490,6 +490,8 @@ def messages_in_sources() -> tuple[str, ...]:
                     )
                 elif isinstance(node, ast.Constant) and isinstance(node.value, str):
                     found.append(node.value)
+    makefile = re.sub(r"\\\n\s*", "", text_of(Path("Makefile")))
+    found.append(re.sub(r"\$\(PYTHON\)", "\0", makefile))
     return tuple(" ".join(text.split()) for text in found)
 
 
