@@ -14,7 +14,7 @@ version = release = re.search(r'__version__ = "(.+)"', (ROOT / "pretrain/__init_
 
 # The source folder is the repository, so that links to pages outside of docs/ are the same here and on a git host.
 root_doc = "docs/index"
-include_patterns = ["docs/**.md", "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/README.md"]
+include_patterns = ["docs/**.md", "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/README.md", "examples/README.md"]
 exclude_patterns = [".*", "build", "runs", "data", "dist", "bench-results", "tests", "pretrain", "kernels", "launch"]
 source_suffix = {".md": "markdown"}
 extensions = ["myst_parser"]
