@@ -100,7 +100,7 @@ def run_check(check: Check, request: Request) -> list[Line]:
 
 def _broken(check: Check, status: int | None, said: str) -> Line:
     if status is None:
-        return failure(check.group, f"no answer in {check.seconds:.0f} s", check.mend)
+        return failure(check.group, f"no answer in {check.seconds:g} s", check.mend)
     ended = signal.Signals(-status).name if status < 0 else f"status {status}"
     reason = last_line(said)
     if status < 0:  # faulthandler's first line is the reason, its last one the outermost function

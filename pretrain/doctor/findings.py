@@ -76,12 +76,18 @@ def skipped(name: str, text: str, mend: str = "") -> Line:
     return Line(name, SKIPPED, text, mend)
 
 
-def refused(name: str, error: LonghaulError, outcome: str = FAILURE) -> Line:
-    """Turn an error into a line: `<where>: <name> is <value>; expected <rule>.` and `<fix>`."""
-    text = str(error)
+def refused(name: str, error: LonghaulError, mend: str = "Mend what the line says.") -> Line:
+    """Turn an error into a failure: `<where>: <name> is <value>; expected <rule>.` and `<fix>`.
+
+    Args:
+        name: of the line.
+        error: what was refused.
+        mend: where the error names none.
+    """
+    text = str(error).rstrip()
     begin = text.find("; expected")
     end = text.find(". ", begin) if begin >= 0 else text.rfind(". ")
-    return Line(name, outcome, text, "") if end < 0 else Line(name, outcome, text[:end], text[end + 2 :])
+    return failure(name, text.rstrip("."), mend) if end < 0 else failure(name, text[:end], text[end + 2 :])
 
 
 def python_command(module: str, *arguments: str) -> list[str]:

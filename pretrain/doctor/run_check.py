@@ -37,7 +37,7 @@ def check(request: Request) -> Iterator[Line]:
     try:
         config = config_of(request)
     except LonghaulError as error:
-        yield refused("config", error)
+        yield refused("config", error, "Give a YAML file, such as one of configs/, or a run folder.")
         return
     yield ok("config", f"{request.config} is in order; its run folder is {config.run.dir}")
     yield _tokenizer(config)
