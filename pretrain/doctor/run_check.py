@@ -119,8 +119,9 @@ def judge_run_folder(folder: Path) -> Line:
         if os.access(above, os.W_OK | os.X_OK):
             return ok("run folder", f"{folder} will be made")
         return failure("run folder", f"{folder} cannot be made in {above}", "Use another run.dir.")
-    if not os.access(folder, os.W_OK | os.X_OK):
-        return failure("run folder", f"{folder} cannot be written", "Change its rights, or use another run.dir.")
+    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        what = "cannot be written" if folder.is_dir() else "is no folder"
+        return failure("run folder", f"{folder} {what}", "Change its rights, or use another run.dir.")
     status = read_json(folder / "status.json")
     if (lock := folder / ".lock").exists():
         try:

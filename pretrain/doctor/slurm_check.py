@@ -52,7 +52,8 @@ def judge_partitions(groups: Sequence[NodeGroup], states: Sequence[tuple[str, st
         for _, _, state, number in rows:
             counts[state] += number
         has = (
-            ", ".join(f"{one.num_nodes} x {one.gpus} GPUs and {one.cpus} CPUs" for one in own) or "no nodes that are up"
+            ", ".join(f"{_nodes(one.num_nodes)} with {one.gpus} GPUs and {one.cpus} CPUs" for one in own)
+            or "no nodes that are up"
         )
         default = " (default)" if any(one.is_default for one in own) else ""
         how = ", ".join(f"{number} {state}" for state, number in counts.items())
@@ -72,7 +73,11 @@ def judge_job(jobs: Sequence[Job], job_id: str, environment: Mapping[str, str]) 
     left = "no time limit" if job.seconds_left is None else f"{format_duration(job.seconds_left)} left"
     gpus = environment.get("SLURM_GPUS_ON_NODE") or "0"
     cpus = environment.get("SLURM_CPUS_ON_NODE") or "?"
-    text = f"{job.num_nodes} nodes ({job.nodes}) of {job.partition}, {cpus} CPUs and {gpus} GPUs on this one, {left}"
+    text = f"{_nodes(job.num_nodes)} ({job.nodes}) of {job.partition}, {cpus} CPUs and {gpus} GPUs on this one, {left}"
     if job.seconds_left is not None and job.seconds_left < _SHORT_SECONDS:
         return warning(name, text, "Ask for a new allocation: a start takes minutes of it.")
     return ok(name, text)
+
+
+def _nodes(number: int) -> str:
+    return f"{number} node{'s'[: number != 1]}"
