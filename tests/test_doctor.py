@@ -98,7 +98,7 @@ def test_a_check_that_cannot_be_run_does_not_stop_the_rest():
     found = [run_check(one, Request()) for one in (Check("lost", "lost_check", 60, "Mend it."), machine)]
     assert found[0] == [
         failure("lost", "the check ended with status 1: ModuleNotFoundError: No module named 'pretrain.doctor.lost_check'",
-                "Mend it.")
+                "Run `make setup` again, in the environment of this Python: a package is missing or broken.")
     ]  # fmt: skip
     assert {"memory", "cores", "open files"} <= {line.name for line in found[1]}
     assert not any(line.outcome == "failure" for line in found[1])

@@ -1,4 +1,4 @@
-"""The C compiler that Triton builds its launchers with, and what DeepSpeed's operators need beside it."""
+"""The C compiler that Triton builds its launchers with."""
 
 from __future__ import annotations
 

@@ -41,6 +41,7 @@ class Check:
     variables: dict[str, str] = field(default_factory=dict)
 
 
+_INSTALL = "Run `make setup` again, in the environment of this Python: a package is missing or broken."
 _AGAIN = "Run `make setup` again, or in an environment of your own `pip install --force-reinstall"
 CHECKS = (
     Check("packages", "package_check", 30, "Run `make setup` again."),
@@ -105,7 +106,8 @@ def _broken(check: Check, status: int | None, said: str) -> Line:
     reason = last_line(said)
     if status < 0:  # faulthandler's first line is the reason, its last one the outermost function
         reason = next((line for line in said.splitlines() if line.startswith("Fatal")), reason)
-    return failure(check.group, f"the check ended with {ended}: {reason or 'it said nothing'}", check.mend)
+    mend = _INSTALL if reason.startswith(("ModuleNotFoundError", "ImportError")) else check.mend
+    return failure(check.group, f"the check ended with {ended}: {reason or 'it said nothing'}", mend)
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

@@ -17,6 +17,7 @@ _QUERY = (
     "index,uuid,name,memory.total,memory.free,driver_version,compute_cap,ecc.errors.uncorrected.volatile.total,"
     "mig.mode.current"
 )
+_HOLDERS = "gpu_uuid,pid,used_memory,process_name"
 _MUCH_USED = 0.1  # of a GPU's memory, by others
 _VISIBLE = "CUDA_VISIBLE_DEVICES"
 
@@ -61,6 +62,8 @@ def check(request: Request) -> Iterator[Line]:
     if has_gpus() and status not in (0, 127):
         yield failure("nvidia-smi", last_line(said + listing), "Install a driver that fits the kernel, or restart.")
     seen = read_gpus(listing) if status == 0 else []
+    # before torch is one of them, under a number that it does not know where it is in a container
+    holders = answer_of("nvidia-smi", f"--query-compute-apps={_HOLDERS}", "--format=csv,noheader,nounits")[1]
     torch_says = ask_torch()
     if not seen:  # as in containers that have the driver and not its programs
         yield from (judge_gpu(gpu) for gpu in gpus_of_torch(torch_says.num_gpus))
@@ -68,10 +71,8 @@ def check(request: Request) -> Iterator[Line]:
     yield from judge_visible(os.environ.get(_VISIBLE), seen)
     if seen:
         yield judge_driver(torch_says.cuda, driver_cuda(), seen[0].driver)
-        for gpu in seen:
-            yield judge_gpu(gpu)
-        yield from judge_processes(answer_of("nvidia-smi", "--query-compute-apps=gpu_uuid,pid,used_memory,process_name",
-                                             "--format=csv,noheader,nounits")[1], seen)  # fmt: skip
+        yield from map(judge_gpu, seen)
+        yield from judge_processes(holders, seen)
     if len(seen) > 1:
         yield from judge_links(answer_of("nvidia-smi", "topo", "-m")[1])
     if torch_says.num_gpus == 0:
@@ -233,7 +234,7 @@ def judge_processes(listing: str, seen: Sequence[SeenGpu]) -> Iterator[Line]:
     """Name the processes that hold GPUs' memory."""
     numbers = {gpu.uuid: gpu.index for gpu in seen}
     rows = [[cell.strip() for cell in row] for row in csv.reader(listing.splitlines()) if len(row) >= 4]
-    others = [row for row in rows if row[0] in numbers and row[1] != str(os.getpid())]
+    others = [row for row in rows if row[0] in numbers]
     for uuid, pid, used, *words in others[:16]:
         size = f"{float(used) / 1024:.1f} GiB" if _number(used) else "memory"
         yield warning(f"GPU {numbers[uuid]}", f"process {pid} ({','.join(words)}) holds {size}",

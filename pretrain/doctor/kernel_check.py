@@ -70,7 +70,7 @@ def _compile_one(device: torch.device) -> Line:
             os.environ.pop("TRITON_CACHE_DIR")
             if old is not None:
                 os.environ["TRITON_CACHE_DIR"] = old
-    if off > 1e-5 or num_files == 0:
+    if off > 1e-4 or num_files == 0:
         return failure("Triton", f"a small program is off by {off:.2g} and left {num_files} files in its cache", _MEND)
     return ok("Triton", f"a small program was compiled and run in {seconds:.1f} s")
 
@@ -110,7 +110,7 @@ def compare(operation: _Operation, truth: _Operation, exact: _Operation, argumen
 def _run(operation: _Operation, arguments: list[Tensor]) -> list[Tensor]:
     leaves = [one.detach().clone().requires_grad_(one.is_floating_point()) for one in arguments]
     output = operation(*leaves)
-    weights = torch.linspace(-1, 1, output.numel(), dtype=torch.float64, device=output.device)
+    weights = torch.arange(output.numel(), device=output.device) % 7 - 3.0  # exact in every dtype
     output.backward(weights.reshape(output.shape).to(output.dtype))
     return [output.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None)]
 
