@@ -175,12 +175,12 @@ def test_who_holds_memory():
     assert is_line(*gpu_check.judge_processes("", [H100]), "ok", "none")
 
 
-def test_links_of_gpus():
-    def topology(link: str) -> str:
-        return f"\tGPU0\tGPU1\tCPU Affinity\nGPU0\t X \t{link}\t0-7\nGPU1\t{link}\t X \t0-7\n\nLegend:\n  X = Self\n"
+TOPOLOGY = "\tGPU0\tGPU1\tCPU Affinity\nGPU0\t X \t{0}\t0-7\nGPU1\t{0}\t X \t0-7\n\nLegend:\n  X = Self\n"
 
-    assert is_line(*gpu_check.judge_links(topology("NV18")), "ok", "NVLink between all 2 (NV18)")
-    assert is_line(*gpu_check.judge_links(topology("SYS")), "ok", "not all by NVLink: SYS")
+
+def test_links_of_gpus():
+    assert is_line(*gpu_check.judge_links(TOPOLOGY.format("NV18")), "ok", "NVLink between all 2 (NV18)")
+    assert is_line(*gpu_check.judge_links(TOPOLOGY.format("SYS")), "ok", "not all by NVLink: SYS")
     assert list(gpu_check.judge_links("")) == []
 
 
@@ -194,6 +194,21 @@ def test_a_driver_that_hangs_or_is_broken(monkeypatch: pytest.MonkeyPatch, tmp_p
     assert is_line(lines[0], "failure", "version mismatch", "restart") and "torch" in outcomes(lines)
     monkeypatch.setattr(gpu_check, "answer_of", lambda *_: (124, "", "nvidia-smi did not answer in 20 s"))
     assert is_line(*gpu_check.check(Request()), "failure", "did not answer in 20 s", "its driver hangs")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="of machines without a GPU")
+def test_a_cpu_build_of_torch_on_a_machine_with_gpus(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    program = tmp_path / "nvidia-smi"
+    answers = {"--query-gpu*": LISTING, "--query-compute*": "GPU-aa, 7, 2048, python\n", "topo": TOPOLOGY.format("NV4")}
+    cases = "".join(f"{pattern}) cat <<'END'\n{text}END\n;;\n" for pattern, text in answers.items())
+    program.write_text(f"#!/bin/sh\ncase $1 in\n{cases}esac\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    lines = list(gpu_check.check(Request()))
+    names = ["torch", "CUDA_VISIBLE_DEVICES", "driver", "GPU 0", "GPU 1", "GPU 0", "links of GPUs", "instead"]
+    assert [line.name for line in lines] == names
+    assert [line.outcome for line in lines] == ["failure", "ok", "skipped", "ok", "ok", "warning", "ok", "ok"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="of machines without a GPU")
