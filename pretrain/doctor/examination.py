@@ -15,7 +15,7 @@ from pretrain.doctor.findings import Line, Request, failure, last_line, python_c
 from pretrain.redaction import redact
 
 _GRACE_SECONDS = 2.0  # between asking a check to end and ending it
-_COMPILING_SECONDS = 1200.0
+_COMPILING_SECONDS = 1800.0
 
 
 @dataclass(frozen=True)
