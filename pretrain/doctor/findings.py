@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -95,11 +94,10 @@ def python_command(module: str, *arguments: str) -> list[str]:
     return [sys.executable, "-X", "faulthandler", "-c", _START, str(ROOT), module, *arguments]
 
 
-def answer_of(*command: str, seconds: float = 20, environment: Mapping[str, str] | None = None) -> tuple[int, str, str]:
+def answer_of(*command: str, seconds: float = 20) -> tuple[int, str, str]:
     """Run another program, not longer than `seconds`; return its status, 127 if it is not there, and both outputs."""
-    variables = None if environment is None else os.environ | environment
     try:
-        done = subprocess.run(command, env=variables, capture_output=True, text=True, errors="replace", timeout=seconds)
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=seconds)
     except (FileNotFoundError, PermissionError) as error:
         return 127, "", f"{command[0]}: {error.strerror}"
     except subprocess.TimeoutExpired:

@@ -25,4 +25,4 @@ def check(request: Request) -> Iterator[Line]:
         yield refused("listing", error)
         return
     some = ", ".join(found[:5]) + (" …" if len(found) > 5 else "")
-    yield ok("listing", f"{name} holds {len(found)} names" + (f": {some}" if found else ""))
+    yield ok("listing", f"{name} holds {len(found)} name{'s'[: len(found) != 1]}" + (f": {some}" if found else ""))
