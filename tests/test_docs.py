@@ -225,7 +225,7 @@ def inline_code(page: Path) -> list[str]:
 @pytest.mark.parametrize("page", USER_PAGES, ids=str)
 def test_files_and_options_in_the_text_exist(page: Path) -> None:
     known = set(options())
-    files = (".gguf", ".json", ".jsonl", ".md", ".model", ".pt", ".py", ".txt", ".yaml")
+    files = (".gguf", ".sh", ".json", ".jsonl", ".md", ".model", ".pt", ".py", ".txt", ".yaml")
     sections = "|".join(sorted(SECTIONS))
     wrong = []
     for code in inline_code(page):
