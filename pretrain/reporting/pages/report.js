@@ -79,7 +79,7 @@ function addOwnCharts() {
   const corpora = [...new Set(RUNS.flatMap((one) => Object.keys(one.curves.mixture)))], legend = corpora.map((name, index) => [name, index]);
   let way = "window";
   addChart("data-charts", "Mixture (share of tokens)", () => {
-    const { curves } = run(), size = Math.ceil(curves.step.length / 100);
+    const { curves } = run(), size = Math.ceil(curves.step.length / 50);
     const taken = corpora.map((name) => curves.mixture[name] ?? []), places = placesOf(curves);
     const ends = curves.step.map((_, index) => index).filter((index) => (index + 1) % size === 0 || index === curves.step.length - 1);
     const parts = taken.map((tokens) => ends.map((end, number) => tokens.slice(way === "window" && number ? ends[number - 1] + 1 : 0, end + 1).reduce((sum, value) => sum + (value ?? 0), 0)));
@@ -87,7 +87,7 @@ function addOwnCharts() {
     return corpora.map((name, index) => ({
       name, steps: ends.map((end) => curves.step[end]), x: ends.map((end) => places[end]), mean: parts[index].map((value, at) => (sums[at] ? value / sums[at] : 0)), smooth: false, colour: index, write: share,
     }));
-  }, { stacked: true, top: 1, tickformat: ".0%", legend, choices: [["Over which steps", [["window", "hundredths of the run"], ["all", "since the start"]], way, (value) => { way = value; }]] });
+  }, { stacked: true, top: 1, tickformat: ".0%", legend, choices: [["Over which steps", [["window", "fiftieths of the run"], ["all", "since the start"]], way, (value) => { way = value; }]] });
   addChart("data-charts", "Epochs", () => corpora.map((name, index) => ({ ...lineOf(view.detail, `epoch/${name}`, name, { smooth: false, colour: index, dash: dashOf(index) }), noMarkers: true })).filter((line) => line.x), { log: false, legend });
   addChart("data-charts", "Damaged, so far", () => [["damaged_documents", "documents", 0], ["damaged_tokens", "tokens", 1]].map(([key, name, colour]) => lineOf(view.detail, key, name, { smooth: false, colour })), { legend: [["documents", 0], ["tokens", 1]] });
 }

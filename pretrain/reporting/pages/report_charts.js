@@ -121,7 +121,7 @@ const GROUPS = [
 ];
 
 function marks() {
-  const found = GROUPS.map(() => ({ x: [], text: [] }));
+  const found = GROUPS.map(() => ({ x: [], text: [], edge: [] }));
   RUNS.forEach((run, number) => {
     if (view.hidden.has(number)) return;
     const bySteps = new Map();
@@ -131,12 +131,13 @@ function marks() {
       const lines = events.slice(0, 4).map(([, kind, message]) => `<b>${plain(kind)}</b> ${wrap(message)}`);
       if (events.length > 4) lines.push(`and ${events.length - 4} more: see the list`);
       worst.x.push(placeOf(run, step));
+      worst.edge.push(RUNS.length > 1 ? colourOf(number) : colours.bg);
       worst.text.push(`step ${step.toLocaleString("en-US")}${RUNS.length > 1 ? ` of ${plain(run.name)}` : ""}<br>${lines.join("<br>")}`);
     }
   });
-  return found.map(({ x, text }, group) => ({
+  return found.map(({ x, text, edge }, group) => ({
     x, y: x.map(() => 0.035), text, yaxis: "y2", mode: "markers", showlegend: false, cliponaxis: false, hovertemplate: "%{text}<extra></extra>", name: "events",
-    marker: { symbol: GROUPS[group].symbol, size: GROUPS[group].size, color: colours[GROUPS[group].colour], line: { width: 1, color: colours.bg } },
+    marker: { symbol: GROUPS[group].symbol, size: GROUPS[group].size, color: colours[GROUPS[group].colour], line: { width: RUNS.length > 1 ? 2 : 1, color: edge } },
   })).filter((trace) => trace.x.length);
 }
 
@@ -157,7 +158,7 @@ function boundsOf(traces, chart) {
   if (low > high) return null;
   if (chart.log) return [Math.log10(low) - 0.04, Math.log10(high) + 0.04].map((value, index) => value + (low === high ? (index ? 0.1 : -0.1) : 0));
   const air = high > low ? 0.06 * (high - low) : Math.abs(high) * 0.05 || 1;
-  const floor = low >= 0 && low - air < 0 ? -0.02 * (high - low) || -air : low - air;
+  const floor = low >= 0 && low - air < 0 ? -0.03 * (high + air) : low - air;
   return [floor, high + air];
 }
 
@@ -196,10 +197,7 @@ function draw(chart) {
     return `${line.name || chart.title}: ${format(known[0])} at first, ${format(known.at(-1))} at last, from ${format(known.reduce((a, b) => Math.min(a, b)))} to ${format(known.reduce((a, b) => Math.max(a, b)))}`;
   });
   chart.plot.setAttribute("aria-label", `${chart.title}. ${label.join("; ")}`);
-  const settings = {
-    responsive: true, displaylogo: false, displayModeBar: TOUCH ? false : "hover", doubleClick: false, showTips: false,
-    modeBarButtons: [["toImage"]], toImageButtonOptions: { filename: chart.title.replace(/\W+/g, "-").toLowerCase(), scale: 2 },
-  };
+  const settings = { responsive: true, displayModeBar: false, doubleClick: false, showTips: false };
   Plotly.react(chart.plot, [...traces, ...(view.marks ? marks() : [])], layoutOf(chart, bounds), settings);
   if (!chart.listens) {
     chart.listens = true;
@@ -264,6 +262,9 @@ function addChart(place, title, lines, { choices = [], log = null, stacked = fal
     if (options.length > 1) caption.append(choose(label, options, first, (value) => { onChange(value); chart.y = null; draw(chart); }));
   }
   if (log !== null) caption.append(press("log", chart.log, (isOn) => { chart.log = isOn; chart.y = null; draw(chart); }, { title: "logarithmic vertical axis" }));
+  const save = make("button", { type: "button", textContent: "PNG", title: "save this chart as a picture" });
+  save.addEventListener("click", () => Plotly.downloadImage(plot, { format: "png", scale: 2, width: 800, height: 450, filename: title.replace(/\W+/g, "-").toLowerCase() }));
+  caption.append(save);
   if (legend.length > 1) {
     const names = make("div", { className: "legend", role: "group", ariaLabel: "Lines" });
     legend.forEach(([name, index]) => names.append(press([swatch(index, dashOf(index) !== "solid"), name], true, (isOn) => {

@@ -28,7 +28,8 @@ function table(head, rows, label) {
   const body = make("tbody");
   for (const row of rows) body.append(make("tr", {}, ...row.map((cell) => (cell instanceof Node ? cell : make("td", { textContent: cell })))));
   const whole = make("table", {}, body);
-  if (head) whole.prepend(make("thead", {}, make("tr", {}, ...head.map((name) => (name instanceof Node ? name : make("th", { scope: "col", textContent: name }))))));
+  const classOf = (index) => (rows[0]?.[index]?.className === "number" ? "number" : "");
+  if (head) whole.prepend(make("thead", {}, make("tr", {}, ...head.map((name, index) => (name instanceof Node ? name : make("th", { scope: "col", textContent: name, className: classOf(index) }))))));
   return make("div", { className: "scroll", tabIndex: 0, role: "region", ariaLabel: label }, whole);
 }
 
