@@ -1,4 +1,4 @@
-"""One HTML page that needs nothing else: no network, no file beside it. What it shows cannot become markup or a script."""
+"""One HTML page that needs nothing else: no network, no file beside it. What it shows cannot become markup."""
 
 from __future__ import annotations
 

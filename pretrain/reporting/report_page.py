@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from pretrain import __version__
-from pretrain.errors import ConfigError
 from pretrain.redaction import redact
-from pretrain.reporting.page import fill_page, save_page
-from pretrain.reporting.run_figures import config_differences, figure_rows, figures_of
-from pretrain.reporting.run_records import RunRecord, read_run
-from pretrain.reporting.run_series import curves, hours_of, num_buckets, plain, slow_steps
+from pretrain.reporting.page import fill_page
+from pretrain.reporting.run_figures import config_differences, figure_rows
+from pretrain.reporting.run_records import RunRecord
+from pretrain.reporting.run_series import curves, hours_of, is_finite, num_buckets, plain, slow_steps
 
 MAX_EVENTS_OF_A_KIND = 200
 MAX_MESSAGE = 2000  # characters
@@ -24,45 +21,13 @@ MAX_DOCUMENTS = 20  # that an event names
 _SCRIPTS = ("report_elements", "report_charts", "report_sections")
 
 
-def check_library(library: str, option: str) -> None:
-    """Check that an optional library is there, before anything is read.
+def page_data(runs: Sequence[RunRecord], figures: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return what the page's script reads.
 
-    Raises:
-        ConfigError: it is not installed.
+    Args:
+        runs: as read.
+        figures: of each, by `figures_of`.
     """
-    if importlib.util.find_spec(library) is None:
-        raise ConfigError(
-            f"{option}: {library} is not installed; expected the libraries of reports. Install them by "
-            "pip install 'longhaul[report]' (in a checkout: pip install '.[report]')."
-        )
-
-
-def read_runs(paths: Sequence[str]) -> list[RunRecord]:
-    """Read run folders.
-
-    Raises:
-        ConfigError: one is no run's, or is given twice.
-    """
-    folders = [Path(path) for path in paths]
-    real = [folder.resolve() for folder in folders]
-    for number, folder in enumerate(real):
-        if folder in real[:number]:
-            raise ConfigError(f"RUN is {folders[number]} twice; expected each run once. Leave one out.")
-    return [read_run(folder, name) for folder, name in zip(folders, names_of(real), strict=True)]
-
-
-def names_of(folders: Sequence[Path]) -> list[str]:
-    """Return the folders' names, with as many of those above as tell them apart."""
-    for depth in range(1, max(len(folder.parts) for folder in folders) + 1):
-        names = ["/".join(folder.parts[-depth:]) for folder in folders]
-        if len(set(names)) == len(names):
-            break
-    return names
-
-
-def page_data(runs: Sequence[RunRecord]) -> dict[str, Any]:
-    """Return what the page's script reads."""
-    figures = [figures_of(run) for run in runs]
     return {
         "written": time.time(), "version": __version__, "figures": figure_rows(figures),
         "differences": config_differences([run.config for run in runs]) if len(runs) > 1 else [],
@@ -91,8 +56,8 @@ def _run_data(run: RunRecord, figures: dict[str, Any], max_buckets: int) -> dict
 def events_of(run: RunRecord) -> tuple[list[tuple[int, str, str]], dict[str, int]]:
     """Return a run's events as (step, kind, message), in order of steps; and by kind how many are left out.
 
-    Beside those that training recorded: checkpoints that are in the folder, steps that were slow, and how a run ended that
-    could not say so itself.
+    Beside those that training recorded: checkpoints that are in the folder, steps that were slow, and how a run ended
+    that could not say so itself.
     """
     found = []
     for event in run.metrics.events:
@@ -123,7 +88,7 @@ def _evaluations(run: RunRecord) -> dict[str, Any]:
     hours = np.interp(steps, columns["step"], hours_of(run)) if run.metrics.num_steps else np.zeros(len(steps))
     values = {}
     for key in keys:
-        numbers = [one if isinstance(one := line.get(key), (int, float)) else None for line in lines]
+        numbers = [one if is_finite(one := line.get(key)) else None for line in lines]
         values[key.removeprefix("eval/")] = plain(np.array(numbers, dtype=np.float64))
     tokens = [one if isinstance(one := line.get("tokens"), int) else None for line in lines]
     return {"step": steps, "tokens": tokens, "hours": plain(hours), "values": values}
@@ -159,32 +124,14 @@ def _finite(tree: Any) -> Any:
     return None if isinstance(tree, float) and not np.isfinite(tree) else tree
 
 
-def render(runs: Sequence[RunRecord], data: dict[str, Any]) -> str:
+def render(names: Sequence[str], data: dict[str, Any]) -> str:
     """Put the page together.
 
     Args:
-        runs: whose names make the title.
+        names: of the runs, for the title.
         data: from `page_data`.
     """
     from plotly.offline import get_plotlyjs  # optional
 
-    names = [run.name for run in runs]
     title = ", ".join(names[:3]) + (f" and {len(names) - 3} more runs" if len(names) > 3 else "")
     return fill_page("report", title, data, scripts=_SCRIPTS, library=get_plotlyjs())
-
-
-def write_report(runs: Sequence[RunRecord], out: Path | None) -> tuple[Path, dict[str, Any]]:
-    """Write the page, complete or not at all; return its path and what it holds.
-
-    Args:
-        runs: one or several.
-        out: the file; None: `report.html` in the run folder, or `comparison.html` in the first of several.
-
-    Raises:
-        ConfigError: it cannot be written.
-    """
-    data = page_data(runs)
-    own = runs[0].path / ("report.html" if len(runs) == 1 else "comparison.html")
-    fix = "The run folder cannot be written to: name a file elsewhere by --out." if out is None else "Name another."
-    save_page(out or own, render(runs, data), fix)
-    return out or own, data

@@ -12,7 +12,7 @@ from pretrain.options.config import Config
 from pretrain.options.config_changes import flatten
 from pretrain.options.config_docs import yaml_value
 from pretrain.reporting.run_records import RunRecord
-from pretrain.reporting.run_series import hours_of, shown_columns
+from pretrain.reporting.run_series import hours_of, is_finite, shown_columns
 
 LAST_STEPS = 100  # that the final training loss is a mean of
 _MAX_VALUE = 400  # characters of an option's value
@@ -22,7 +22,8 @@ def figures_of(run: RunRecord) -> dict[str, Any]:
     """Return a run's final figures; None where they are not known.
 
     `wall_seconds` is from the first start to the last step, waiting between starts included; `rank_hours` are
-    those of the steps that count, on all ranks: GPU-hours on GPUs. `tokens_per_second` is all tokens over all seconds of steps.
+    those of the steps that count, on all ranks: GPU-hours on GPUs. `tokens_per_second` is all tokens over all seconds
+    of steps, `loss` the mean of the last `LAST_STEPS`.
     """
     columns, num_steps = shown_columns(run), run.metrics.num_steps
     found: dict[str, Any] = {
@@ -59,12 +60,16 @@ def figures_of(run: RunRecord) -> dict[str, Any]:
 
 def _held_out(run: RunRecord) -> dict[str, Any]:
     """Return the last and the best held-out figures, of training's own evaluations."""
-    lines = [line for line in run.metrics.evaluations if isinstance(line.get("eval/loss"), float)]
+    lines = [line for line in run.metrics.evaluations if is_finite(line.get("eval/loss"))]
     if not lines:
         return {"held_out": None, "best_held_out": None}
     chosen = {"held_out": lines[-1], "best_held_out": min(lines, key=lambda line: line["eval/loss"])}
     return {
-        name: {key.removeprefix("eval/"): value for key, value in line.items() if key == "step" or key.count("/") == 1}
+        name: {
+            key.removeprefix("eval/"): value
+            for key, value in line.items()
+            if (key == "step" or key.count("/") == 1) and is_finite(value)
+        }
         for name, line in chosen.items()
     }
 
@@ -152,7 +157,9 @@ def _by_name(tree: Any) -> Any:
     if isinstance(tree, dict):
         return {key: _by_name(value) for key, value in tree.items()}
     if isinstance(tree, list) and tree and all(isinstance(item, dict) and "name" in item for item in tree):
-        return {str(item["name"]): _by_name({key: value for key, value in item.items() if key != "name"}) for item in tree}
+        return {
+            str(item["name"]): _by_name({key: value for key, value in item.items() if key != "name"}) for item in tree
+        }
     return tree
 
 

@@ -1,4 +1,4 @@
-"""What a run folder says of its run, read for a report. Files that are missing, cut short or damaged are left out and named."""
+"""What a run folder says of its run, read for a report. What is missing, cut short or damaged is left out and named."""
 
 from __future__ import annotations
 
@@ -119,7 +119,10 @@ def read_run(path: Path, name: str) -> RunRecord:
         raise ConfigError(f"{error.filename}: is not readable ({error.strerror}); expected a run's metrics.") from None
     run.starts = [start for start in read_json(path / "environment.json").get("starts", []) if isinstance(start, dict)]
     if (path / "status.json").exists() or run.starts:
-        run.state = read_state(path)
+        try:
+            run.state = read_state(path)
+        except (KeyError, TypeError, ValueError):
+            run.notes.append("How the run stands is not known: status.json or the last metrics are damaged.")
     _read_config(run)
     run.checkpoints = [int(folder.name[5:]) for folder in _named(path / "checkpoints", "step-*")]
     _read_samples(run)

@@ -5,6 +5,7 @@ Nothing that stands out is lost by it: a spike of one step among a million is it
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -38,7 +39,16 @@ def curves(run: RunRecord, max_buckets: int) -> dict[str, Any]:
     columns = shown_columns(run)
     steps = columns.get("step", np.empty(0))
     if not len(steps):
-        return {"width": 1, "step": [], "tokens": [], "hours": [], "steps": [], "series": {}, "mixture": {}, "phases": {}}
+        return {
+            "width": 1,
+            "step": [],
+            "tokens": [],
+            "hours": [],
+            "steps": [],
+            "series": {},
+            "mixture": {},
+            "phases": {},
+        }
     width = -(-int(steps[-1] - steps[0] + 1) // max_buckets)
     begins = np.flatnonzero(np.diff((steps - 1) // width, prepend=-1))
     ends = np.append(begins[1:], len(steps)) - 1
@@ -83,7 +93,7 @@ def hours_of(run: RunRecord) -> np.ndarray:
         return np.zeros(len(stamps))
     stamps = np.interp(np.arange(len(stamps)), known, stamps[known])
     first = float(stamps[0] - np.nan_to_num(columns.get("step_seconds", np.zeros(1))[0]))
-    begin = min([first, *(start["timestamp"] for start in run.starts[:1] if _is_number(start.get("timestamp")))])
+    begin = min([first, *(start["timestamp"] for start in run.starts[:1] if is_finite(start.get("timestamp")))])
     return np.maximum(stamps - begin, 0.0) / 3600
 
 
@@ -133,8 +143,9 @@ def _mixture(columns: Mapping[str, np.ndarray], ends: np.ndarray) -> dict[str, l
     return found
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+def is_finite(value: object) -> bool:
+    """Whether it is a number that can be drawn."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def plain(values: np.ndarray) -> list[float | None]:

@@ -128,8 +128,11 @@ function showKept(run) {
     const none = !Object.keys(run.evals.values).length && "Nothing was evaluated (eval.every_steps, launch/evaluate.py).";
     return $("kept").replaceChildren(...(none ? [make("p", { className: "hint", textContent: none })] : []));
   }
-  const rows = steps.flatMap(([step, name, numbers]) => Object.entries(numbers).map(([key, value]) => [number(step.toLocaleString("en-US")), make("td", { textContent: name }), make("td", { textContent: key, className: "code" }), number(format(value, 6))]));
-  const whole = table(["step", "of", "figure", "value"], rows, "Results of launch/evaluate.py");
+  const figures = new Map();
+  for (const [, name, numbers] of steps) for (const key of Object.keys(numbers)) figures.set(JSON.stringify([name, key]), [name, key]);
+  const rows = [...figures.values()].map(([name, key]) => [rowHead(name), make("td", { textContent: key, className: "code" }),
+    ...steps.map(([, own, numbers]) => number(own === name && key in numbers ? format(numbers[key], 6) : ""))]);
+  const whole = table(["of", "figure", ...steps.map(([step, name]) => `step ${step.toLocaleString("en-US")}${steps.filter(([other]) => other === step).length > 1 ? `: ${name}` : ""}`)], rows, "Results of launch/evaluate.py");
   whole.classList.add("tall");
   $("kept").replaceChildren(make("h3", { textContent: "Kept by launch/evaluate.py" }), whole);
 }
