@@ -157,13 +157,16 @@ def read_metrics(path: Path) -> Metrics:
             metrics.evaluations.append(line)
     chunks += [_columns_of(rows)] if rows else []
     keys = dict.fromkeys(key for chunk in chunks for key in chunk)
-    whole = {
-        key: np.concatenate([chunk.get(key, np.full(len(chunk["step"]), np.nan)) for chunk in chunks]) for key in keys
-    }
-    if whole:
-        steps, last = np.unique(whole["step"][::-1], return_index=True)
-        places = len(whole["step"]) - 1 - last
-        metrics.columns = {key: column[places] for key, column in whole.items()}
+    sizes = [len(chunk["step"]) for chunk in chunks]
+    for key in keys:
+        parts = (chunk.pop(key, None) for chunk in chunks)  # popped: a long run's columns are not held twice
+        metrics.columns[key] = np.concatenate(
+            [np.full(size, np.nan) if part is None else part for part, size in zip(parts, sizes, strict=True)]
+        )
+    if keys and (np.diff(metrics.columns["step"]) <= 0).any():
+        steps = metrics.columns["step"][::-1]
+        places = len(steps) - 1 - np.unique(steps, return_index=True)[1]
+        metrics.columns = {key: column[places] for key, column in metrics.columns.items()}
     latest = {(line["step"], any(key.startswith("eval/task/") for key in line)): line for line in metrics.evaluations}
     metrics.evaluations = sorted(latest.values(), key=lambda line: line["step"])
     return metrics
@@ -194,8 +197,11 @@ def _columns_of(rows: list[dict[str, Any]]) -> dict[str, np.ndarray]:
         values = [row.get(key) for row in rows]
         try:
             column = np.array(values, dtype=np.float64)  # None becomes NaN
-        except (ValueError, TypeError):  # text, lists: nothing to draw
-            continue
+        except (ValueError, TypeError, OverflowError):  # text, lists: nothing to draw
+            column = np.array(
+                [one if isinstance(one, (int, float)) and abs(one) < 1e300 else np.nan for one in values],
+                dtype=np.float64,
+            )
         found[key] = np.where(np.isfinite(column), column, np.nan) if column.ndim == 1 else np.full(len(rows), np.nan)
     return found
 

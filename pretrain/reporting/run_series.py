@@ -76,9 +76,8 @@ def shown_columns(run: RunRecord) -> Mapping[str, np.ndarray]:
     """Return the columns of a run, without MFU above 100%."""
     columns = dict(run.metrics.columns)
     if "mfu" in columns:
-        for key in ("mfu", "mfu_causal"):
-            if key in columns:
-                columns[key] = np.where(columns["mfu"] > 1, np.nan, columns[key])
+        is_above = columns["mfu"] > 1
+        columns |= {key: np.where(is_above, np.nan, columns[key]) for key in ("mfu", "mfu_causal") if key in columns}
     return columns
 
 
