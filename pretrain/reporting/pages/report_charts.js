@@ -225,7 +225,7 @@ function redraw() {
   for (const chart of charts) chart.dirty = true;
   if (isDue) return;
   isDue = true;
-  requestAnimationFrame(() => {
+  setTimeout(() => {
     isDue = false;
     for (const chart of charts) if (chart.isSeen && chart.dirty) draw(chart);
   });
