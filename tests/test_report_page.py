@@ -26,7 +26,11 @@ def page_of(*folders, out):
 
 
 def test_nothing_in_a_run_becomes_part_of_the_page(tmp_path):
-    lines = [*lines_of(5), {"step": 3, "event": "spike", "message": MARKUP}, training_line(6, **{f"tokens/{MARKUP}": 5})]
+    lines = [
+        *lines_of(5),
+        {"step": 3, "event": "spike", "message": MARKUP},
+        training_line(6, **{f"tokens/{MARKUP}": 5}),
+    ]
     folder = write_run(tmp_path / "<b>run", lines)
     (folder / "samples/step-00000003.txt").write_text(f"\n--- prompt '', ended by eos ---\n{MARKUP}", encoding="utf-8")
     (folder / "log.txt").write_text(MARKUP, encoding="utf-8")
@@ -35,18 +39,26 @@ def test_nothing_in_a_run_becomes_part_of_the_page(tmp_path):
     assert "<title>&lt;b&gt;run</title>" in page and "\u2028" not in page
     [content] = re.findall(r'<script type="application/json" id="data">(.*?)</script>', page, re.S)
     [run] = json.loads(content)["runs"]
-    assert run["log"] == MARKUP.replace("\u2028", "\n") and [3, "spike", MARKUP] in run["events"] and MARKUP in run["curves"]["mixture"]
+    assert (
+        run["log"] == MARKUP.replace("\u2028", "\n")
+        and [3, "spike", MARKUP] in run["events"]
+        and MARKUP in run["curves"]["mixture"]
+    )
 
 
 def test_the_page_may_load_nothing_and_runs_its_own_scripts_alone(tmp_path):
     page = page_of(write_run(tmp_path / "a"), out=tmp_path / "page.html")
     policy = re.search(r'Content-Security-Policy" content="([^"]*)"', page)[1]
-    assert policy.startswith("default-src 'none'; img-src data: blob:; base-uri 'none'; form-action 'none'; style-src 'unsafe-inline'; script-src 'sha256-")
+    assert policy.startswith(
+        "default-src 'none'; img-src data: blob:; base-uri 'none'; form-action 'none'; style-src 'unsafe-inline'; script-src 'sha256-"
+    )
     script = page.rpartition("<script>")[2].partition("</script>")[0]
     [packed] = re.findall(r'<script type="application/octet-stream" id="library">(.*?)</script>', page)
     library = zlib.decompress(base64.b64decode(packed)).decode()
     assert library == get_plotlyjs() and "Licensed under the MIT license" in library[:300]
-    digests = [f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'" for text in (script, library)]
+    digests = [
+        f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'" for text in (script, library)
+    ]
     assert policy.partition("script-src ")[2] == " ".join(digests)
     assert len(page) < 3_000_000 and not re.search(r"https?:|url\(", page.replace(packed, ""))
 
@@ -119,7 +131,9 @@ def look(folder, *runs, width=1280):
     return json.loads(html.unescape(re.search(r'<pre id="out">(.*?)</pre>', done.stdout, re.S)[1]))
 
 
-needs_browser = pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed (Debian: apt-get install chromium)")
+needs_browser = pytest.mark.skipif(
+    BROWSER is None, reason="no Chromium is installed (Debian: apt-get install chromium)"
+)
 
 
 @pytest.mark.slow
@@ -132,11 +146,18 @@ def test_page_of_a_run_works_in_a_browser(tmp_path):
     assert out["wide"] <= 390 and out["charts"] == out["paths"] == 15 and out["empty"] == [] and out["images"] == 0
     assert out["loss"] == [["", 90, pytest.approx(loss_of(1), rel=1e-4), pytest.approx(loss_of(90), rel=1e-4)]]
     assert [name for name, *_ in out["heldOut"]] == ["together", "web", "code", "books", "math", "wiki"]
-    assert out["heldOut"][2][1] == [30, 60, 90] and out["heldOut"][2][2] == pytest.approx([loss_of(step) + 0.3 for step in (30, 60, 90)], rel=1e-4)
+    assert out["heldOut"][2][1] == [30, 60, 90] and out["heldOut"][2][2] == pytest.approx(
+        [loss_of(step) + 0.3 for step in (30, 60, 90)], rel=1e-4
+    )
     trouble, course = out["marks"]
-    assert (trouble[0], trouble[1]) == ("triangle-up", [40, 50]) and (course[0], course[1]) == ("diamond", [0, 30, 60, 90])
+    assert (trouble[0], trouble[1]) == ("triangle-up", [40, 50]) and (course[0], course[1]) == (
+        "diamond",
+        [0, 30, 60, 90],
+    )
     assert trouble[2][0] == "step 40<br><b>spike</b> &lt;b&gt;loss&lt;/b&gt; is &lt;img src=x&gt;"
-    assert "40spike<b>loss</b> is <img src=x>" in out["events"] and not any("first_step" in row for row in out["events"])
+    assert "40spike<b>loss</b> is <img src=x>" in out["events"] and not any(
+        "first_step" in row for row in out["events"]
+    )
     for place, texts in {
         "about": ["done", "trained 90 steps"], "figures": ["steps90 of 90", f"best held-out loss{loss_of(90) + 0.2:.4f} at step 90"],
         "phases": ["forward300 ms", "rest"], "start-parts": ["start at step 60", "imports4.0 s4.0 s4.0 s", "all7.0 s37.0 s67.0 s"],
@@ -146,22 +167,44 @@ def test_page_of_a_run_works_in_a_browser(tmp_path):
         for text in texts:
             assert text in out["text"][place], (place, out["text"][place])
     assert dict(out["mixture"]) == pytest.approx({"web": 0.4, "code": 0.3, "books": 0.15, "math": 0.1, "wiki": 0.05})
-    assert dict(out["phases"])["forward"] == pytest.approx(0.3) and out["byTokens"] == [[90_000, pytest.approx(loss_of(90), rel=1e-4)]]
+    assert dict(out["phases"])["forward"] == pytest.approx(0.3) and out["byTokens"] == [
+        [90_000, pytest.approx(loss_of(90), rel=1e-4)]
+    ]
     (low, high), other, shown = out["zoomed"]
-    assert high - low == pytest.approx(1.04 * 90_000 / 2) and other == [low, high] and float(shown) == pytest.approx(low, rel=1e-4)
+    assert (
+        high - low == pytest.approx(1.04 * 90_000 / 2)
+        and other == [low, high]
+        and float(shown) == pytest.approx(low, rel=1e-4)
+    )
     assert out["log"] == "log" and out["whole"] == [-1800, 91_800] and out["dragged"] == [1000, 2000]
-    assert out["found"] == ["60startgoing on after step 60"] and out["picture"] == "data:image/png;base64," and out["sample"] == 2
+    assert (
+        out["found"] == ["60startgoing on after step 60"]
+        and out["picture"] == "data:image/png;base64,"
+        and out["sample"] == 2
+    )
 
 
 @pytest.mark.slow
 @pytest.mark.launches
 @needs_browser
 def test_page_of_several_runs_works_in_a_browser(tmp_path):
-    runs = [write_run(tmp_path / "x"), write_run(tmp_path / "y", lines_of(40), lr=5e-4), write_run(tmp_path / "none", []), write_run(tmp_path / "one", lines_of(1))]
+    runs = [
+        write_run(tmp_path / "x"),
+        write_run(tmp_path / "y", lines_of(40), lr=5e-4),
+        write_run(tmp_path / "none", []),
+        write_run(tmp_path / "one", lines_of(1)),
+    ]
     out = look(tmp_path, *runs)
     assert [(name, count) for name, count, *_ in out["loss"]] == [("x", 90), ("y", 40), ("one", 1)]
-    assert out["byTokens"] == [[90_000, pytest.approx(loss_of(90), rel=1e-4)], [40_000, pytest.approx(loss_of(40), rel=1e-4)], [1000, pytest.approx(loss_of(1), rel=1e-4)]]
-    assert "optim.lr0.0010.00050.0010.001" in out["text"]["differences"] and "none: No step is recorded yet." in out["text"]["notes"]
+    assert out["byTokens"] == [
+        [90_000, pytest.approx(loss_of(90), rel=1e-4)],
+        [40_000, pytest.approx(loss_of(40), rel=1e-4)],
+        [1000, pytest.approx(loss_of(1), rel=1e-4)],
+    ]
+    assert (
+        "optim.lr0.0010.00050.0010.001" in out["text"]["differences"]
+        and "none: No step is recorded yet." in out["text"]["notes"]
+    )
     assert out["one"] == ["y", "one"] and "c2.yaml" in out["other"]
 
 
@@ -173,5 +216,7 @@ def test_page_of_a_run_without_steps_opens(tmp_path):
     for name in ("samples", "evaluations", "checkpoints"):
         shutil.rmtree(folder / name)
     out = look(tmp_path, folder)
-    assert out["paths"] == 0 and len(out["empty"]) == out["charts"] and "No step is recorded yet." in out["text"]["notes"]
+    assert (
+        out["paths"] == 0 and len(out["empty"]) == out["charts"] and "No step is recorded yet." in out["text"]["notes"]
+    )
     assert "No text was sampled" in out["text"]["sample-box"] and "Nothing was evaluated" in out["text"]["kept"]

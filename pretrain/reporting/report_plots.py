@@ -28,8 +28,7 @@ _SERIES = (  # file, key, label, scale, whether it is smoothed
 def write_plots(data: Mapping[str, Any], folder: Path) -> list[Path]:
     """Draw what the runs have; return the files.
 
-    Faint is every step, or where they are too many the range of each bucket; strong the mean whose weights halve every
-    hundredth of the longest run.
+    Faint is every step, or where they are too many the range of each bucket; strong the exponential mean.
 
     Args:
         data: from `report_page.page_data`.
@@ -39,7 +38,8 @@ def write_plots(data: Mapping[str, Any], folder: Path) -> list[Path]:
         ConfigError: it cannot be written.
     """
     runs = data["runs"]
-    half_life = max((run["curves"]["step"][-1] for run in runs if run["curves"]["step"]), default=0) / 100
+    longest = max((run["curves"]["step"][-1] for run in runs if run["curves"]["step"]), default=0)
+    half_life = min(longest / 100, 30 + longest / 1000)  # as the page begins with
     written = []
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -4,7 +4,7 @@ const CURVES = [
   ["Training loss (nats per token)", { log: false }, [["loss", "cross-entropy"], ["objective", "objective: what is minimised"]]],
   ["held-out"],
   ["Gradient norm", { log: false }, [["grad_norm", "before clipping"]]],
-  ["Learning rate", { log: false }, [["lr", "as used", { smooth: false }]]],
+  ["Learning rate", { log: false, tickformat: ".2~e" }, [["lr", "as used", { smooth: false }]]],
   ["Tokens per second", { log: false }, [["tokens_per_second", "all ranks"], ["tokens_per_second_per_gpu", "each rank"]]],
   ["Model FLOPs utilisation", { tickformat: ".0%" }, [["mfu", "usual count"], ["mfu_causal", "causal attention counted once"]]],
   ["Seconds of a step", { log: false }, [["step_seconds", "whole step"], ["data_wait_seconds", "waiting for data"]]],
@@ -119,7 +119,7 @@ function addTools(listEvents) {
     });
     $("axis").append(button);
   }
-  const most = Math.max(2, LONGEST / 4), half = LONGEST >= 100 ? LONGEST / 100 : 0;
+  const most = Math.max(2, LONGEST / 4), half = Math.min(LONGEST / 100, 30 + LONGEST / 1000);
   $("smooth").value = half > 1 ? Math.round((100 * Math.log(half)) / Math.log(most)) : 0;
   $("smooth").addEventListener("input", setSmoothing);
   for (const id of ["from", "to"]) $(id).addEventListener("change", () => {
