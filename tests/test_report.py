@@ -156,6 +156,9 @@ def test_options_that_only_one_run_has():
         def model_dump(self, **_):
             return self.tree
 
+    sources = [[{"name": "s", "weight": 1}, {"name": "t", "weight": 2}], [{"name": "t", "weight": 3}]]
+    found = config_differences([Of(sources=one) for one in sources])
+    assert found == [("sources.s", ["{weight: 1}", "–"]), ("sources.t.weight", ["2", "3"])]
     configs = [
         Of(a={"b": 1, "same": "x"}, run={"dir": "p"}),
         Of(a={"b": None, "same": "x", "c": [1, "y" * 500]}, run={"dir": "q"}),

@@ -83,7 +83,7 @@ def _literal(text: str) -> str:
     return text.replace("$", r"\$")  # else matplotlib takes it for a formula
 
 
-def _style(number: int) -> dict[str, str]:
+def _style(number: int) -> dict[str, Any]:
     return {
         "color": _COLOURS[number % len(_COLOURS)],
         "linestyle": _DASHES[number // len(_COLOURS) % len(_DASHES)],
@@ -98,15 +98,12 @@ def _lines(axes: Axes, runs: Sequence[Mapping[str, Any]], key: str, scale: float
         mean, *bounds = ([None if value is None else value * scale for value in part] for part in series)
         style = _style(number)
         if bounds:
-            known = [index for index, value in enumerate(bounds[0]) if value is not None]
-            low, high = ([bound[index] for index in known] for bound in bounds)
-            axes.fill_between(
-                [steps[index] for index in known], low, high, color=style["color"], alpha=0.25, linewidth=0
-            )
+            (places, low), (_, high) = (_known(steps, bound) for bound in bounds)
+            axes.fill_between(places, low, high, color=style["color"], alpha=0.25, linewidth=0)
         elif half_life:
             axes.plot(*_known(steps, mean), color=style["color"], alpha=0.35, linewidth=0.8)
         shown = smoothed(steps, mean, run["curves"]["steps"], half_life)
-        axes.plot(*_known(steps, shown), label=run["name"], linewidth=1.6, **style)  # type: ignore[arg-type]
+        axes.plot(*_known(steps, shown), label=run["name"], linewidth=1.6, **style)
 
 
 def _held_out(axes: Axes, runs: Sequence[Mapping[str, Any]]) -> None:
@@ -115,7 +112,7 @@ def _held_out(axes: Axes, runs: Sequence[Mapping[str, Any]]) -> None:
         places = _known(run["evals"]["step"], values.get("loss", []))
         axes.plot(
             *places, marker="o", markersize=3, label=run["name"] if len(runs) > 1 else "together", **_style(number)
-        )  # type: ignore[arg-type]
+        )
         sources = [key for key in values if key.endswith("/loss") and not key.startswith("task/")]
         for index, key in enumerate(sources if len(runs) == 1 else [], 1):
             axes.plot(
@@ -123,7 +120,7 @@ def _held_out(axes: Axes, runs: Sequence[Mapping[str, Any]]) -> None:
                 label=key.removesuffix("/loss"),
                 linewidth=1,
                 **_style(index),
-            )  # type: ignore[arg-type]
+            )
 
 
 def _phases(axes: Axes, curves: Mapping[str, Any], half_life: float) -> None:

@@ -141,10 +141,15 @@ def figure_rows(figures: Sequence[dict[str, Any]]) -> list[tuple[str, list[str]]
 def config_differences(configs: Sequence[Config | None]) -> list[tuple[str, list[str]]]:
     """Return the options that differ between runs, and the value of each run; `–` where a run has no such option.
 
-    Sources, phases and the like are compared by their names. `run.dir` always differs, and is not among them.
+    Sources, phases and the like are compared by their names; one that only some runs have is one row. `run.dir` always
+    differs, and is not among them.
     """
-    flat = [flatten(_by_name(config.model_dump(mode="json", by_alias=True))) if config else {} for config in configs]
-    known = [one for one in flat if one]
+    trees = [_by_name(config.model_dump(mode="json", by_alias=True)) if config else {} for config in configs]
+    given = [_by_name(config.model_dump(mode="json", by_alias=True, exclude_defaults=True)) if config else {}
+             for config in configs]  # fmt: skip
+    there = [tree for tree in trees if tree]
+    flat = [flatten(_alike(tree, there, own)) for tree, own in zip(trees, given, strict=True)]
+    known = [one for one, tree in zip(flat, trees, strict=True) if tree]
     names = dict.fromkeys(name for one in known for name in one if name != "run.dir")
     return [
         (name, [_short(one[name]) if name in one else "–" for one in flat])
@@ -152,17 +157,39 @@ def config_differences(configs: Sequence[Config | None]) -> list[tuple[str, list
     ]  # fmt: skip
 
 
+class _Named(dict[str, Any]):
+    """A list of things that have names."""
+
+
+class _Whole(str):
+    """One of them, in short."""
+
+
 def _by_name(tree: Any) -> Any:
     """Return a tree with lists of named things as mappings."""
     if isinstance(tree, dict):
         return {key: _by_name(value) for key, value in tree.items()}
     if isinstance(tree, list) and tree and all(isinstance(item, dict) and "name" in item for item in tree):
-        return {
-            str(item["name"]): _by_name({key: value for key, value in item.items() if key != "name"}) for item in tree
-        }
+        own = {str(item["name"]): {key: value for key, value in item.items() if key != "name"} for item in tree}
+        return _Named((name, _by_name(item)) for name, item in own.items())
     return tree
 
 
+def _alike(tree: Any, others: Sequence[Any], given: Any) -> Any:
+    """Return a tree whose named things are leaves, of what is `given` of them, where not all others have them."""
+    if not isinstance(tree, dict):
+        return tree
+    found = {}
+    for key, value in tree.items():
+        there = [one[key] for one in others if isinstance(one, dict) and key in one]
+        own = given.get(key, {}) if isinstance(given, dict) else {}
+        if isinstance(tree, _Named) and len(there) < len(others):
+            found[key] = _Whole(yaml_value(own))
+        else:
+            found[key] = _alike(value, there if len(there) == len(others) else [], own)
+    return found
+
+
 def _short(value: Any) -> str:
-    text = yaml_value(value)
+    text = str(value) if isinstance(value, _Whole) else yaml_value(value)
     return text if len(text) <= _MAX_VALUE else text[: _MAX_VALUE - 1] + "…"

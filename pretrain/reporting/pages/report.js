@@ -4,9 +4,9 @@ const CURVES = [
   ["Training loss (nats per token)", { log: false }, [["loss", "cross-entropy"], ["objective", "objective: what is minimised"]]],
   ["held-out"],
   ["Gradient norm", { log: false }, [["grad_norm", "before clipping"]]],
-  ["Learning rate", { log: false, tickformat: ".2~e" }, [["lr", "as used", { smooth: false }]]],
+  ["Learning rate", { log: false, tickformat: ".3~g" }, [["lr", "as used", { smooth: false }]]],
   ["Tokens per second", { log: false }, [["tokens_per_second", "all ranks"], ["tokens_per_second_per_gpu", "each rank"]]],
-  ["Model FLOPs utilisation", { tickformat: ".0%" }, [["mfu", "usual count"], ["mfu_causal", "causal attention counted once"]]],
+  ["Model FLOPs utilisation", { tickformat: ".3~p" }, [["mfu", "usual count"], ["mfu_causal", "causal attention counted once"]]],
   ["Seconds of a step", { log: false }, [["step_seconds", "whole step"], ["data_wait_seconds", "waiting for data"]]],
   ["Peak memory of rank 0 (GiB)", {}, [["memory_bytes", "memory", { scale: GIB, smooth: false }]]],
   ["Steps out of the ordinary, so far", {}, [["clipped_steps", "clipped"], ["skipped_steps", "skipped"]].map((one) => [...one, { smooth: false }])],
@@ -35,7 +35,7 @@ function evalLine(index, key, name, colour, extra = {}) {
   const { evals } = RUNS[index], values = evals.values[key];
   if (!values) return null;
   const x = view.axis === "tokens" ? evals.tokens : view.axis === "hours" ? evals.hours : evals.step;
-  return { name, steps: evals.step, x, mean: values, smooth: false, colour, run: index, dash: dashOf(colour), ...extra };
+  return { name, steps: evals.step, x, mean: values, smooth: false, colour, run: index, dash: dashOf(colour), dots: 5, ...extra };
 }
 
 function addHeldOut() {
@@ -74,7 +74,7 @@ function addOwnCharts() {
   addChart("time-charts", "Waiting for data (share of the step)", () => {
     const { curves } = run(), wait = curves.series.data_wait_seconds?.[0], whole = curves.series.step_seconds?.[0];
     return wait && whole ? [{ ...stack("", view.detail, wait.map((value, index) => (value === null || !whole[index] ? null : value / whole[index])), true), dash: "solid" }] : [];
-  }, { tickformat: ".0%" });
+  }, { tickformat: ".3~p" });
 
   const corpora = [...new Set(RUNS.flatMap((one) => Object.keys(one.curves.mixture)))], legend = corpora.map((name, index) => [name, index]);
   let way = "window";
@@ -88,7 +88,7 @@ function addOwnCharts() {
       name, steps: ends.map((end) => curves.step[end]), x: ends.map((end) => places[end]), mean: parts[index].map((value, at) => (sums[at] ? value / sums[at] : 0)), smooth: false, colour: index, write: share,
     }));
   }, { stacked: true, top: 1, tickformat: ".0%", legend, choices: [["Over which steps", [["window", "fiftieths of the run"], ["all", "since the start"]], way, (value) => { way = value; }]] });
-  addChart("data-charts", "Epochs", () => corpora.map((name, index) => ({ ...lineOf(view.detail, `epoch/${name}`, name, { smooth: false, colour: index, dash: dashOf(index) }), noMarkers: true })).filter((line) => line.x), { log: false, legend });
+  addChart("data-charts", "Epochs", () => corpora.map((name, index) => ({ ...lineOf(view.detail, `epoch/${name}`, name, { smooth: false, colour: index, dash: dashOf(index) }) })).filter((line) => line.x), { log: false, legend });
   addChart("data-charts", "Damaged, so far", () => [["damaged_documents", "documents", 0], ["damaged_tokens", "tokens", 1]].map(([key, name, colour]) => lineOf(view.detail, key, name, { smooth: false, colour })), { legend: [["documents", 0], ["tokens", 1]] });
 }
 
@@ -109,12 +109,12 @@ function setSmoothing() {
 
 function addTools(listEvents) {
   for (const [axis, [name]] of Object.entries(AXES)) {
-    const button = make("button", { type: "button", textContent: name, role: "radio" });
-    button.setAttribute("aria-checked", axis === view.axis);
+    const button = make("button", { type: "button", textContent: name });
+    button.setAttribute("aria-pressed", axis === view.axis);
     button.addEventListener("click", () => {
       const run = RUNS.find((one) => one.curves.step.length), steps = view.range && run && view.range.map((place) => stepAt(run, place));
       view.axis = axis;
-      for (const other of $("axis").children) other.setAttribute("aria-checked", other === button);
+      for (const other of $("axis").children) other.setAttribute("aria-pressed", other === button);
       showWindow(steps ? steps.map((step) => placeOf(run, step)) : null);
     });
     $("axis").append(button);

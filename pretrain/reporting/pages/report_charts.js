@@ -12,6 +12,11 @@ function readColours() {
   colours = Object.fromEntries(names.map((name) => [name, style.getPropertyValue(`--${name}`).trim()]));
 }
 const colourOf = (index) => colours[`c${index % COLOURS}`];
+
+function seeThrough(colour, opacity) {
+  const digits = colour.length === 4 ? colour.replace(/[0-9a-f]/gi, "$&$&") : colour;
+  return `rgba(${[1, 3, 5].map((place) => parseInt(digits.slice(place, place + 2), 16)).join(",")},${opacity})`;
+}
 const DASHES = ["solid", "dash", "dot", "dashdot"];
 const dashOf = (index) => DASHES[Math.floor(index / COLOURS) % DASHES.length];
 
@@ -81,7 +86,7 @@ function tracesOf(line) {
   if (line.least) {
     const [x, least, greatest] = withoutGaps(line, line.least, line.greatest);
     traces.push({ ...quiet, x, y: greatest, line: { width: 0.5, color: colour }, opacity: 0.45 });
-    traces.push({ ...quiet, x, y: least, line: { width: 0.5, color: colour }, opacity: 0.45, fill: "tonexty", fillcolor: `color-mix(in srgb, ${colour} 22%, transparent)` });
+    traces.push({ ...quiet, x, y: least, line: { width: 0.5, color: colour }, opacity: 0.45, fill: "tonexty", fillcolor: seeThrough(colour, 0.22) });
   } else if (isSmoothed) {
     const [x, y] = withoutGaps(line, line.mean);
     traces.push({ ...quiet, x, y, line: { width: 1, color: colour }, opacity: 0.35 });
@@ -93,7 +98,7 @@ function tracesOf(line) {
     if (line.least) parts.push(`${format(least[index])} to ${format(greatest[index])}`);
     return plain(`${line.name ? line.name + ": " : ""}${format(value, 5)}${parts.length ? ` (${parts.join("; ")})` : ""}`);
   });
-  const few = x.length <= 60 && !line.noMarkers;
+  const few = x.length <= (line.dots ? 60 : 2);
   traces.push({
     x, y, text, hovertemplate: "%{text}<extra></extra>", mode: few ? "lines+markers" : "lines", name: plain(line.name), showlegend: false,
     line: { width: line.width ?? 1.8, color: colour, dash: line.dash }, marker: { size: line.dots ?? 5, color: colour },
@@ -106,7 +111,7 @@ function stackOf(line) {
   const y = shown.map((value) => value ?? 0);
   return {
     x: line.x, y, stackgroup: "one", mode: "lines", name: plain(line.name), showlegend: false, line: { width: 0.8, color: colour },
-    fillcolor: `color-mix(in srgb, ${colour} 60%, transparent)`, text: y.map((value) => plain(`${line.name}: ${line.write(value)}`)), hovertemplate: "%{text}<extra></extra>",
+    fillcolor: seeThrough(colour, 0.6), text: y.map((value) => plain(`${line.name}: ${line.write(value)}`)), hovertemplate: "%{text}<extra></extra>",
   };
 }
 
