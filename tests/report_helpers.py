@@ -26,6 +26,7 @@ def training_line(step, **changes):
     for number, name in enumerate(CORPORA):
         line |= {f"tokens/{name}": step * (400, 300, 150, 100, 50)[number], f"epoch/{name}": step * (number + 1) / 100}
     line |= {f"seconds/{name}": seconds for name, seconds in PHASES.items()}
+    line |= {f"layer/{layer}/grad_norm": layer + step / 100 for layer in range(12)} if step % 10 == 0 else {}
     return line | changes
 
 

@@ -73,8 +73,8 @@ const pause = () => new Promise((go) => setTimeout(go, 50));
   await wait(() => frame.contentDocument?.documentElement?.dataset.ready);
   const page = frame.contentDocument, view = frame.contentWindow, $ = (id) => page.getElementById(id);
   const figure = (title) => [...page.querySelectorAll(".chart")].find((one) => one.textContent.includes(title));
-  const plot = (title) => figure(title).querySelector(".plot");
-  const lines = (title) => (plot(title).data ?? []).filter((trace) => trace.hoverinfo !== "skip" && trace.name !== "events");
+  const plot = (title) => figure(title)?.querySelector(".plot");
+  const lines = (title) => (plot(title)?.data ?? []).filter((trace) => trace.hoverinfo !== "skip" && trace.name !== "events");
   const press = (name) => figure("Training loss").dispatchEvent(new view.KeyboardEvent("keydown", { key: name, bubbles: true }));
   const button = (place, text) => [...place.querySelectorAll("button")].find((one) => one.textContent.includes(text));
   await wait(() => [...page.querySelectorAll(".chart")].every((one) => one.querySelector(".main-svg") || !one.querySelector(".empty").hidden));
@@ -89,6 +89,7 @@ const pause = () => new Promise((go) => setTimeout(go, 50));
   out.text = Object.fromEntries(["about", "notes", "figures", "differences", "phases", "start-parts", "corpora", "sample-box", "kept", "starts", "versions", "log"].map((id) => [id, $(id).textContent]));
   out.mixture = lines("Mixture").map((trace) => [trace.name, trace.y.at(-1)]);
   out.phases = lines("Seconds of a step, by phase").map((trace) => [trace.name, trace.y.at(-1)]);
+  out.layers = lines("By layer").map((trace) => [trace.name, trace.x, trace.y.at(-1), trace.line.color]);
   out.images = page.querySelectorAll("main img").length;
   if (out.loss.length) {
     $("smooth").value = 0; $("smooth").dispatchEvent(new view.Event("input"));
@@ -143,11 +144,17 @@ def test_page_of_a_run_works_in_a_browser(tmp_path):
     lines = lines_of(90, step_50={"step_seconds": 4.0})
     lines += [{"step": 40, "event": "spike", "message": "<b>loss</b> is <img src=x>"}]
     out = look(tmp_path, write_run(tmp_path / "<i>a", lines), width=390)
-    assert out["wide"] <= 390 and out["charts"] == out["paths"] == 15 and out["empty"] == [] and out["images"] == 0
+    assert out["wide"] <= 390 and out["charts"] == out["paths"] == 16 and out["empty"] == [] and out["images"] == 0
     assert out["loss"] == [["", 90, pytest.approx(loss_of(1), rel=1e-4), pytest.approx(loss_of(90), rel=1e-4)]]
     assert [name for name, *_ in out["heldOut"]] == ["together", "web", "code", "books", "math", "wiki"]
     assert out["heldOut"][2][1] == [30, 60, 90] and out["heldOut"][2][2] == pytest.approx(
         [loss_of(step) + 0.3 for step in (30, 60, 90)], rel=1e-4
+    )
+    assert [name for name, *_ in out["layers"]] == [f"layer {layer}" for layer in range(12)]
+    assert (
+        out["layers"][11][1] == list(range(10, 91, 10))
+        and out["layers"][11][2] == pytest.approx(11.9)
+        and out["layers"][11][3] == "#d55e00"
     )
     trouble, course = out["marks"]
     assert (trouble[0], trouble[1]) == ("triangle-up", [40, 50]) and (course[0], course[1]) == (

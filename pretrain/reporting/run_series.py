@@ -59,7 +59,9 @@ def curves(run: RunRecord, max_buckets: int) -> dict[str, Any]:
         mean = column[ends] if key in _LAST or key.startswith("epoch/") else _means(column, begins)
         if key.startswith("seconds/"):
             phases[key.removeprefix("seconds/")] = plain(mean)
-        elif width == 1 or key in _LAST or key.startswith("epoch/"):
+        elif (
+            width == 1 or key in _LAST or key.startswith(("epoch/", "layer/"))
+        ):  # of many layers, all would be too much
             series[key] = [plain(mean)]
         else:
             least, greatest = (bound.reduceat(column, begins) for bound in (np.fmin, np.fmax))

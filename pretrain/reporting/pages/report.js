@@ -11,11 +11,12 @@ const CURVES = [
   ["Peak memory of rank 0 (GiB)", {}, [["memory_bytes", "memory", { scale: GIB, smooth: false }]]],
   ["Steps out of the ordinary, so far", {}, [["clipped_steps", "clipped"], ["skipped_steps", "skipped"]].map((one) => [...one, { smooth: false }])],
 ];
+const LAYER = /^layer\/(\d+)\/(.+)$/; // number of the block, and what is measured there
 const DRAWN_ELSEWHERE = /^(epoch\/|attempt$|damaged_|tokens$)/;
 
 function addCurves() {
   const known = new Set(CURVES.flatMap(([, , keys]) => (keys ?? []).map(([key]) => key)));
-  const others = [...new Set(RUNS.flatMap((run) => Object.keys(run.curves.series)))].filter((key) => !known.has(key) && !DRAWN_ELSEWHERE.test(key));
+  const others = [...new Set(RUNS.flatMap((run) => Object.keys(run.curves.series)))].filter((key) => !known.has(key) && !DRAWN_ELSEWHERE.test(key) && !LAYER.test(key));
   const all = others.length ? [...CURVES, ["Other values", { log: false }, others.sort(new Intl.Collator("en", { numeric: true }).compare).map((key) => [key, key])]] : CURVES;
   for (const [title, options, keys] of all) {
     if (title === "held-out") {
@@ -27,6 +28,19 @@ function addCurves() {
     const lines = () => (chosen ? RUNS.map((run, index) => lineOf(index, chosen, RUNS.length > 1 ? run.name : "", { ...(there.find(([key]) => key === chosen)[2] ?? {}), dash: dashOf(index) })) : []);
     addChart("charts", title, lines, { ...options, choices: [["What is drawn", there, chosen, (value) => { chosen = value; }]] });
   }
+}
+
+// One line a layer, of the run that is chosen below.
+function addLayers() {
+  const found = [...new Set(RUNS.flatMap((run) => Object.keys(run.curves.series)))].map((key) => LAYER.exec(key)).filter(Boolean);
+  if (!found.length) return;
+  const measures = [...new Set(found.map(([, , measure]) => measure))];
+  let chosen = measures[0];
+  const lines = () => {
+    const own = found.filter(([, , measure]) => measure === chosen).sort((a, b) => a[1] - b[1]);
+    return own.map(([key, layer], index) => lineOf(view.detail, key, `layer ${layer}`, { colour: colourBetween(index, own.length) }));
+  };
+  addChart("charts", "By layer, the first blue, the last orange", lines, { log: false, choices: [["What is measured", measures.map((name) => [name, name]), chosen, (value) => { chosen = value; }]] });
 }
 
 const isTask = (key) => key.startsWith("task/") && key.split("/").length > 2;
@@ -167,6 +181,7 @@ async function begin() {
   if (RUNS.length > 1) $("which").append("The sections below are of the run", choose("Run of the sections below", RUNS.map((run, index) => [index, run.name]), 0, (value) => showRun(Number(value))));
   await unpackLibrary();
   addCurves();
+  addLayers();
   addOwnCharts();
   addTasks();
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => { readColours(); redraw(); });

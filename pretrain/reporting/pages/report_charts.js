@@ -11,11 +11,18 @@ function readColours() {
   const names = ["bg", "fg", "muted", "line", "panel", "hot", "accent", "grid", ...Array.from({ length: COLOURS }, (_, index) => `c${index}`)];
   colours = Object.fromEntries(names.map((name) => [name, style.getPropertyValue(`--${name}`).trim()]));
 }
-const colourOf = (index) => colours[`c${index % COLOURS}`];
+const colourOf = (index) => (typeof index === "string" ? index : colours[`c${index % COLOURS}`]);
 
-function seeThrough(colour, opacity) {
+function partsOf(colour) {
   const digits = colour.length === 4 ? colour.replace(/[0-9a-f]/gi, "$&$&") : colour;
-  return `rgba(${[1, 3, 5].map((place) => parseInt(digits.slice(place, place + 2), 16)).join(",")},${opacity})`;
+  return [1, 3, 5].map((place) => parseInt(digits.slice(place, place + 2), 16));
+}
+const seeThrough = (colour, opacity) => `rgba(${partsOf(colour).join(",")},${opacity})`;
+
+// The colour of the number-th of so many things that have an order, such as layers.
+function colourBetween(number, count) {
+  const [first, last] = [partsOf(colourOf(0)), partsOf(colourOf(1))];
+  return `#${first.map((part, index) => Math.round(part + ((last[index] - part) * number) / Math.max(1, count - 1)).toString(16).padStart(2, "0")).join("")}`;
 }
 const DASHES = ["solid", "dash", "dot", "dashdot"];
 const dashOf = (index) => DASHES[Math.floor(index / COLOURS) % DASHES.length];
