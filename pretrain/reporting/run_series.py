@@ -33,22 +33,14 @@ def curves(run: RunRecord, max_buckets: int) -> dict[str, Any]:
     Returns:
         `width`: steps of a bucket; `step`, `tokens`, `hours`: of the last step in each bucket, hours since the first
         start; `steps`: how many there are in each; `series`: by key [means] where a bucket is one step or the
-        key is a count, else [means, least, greatest]; `mixture`: by corpus its share of the tokens of each bucket;
+        key is a count, else [means, least, greatest]; `mixture`: by corpus its tokens in each bucket;
         `phases`: by phase the mean seconds of a step.
     """
     columns = shown_columns(run)
     steps = columns.get("step", np.empty(0))
     if not len(steps):
-        return {
-            "width": 1,
-            "step": [],
-            "tokens": [],
-            "hours": [],
-            "steps": [],
-            "series": {},
-            "mixture": {},
-            "phases": {},
-        }
+        lists, mappings = dict.fromkeys(("step", "tokens", "hours", "steps"), []), ("series", "mixture", "phases")
+        return {"width": 1, **lists, **{name: {} for name in mappings}}
     width = -(-int(steps[-1] - steps[0] + 1) // max_buckets)
     begins = np.flatnonzero(np.diff((steps - 1) // width, prepend=-1))
     ends = np.append(begins[1:], len(steps)) - 1
@@ -56,12 +48,11 @@ def curves(run: RunRecord, max_buckets: int) -> dict[str, Any]:
     for key, column in columns.items():
         if key in _UNSHOWN or key.startswith("tokens/") or np.isnan(column).all():
             continue
-        mean = column[ends] if key in _LAST or key.startswith("epoch/") else _means(column, begins)
+        is_count = key in _LAST or key.startswith("epoch/")
+        mean = column[ends] if is_count else _means(column, begins)
         if key.startswith("seconds/"):
             phases[key.removeprefix("seconds/")] = plain(mean)
-        elif (
-            width == 1 or key in _LAST or key.startswith(("epoch/", "layer/"))
-        ):  # of many layers, all would be too much
+        elif width == 1 or is_count or key.startswith("layer/"):  # of many layers, bounds would be too much
             series[key] = [plain(mean)]
         else:
             least, greatest = (bound.reduceat(column, begins) for bound in (np.fmin, np.fmax))
