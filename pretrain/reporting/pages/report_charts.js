@@ -30,13 +30,13 @@ const dashOf = (index) => DASHES[Math.floor(index / COLOURS) % DASHES.length];
 // plotly.js takes some tags in its texts for markup.
 const plain = (text) => String(text).replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");
 
-function wrap(text, width = 64) {
+function wrap(text, width = innerWidth < 700 ? 34 : 64) {
   const lines = [""];
   for (const word of text.slice(0, 600).split(/\s+/)) {
     if (lines.at(-1).length + word.length > width && lines.at(-1)) lines.push("");
     lines[lines.length - 1] += (lines.at(-1) ? " " : "") + word.slice(0, 4 * width);
   }
-  return lines.slice(0, 8).map(plain).join("<br>");
+  return lines.slice(0, 12).map(plain).join("<br>");
 }
 
 function placesOf(curves) {
@@ -213,6 +213,8 @@ function draw(chart) {
   Plotly.react(chart.plot, [...traces, ...(view.marks ? marks() : [])], layoutOf(chart, bounds), settings);
   if (!chart.listens) {
     chart.listens = true;
+    // plotly.js would keep a finger from scrolling the page; a tap still arrives, as a click
+    if (TOUCH) for (const kind of ["touchstart", "touchmove", "touchend"]) chart.plot.addEventListener(kind, (event) => event.stopPropagation(), { capture: true, passive: true });
     chart.plot.on("plotly_relayout", (change) => followDrag(chart, change));
     chart.plot.on("plotly_doubleclick", () => showWindow(null));
   }
