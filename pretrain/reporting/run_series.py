@@ -39,8 +39,8 @@ def curves(run: RunRecord, max_buckets: int) -> dict[str, Any]:
     columns = shown_columns(run)
     steps = columns.get("step", np.empty(0))
     if not len(steps):
-        lists, mappings = dict.fromkeys(("step", "tokens", "hours", "steps"), []), ("series", "mixture", "phases")
-        return {"width": 1, **lists, **{name: {} for name in mappings}}
+        lists, mappings = ("step", "tokens", "hours", "steps"), ("series", "mixture", "phases")
+        return {"width": 1} | {name: [] for name in lists} | {name: {} for name in mappings}
     width = -(-int(steps[-1] - steps[0] + 1) // max_buckets)
     begins = np.flatnonzero(np.diff((steps - 1) // width, prepend=-1))
     ends = np.append(begins[1:], len(steps)) - 1
