@@ -198,8 +198,9 @@ def test_the_loops_are_summarised() -> None:
         "  target met: ZeRO 1, fp32: faster than the Trainer (2.00 times)",
         "  target MISSED: alone: at least 0.97 of bare torch's tokens/s (0.952)",
     ]
-    old = json.loads((ROOT / "benchmarks/results/overhead-epyc-2026-11-25.json").read_text(encoding="utf-8"))
-    assert "0.985" in table.render([old])
+    for key in [key for key in record.content["rows"][0] if key.startswith(("trainer", "plain"))]:
+        del record.content["rows"][0][key]  # as in older files
+    assert "0.952" in table.render([record.content])
 
 
 def test_wheels_of_the_peers_are_installed_where_they_are_missing(tmp_path: Path) -> None:
