@@ -79,6 +79,9 @@ test_gpu() { # NAME SECONDS ARGUMENTS...: pytest-benchmark, where installed, war
 }
 
 : >"$out/log.txt"
+if [ -r /proc/loadavg ] && awk -v cores="$(nproc)" '{ exit !($1 > cores / 2) }' /proc/loadavg; then
+  notes+=("the load average was $(cut -d ' ' -f 1 /proc/loadavg) on $(nproc) cores: seconds say little, ratios by CPU time more")
+fi
 rm -f "$out"/{attention,norms,operators,tiles,attention-cpu,operators-cpu,generation,convert,data,overhead,startup}.json \
   "$out"/step-*.json
 needed=(deepspeed pydantic ruamel ruamel.yaml)

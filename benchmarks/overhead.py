@@ -76,7 +76,7 @@ def make_loops(run: Run, cleanup: ExitStack) -> tuple[dict[str, Step], dict[str,
     reasons: dict[str, str] = {}
     try:
         baseline = Baseline(shape).to(device)
-        baseline.load_state_dict(ours.state_dict())
+        baseline.load_state_dict(ours.state_dict(), strict=not shape.tie_embeddings)  # ours has one tensor then
         plain = plain_step(baseline, config, device)
         loops["plain"] = lambda batches, num_targets, lr, number: plain(batches, lr)
     except ValueError as error:

@@ -83,8 +83,12 @@ def _section(benchmark: str, results: Results) -> str:
 
 def _result(name: str, record: dict[str, Any]) -> str:
     versions = ", ".join(f"{key} {record['versions'][key]}" for key in SHOWN if record["versions"].get(key))
-    head = f"**{_device(record)}, {record['date'][:10]}** ([{name}.json](results/{name}.json), commit"
-    head += f" {record['commit'] or 'unknown'}; {versions})"
+    device = record["device"]
+    head = f"{_device(record)}, {device['memory_bytes'] / 2**30:.0f} GiB"
+    if "load_average" in device:  # older files lack it
+        head += f", load average {device['load_average']} on {device['num_cores']} cores"
+    file = f"[{name}.json](results/{name}.json), commit {record['commit'] or 'unknown'}"
+    head = f"**{head}, {record['date'][:10]}** ({file}; {versions})"
     drawn = f"\n\n![{record['benchmark']}]({_picture_path(name, record)})" if picture(record) is not None else ""
     return f"{head}\n\n```\n{render_one(record)}\n```{drawn}"
 
@@ -92,7 +96,7 @@ def _result(name: str, record: dict[str, Any]) -> str:
 def _device(record: dict[str, Any]) -> str:
     device = record["device"]
     threads = f", threads: {device['num_processors']}" if device["kind"] == "cpu" else ""
-    return f"{device['name']}{threads}, {device['memory_bytes'] / 2**30:.0f} GiB"
+    return f"{device['name']}{threads}"
 
 
 def _devices(results: Results) -> str:
