@@ -73,7 +73,7 @@ def _add_layer_norm(N: int, D: int, V: int) -> Case:
         return F.layer_norm(total, (D,), weight, bias, EPS), total
 
     tensors = [torch.randn(N, D), torch.randn(N, D), torch.ones(D), torch.zeros(D)]
-    return Case(tensors, lambda *inputs: add_layer_norm(*inputs, EPS), plain)
+    return Case(tensors, lambda x, residual, weight, bias: add_layer_norm(x, residual, weight, bias, EPS), plain)
 
 
 def _swiglu(N: int, D: int, V: int) -> Case:

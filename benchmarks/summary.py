@@ -86,7 +86,7 @@ def _result(name: str, record: dict[str, Any]) -> str:
     device = record["device"]
     head = f"{_device(record)}, {device['memory_bytes'] / 2**30:.0f} GiB"
     if "load_average" in device:  # older files lack it
-        head += f", load average {device['load_average']} on {device['num_cores']} cores"
+        head += f", load average {device['load_average']}, cores: {device['num_cores']}"
     file = f"[{name}.json](results/{name}.json), commit {record['commit'] or 'unknown'}"
     head = f"**{head}, {record['date'][:10]}** ({file}; {versions})"
     drawn = f"\n\n![{record['benchmark']}]({_picture_path(name, record)})" if picture(record) is not None else ""
@@ -147,9 +147,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     old = [path for path in (FOLDER / "plots").glob("*.svg") if path not in wanted]  # of results that are gone
     if arguments.check:
         stale = [path for path, text in wanted.items() if not path.exists() or path.read_text(encoding="utf-8") != text]
-        if stale := [path.name for path in (*stale, *old)]:
-            print(f"not current: {', '.join(stale)}. Run: python benchmarks/summary.py", file=sys.stderr)
-        return 1 if stale else 0
+        if names := [path.name for path in (*stale, *old)]:
+            print(f"not current: {', '.join(names)}. Run: python benchmarks/summary.py", file=sys.stderr)
+        return 1 if names else 0
     (FOLDER / "plots").mkdir(exist_ok=True)
     for path in old:
         path.unlink()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
 import torch
@@ -71,7 +71,7 @@ class Timer:
 
 
 def time_in_turns(
-    functions: dict[str, Callable[..., Tensor | tuple[Tensor, ...]]],
+    functions: Mapping[str, Callable[..., Tensor | tuple[Tensor, ...]]],
     tensors: Sequence[Tensor],
     grads: Sequence[Tensor],
     seconds: float,
