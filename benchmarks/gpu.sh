@@ -55,7 +55,7 @@ part() { # NAME SECONDS COMMAND...: output to the log, status noted; never longe
   fi
   echo "== $name (at most $seconds s)"
   echo "== $name: $*" >>"$out/log.txt"
-  timeout --kill-after=5 "$seconds" "$@" >>"$out/log.txt" 2>&1 || status=$?
+  { timeout --kill-after=5 "$seconds" "$@"; } >>"$out/log.txt" 2>&1 || status=$? # with bash's word on what was killed
   case $status in
     0) notes+=("$name: done in $((SECONDS - begin)) s") ;;
     124 | 137) notes+=("$name: stopped after $seconds s") ;;
@@ -80,10 +80,6 @@ test_gpu() { # NAME SECONDS ARGUMENTS...: pytest-benchmark, where installed, war
 }
 
 : >"$out/log.txt"
-if [ -r /proc/loadavg ] && awk -v cores="$(nproc)" '{ exit !($1 > cores / 2) }' /proc/loadavg; then
-  load=$(cut -d ' ' -f 1 /proc/loadavg)
-  notes+=("the load average was $load on $(nproc) cores: seconds say little, ratios by CPU time more")
-fi
 rm -f "$out"/{attention,norms,operators,tiles,attention-cpu,operators-cpu,generation,convert,data,overhead,startup}.json \
   "$out"/step-*.json
 needed=(deepspeed pydantic ruamel ruamel.yaml)
@@ -129,6 +125,11 @@ else
     [[ $parts != *" $name "* ]] || notes+=("$name: left out: needs a GPU")
   done
   notes+=("no GPU: what is measured there, and Liger, are left out")
+  if [ -r /proc/loadavg ] && awk -v cores="$(nproc)" '{ exit !($1 > cores) }' /proc/loadavg; then
+    load=$(cut -d ' ' -f 1 /proc/loadavg)
+    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # threads that wait for each other on busy cores take many times as long
+    notes+=("the load average was $load on $(nproc) cores: threads: $OMP_NUM_THREADS; seconds say little, ratios more")
+  fi
 fi
 
 if [[ $parts == *" attention "* ]]; then
@@ -164,9 +165,9 @@ done
 
 if [[ $parts == *" loop "* ]]; then
   if part "prepare of the quickstart" 150 "$python" launch/prepare.py configs/quickstart.yaml; then
-    part overhead 140 "$python" benchmarks/overhead.py configs/quickstart.yaml --out "$out/overhead.json" --steps 20 \
-      --warmup 3 --stages 1 --seconds 60
-    part startup 60 "$python" benchmarks/startup.py configs/quickstart.yaml --out "$out/startup.json" --runs 3
+    part overhead 200 "$python" benchmarks/overhead.py configs/quickstart.yaml --out "$out/overhead.json" --steps 20 \
+      --warmup 2 --stages 1 --seconds 60
+    part startup 90 "$python" benchmarks/startup.py configs/quickstart.yaml --out "$out/startup.json" --runs 3
   fi
   results+=("$out/overhead.json" "$out/startup.json")
 fi

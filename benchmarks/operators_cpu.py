@@ -63,7 +63,9 @@ def _add_rms_norm(N: int, D: int, V: int) -> Case:
         return F.rms_norm(total, (D,), weight, EPS), total
 
     return Case(
-        [torch.randn(N, D), torch.randn(N, D), torch.ones(D)], lambda *inputs: add_rms_norm(*inputs, EPS), plain
+        [torch.randn(N, D), torch.randn(N, D), torch.ones(D)],
+        lambda x, residual, weight: add_rms_norm(x, residual, weight, EPS),
+        plain,
     )
 
 
