@@ -72,7 +72,7 @@ def draw_ratios(title: str, found: Sequence[Comparison]) -> str:
         left, colour = (middle, SLOWER) if length > 0 else (middle + length, QUICKER)
         parts.append(_text(LABEL_WIDTH - 10, y + 11, f"{one.what} / {one.peer}", "end"))
         parts.append(f'<rect x="{left:.1f}" y="{y}" width="{abs(length):.1f}" height="14" fill="{colour}"/>')
-        parts.append(_text(width - 8, y + 11, f"{one.ratio:.2f}", "end"))
+        parts.append(_text(width - 8, y + 11, f"{one.ratio:.2f}" if one.ratio > 0.1 else f"{one.ratio:.1g}", "end"))
     note = "our time / the peer's for the same work: to the left of 1 ours is quicker"
     return "\n".join([*parts, _text(width - 8, height - 10, note, "end"), "</svg>\n"])
 
