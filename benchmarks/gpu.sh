@@ -125,10 +125,11 @@ else
     [[ $parts != *" $name "* ]] || notes+=("$name: left out: needs a GPU")
   done
   notes+=("no GPU: what is measured there, and Liger, are left out")
-  if [ -r /proc/loadavg ] && awk -v cores="$(nproc)" '{ exit !($1 > cores) }' /proc/loadavg; then
+  cores=$(getconf _NPROCESSORS_ONLN) # nproc would say what OMP_NUM_THREADS is
+  if [ -r /proc/loadavg ] && awk -v cores="$cores" '{ exit !($1 > cores) }' /proc/loadavg; then
     load=$(cut -d ' ' -f 1 /proc/loadavg)
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # threads that wait for each other on busy cores take many times as long
-    notes+=("the load average was $load on $(nproc) cores: threads: $OMP_NUM_THREADS; seconds say little, ratios more")
+    notes+=("the load average was $load on $cores cores: threads: $OMP_NUM_THREADS; seconds say little, ratios more")
   fi
 fi
 
