@@ -46,10 +46,10 @@ def add_contents(app: Any, page: str, source: list[str]) -> None:
         source[0] = source[0].replace(text, f"{text.rstrip()}\n\n{tree}\n")
 
 
-def wrap_messages(app: Any, page: str, *_: Any) -> None:
-    """On the page of symptoms, break the long lines of messages, which elsewhere would take columns apart."""
-    if page == "docs/faq":
-        app.add_css_file("messages.css")
+def add_style(app: Any, page: str, *_: Any) -> None:
+    """Break the long lines of messages on the page of symptoms, and none of the wide tables of benchmarks."""
+    if style := {"docs/faq": "messages.css", "benchmarks/README": "columns.css"}.get(page):
+        app.add_css_file(style)
 
 
 def add_entrance(app: Any, error: Exception | None) -> None:
@@ -64,5 +64,5 @@ def add_entrance(app: Any, error: Exception | None) -> None:
 def setup(app: Any) -> None:
     """Say to Sphinx when the functions above are called."""
     app.connect("source-read", add_contents)
-    app.connect("html-page-context", wrap_messages)
+    app.connect("html-page-context", add_style)
     app.connect("build-finished", add_entrance)
