@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,22 +9,29 @@ from pathlib import Path
 if sys.path[0] == str(Path(__file__).resolve().parent):  # run as a file: launch/ would shadow the package `pretrain`
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from pretrain.console import ends_at_closed_pipe, format_bytes
+from pretrain.console import ends_at_closed_pipe
 from pretrain.errors import LonghaulError
-from pretrain.reporting.report_options import add_arguments, text_from
+from pretrain.interrupts import begin_work, ends_on_signal
 
 EXAMPLES = """examples:
   python launch/report.py runs/quickstart --inspect 'def main():'
   python launch/report.py runs/quickstart --step 400 --inspect-file example.py --out example.html
-  python launch/report.py runs/quickstart --inspect-file - < example.py"""
+  python launch/report.py runs/quickstart --inspect-file - < example.py
+
+exit status: 0 done, 1 failed, 2 wrong use, 130 stopped by a signal: the page is whole or as it was."""
 
 
 @ends_at_closed_pipe
+@ends_on_signal()
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit status."""
-    parser = argparse.ArgumentParser(
-        prog="report", description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    import json
+
+    from pretrain.command_line import CommandLine
+    from pretrain.console import format_bytes
+    from pretrain.reporting.report_options import add_arguments, text_from
+
+    parser = CommandLine("report", __doc__, EXAMPLES)
     add_arguments(parser)
     arguments = parser.parse_args(argv)
     try:
@@ -36,6 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         from pretrain.reporting.inspection import inspect
         from pretrain.reporting.inspection_page import facts_of, write_page
 
+        begin_work()
         run = load_run(arguments.run, arguments.step)
         run.model.to(best_device())
         inspection = inspect(run.model, run.tokenizer, text)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from pretrain.command_line import whole
 from pretrain.errors import ConfigError
 from pretrain.generation.generate_options import read_text
 
@@ -19,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     which.add_argument(
         "--inspect-file", metavar="FILE", help="likewise, of the text in a file; - is the standard input"
     )
-    parser.add_argument("--step", type=int, help="checkpoint to use; the newest good one by default")
+    parser.add_argument("--step", type=whole, metavar="N", help="checkpoint to use; the newest good one by default")
     parser.add_argument("--out", metavar="FILE", type=Path, help="page to write; by default in RUN/inspect")
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout and nothing else there")
 
