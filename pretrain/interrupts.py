@@ -37,16 +37,21 @@ class _Stop:
         said, status: the line and the exit status, if it is stopped now.
         is_working: a signal raises; else it ends the process.
         received: a signal has come.
+        is_holding: a signal waits.
     """
 
     def __init__(self, status: int) -> None:
         self.said, self.status = "stopped before it began", status
         self.is_working, self.received, self._raised_at = False, False, 0.0
+        self.is_holding, self._waiting = False, 0
         # one of several ranks speaks
         self.speaks = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
 
     def handle(self, number: int, _frame: FrameType | None) -> None:
         self.received = True
+        if self.is_holding:
+            self._waiting = number
+            return
         if not self.is_working:
             if self.speaks and self.said:
                 os.write(2, f"{_line_end()}{self.said}\n".encode())  # sys.stderr may be in the middle of a write
@@ -55,6 +60,12 @@ class _Stop:
         if now - self._raised_at >= _ONCE_SECONDS:
             self._raised_at = now
             raise KeyboardInterrupt if number == signal.SIGINT else Terminated
+
+    def release(self) -> None:
+        """Do what has waited."""
+        self.is_holding, number, self._waiting = False, self._waiting, 0
+        if number:
+            self.handle(number, None)
 
     def end(self) -> int:
         """Say it; what still comes ends the process, which has only threads to wait for."""
@@ -123,8 +134,12 @@ def begin_work(said: str = "stopped", status: int | None = None) -> None:
 @contextmanager
 def signals_held() -> Iterator[None]:
     """Hold signals, from programs that are started too, until what belongs together is done."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # of this thread, which is what others inherit
+    if _current is not None:
+        _current.is_holding = True  # another thread of a library may get it
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        if _current is not None:
+            _current.release()
