@@ -14,7 +14,7 @@ folder=${1:-$root/runs/examples/continue}
 rm -rf "$folder" && mkdir -p "$folder" && cd "$folder"
 
 echo "== somebody's model, in Hugging Face's format"
-"$python" - published "$root"/docs/*.md <<'END'
+"$python" - published "$root"/pretrain/*/*.py <<'END'
 import json, sys
 from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -36,10 +36,11 @@ echo "== import: weights bit for bit, logits and token ids as in transformers, o
 longhaul convert published imported --from hf
 
 echo "== imported/continue.yaml is a config to edit; here the few lines that matter are given on the command line"
-text="data.sources.0.paths=['$root/docs/*.md']"
-longhaul prepare imported/continue.yaml "$text"
-longhaul train imported/continue.yaml "$text" train.num_steps=30 train.global_batch_size=16 train.micro_batch_size=16 \
-  train.precision=fp32 schedule.warmup_steps=5 optim.lr=2e-3 run.dir=continued
+text="data.sources.0.paths=['$root/pretrain/*/*.py']"
+longhaul prepare imported/continue.yaml "$text" data.val_fraction=0.05
+longhaul train imported/continue.yaml "$text" data.val_fraction=0.05 train.num_tokens=null train.num_steps=30 \
+  train.global_batch_size=16 train.micro_batch_size=16 train.precision=fp32 schedule.warmup_steps=5 optim.lr=2e-3 \
+  run.dir=continued
 
 echo "== and back, with the tokenizer's files as they came"
 longhaul convert continued hf --to hf

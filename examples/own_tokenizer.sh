@@ -11,7 +11,7 @@ folder=${1:-$root/runs/examples/own_tokenizer}
 rm -rf "$folder" && mkdir -p "$folder" && cd "$folder"
 
 echo "== a byte-level tokenizer, as the tokenizers library makes it; yours comes ready"
-"$python" - "$root"/docs/*.md <<'END'
+"$python" - "$root"/pretrain/*/*.py <<'END'
 import sys
 from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -28,7 +28,7 @@ run: {dir: run, seed: 1}
 tokenizer: {model: tokenizer.json, vocab_size: 1000, eos: "<|end|>"} # eos, as no tokenizer_config.json names it
 data:
   sources:
-    - {name: mine, paths: ["$root/docs/*.md"], shards: shards}
+    - {name: mine, paths: ["$root/pretrain/*/*.py"], shards: shards}
   seq_len: 128
   val_fraction: 0.05
 model: {family: llama, dim: 64, num_layers: 2, num_heads: 4}

@@ -11,7 +11,7 @@ test -d "$folder/shards" || { echo "$folder/shards is not there: run examples/tr
 cd "$folder"
 
 echo "== four ranks on two nodes; on GPUs: --gpus-per-node 8 instead of 0 and --tasks-per-node"
-longhaul submit mine.yaml run.dir=on-the-cluster --nodes 2 --gpus-per-node 0 --tasks-per-node 2 --time 12:00:00 \
+longhaul submit mine.yaml run.dir=on-the-cluster train.micro_batch_size=4 --nodes 2 --gpus-per-node 0 --tasks-per-node 2 --time 12:00:00 \
   --dry-run > submit.sbatch
 
 echo "== then, without --dry-run, the job requeues itself until the run is done:"

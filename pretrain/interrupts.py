@@ -2,7 +2,8 @@
 
 While a command starts, a signal ends the process at once: nothing is begun, and imports, which take most of that
 time, are not written to be interrupted: some make another error of KeyboardInterrupt, some lose it. From `begin_work`
-on a signal raises KeyboardInterrupt, so that what is half-written is removed on the way out.
+on a signal raises KeyboardInterrupt, so that what is half-written is removed on the way out. Before the first line of
+a command Python itself starts, some hundredths of a second, and there Ctrl-C has Python's own traceback.
 """
 
 from __future__ import annotations
