@@ -49,7 +49,7 @@ echo "== an answer"
 longhaul generate tuned --prompt "we saw the old carp again (7) is of the kind " --temperature 0
 
 echo "== the adapters alone, for peft on top of hf, the export of the base"
-longhaul convert tuned peft --to peft > peft.json
+longhaul convert tuned peft --to peft
 "$python" - hf peft <<'END' || echo "(peft is not installed: pip install peft)"
 import sys
 from importlib.util import find_spec

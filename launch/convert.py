@@ -33,7 +33,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             from pretrain.formats.adapter_export import export_adapter
 
             begin_work("stopped; nothing was exported", EXIT_INTERRUPTED)
-            print(json.dumps(export_adapter(arguments.run, arguments.out, arguments.step, arguments.dtype)))
+            report = export_adapter(arguments.run, arguments.out, arguments.step, arguments.dtype)
+            said = f"{arguments.out}: adapters of step {report['source']['step']} in {report['dtype']}, beside "
+            said += f"{', '.join(report['target_modules'])}. Read back, they add what the checkpoint's add."
+            print(json.dumps(report) if arguments.json else said)
             return 0
         from pretrain.formats.convert import ConvertOptions, convert, parse_size, summary
 

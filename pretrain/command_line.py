@@ -18,14 +18,14 @@ class CommandLine(argparse.ArgumentParser):
     Usage and examples are of the name that it was called by: `python launch/plan.py` or `longhaul plan`.
     """
 
-    def __init__(self, file: str, description: str | None, examples: str, **options: Any) -> None:
+    def __init__(self, prog: str, description: str | None, epilog: str, **options: Any) -> None:
         """Take the name of the command's file in `launch`, its description and examples, and argparse's options."""
-        prog, description = f"python launch/{file}.py", description or ""
+        description, shown = description or "", f"python launch/{prog}.py"
         if Path(sys.argv[0]).stem in ("longhaul", "cli"):
-            prog = f"longhaul {_NAMES.get(file, file)}"
-            description, examples = _as_longhaul(description), _as_longhaul(examples)
+            shown = f"longhaul {_NAMES.get(prog, prog)}"
+            description, epilog = _as_longhaul(description), _as_longhaul(epilog)
         kind = argparse.RawDescriptionHelpFormatter
-        super().__init__(prog=prog, description=description, epilog=examples, formatter_class=kind, **options)
+        super().__init__(prog=shown, description=description, epilog=epilog, formatter_class=kind, **options)
 
     def error(self, message: str) -> NoReturn:
         """End the process with status 2 and a message, which says what a flag that is unknown was meant to be."""
