@@ -12,10 +12,10 @@ test -d "$folder/run" || { echo "$folder/run is not there: run examples/train.sh
 cd "$folder"
 
 echo "== what each stage would hold on 8 ranks, without starting any"
-longhaul train mine.yaml train.micro_batch_size=2 --explain 8 | head -n 20
+longhaul train mine.yaml train.micro_batch_size=2 --explain 8 | sed -n 1,20p
 
 echo "== memory, speed and cost of a real model on GPUs that you need not have"
-longhaul plan "$root/configs/llama-7b.yaml" --gpus 16 --gpu A100 | head -n 12
+longhaul plan "$root/configs/llama-7b.yaml" --gpus 16 --gpu A100 | sed -n 1,12p
 
 echo "== the finished run goes on for 20 steps: from ZeRO 1 to ZeRO 3, which divides the weights too"
 # Batch and data do not change with the number of ranks or the stage: only the speed and who holds what.
