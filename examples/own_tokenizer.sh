@@ -6,7 +6,7 @@ set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 python=${PYTHON:-$root/.venv/bin/python}
 longhaul() { "$python" "$root/launch/cli.py" "$@"; }
-export DS_ACCELERATOR=${DS_ACCELERATOR:-cpu} OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+export CUDA_VISIBLE_DEVICES= DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 # on the CPU, also where there are GPUs
 folder=${1:-$root/runs/examples/own_tokenizer}
 rm -rf "$folder" && mkdir -p "$folder" && cd "$folder"
 

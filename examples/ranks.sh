@@ -6,13 +6,13 @@ set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 python=${PYTHON:-$root/.venv/bin/python}
 longhaul() { "$python" "$root/launch/cli.py" "$@"; }
-export DS_ACCELERATOR=${DS_ACCELERATOR:-cpu} OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+export CUDA_VISIBLE_DEVICES= DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 # on the CPU, also where there are GPUs
 folder=${1:-$root/runs/examples/train}
 test -d "$folder/run" || { echo "$folder/run is not there: run examples/train.sh first" >&2; exit 2; }
 cd "$folder"
 
 echo "== what each stage would hold on 8 ranks, without starting any"
-longhaul train mine.yaml train.micro_batch_size=2 --explain 8 | sed -n 1,20p
+longhaul train mine.yaml train.micro_batch_size=2 --explain 8 | sed '/^DeepSpeed is told/,$d'
 
 echo "== memory, speed and cost of a real model on GPUs that you need not have"
 longhaul plan "$root/configs/llama-7b.yaml" --gpus 16 --gpu A100 | sed -n 1,12p

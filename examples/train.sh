@@ -10,7 +10,7 @@ set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 python=${PYTHON:-$root/.venv/bin/python}
 longhaul() { "$python" "$root/launch/cli.py" "$@"; } # after `pip install` there is a command of this name
-export DS_ACCELERATOR=${DS_ACCELERATOR:-cpu} OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} HF_HUB_OFFLINE=1
+export CUDA_VISIBLE_DEVICES= DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 # on the CPU, also where there are GPUs
 folder=${1:-$root/runs/examples/train}
 rm -rf "$folder" && mkdir -p "$folder" && cd "$folder"
 
