@@ -26,6 +26,7 @@ setup(
         "fsspec[http]>=2024.6",  # http is aiohttp; no upper bound: s3fs and gcsfs want the version of their own date
         "jinja2>=3.1,<4",  # torch asks for it too
         "numpy>=1.26,<3",
+        "packaging>=24",  # versions by the calendar; DeepSpeed and transformers ask for it too
         "psutil>=5.9,<8",  # DeepSpeed asks for it too
         "pyarrow>=18,<30",
         "pydantic>=2.11,<3",

@@ -22,6 +22,7 @@ COMMANDS = {  # name: (module of launch, what it does)
     "convert": ("convert", "convert a checkpoint for other software, and verify it"),
     "plan": ("plan", "memory, time and cost of a run, and better settings, with no GPU"),
     "make-tasks": ("make_tasks", "make the examples of the tasks in configs/tasks, offline"),
+    "doctor": ("doctor", "what is installed and what works here, and how to mend what does not"),
     "report": ("report", "what a model makes of a text: losses, layers, attention"),
     "quickstart": ("quickstart", "the whole journey on a small config, offline"),
 }
