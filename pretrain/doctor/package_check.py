@@ -18,6 +18,7 @@ PURPOSES = {  # of the extras in setup.py
     "evals": "tasks of lm-eval",
     "gguf": "`convert --to gguf`",
     "gs": "data and checkpoints at gs://",
+    "report": "pages and pictures of `launch/report.py`",
     "s3": "data and checkpoints at s3://",
     "tasks": "metrics of answers",
     "test": "`make test`",
