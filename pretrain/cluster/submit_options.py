@@ -46,12 +46,7 @@ def parse(argv: Sequence[str] | None, description: str | None) -> argparse.Names
     add("--gpus-per-node", metavar="N", type=whole, choices=range(0, 1025), help="one rank each; 0: ranks on CPUs")
     add("--tasks-per-node", metavar="N", type=count, help="ranks of a node; only with --gpus-per-node 0")
     add("--cpus-per-task", metavar="N", type=count, help="by default a rank's part of the node's")
-    add(
-        "--time",
-        metavar="D-HH:MM:SS",
-        default="24:00:00",
-        help="limit of a job, after which it is requeued; default: %(default)s",
-    )
+    add("--time", metavar="TIME", default="24:00:00", help="limit of a job, then it is requeued; default: %(default)s")
     for name in ("partition", "account", "qos", "constraint"):
         add(f"--{name}", metavar="NAME", default="", help="as sbatch takes it")
     add("--job-name", metavar="NAME", help="by default the run folder's")
