@@ -21,6 +21,6 @@ echo "== the finished run goes on for 20 steps: from ZeRO 1 to ZeRO 3, which div
 # Batch and data do not change with the number of ranks or the stage: only the speed and who holds what.
 rm -rf zero3 && cp -r run zero3
 "$python" -m torch.distributed.run --nproc-per-node 2 --master-port "${PORT:-29532}" "$root/launch/pretrain.py" mine.yaml \
-  run.dir=zero3 train.num_steps=140 parallel.zero_stage=3
+  run.dir=zero3 train.num_steps=220 parallel.zero_stage=3
 # With all GPUs of a machine: deepspeed launch/pretrain.py mine.yaml; with several machines: docs/clusters.md
 echo "made in $folder: zero3, whose checkpoints any number of ranks and any stage reads"

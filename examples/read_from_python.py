@@ -47,5 +47,5 @@ loss = torch.nn.functional.cross_entropy(logits_BTV[0, :-1], tokens_BT[0, 1:])
 print(f"its loss over {tokens_BT.shape[1] - 1} tokens is {loss:.3f} nats a token")
 
 # Text.
-[completion] = generate(run.model, run.tokenizer, ["def "], GenerateOptions(max_new_tokens=30, temperature=0.7))
-print(f"def {completion.text}")
+[completion] = generate(run.model, run.tokenizer, ["The run "], GenerateOptions(max_new_tokens=30, temperature=0.7))
+print(f"The run {completion.text}")

@@ -4,8 +4,8 @@
 #
 #   bash examples/train.sh [FOLDER]        FOLDER: where everything goes, runs/examples/train by default
 #
-# The text is this project's own sources, so that it works anywhere and offline. For yours, change `paths`. A model of
-# this size learns to write lines that look like code, no more.
+# The text is this project's documentation, so that it works anywhere and offline. For yours, change `paths`. A model
+# of this size learns to write lines that look like it, no more.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 python=${PYTHON:-$root/.venv/bin/python}
@@ -16,19 +16,19 @@ rm -rf "$folder" && mkdir -p "$folder" && cd "$folder"
 
 cat > mine.yaml <<END
 run: {dir: run, seed: 1}
-tokenizer: {model: tokenizer.model, vocab_size: 1024, sample_bytes: 500000}
+tokenizer: {model: tokenizer.model, vocab_size: 1024}
 data:
   sources:
-    - {name: mine, paths: ["$root/pretrain/*/*.py"], shards: shards}
+    - {name: mine, paths: ["$root/docs/*.md", "$root/docs/notes/*.md"], shards: shards}
   seq_len: 128
-  val_fraction: 0.05
+  val_fraction: 0.1
 model: {family: llama, dim: 64, num_layers: 2, num_heads: 4, num_kv_heads: 2}
 optim: {lr: 4e-3}
 schedule: {warmup_steps: 10}
-train: {num_steps: 120, global_batch_size: 16, micro_batch_size: 8, precision: fp32}
-eval: {every_steps: 60, max_rows: 64}
-checkpoint: {every_steps: 60, keep_last: 2}
-log: {every_steps: 30}
+train: {num_steps: 200, global_batch_size: 16, micro_batch_size: 8, precision: fp32}
+eval: {every_steps: 100, max_rows: 64}
+checkpoint: {every_steps: 100, keep_last: 2}
+log: {every_steps: 50}
 END
 
 echo "== text to a tokenizer and shards"
@@ -63,12 +63,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
 transformers.set_seed(1)
-ids = tokenizer("def ", return_tensors="pt")
+ids = tokenizer("The ", return_tensors="pt")
 print(tokenizer.decode(model.generate(**ids, max_new_tokens=40, do_sample=True, top_k=20)[0], skip_special_tokens=True))
 END
 if command -v llama-completion >/dev/null; then
-  llama-completion -m gguf/*.gguf -p "def " -n 40 --temp 0 -no-cnv </dev/null
+  llama-completion -m gguf/*.gguf -p "The " -n 40 --temp 0 -no-cnv </dev/null
 else
-  echo "(llama.cpp is not installed: llama-completion -m $folder/gguf/*.gguf -p 'def ' would write from the GGUF)"
+  echo "(llama.cpp is not installed: llama-completion -m $folder/gguf/*.gguf -p 'The ' would write from the GGUF)"
 fi
 echo "made in $folder: run (checkpoints, curves), hf, gguf"

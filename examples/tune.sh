@@ -38,8 +38,8 @@ model: {family: llama, dim: 64, num_layers: 2, num_heads: 4, num_kv_heads: 2} # 
 resume: {from: run, optimizer: false, schedule: false, data: false} # its weights, and nothing else
 optim: {lr: 1e-2, weight_decay: 0}
 schedule: {warmup_steps: 5}
-train: {num_steps: 80, global_batch_size: 16, micro_batch_size: 16, precision: fp32, lora: {rank: 16}}
-eval: {every_steps: 80, metric: accuracy, max_rows: 8}
+train: {num_steps: 100, global_batch_size: 16, micro_batch_size: 16, precision: fp32, lora: {rank: 16}}
+eval: {every_steps: 100, metric: accuracy, max_rows: 8}
 log: {every_steps: 20}
 END
 longhaul prepare tune.yaml
