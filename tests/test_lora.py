@@ -12,7 +12,8 @@ from pretrain.optimizers.optim import param_groups
 from pretrain.options.config import LoraSection, ModelSection, OptimSection
 from pretrain.options.families import flops_per_token, resolve_shape
 from pretrain.options.settings import load_config
-from pretrain.transformer.lora import AdaptedLinear, add_adapters, delta, is_adapter
+from pretrain.transformer.lora import AdaptedLinear, add_adapters, delta
+from pretrain.transformer.lora_layers import is_adapter
 from pretrain.transformer.model import Transformer
 from tests.tuning_helpers import write_task
 

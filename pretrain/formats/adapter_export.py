@@ -22,7 +22,7 @@ from pretrain.options.families import ModelShape, resolve_shape
 from pretrain.options.settings import parse_config
 from pretrain.storage.tensor_files import TensorFile, sync_folder, write_tensors, write_text
 from pretrain.tokenizers.tokenizer_files import open_tokenizer
-from pretrain.transformer.lora import A, B, scale_of
+from pretrain.transformer.lora_layers import A, B, scale_of
 
 _PREFIX = "base_model.model."  # peft's, before the names of transformers
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
