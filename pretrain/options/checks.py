@@ -92,6 +92,8 @@ def idle_options(config: Config) -> dict[str, str]:
     if not config.resume.from_:
         for name in ("optimizer", "schedule", "data"):
             idle[f"resume.{name}"] = "It is for beginning from another run, and resume.from is empty."
+    elif config.train.lora is not None and config.resume.optimizer:
+        idle["resume.optimizer"] = "Adapters have moments of their own, which begin anew."
     if config.parallel.offload == "none":
         idle["parallel.nvme_dir"] = "It is where offloaded states lie, and parallel.offload is none."
     if not _reads_elsewhere(config):
@@ -231,8 +233,6 @@ def _lora_problems(config: Config) -> Iterator[Problem]:
         return
     for is_wrong, name, value, expected, fix in (
         (not config.resume.from_, "resume.from", '""', "the run or checkpoint whose weights are adapted", "Name it"),
-        (config.resume.from_ and config.resume.optimizer, "resume.optimizer", "true", "false: adapters have moments of "
-         "their own", "Use false"),
         (config.optim.name == "muon", "optim.name", "muon", "another with train.lora: it is for whole matrices",
          "Use adamw"),
     ):  # fmt: skip
