@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import closing
 
 import numpy as np
 import pytest
@@ -13,14 +14,21 @@ from pretrain.data.examples import context_bit, encode_examples, fields_of, fill
 from pretrain.data.row_reader import RowAddress, RowReader
 from pretrain.data.shard_reader import ShardReader
 from pretrain.data.shards import Manifest
+from pretrain.data.stream import ValRows
 from pretrain.errors import ConfigError, DataError
-from pretrain.options.config import ExamplesSection
+from pretrain.evaluation import answers
+from pretrain.evaluation.answers import read_examples
+from pretrain.options.config import ExamplesSection, ModelSection
+from pretrain.options.families import resolve_shape
 from pretrain.options.settings import load_config
 from pretrain.preparing.inspect_shards import inspect
 from pretrain.preparing.prepare import prepare
 from pretrain.preparing.verify_shards import verify
 from pretrain.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
+from pretrain.transformer.model import Transformer
 from tests.tuning_helpers import make_conversation, make_examples, write_lines, write_task
+
+SHAPE = resolve_shape(ModelSection(family="llama", dim=32, num_layers=1, num_heads=2), 360, 96)
 
 
 @pytest.fixture(scope="module")
@@ -136,6 +144,32 @@ def test_rows_score_answers_only(task, tokenizer):
             seen += 1
     assert seen == len(stored)
     rows.close()
+
+
+def test_the_metric_of_squad_takes_the_best_of_all_answers(task, tokenizer, tmp_path, monkeypatch):
+    texts = {"Who?": ["the oak", "an old oak", "the oak", "oak tree"], "What?": ["rain"], "Why?": []}
+    asked = [{"question": question, "id": question, "answers": [{"text": text} for text in given]}
+             for question, given in texts.items()]  # fmt: skip
+    paragraphs = [{"context": "the old oak saw rain", "qas": asked}]
+    (tmp_path / "dev-v2.0.json").write_text(json.dumps({"data": [{"title": "", "paragraphs": paragraphs}]}))
+    kinds = f"{{name: kinds, shards: {task}/kinds-shards}}"
+    dev = f"{{name: dev, paths: [{tmp_path}/dev-v2.0.json], shards: {tmp_path}/dev, examples: {{}}, val_fraction: 1, weight: 0}}"
+    config = load_config(task / "tune.yaml", [f"data.sources=[{kinds}, {dev}]", f"run.dir={tmp_path}/run"])
+    prepare(config)
+    with closing(ValRows(config, tokenizer.fingerprint, 0)) as rows:
+        found = [one for one in read_examples(rows, tokenizer.eos_id) if "Background" in tokenizer.decode(one.prompt)]
+        by_first = {tokenizer.decode(one.answers[0]).strip(): one for one in found}
+        assert {first: [tokenizer.decode(other).strip() for other in one.answers[1:]] for first, one in by_first.items()} == {
+            "the oak": ["an old oak", "oak tree"], "rain": [], "unanswerable": []
+        }  # fmt: skip
+        assert by_first["the oak"].answers[0][-1] == tokenizer.eos_id  # which is scored, and what follows is not
+        answered = {"the oak": "oak tree", "rain": "rain tree", "unanswerable": "unanswerable"}
+        monkeypatch.setattr(answers.Scorer, "generate", lambda scorer, asked: [
+            next((answered[first] for first, one in by_first.items() if one.prompt == prompt.ids), "") for prompt in asked
+        ])  # fmt: skip
+        monkeypatch.setattr(answers, "read_examples", lambda *given: found)
+        judged = answers.judge_answers("squad", Transformer(SHAPE, 0), tokenizer, rows, 64)
+    assert judged.values == {"f1": pytest.approx(100 * (1 + 2 / 3 + 1) / 3), "exact_match": pytest.approx(100 * 2 / 3)}
 
 
 def test_checks_and_looks_know_the_marks(task):

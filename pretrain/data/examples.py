@@ -32,18 +32,24 @@ def parse_example(data: bytes, section: ExamplesSection) -> str | Bad:
     return record if isinstance(record, Bad) else example_of(record, section)
 
 
-def example_of(record: dict[str, Any], section: ExamplesSection) -> str | Bad:
+def example_of(record: dict[str, Any], section: ExamplesSection, references: Sequence[str] = ()) -> str | Bad:
     """The example of a record of fields, as a text that `encode_examples` reads.
 
     One that has the field of `messages` is a conversation; any other is a prompt and a response.
+
+    Args:
+        record: a text by each name.
+        section: which of them are used, and how.
+        references: further right answers, for a metric that takes the best.
     """
     example = _conversation(record, section) if section.messages in record else _pair(record, section)
     if isinstance(example, Bad):
         return example
+    example |= {"references": list(references)} if references else {}
     return checked_text(json.dumps(example, ensure_ascii=False), SURROGATE)
 
 
-def _pair(record: dict[str, Any], section: ExamplesSection) -> dict[str, str] | Bad:
+def _pair(record: dict[str, Any], section: ExamplesSection) -> dict[str, Any] | Bad:
     missing = [name for name in (*fields_of(section.template), section.response) if name not in record]
     if missing:
         return Bad("no_example", f"its field {missing[0]!r} is missing (it has: {', '.join(sorted(record)[:8])})")
@@ -120,7 +126,8 @@ def encode_examples(tokenizer: Tokenizer, examples: Sequence[str]) -> list[np.nd
     """Turn examples into ids as they are stored, of `example_dtype`, with the bit of context.
 
     A pair is the beginning of a document, the prompt, the response and the end of the document, of which the last two
-    are scored. A conversation is what the chat template makes of it, up to its last answer's end; answers are scored.
+    are scored; behind them further right answers, each with an end, as context of nothing. A conversation is what the
+    chat template makes of it, up to its last answer's end; answers are scored.
     """
     return [_encode(tokenizer, json.loads(one)) for one in examples]
 
@@ -133,7 +140,9 @@ def _encode(tokenizer: Tokenizer, example: dict[str, Any]) -> np.ndarray:
     else:
         context = [tokenizer.bos_id, *tokenizer.encode(example["prompt"])]
         answer = [*tokenizer.encode(example["response"]), tokenizer.eos_id]
-        ids, is_scored = context + answer, [False] * len(context) + [True] * len(answer)
+        others = [id for text in example.get("references", ()) for id in (*tokenizer.encode(text), tokenizer.eos_id)]
+        ids = context + answer + others
+        is_scored = [False] * len(context) + [True] * len(answer) + [False] * len(others)
     stored = np.array(ids, dtype=example_dtype(tokenizer))
     stored[~np.array(is_scored)] |= stored.dtype.type(1 << context_bit(tokenizer))
     return stored
