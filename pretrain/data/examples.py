@@ -33,7 +33,7 @@ def parse_example(data: bytes, section: ExamplesSection) -> str | Bad:
 
 
 def example_of(record: dict[str, Any], section: ExamplesSection, references: Sequence[str] = ()) -> str | Bad:
-    """The example of a record of fields, as a text that `encode_examples` reads.
+    """The example of a record of fields, as a text that `encode_example` reads.
 
     One that has the field of `messages` is a conversation; any other is a prompt and a response.
 
@@ -122,17 +122,21 @@ def example_dtype(tokenizer: Tokenizer) -> np.dtype:
     return np.dtype("<u2" if context_bit(tokenizer) == 15 else "<u4")
 
 
-def encode_examples(tokenizer: Tokenizer, examples: Sequence[str]) -> list[np.ndarray]:
-    """Turn examples into ids as they are stored, of `example_dtype`, with the bit of context.
+def encode_example(tokenizer: Tokenizer, text: str) -> np.ndarray:
+    """Turn an example into ids as they are stored, of `example_dtype`, with the bit of context.
 
     A pair is the beginning of a document, the prompt, the response and the end of the document, of which the last two
     are scored; behind them further right answers, each with an end, as context of nothing. A conversation is what the
     chat template makes of it, up to its last answer's end; answers are scored.
+
+    Args:
+        tokenizer: of the run.
+        text: as `example_of` gave it.
+
+    Raises:
+        ConfigError: the chat template refuses the conversation, or there is none.
     """
-    return [_encode(tokenizer, json.loads(one)) for one in examples]
-
-
-def _encode(tokenizer: Tokenizer, example: dict[str, Any]) -> np.ndarray:
+    example = json.loads(text)
     if "messages" in example:
         ids, is_scored = encode_messages(tokenizer, example["messages"])
         end = len(ids) - is_scored[::-1].index(True)

@@ -20,7 +20,7 @@ Record = dict[str, Any]
 def read_examples(
     kind: Kind, file: BinaryIO, path: Path, section: ExamplesSection, with_references: bool = True
 ) -> Iterator[tuple[str, str | Bad]]:
-    """A file's examples, as `examples.encode_examples` reads them, each with its origin.
+    """A file's examples, as `examples.encode_example` reads them, each with its origin.
 
     A row of a table is a record of its columns, a question of SQuAD and a review of IMDB are records of what their
     `dataset_files` functions say; `section` puts prompts and responses together from their fields.
