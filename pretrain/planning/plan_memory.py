@@ -32,7 +32,28 @@ BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 
 @dataclass(frozen=True)
-class Layout:
+class Sizes:
+    """How many parameters there are of which kind.
+
+    Args:
+        total: parameters P that are trained: gradients, masters and moments are of these.
+        weights: parameters of the model, with those that adapters stand beside.
+        persistent: of these, what stage 3 keeps whole on every rank.
+        largest: parameters of the largest tensor of the model.
+        largest_trained: of the largest one that is trained.
+        num_states: tensors of the optimizer for each trained parameter, on average.
+    """
+
+    total: int
+    weights: int
+    persistent: int
+    largest: int
+    largest_trained: int
+    num_states: float
+
+
+@dataclass(frozen=True)
+class Layout(Sizes):
     """How a run's states lie on the ranks.
 
     Args:
@@ -42,12 +63,6 @@ class Layout:
         ranks: N.
         size: bytes of a weight in the model.
         grad_size: bytes of a gradient's sum over micro-steps and ranks.
-        total: parameters P that are trained: gradients, masters and moments are of these.
-        weights: parameters of the model, with those that adapters stand beside.
-        persistent: of these, what stage 3 keeps whole on every rank.
-        largest: parameters of the largest tensor of the model.
-        largest_trained: of the largest one that is trained.
-        num_states: tensors of the optimizer for each parameter, on average.
         bucket: gradients that are reduced at once.
         offload: as configured.
     """
@@ -57,30 +72,12 @@ class Layout:
     ranks: int
     size: int
     grad_size: int
-    total: int
-    weights: int
-    persistent: int
-    largest: int
-    largest_trained: int
-    num_states: float
     bucket: int
     offload: str
 
 
-@dataclass(frozen=True)
-class _Sizes:
-    """Parameters that are trained, of the model, that stay whole, of the largest tensors; states a trained one."""
-
-    total: int
-    weights: int
-    persistent: int
-    largest: int
-    largest_trained: int
-    num_states: float
-
-
 @cache
-def _sizes(shape: ModelShape, adapters: Adapters | None, section: str) -> _Sizes:
+def _sizes(shape: ModelShape, adapters: Adapters | None, section: str) -> Sizes:
     optim = OptimSection.model_validate_json(section)
     numels = [math.prod(size) for size in all_shapes(shape, adapters).values()]
     largest_trained = states = total = 0
@@ -91,7 +88,7 @@ def _sizes(shape: ModelShape, adapters: Adapters | None, section: str) -> _Sizes
         states += numel * len(moment_names(optim, by_muon))
         total += numel
     persistent = sum(numel for numel in numels if numel <= PERSISTENT_ELEMENTS)
-    return _Sizes(total, sum(numels), persistent, max(numels), largest_trained, states / total)
+    return Sizes(total, sum(numels), persistent, max(numels), largest_trained, states / total)
 
 
 def shape_of(config: Config) -> ModelShape:
@@ -110,7 +107,10 @@ def layout_of(config: Config, ranks: int) -> Layout:
     if stage == 1 and precision == "bf16" and grad_size == 4 and offload == "none":
         kind = "summed"
     bucket = min(sizes.total, bucket_elements(ranks))
-    return Layout(kind, stage, ranks, size, grad_size, **vars(sizes), bucket=bucket, offload=offload)
+    return Layout(
+        **vars(sizes), kind=kind, stage=stage, ranks=ranks, size=size, grad_size=grad_size, bucket=bucket,
+        offload=offload,
+    )  # fmt: skip
 
 
 @cache

@@ -17,7 +17,7 @@ from pretrain.checkpoints.run_folder import LoadedRun
 from pretrain.console import format_count
 from pretrain.errors import ConfigError
 from pretrain.reporting.inspection import Guess, Inspection
-from pretrain.storage.tensor_files import write_text
+from pretrain.storage.whole_files import write_text
 from pretrain.tokenizers.tokenizer import Tokenizer
 
 _PAGES = Path(__file__).with_name("pages")
