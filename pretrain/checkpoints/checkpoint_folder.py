@@ -70,6 +70,10 @@ class FolderPlace:
         if self._ownership:
             self._ownership.join(record)
 
+    def is_of(self, run_id: str) -> bool:
+        """Whether no other run than this one has claimed the folder."""
+        return self._ownership is None or self._ownership.is_of(run_id)
+
     def list_steps(self) -> list[int]:
         """As `Place` says."""
         return list_steps(self.folder)

@@ -81,6 +81,8 @@ def idle_options(config: Config) -> dict[str, str]:
         idle["schedule.final_lr_ratio"] = "The rate of a constant schedule does not fall."
     if config.model.rope_scaling is not None:
         idle |= _idle_rope_options(config.model.rope_scaling.type)
+    if config.checkpoint.every_steps == 0 < config.checkpoint.keep_every:
+        idle["checkpoint.keep_every"] = "It is for checkpoints on the way, and checkpoint.every_steps is 0."
     if config.eval.patience == 0:
         idle["eval.min_delta"] = "It belongs to early stopping, and eval.patience is 0."
     if config.eval.sample_every_steps == 0:
@@ -269,7 +271,11 @@ def _reads_elsewhere(config: Config) -> bool:
 
 
 def _checkpoint_problems(config: Config) -> Iterator[Problem]:
-    """Check where checkpoints are written, and where others are read."""
+    """Check which checkpoints are kept, where they are written, and where others are read."""
+    every, keep = config.checkpoint.every_steps, config.checkpoint.keep_every
+    if every and keep % every:
+        text = f"checkpoint.keep_every is {keep}; expected a multiple of checkpoint.every_steps ({every}), which are"
+        yield Problem("checkpoint.keep_every", f"{text} the steps that are saved. Use {-(-keep // every) * every}.")
     for place, name in ((config.checkpoint.dir, "checkpoint.dir"), (config.resume.from_, "resume.from")):
         if not is_remote(place):
             continue
