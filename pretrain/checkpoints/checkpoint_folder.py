@@ -25,7 +25,7 @@ from pretrain.checkpoints.checkpoint_files import (
 from pretrain.checkpoints.checkpoint_owner import OWNER, Ownership
 from pretrain.errors import CheckpointError, ConfigError
 from pretrain.storage.tensor_files import check_space, write_tensors
-from pretrain.storage.whole_files import sync_folder, write_text
+from pretrain.storage.whole_file import sync_folder, write_text
 
 _FILES_A_RANK = 2  # its share, and a note of it
 

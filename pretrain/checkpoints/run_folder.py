@@ -34,7 +34,7 @@ from pretrain.options.settings import load_config, parse_config, resolved_yaml
 from pretrain.ranks.distributed import Ranks
 from pretrain.redaction import RedactingFormatter, storable
 from pretrain.storage.patient_file import PatientFile
-from pretrain.storage.whole_files import write_text
+from pretrain.storage.whole_file import write_text
 
 CONFIG_FILE = "config.yaml"
 _PACKAGES = (

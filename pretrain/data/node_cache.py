@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from pretrain.errors import DataError
-from pretrain.storage.whole_files import sync_folder
+from pretrain.storage.whole_file import sync_folder
 
 _LOCK_NAME = ".lock"
 _INDEX_SUFFIX = ".index.npy"

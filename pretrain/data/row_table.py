@@ -18,7 +18,7 @@ import numpy as np
 from pretrain.data.packing import PACKING_VERSIONS, SEGMENT_DTYPE, count_segments, pack
 from pretrain.data.shards import PREPARE_COMMAND, Manifest, file_sha256, load_index
 from pretrain.errors import DataError
-from pretrain.storage.whole_files import sync_folder, write_atomically
+from pretrain.storage.whole_file import sync_folder, write_atomically
 
 _SPLITS = ("train", "val")
 IDENTITY_NAME = "identity.json"

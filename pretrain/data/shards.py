@@ -24,7 +24,7 @@ import numpy as np
 from pretrain.data.text_index import INDEX_DTYPE, TEXT_INDEX_DTYPE, TextContent, is_begun_index
 from pretrain.errors import DataError
 from pretrain.storage.hashed_file import HashedFile
-from pretrain.storage.whole_files import sync_folder, write_atomically
+from pretrain.storage.whole_file import sync_folder, write_atomically
 
 MANIFEST_VERSION, EXAMPLES_VERSION = 1, 2  # a corpus of documents; one whose ids say what is context
 MANIFEST_NAME = "manifest.json"

@@ -22,7 +22,7 @@ from pretrain.formats.partial_export import complete_or_absent
 from pretrain.options.families import ModelShape, resolve_shape
 from pretrain.options.settings import parse_config
 from pretrain.storage.tensor_files import TensorFile, write_tensors
-from pretrain.storage.whole_files import write_text
+from pretrain.storage.whole_file import write_text
 from pretrain.tokenizers.tokenizer_files import open_tokenizer
 from pretrain.transformer.lora_layers import A, B, scale_of
 

@@ -38,7 +38,7 @@ from pretrain.options.families import ModelShape
 from pretrain.options.settings import parse_config, resolved_yaml
 from pretrain.planning.plan_shapes import parameter_shapes
 from pretrain.storage.tensor_files import check_space, sha256_of
-from pretrain.storage.whole_files import write_text
+from pretrain.storage.whole_file import write_text
 from pretrain.tokenizers.tokenizer import CARRIED_FILES, Tokenizer
 
 NUM_TEXTS = 10_000

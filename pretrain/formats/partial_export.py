@@ -22,7 +22,7 @@ from typing import Any, TextIO
 
 from pretrain.console import LiveLine, format_bytes, format_duration
 from pretrain.errors import ConfigError, ExportError
-from pretrain.storage.whole_files import sync_folder
+from pretrain.storage.whole_file import sync_folder
 
 JOURNAL = ".journal.jsonl"
 _CHUNK_BYTES = 16 << 20

@@ -22,7 +22,7 @@ import numpy as np
 
 from pretrain.data.shards import PREPARE_COMMAND
 from pretrain.errors import DataError
-from pretrain.storage.whole_files import sync_folder
+from pretrain.storage.whole_file import sync_folder
 
 # `head` and `order` are the two halves of a document's digest: the first decides its split, the second its place.
 RECORD = np.dtype(

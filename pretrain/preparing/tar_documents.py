@@ -37,7 +37,7 @@ from pretrain.preparing.sources import (
     read_tar,
 )
 from pretrain.preparing.workers import num_processes, ordered_map
-from pretrain.storage.whole_files import sync_folder
+from pretrain.storage.whole_file import sync_folder
 from pretrain.tokenizers.tokenizer import Tokenizer
 from pretrain.tokenizers.tokenizer_files import open_tokenizer
 

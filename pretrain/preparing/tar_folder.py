@@ -13,7 +13,7 @@ from pretrain.data.shards import JOURNAL_NAME, MANIFEST_NAME, PREPARE_COMMAND, M
 from pretrain.data.source_files import STDLIB, is_compressed, kind_of, list_files
 from pretrain.errors import ConfigError
 from pretrain.options.config import SourceSection
-from pretrain.storage.whole_files import sync_folder
+from pretrain.storage.whole_file import sync_folder
 
 VAL_NAME = "held-out"  # of the shards of held-out documents, which lie beside the tars
 VAL_FILE = re.compile(rf"\.?{VAL_NAME}-\d{{6,}}\.(tar|index\.npy)(\.tmp)?")

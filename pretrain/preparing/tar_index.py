@@ -43,7 +43,7 @@ from pretrain.preparing.near_duplicates import NearDuplicates
 from pretrain.preparing.sources import ReadLog, validation_limit
 from pretrain.preparing.tar_documents import TarDocuments, TarNote, first_of_equals, measure_tars
 from pretrain.preparing.tar_folder import VAL_FILE, VAL_NAME, link_tars, list_originals, name_tars, tars_of
-from pretrain.storage.whole_files import write_atomically
+from pretrain.storage.whole_file import write_atomically
 from pretrain.tokenizers.tokenizer import Tokenizer
 
 RECIPE_VERSION = 1  # of the rules that make an index of tars

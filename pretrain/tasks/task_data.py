@@ -14,7 +14,7 @@ from pathlib import Path
 from random import Random
 
 from pretrain.errors import ConfigError
-from pretrain.storage.whole_files import write_atomically
+from pretrain.storage.whole_file import write_atomically
 from pretrain.tasks.task_grammars import Example, Make, make_roles, make_translation
 from pretrain.tasks.task_stories import make_label, make_log, make_question, make_summary
 

@@ -1,4 +1,7 @@
-"""Small files that are whole at every moment, and folders whose renames survive a crash."""
+"""Small files that are whole at every moment, and folders whose renames survive a crash.
+
+It imports no torch, unlike `tensor_files`.
+"""
 
 from __future__ import annotations
 
