@@ -111,7 +111,8 @@ def read_examples(rows: ValRows, eos_id: int) -> list[HeldOutExample]:
     for begin in range(0, len(numbers), _ROWS_AT_ONCE):
         batch = rows.batch(numbers[begin : begin + _ROWS_AT_ONCE])
         for row in zip(batch.tokens_BT, batch.targets_BT, batch.doc_start_BT, strict=True):
-            found += _examples_of(*(tensor.numpy() for tensor in row), eos_id)
+            tokens_T, targets_T, doc_start_T = (tensor.numpy() for tensor in row)
+            found += _examples_of(tokens_T, targets_T, doc_start_T, eos_id)
     if not found:
         raise DataError(
             "eval.metric is set, and the held-out rows hold no example; expected some. Hold some out "
