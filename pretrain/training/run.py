@@ -42,6 +42,7 @@ from pretrain.training.preflight import Findings, check_same_rows
 from pretrain.training.resume import Progress, load_start
 from pretrain.training.self_test import check_optimizer
 from pretrain.training.spikes import Observation, SpikeGuard
+from pretrain.training.tensorboard_events import hyper_parameters
 from pretrain.training.tracking import Tracker, check_tracking
 from pretrain.transformer.activation_offload import check_checkpointing
 from pretrain.transformer.compiling import should_compile
@@ -254,6 +255,8 @@ def open_metrics(
             world_size=ranks.world_size, first_step=progress.step, attempt=folder.attempt,
             flops_per_token=flops_by_length(shape, config.data.seq_lens, config.train.lora is not None),
             peak_flops=peak_flops(ranks.device, config.train.precision), tracker=tracker,
+            save_every=config.checkpoint.every_steps,
+            hyper_parameters=hyper_parameters(storable(config.model_dump(mode="json")), ranks.world_size),
         )  # fmt: skip
 
 
