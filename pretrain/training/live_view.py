@@ -147,10 +147,13 @@ class LiveView:
         shown = Text(f"{loss:.4f}", style="bold") if _is_number(loss) else Text("not a number", style="bold red")
         yield "loss", [shown, *self._trend()]
         if self._held_out and self._best:
-            yield "held out", [
-                Text(f"{self._held_out[1]:.4f} at step {self._held_out[0]:,}"),
-                Text(f"best {self._best[1]:.4f} at step {self._best[0]:,}", style="green"),
-            ]
+            yield (
+                "held out",
+                [
+                    Text(f"{self._held_out[1]:.4f} at step {self._held_out[0]:,}"),
+                    Text(f"best {self._best[1]:.4f} at step {self._best[0]:,}", style="green"),
+                ],
+            )
         mfu = line["mfu"]
         rate = sum(one["tokens_per_second"] * one["step_seconds"] for one in self._recent) / (
             seconds * len(self._recent)

@@ -37,6 +37,7 @@ from pretrain.tasks.task_metrics import check_metric
 from pretrain.tokenizers.tokenizer import Tokenizer
 from pretrain.tokenizers.tokenizer_files import keep_files, open_tokenizer
 from pretrain.training.guard import SkipGuard, StopRequest
+from pretrain.training.layer_norms import LayerNorms, PendingNorms
 from pretrain.training.metrics import MetricLog, StepMetrics
 from pretrain.training.preflight import Findings, check_same_rows
 from pretrain.training.resume import Progress, load_start
@@ -62,6 +63,7 @@ class PendingStep:
     world_size: int
     rows: tuple[int, int]
     starts_phase: bool
+    layer_norms: PendingNorms | None
 
     def observe(self) -> Observation:
         """Wait for the device, and return what all ranks know alike."""
@@ -83,6 +85,7 @@ class PendingStep:
             self.metrics, loss=observation.loss, grad_norm=observation.grad_norm, clipped_steps=num_clipped,
             objective=None if self.metrics.objective is None else objective_sum / num_targets,
             phase_seconds=seconds | {"others": seconds.get("others", 0.0) + rest},
+            layer_norms=self.layer_norms.result() if self.layer_norms else {},
         )  # fmt: skip
 
 
@@ -100,6 +103,7 @@ class Run:
     engine: Engine
     checkpoints: Checkpoints
     samples: Samples
+    layer_norms: LayerNorms
     tasks: TaskEvals
     guard: SkipGuard
     spikes: SpikeGuard
@@ -191,8 +195,8 @@ def open_run(
     profiler = Profiler(
         run_path, config.train.profile_steps, ranks.rank, ranks.device, lambda *event: run.event(*event)
     )
-    run = Run(config, ranks, group, plan, tokenizer, stream, val_rows, engine, checkpoints, samples, tasks, guard,
-              spikes, profiler, folder, log, stop, watchdog, clock, progress, start.base)  # fmt: skip
+    run = Run(config, ranks, group, plan, tokenizer, stream, val_rows, engine, checkpoints, samples,
+              LayerNorms(config.log.layer_norms_every, engine, model, ranks), tasks, guard, spikes, profiler, folder, log, stop, watchdog, clock, progress, start.base)  # fmt: skip
     announce(run, events, is_resumed=start.own)
     clock.begin("first step")
     return run

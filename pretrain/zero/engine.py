@@ -42,6 +42,7 @@ from pretrain.zero.deepspeed_settings import check_machine, deepspeed_settings, 
 from pretrain.zero.initial_weights import InitialWeights
 from pretrain.zero.swapped_states import (
     fill_weights,
+    gradient_parts,
     groups_in_memory,
     locate,
     on_disk,
@@ -248,11 +249,12 @@ class Engine:
         self._engine.step()
         return StepResult(norm if applied else torch.full_like(norm, math.nan), applied)
 
-    def fragments(self) -> Iterator[Fragment]:
-        """Yield what this rank owns, in the model's order; every element belongs to exactly one rank.
+    def gradients(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield this rank's parts of a step's gradients by parameter, as `swapped_states.gradient_parts`."""
+        return gradient_parts(self._optimizer, self._parameters, self.stage, self.ranks.is_first)
 
-        Before the first update the optimizer's state is created, so that it can be saved or filled.
-        """
+    def fragments(self) -> Iterator[Fragment]:
+        """Yield what this rank owns, in the model's order; every element belongs to exactly one rank."""
         self._create_state()
         yield from self._fragments_of(None)
 
