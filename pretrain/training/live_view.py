@@ -1,9 +1,9 @@
 """What a terminal shows of a run while it trains: one view that is drawn anew in place. The only file on rich.
 
 The cursor is left at the view's first line, which is empty, and is never hidden. So whatever else is printed, by
-libraries in C or by other ranks, begins on that line and stays: the next drawing erases only what is below the cursor. A
-terminal that was resized, whose lines are broken otherwise now, is erased as well; and a process that is killed leaves
-nothing to be undone (docs/notes/0040-watching.md).
+libraries in C or by other ranks, begins on that line and stays: the next drawing erases only what is below the cursor.
+A terminal that was resized, whose lines are broken otherwise now, is erased as well; and a process that is killed
+leaves nothing to be undone (docs/notes/0040-watching.md).
 """
 
 from __future__ import annotations

@@ -195,8 +195,9 @@ def open_run(
     profiler = Profiler(
         run_path, config.train.profile_steps, ranks.rank, ranks.device, lambda *event: run.event(*event)
     )
-    run = Run(config, ranks, group, plan, tokenizer, stream, val_rows, engine, checkpoints, samples,
-              LayerNorms(config.log.layer_norms_every, engine, model, ranks), tasks, guard, spikes, profiler, folder, log, stop, watchdog, clock, progress, start.base)  # fmt: skip
+    layer_norms = LayerNorms(config.log.layer_norms_every, engine, model, ranks)
+    run = Run(config, ranks, group, plan, tokenizer, stream, val_rows, engine, checkpoints, samples, layer_norms, tasks,
+              guard, spikes, profiler, folder, log, stop, watchdog, clock, progress, start.base)  # fmt: skip
     announce(run, events, is_resumed=start.own)
     clock.begin("first step")
     return run
