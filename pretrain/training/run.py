@@ -103,7 +103,6 @@ class Run:
     engine: Engine
     checkpoints: Checkpoints
     samples: Samples
-    layer_norms: LayerNorms
     tasks: TaskEvals
     guard: SkipGuard
     spikes: SpikeGuard
@@ -116,6 +115,7 @@ class Run:
     progress: Progress = field(default_factory=Progress)
     base: dict[str, str] | None = None  # of adapters, as `adapters.reference_to` says it
     feed: Feed = field(init=False)
+    layer_norms: LayerNorms = field(init=False)
     unreported: PendingStep | None = None  # the step whose sums have not been read back
     saving_step: int = 0  # that the save under way, or the last one, is of
     best_before: tuple[float | None, int | None] = (None, None)  # loss and step of the best before that save
@@ -123,6 +123,7 @@ class Run:
 
     def __post_init__(self) -> None:
         self.feed = Feed(self.stream, self.ranks, self.group)
+        self.layer_norms = LayerNorms(self.config.log.layer_norms_every, self.engine, self.samples.model, self.ranks)
 
     def event(self, event: str, message: str, **details: Any) -> None:
         """Record an event once, not once a rank; `details` are for programs that read `metrics.jsonl`."""
@@ -195,9 +196,8 @@ def open_run(
     profiler = Profiler(
         run_path, config.train.profile_steps, ranks.rank, ranks.device, lambda *event: run.event(*event)
     )
-    layer_norms = LayerNorms(config.log.layer_norms_every, engine, model, ranks)
-    run = Run(config, ranks, group, plan, tokenizer, stream, val_rows, engine, checkpoints, samples, layer_norms, tasks,
-              guard, spikes, profiler, folder, log, stop, watchdog, clock, progress, start.base)  # fmt: skip
+    run = Run(config, ranks, group, plan, tokenizer, stream, val_rows, engine, checkpoints, samples, tasks, guard,
+              spikes, profiler, folder, log, stop, watchdog, clock, progress, start.base)  # fmt: skip
     announce(run, events, is_resumed=start.own)
     clock.begin("first step")
     return run
