@@ -9,6 +9,7 @@ leaves nothing to be undone (docs/notes/0040-watching.md).
 from __future__ import annotations
 
 import math
+import os
 import shutil
 import statistics
 import sys
@@ -28,7 +29,10 @@ _RECENT_STEPS = 20  # that times are means of
 _NUM_MESSAGES = 3
 _LABEL_WIDTH, _SPARK_WIDTH, _BAR_WIDTH = 10, 20, 20
 # Events of a run that goes as it should. All others, which are unforeseen, stay in sight at the view's end.
-_ORDINARY = set("start mixture first_step phase plan profile wandb adapters frozen resumed_from done stopped".split())
+_ORDINARY = set(
+    "start mixture network plan first_step phase profile wandb adapters frozen resumed_from config_changed from_scratch"
+    " not_from_scratch damage_mended done stopped".split()
+)
 _BLOCKS, _SIGNS = "▁▂▃▄▅▆▇█", {"down": "↓", "up": "↑", "level": "→", "full": "━", "rest": "─", "mark": "!"}
 _ASCII_BLOCKS, _ASCII_SIGNS = "_.-=+*#@", {"down": "v", "up": "^", "level": "=", "full": "#", "rest": "-", "mark": "!"}
 
@@ -95,7 +99,7 @@ class LiveView:
         self._is_begun = False
 
     def _write(self, text: str, stays: bool) -> None:
-        width, height = shutil.get_terminal_size()
+        width, height = _size_of(self._stream)
         drawing = ""
         if self._is_begun:
             lines = self._drawn(width - 1, height - 1)
@@ -203,6 +207,15 @@ class LiveView:
         style = {"level": "", "down": "green", "up": "red"}[kind]
         word = f"{self._signs[kind]} {abs(change):.4f} in {len(losses)} steps"
         return [Text(curve, style="cyan"), Text(word, style=style)]
+
+
+def _size_of(stream: TextIO) -> tuple[int, int]:
+    """Columns and lines of a terminal as it is now; stdout, which `shutil` asks, may be a file."""
+    try:
+        columns, lines = os.get_terminal_size(stream.fileno())
+    except (OSError, ValueError):  # no file
+        columns = lines = 0
+    return (columns, lines) if columns and lines else tuple(shutil.get_terminal_size())
 
 
 def _is_number(value: float | None) -> bool:
