@@ -19,6 +19,7 @@ ATTENTION_TARGETS = {
 MFU_TARGETS = {"gpt2-124m": 0.45, "llama-350m": 0.52, "llama-1.3b": 0.58}  # likewise, at MFU_SEQ_LEN, by config
 MFU_SEQ_LEN = 2048
 BARE_RATE = 0.97  # of a bare torch loop's tokens/s that ours must reach with the same operators
+REPORTS = 0.01  # of a step that its reports may take
 BLOCKED = 0.10  # of the time of a save, which an asynchronous one may hold up the step
 DOCUMENTS_RATIO = 1.15  # that a scored pair may take in packed documents, in causal rows of that length
 
@@ -290,6 +291,15 @@ def _startup(record: dict[str, Any]) -> str:
     return _aligned(lines)
 
 
+def _reporting(record: dict[str, Any]) -> str:
+    lines = [["reports of a step", "ms", "of CPU", "most"]]
+    for row in record["rows"]:
+        lines.append([row["part"], *(f"{1e3 * row[key]:.3f}" for key in ("seconds", "cpu_seconds", "most_seconds"))])
+    step_seconds, seconds = record["settings"]["step_seconds"], record["rows"][-1]["seconds"]
+    target = f"less than {REPORTS:.0%} of a step of {1e3 * step_seconds:.0f} ms"
+    return _aligned(lines) + "\n" + _verdict(seconds < REPORTS * step_seconds, target, f"{seconds / step_seconds:.2%}")
+
+
 def _checkpoint(record: dict[str, Any]) -> str:
     lines = [["save or load", "seconds", "MB/s", "of the disk"]]
     seconds = {row["what"]: row["seconds"] for row in record["rows"] if "seconds" in row}
@@ -364,6 +374,7 @@ _TABLES = {
     "data": _data,
     "overhead": _overhead,
     "startup": _startup,
+    "reporting": _reporting,
     "checkpoint": _checkpoint,
     "memory": _memory,
     "prepare": _prepare,

@@ -194,8 +194,8 @@ def test_it_is_drawn_a_few_times_a_second(monkeypatch, terminals):
 
 def test_metrics_draw_a_view_on_a_terminal_and_nothing_moves_on_others(monkeypatch, terminals, tmp_path):
     terminal = terminals()
+    log = make_log(tmp_path, tensorboard=False)
     for step in (1, 2, 3):
-        log = make_log(tmp_path, tensorboard=False) if step == 1 else log
         log.step(step_metrics(step, loss=4.0 - step))
     log.evaluation(3, 3000, 1.5, 4.48, 0.7)
     log.rewind(2)

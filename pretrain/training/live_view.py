@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import math
 import os
+import select
 import shutil
-import statistics
 import sys
 import time
 from collections import deque
@@ -23,7 +23,7 @@ from pretrain.console import ERASE_BELOW, Below, format_bytes, format_count, for
 if TYPE_CHECKING:
     from rich.text import Text
 
-REDRAW_SECONDS = 0.25  # between two drawings at least; a step that is longer is drawn when it is over
+REDRAW_SECONDS = 0.5  # between two drawings at least; a step that is longer is drawn when it is over
 TREND_STEPS = 100  # whose losses are a small curve
 _RECENT_STEPS = 20  # that times are means of
 _NUM_MESSAGES = 3
@@ -84,9 +84,9 @@ class LiveView:
                 self._best = self._held_out
 
     def show(self) -> None:
-        """Draw the view, unless that was done a moment ago."""
+        """Draw the view, unless that was done a moment ago or the terminal takes nothing now (Ctrl-S, a slow line)."""
         self._is_begun = True
-        if time.monotonic() - self._drawn_at >= REDRAW_SECONDS:
+        if time.monotonic() - self._drawn_at >= REDRAW_SECONDS and _takes_more(self._stream):
             self._write("", stays=False)
 
     def say(self, text: str) -> None:
@@ -139,7 +139,7 @@ class LiveView:
         from rich.text import Text
 
         line, step = self._line, self._line["step"]
-        seconds = statistics.fmean(one["step_seconds"] for one in self._recent)
+        seconds = sum(one["step_seconds"] for one in self._recent) / len(self._recent)
         waits = sum(one["data_wait_seconds"] for one in self._recent) / (seconds * len(self._recent))
         left = (self._num_steps - step) * seconds
         yield "step", [
@@ -196,13 +196,13 @@ class LiveView:
             return []
         num_cells = min(_SPARK_WIDTH, len(losses))
         edges = [len(losses) * cell // num_cells for cell in range(num_cells + 1)]
-        means = [statistics.fmean(losses[begin:end]) for begin, end in zip(edges, edges[1:], strict=False)]
+        means = [sum(losses[begin:end]) / (end - begin) for begin, end in zip(edges, edges[1:], strict=False)]
         low, span = min(means), (max(means) - min(means)) or 1.0
         curve = "".join(self._blocks[min(int(8 * (mean - low) / span), 7)] for mean in means)
-        half = len(losses) // 2
-        before, after = losses[:half], losses[half:]
-        change = statistics.fmean(after) - statistics.fmean(before)
-        error = math.sqrt(statistics.variance(before) / len(before) + statistics.variance(after) / len(after))
+        (before, error_before), (after, error_after) = map(
+            _mean, (losses[: len(losses) // 2], losses[len(losses) // 2 :])
+        )
+        change, error = after - before, math.hypot(error_before, error_after)
         kind = "level" if abs(change) <= 2 * error else "down" if change < 0 else "up"
         style = {"level": "", "down": "green", "up": "red"}[kind]
         word = f"{self._signs[kind]} {abs(change):.4f} in {len(losses)} steps"
@@ -218,8 +218,22 @@ def _size_of(stream: TextIO) -> tuple[int, int]:
     return (columns, lines) if columns and lines else tuple(shutil.get_terminal_size())
 
 
+def _takes_more(stream: TextIO) -> bool:
+    """Whether writing would not wait, as far as that can be known."""
+    try:
+        return bool(select.select([], [stream.fileno()], [], 0)[1])
+    except (OSError, ValueError):
+        return True
+
+
 def _is_number(value: float | None) -> bool:
     return value is not None and math.isfinite(value)
+
+
+def _mean(values: Sequence[float]) -> tuple[float, float]:
+    """The mean, and its standard error."""
+    mean = sum(values) / len(values)
+    return mean, math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1) / len(values))
 
 
 def _clock(seconds: float) -> str:

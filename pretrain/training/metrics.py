@@ -179,8 +179,7 @@ class MetricLog:
         line |= {f"tokens/{name}": tokens for name, tokens in metrics.corpus_tokens.items()}
         line |= {f"seconds/{phase}": seconds for phase, seconds in metrics.phase_seconds.items()}
         line |= metrics.layer_norms
-        self._write(line)
-        self._add_scalars(line)
+        self._add_scalars(self._write(line))
         self._recent.append(metrics.step_seconds)
         self._show(line)
 
@@ -225,8 +224,7 @@ class MetricLog:
         line: dict[str, Any] = {"step": step, "tokens": tokens, "eval/loss": loss, "eval/perplexity": perplexity,
                                 "eval/bits_per_byte": bits_per_byte}  # fmt: skip
         line |= {f"eval/{name}/{key}": value for name, part in (sources or {}).items() for key, value in part.items()}
-        self._write(line)
-        self._add_scalars(line)
+        self._add_scalars(self._write(line))
         by_source = ", ".join(f"{name} {part['loss']:.4f}" for name, part in (sources or {}).items())
         self.say(
             f"step {step}  held-out loss {loss:.4f}{by_source and f' ({by_source})'}  perplexity {perplexity:.2f}  "
@@ -242,8 +240,7 @@ class MetricLog:
             table: the same for people.
         """
         line = {"step": step, "tokens": tokens} | {f"eval/task/{name}": value for name, value in values.items()}
-        self._write(line)
-        self._add_scalars(line)
+        self._add_scalars(self._write(line))
         self.say(f"step {step}  tasks\n{table}")
 
     def event(self, step: int, event: str, message: str, **details: Any) -> None:
@@ -270,13 +267,17 @@ class MetricLog:
         (self._view or self._lines).say(text)
         logger.info(text)
 
-    def _write(self, line: dict[str, Any]) -> None:
-        self._file.append(json.dumps({key: _json_number(value) for key, value in line.items()}).encode() + b"\n")
+    def _write(self, line: dict[str, Any]) -> dict[str, Any]:
+        """Add a line to `metrics.jsonl`; return it as it is there, with None for what is not finite."""
+        written = {key: _json_number(value) for key, value in line.items()}
+        self._file.append(json.dumps(written).encode() + b"\n")
         if self._view:
-            self._view.take(line)
+            self._view.take(written)
+        return written
 
     def _add_scalars(self, line: dict[str, Any]) -> None:
-        curves = curves_of({key: _json_number(value) for key, value in line.items()})
+        """Show a line of `metrics.jsonl` as points of curves."""
+        curves = curves_of(line)
         if self._events:
             self._events.add_scalars(curves, line["step"])
         if self._tracker:

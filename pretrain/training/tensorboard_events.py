@@ -11,6 +11,7 @@ import os
 import platform
 import time
 from collections.abc import Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ HPARAMS_SECTIONS = ("run", "data", "model", "optim", "schedule", "train", "paral
 HPARAMS_FIGURES = ("eval/loss", "eval/bits_per_byte", "train/loss", "train/tokens", "perf/tokens_per_second")
 
 
+@cache
 def tag_of(key: str) -> str:
     """Name of the curve, here and on Weights & Biases, of a key of `metrics.jsonl`."""
     beginning, slash, _ = key.partition("/")
@@ -83,7 +85,7 @@ class Events:
         from torch.utils.tensorboard import summary  # imports tensorboard
 
         self._protocol, self._text_summary = event_pb2, summary.text
-        self._summary = summary_pb2.Summary
+        self._summary, self._tags, self._scalars = summary_pb2.Summary, [""], summary_pb2.Summary()
         name = f"events.out.tfevents.{time.time_ns() / 1e9:.6f}.{platform.node()}.{os.getpid()}"
         self._file = PatientFile(folder / name)
         self._add(file_version="brain.Event:2")
@@ -92,10 +94,11 @@ class Events:
 
     def add_scalars(self, values: Mapping[str, float], step: int) -> None:
         """Add the values of a step, by tag."""
-        value_of = self._summary.Value
-        self._add(
-            step=step, summary=self._summary(value=[value_of(tag=tag, simple_value=values[tag]) for tag in values])
-        )
+        if list(values) != self._tags:  # else the message of the step before is filled anew, which is quicker
+            self._tags, self._scalars = list(values), self._summary(value=[{"tag": tag} for tag in values])
+        for entry, value in zip(self._scalars.value, values.values(), strict=True):
+            entry.simple_value = value
+        self._add(step=step, summary=self._scalars)
 
     def add_text(self, tag: str, text: str, step: int) -> None:
         """Add a text of a step."""
