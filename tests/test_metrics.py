@@ -10,7 +10,6 @@ import pytest
 
 from pretrain.options.run_options import LogSection
 from pretrain.training.metrics import MetricLog, StepMetrics, drop_lines_after
-from pretrain.training.tensorboard_events import hyper_parameters
 
 REQUIRED = {
     "step", "tokens", "loss", "grad_norm", "lr", "tokens_per_second", "tokens_per_second_per_gpu", "step_seconds", "mfu",
@@ -124,72 +123,3 @@ def test_curves_are_grouped_and_named_alike_everywhere(tmp_path):
     }  # fmt: skip
     assert found == {tag: [(1, pytest.approx(value, rel=1e-6))] for tag, value in expected.items()}
     assert events.Tags()["tensors"] == ["event/note/text_summary"]
-
-
-HYPER = {"optim.lr": 3e-4, "optim.name": "adamw", "train.deterministic": True, "model.dim": 64}
-
-
-def sessions_of(folder):
-    """What TensorBoard's own plugin shows of the runs below a folder, by run."""
-    from tensorboard.backend.event_processing.data_provider import MultiplexerDataProvider
-    from tensorboard.backend.event_processing.plugin_event_multiplexer import EventMultiplexer
-    from tensorboard.context import RequestContext
-    from tensorboard.plugins.base_plugin import TBContext
-    from tensorboard.plugins.hparams import api_pb2, backend_context, list_session_groups
-
-    multiplexer = EventMultiplexer().AddRunsFromDirectory(str(folder)).Reload()
-    provider = MultiplexerDataProvider(multiplexer, str(folder))
-    context = backend_context.Context(TBContext(data_provider=provider, multiplexer=multiplexer))
-    empty = RequestContext()
-    tags = context.hparams_metadata(empty, "")
-    experiment = context.experiment_from_metadata(
-        empty, "", True, tags, context.hparams_from_data_provider(empty, "", None)
-    )
-    request = api_pb2.ListSessionGroupsRequest(
-        start_index=0, slice_size=10, include_metrics=True, allowed_statuses=api_pb2.Status.values(),
-        col_params=[
-            *(api_pb2.ColParams(hparam=info.name) for info in experiment.hparam_infos),
-            *(api_pb2.ColParams(metric=info.name) for info in experiment.metric_infos),
-        ],
-    )  # fmt: skip
-    groups = list_session_groups.Handler(empty, context, "", request).run().session_groups
-    found = {}
-    for group in groups:
-        assert len(group.sessions) == 1
-        values = {name: getattr(value, value.WhichOneof("kind")) for name, value in group.hparams.items()}
-        figures = {metric.name.tag: metric.value for metric in group.metric_values}
-        found[group.sessions[0].name] = api_pb2.Status.Name(group.sessions[0].status), values, figures
-    return found
-
-
-def test_the_hparams_tab_compares_runs_and_a_resumed_one_is_one_session(tmp_path):
-    for name, lr in (("slow", 1e-4), ("quick", 3e-4)):
-        log = make_log(tmp_path / name, hyper_parameters=HYPER | {"optim.lr": lr})
-        log.step(step_metrics(1, loss=9.0))
-        if name == "quick":
-            log.event(1, "stopped", "a signal")
-            log.close()
-            assert sessions_of(tmp_path)["quick/tensorboard"][0] == "STATUS_UNKNOWN"  # it goes on
-            log = make_log(tmp_path / name, first_step=1, attempt=2, hyper_parameters=HYPER | {"optim.lr": lr})
-        log.step(step_metrics(2, loss=4.0))
-        log.evaluation(2, 2000, 3.5, 33.0, 1.7)
-        if name == "quick":
-            log.event(2, "done", "trained 2 steps")
-        log.close(failed=name == "slow")
-    found = sessions_of(tmp_path)
-    assert set(found) == {"slow/tensorboard", "quick/tensorboard"}
-    status, values, figures = found["quick/tensorboard"]
-    assert status == "STATUS_SUCCESS" and found["slow/tensorboard"][0] == "STATUS_FAILURE"
-    assert values == HYPER and found["slow/tensorboard"][1] == HYPER | {"optim.lr": 1e-4}
-    assert figures == {"eval/loss": 3.5, "eval/bits_per_byte": pytest.approx(1.7), "train/loss": 4.0,
-                       "train/tokens": 2000.0, "perf/tokens_per_second": 2000.0}  # fmt: skip
-
-
-def test_hyper_parameters_are_the_options_that_are_set(tiny_config):
-    from pretrain.options.settings import load_config
-
-    config = load_config(tiny_config, ["optim.betas=[0.8, 0.9]"]).model_dump(mode="json")
-    found = hyper_parameters(config, 4)
-    assert found["optim.betas"] == "0.8, 0.9" and found["ranks"] == 4 and found["train.num_steps"] > 0
-    assert "run.dir" not in found and "log.every_steps" not in found
-    assert all(isinstance(value, (bool, int, float, str)) for value in found.values())

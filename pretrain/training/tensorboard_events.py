@@ -27,8 +27,9 @@ _GROUP_OF_BEGINNING = {"seconds": "perf/", "epoch": "data/", "tokens": "data/", 
 _NOT_CURVES = ("step", "timestamp", "attempt")
 
 HPARAMS_FILE = "events.out.tfevents.0000000000.hparams"  # the first by name, so the first to be read
-# What the tab HPARAMS compares, and the figures that it shows beside them: the last value of each curve.
-HPARAMS_SECTIONS = ("run", "data", "model", "optim", "schedule", "train", "parallel")
+# What the tab HPARAMS compares, of what a model and its training depend on, and the figures that it shows beside them:
+# the last value of each curve.
+HPARAMS_OPTIONS = ("run.seed", "data.seq_len", "model", "optim", "schedule", "train", "parallel")
 HPARAMS_FIGURES = ("eval/loss", "eval/bits_per_byte", "train/loss", "train/tokens", "perf/tokens_per_second")
 
 
@@ -57,8 +58,11 @@ def hyper_parameters(config: Mapping[str, Any], world_size: int) -> dict[str, bo
         config: as it is stored, section by section.
         world_size: number of ranks.
     """
-    found = {name: value for section in HPARAMS_SECTIONS for name, value in _flat(section, config[section])}
-    return {name: value for name, value in found.items() if name != "run.dir"} | {"ranks": world_size}
+    found: dict[str, bool | float | str] = {}
+    for name in HPARAMS_OPTIONS:
+        section, _, option = name.partition(".")
+        found |= _flat(name, config[section][option] if option else config[section])
+    return found | {"ranks": world_size}
 
 
 def _flat(name: str, value: Any) -> Iterator[tuple[str, bool | float | str]]:
