@@ -7,7 +7,7 @@ import logging
 
 from benchmarks import reporting
 
-MOST_SECONDS = 2e-3  # of the processor; less than a quarter of it on a machine that does nothing else
+MOST_SECONDS = 2e-3  # of the processor
 
 
 def test_reports_are_a_small_part_of_a_step(tmp_path, capfd):
