@@ -112,19 +112,22 @@ def test_tensorboard_shows_a_run_in_a_browser(tmp_path):
             time.sleep(0.2)
             with suppress(OSError), urllib.request.urlopen(listing) as answer:
                 found = answer.read()
-        curves = text_of_page(f"http://localhost:{port}/?tagFilter=loss#timeseries", tmp_path / "profile")
+        curves, num_lines = page_of(f"http://localhost:{port}/?tagFilter=loss#timeseries", tmp_path / "profile")
     finally:
         server.terminate()
         server.wait(30)
     # with the value at the last step, which the page reads from the curve
     assert re.search(r" train /loss .* run/tensorboard [0-9.]+ 3\.15 10 ", curves), curves
+    assert num_lines >= 1, "the curve of train/loss is not drawn"
     assert re.search(r" eval /loss .* run/tensorboard 2\.875 2\.875 10 ", curves), curves
 
 
-def text_of_page(address: str, profile: Path) -> str:
-    """What a page says in Chromium, once its scripts have done their work."""
+def page_of(address: str, profile: Path) -> tuple[str, int]:
+    """What a page says in Chromium once its scripts have done their work, and how many lines of ten points it draws."""
     flags = ["--headless=new", "--no-sandbox", "--disable-gpu", f"--user-data-dir={profile}", "--window-size=1400,2000"]
-    command = [BROWSER, *flags, "--virtual-time-budget=30000", "--dump-dom", address]
+    # without WebGL TensorBoard draws by elements of the page
+    command = [BROWSER, *flags, "--disable-3d-apis", "--virtual-time-budget=60000", "--dump-dom", address]
     page = subprocess.run(command, capture_output=True, text=True, timeout=120).stdout
+    num_lines = len(re.findall(r'<path [^>]*d="M[0-9.,-]+(?:L[0-9.,-]+){9}"', page))
     page = re.sub(r"<(style|script|svg)\b.*?</\1>", " ", page, flags=re.DOTALL)
-    return re.sub(r"\s+", " ", re.sub(r"<[^>]*>", " ", page))
+    return re.sub(r"\s+", " ", re.sub(r"<[^>]*>", " ", page)), num_lines

@@ -215,7 +215,8 @@ def _size_of(stream: TextIO) -> tuple[int, int]:
         columns, lines = os.get_terminal_size(stream.fileno())
     except (OSError, ValueError):  # no file
         columns = lines = 0
-    return (columns, lines) if columns and lines else tuple(shutil.get_terminal_size())
+    size = shutil.get_terminal_size()
+    return (columns, lines) if columns and lines else (size.columns, size.lines)
 
 
 def _takes_more(stream: TextIO) -> bool:

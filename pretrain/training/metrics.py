@@ -148,7 +148,7 @@ class MetricLog:
         path = self._folder / "metrics.jsonl"
         if self._view:
             self._view.forget()
-        self.last_dropped = drop_lines_after(path, after_step, self._view and self._view.take)
+        self.last_dropped = drop_lines_after(path, after_step, self._view.take if self._view else None)
         self._file, self._events = PatientFile(path), None
         if self.section.tensorboard:
             self._events = Events(self._folder / "tensorboard", None if is_first else after_step + 1)
