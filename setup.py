@@ -26,6 +26,7 @@ setup(
         "fsspec[http]>=2024.6",  # http is aiohttp; no upper bound: s3fs and gcsfs want the version of their own date
         "jinja2>=3.1,<4",  # torch asks for it too
         "numpy>=1.26,<3",
+        "packaging>=24",  # versions by the calendar; DeepSpeed and transformers ask for it too
         "psutil>=5.9,<8",  # DeepSpeed asks for it too
         "pyarrow>=18,<30",
         "pydantic>=2.11,<3",
@@ -48,6 +49,7 @@ setup(
         "evals": ["lm-eval>=0.4.13,<0.5"],
         "gguf": ["gguf>=0.17,<1"],  # `convert --to gguf`; llama-cpp-python beside it runs what was written
         "gs": ["gcsfs>=2024.6"],
+        "report": ["matplotlib>=3.9,<4", "plotly>=6,<8"],  # pages and pictures of `launch/report.py`
         "s3": ["s3fs>=2024.6"],
         # what answers of tuned models are scored by
         "tasks": ["rouge-score>=0.1.2,<0.2", "sacrebleu>=2.5,<3"],
@@ -61,10 +63,12 @@ setup(
             "gguf>=0.17,<1",
             "hypothesis>=6.100,<7",
             "lm-eval>=0.4.13,<0.5",
+            "matplotlib>=3.9,<4",
             "moto[s3]>=5,<6",
             "mwparserfromhell>=0.6.6,<0.8",
             "mypy>=1.15,<3",
             "peft>=0.17,<1",
+            "plotly>=6,<8",
             "py3langid>=0.3,<0.5",
             "pytest>=8.3,<10",
             "pytest-timeout>=2.3,<3",

@@ -21,7 +21,8 @@ COMMANDS = {  # name: (module of launch, what it does)
     "convert": ("convert", "convert a checkpoint for other software, and verify it"),
     "plan": ("plan", "memory, time and cost of a run, and better settings, with no GPU"),
     "make-tasks": ("make_tasks", "make the examples of the tasks in configs/tasks, offline"),
-    "report": ("report", "what a model makes of a text: losses, layers, attention"),
+    "doctor": ("doctor", "what is installed and what works here, and how to mend what does not"),
+    "report": ("report", "a run's curves, or several runs' beside each other, or what a model makes of a text"),
     "quickstart": ("quickstart", "the whole journey on a small config, offline"),
 }
 

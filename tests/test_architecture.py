@@ -25,7 +25,7 @@ BENCHMARKS = sorted(path.relative_to(ROOT) for path in (ROOT / "benchmarks").glo
 # itself are below all of them, and `kernels` is below those.
 ORDER = (
     "storage options ranks optimizers zero tokenizers data transformer checkpoints cluster generation preparing tasks"
-    " planning evaluation training formats reporting"
+    " planning evaluation training doctor formats reporting"
 ).split()
 
 # One third-party library, one file: what goes wrong with it is in one place, and the rest is testable without it.
@@ -38,8 +38,11 @@ FILE_OF_LIBRARY = {
     "jinja2": "pretrain/tokenizers/messages.py",
     "gguf": "pretrain/formats/gguf_export.py",
     "llama_cpp": "pretrain/formats/llama_cpp.py",
+    "matplotlib": "pretrain/reporting/report_plots.py",
     "mwparserfromhell": "pretrain/preparing/wikipedia.py",
+    "plotly": "pretrain/reporting/report_page.py",
     "py3langid": "pretrain/preparing/languages.py",
+    "packaging": "pretrain/doctor/package_check.py",
     "psutil": "pretrain/ranks/network.py",
     "pyarrow": "pretrain/preparing/table_files.py",
     "pydantic_core": "pretrain/options/settings.py",

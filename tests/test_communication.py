@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 
-import pytest
 import torch
 
 from pretrain.ranks.communication import CommunicationTimer
@@ -51,7 +50,7 @@ def test_collectives_are_a_phase_of_their_own():
     backend.all_reduce(0.01)  # after the last phase: none has it
     seconds = clock.seconds()
     assert list(seconds) == ["forward", "backward", "optimizer", "communication"]
-    assert seconds["communication"] == pytest.approx(0.03 + 0.02 + 0.04, abs=0.02)
-    assert seconds["forward"] == pytest.approx(0.01, abs=0.008)
-    assert seconds["backward"] == pytest.approx(0.01, abs=0.008)
+    assert 0.0899 < seconds["communication"] < 0.15  # 0.03 + 0.02 + 0.04, and what a busy machine sleeps longer
+    assert 0.0099 < seconds["forward"] < 0.025
+    assert 0.0099 < seconds["backward"] < 0.025
     assert 0 <= seconds["optimizer"] < 0.008

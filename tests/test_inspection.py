@@ -285,7 +285,7 @@ def test_command_writes_a_page(run, tmp_path, capsys):
 def test_command_says_what_it_cannot_do(run, tmp_path, capsys):
     (tmp_path / "file").write_text("x")
     for arguments, message in (
-        ([], "--inspect is missing; expected a text to look at. Add --inspect TEXT"),
+        ([], "RUN is tiny; expected the folder of a run that was started, with a metrics.jsonl"),
         (["--inspect", ""], "--inspect is empty; expected a text"),
         (["--inspect-file", "none.txt"], "--inspect-file is none.txt; expected a readable file of UTF-8 text ("),
         (

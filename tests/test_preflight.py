@@ -111,7 +111,7 @@ def test_the_rank_that_differs_is_named_before_the_run_begins(tiny_config: Path,
         ({"lie": "version"}, r"ConfigError: start: torch is 0\.1 on node2 \(rank 2\); expected 2\.\S+, as on 2 other nodes. "
          r"Install the same on all nodes \(make setup\)\.\nstart: deepspeed is 0\.1 on node2"),
         ({"lie": "code"}, r"ConfigError: start: code is \w{12} on node2 \(rank 2\); expected \w{12}, as on 2 other nodes "
-         r"\(pretrain/optim\.py is f{12}…, not \w{12}…\)\. Give all nodes the same files"),
+         r"\(pretrain/optimizers/optim\.py is f{12}…, not \w{12}…\)\. Give all nodes the same files"),
         ({"lie": "", "last_overrides": ["optim.lr=2e-3"]}, r"ConfigError: start: config is \w+ on node2 \(rank 2\); .* "
          r"\(optim\.lr is 0\.002, not 0\.003\)\. Start all ranks with the same CONFIG and key=value\."),
         ({"lie": "folder"}, r"ConfigError: rank 2: start: \S+/checkpoints on node2 lacks what node0 has written there; "),

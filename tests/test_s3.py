@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from pretrain.data.data_plan import open_plan
+from pretrain.doctor.findings import Request
+from pretrain.doctor.remote_check import check
 from pretrain.errors import DataError
 from pretrain.storage import stores
 from tests.data_helpers import TOKENIZER, make_config, make_corpus, random_documents
@@ -37,6 +39,9 @@ def test_a_corpus_on_s3(bucket: str, tmp_path: Path) -> None:
         DataError, match=r"s3://corpora/nowhere/manifest\.json cannot be read: there is no such file; tried once"
     ):
         open_plan(remote_config(f"{bucket}/nowhere", tmp_path / "cache"), TOKENIZER)
+    (found,), (lost,) = (list(check(Request(store=url))) for url in (bucket, "s3://no-such-bucket"))
+    assert (found.outcome, found.text) == ("ok", "s3://corpora holds 1 name: web")
+    assert lost.outcome == "failure" and "there is no such bucket or folder" in lost.text
 
 
 @needs_moto

@@ -135,6 +135,22 @@ def list_nodes() -> list[NodeGroup]:
     return groups
 
 
+def version() -> tuple[str, str]:
+    """Return what SLURM's commands call themselves, and what is wrong if they or the controller do not answer."""
+    for command in (("sinfo", "--version"), ("scontrol", "ping")):
+        done = _run(*command)
+        if done.returncode:
+            said = (done.stderr.strip() or done.stdout.strip() or f"status {done.returncode}").splitlines()
+            return "", f"{' '.join(command)}: {said[-1]}"
+    return _attempt("sinfo", "--version"), ""
+
+
+def list_states() -> list[tuple[str, str, str, int]]:
+    """Return (partition, `up` or why it takes no jobs, state of its nodes, how many of them); nothing if unknown."""
+    rows = [line.strip().split("|") for line in _attempt("sinfo", "-h", "-o", "%R|%a|%T|%D").splitlines()]
+    return [(partition, is_up, state.rstrip("*~#!%$@^-"), int(number)) for partition, is_up, state, number in rows]
+
+
 def find_jobs(job_id: str) -> list[Job]:
     """Return the job of this number, or the jobs of an array: the one that runs, those that wait, the last to end.
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import html
-import json
 import math
 import zlib
 from pathlib import Path
@@ -15,12 +13,10 @@ from torch import Tensor
 
 from pretrain.checkpoints.run_folder import LoadedRun
 from pretrain.console import format_count
-from pretrain.errors import ConfigError
 from pretrain.reporting.inspection import Guess, Inspection
-from pretrain.storage.tensor_files import write_text
+from pretrain.reporting.page import fill_page, save_page
 from pretrain.tokenizers.tokenizer import Tokenizer
 
-_PAGES = Path(__file__).with_name("pages")
 TEXT, SPECIAL, BYTES = range(3)  # kinds of tokens, as the page's script numbers them
 
 
@@ -149,21 +145,7 @@ def render(title: str, data: dict[str, Any]) -> str:
         title: plain text.
         data: from `page_data`.
     """
-    style, script = ((_PAGES / f"inspection.{kind}").read_text(encoding="utf-8") for kind in ("css", "js"))
-    policy = (
-        f"default-src 'none'; img-src data:; base-uri 'none'; form-action 'none'; "
-        f"style-src {_hash(style)}; script-src {_hash(script)}"
-    )
-    # `<` would end the element, and U+2028 is no character of a script's strings in old browsers.
-    content = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-    content = content.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
-    parts = {"policy": policy, "title": html.escape(title), "style": style, "script": script, "data": content}
-    head, *rest = (_PAGES / "inspection.html").read_text(encoding="utf-8").split("{{")
-    return head + "".join(parts[name] + text for name, _, text in (part.partition("}}") for part in rest))
-
-
-def _hash(content: str) -> str:
-    return f"'sha256-{base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()}'"
+    return fill_page("inspection", title, data)
 
 
 def write_page(run: LoadedRun, inspection: Inspection, text: str, out: Path | None) -> Path:
@@ -184,9 +166,5 @@ def write_page(run: LoadedRun, inspection: Inspection, text: str, out: Path | No
     beginning = beginning if len(beginning) <= 60 else beginning[:59] + "…"
     data = page_data(inspection, run.tokenizer, facts_of(run, inspection), run.model.shape.vocab_size)
     page = render(f"{run.run.name}, step {run.step}: {beginning}", data)
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        write_text(out, page)
-    except OSError as error:
-        raise ConfigError(f"--out is {out}; expected a file that can be written ({error}). Name another.") from None
+    save_page(out, page)
     return out

@@ -5,36 +5,57 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from pretrain.command_line import count
 from pretrain.errors import ConfigError
 from pretrain.generation.generate_options import read_text
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what is to be looked at, and where the page goes."""
-    parser.add_argument("run", metavar="RUN", help="run folder")
-    which = parser.add_mutually_exclusive_group()
+    parser.add_argument("run", metavar="RUN", nargs="+", help="run folder; several are laid over each other")
+    parser.add_argument(
+        "--out", metavar="FILE", type=Path, help="page to write; by default RUN/report.html, of several runs "
+        "comparison.html in the first, and with --inspect in RUN/inspect",
+    )  # fmt: skip
+    parser.add_argument("--png", metavar="DIR", type=Path, help="also write the main curves as PNG files there")
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON object, with the figures, on stdout and nothing else there"
+    )
+    text = parser.add_argument_group("a text instead of the run's course")
+    which = text.add_mutually_exclusive_group()
     which.add_argument(
         "--inspect", metavar="TEXT", help="loss of each token, what each layer would predict, attention maps"
     )
     which.add_argument(
         "--inspect-file", metavar="FILE", help="likewise, of the text in a file; - is the standard input"
     )
-    parser.add_argument("--step", type=int, help="checkpoint to use; the newest good one by default")
-    parser.add_argument("--out", metavar="FILE", type=Path, help="page to write; by default in RUN/inspect")
-    parser.add_argument("--json", action="store_true", help="print one JSON object on stdout and nothing else there")
+    text.add_argument("--step", type=count, help="checkpoint to use; the newest good one by default")
 
 
-def text_from(arguments: argparse.Namespace) -> str:
-    """Return the text to look at.
+def text_from(arguments: argparse.Namespace) -> str | None:
+    """Return the text to look at; None if the run's course is asked for.
 
     Raises:
-        ConfigError: there is none, or its file cannot be read.
+        ConfigError: options that do not go together, or a file that cannot be read.
     """
+    is_inspection = arguments.inspect is not None or arguments.inspect_file is not None
+    if not is_inspection:
+        if arguments.step is not None:
+            raise ConfigError(
+                f"--step is {arguments.step}; expected only with --inspect or --inspect-file, since a report is of all "
+                "steps. Leave it out."
+            )
+        return None
+    if len(arguments.run) > 1:
+        raise ConfigError(
+            f"RUN is {' '.join(arguments.run)}; expected one run with --inspect and --inspect-file. Name one, or leave "
+            "them out to compare runs."
+        )
+    if arguments.png is not None:
+        raise ConfigError(
+            f"--png is {arguments.png}; expected without --inspect and --inspect-file, whose page has no curves. Leave "
+            "it out."
+        )
     if arguments.inspect_file is not None:
         return read_text("--inspect-file", arguments.inspect_file)
-    if arguments.inspect is None:
-        raise ConfigError(
-            "--inspect is missing; expected a text to look at. Add --inspect TEXT or --inspect-file FILE; a run's "
-            "curves are in its tensorboard/ and metrics.jsonl."
-        )
     return str(arguments.inspect)

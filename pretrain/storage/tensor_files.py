@@ -14,6 +14,8 @@ import torch
 from safetensors import SafetensorError
 
 from pretrain.errors import CheckpointError
+from pretrain.storage.whole_file import sync_folder as sync_folder
+from pretrain.storage.whole_file import write_text as write_text
 
 _FIXES = {
     errno.ENOSPC: "Free space or inodes there, or keep fewer checkpoints (checkpoint.keep_last, keep_every).",
@@ -124,30 +126,6 @@ def sha256_of(path: Path) -> str:
     """Return the sha256 of a file's bytes, in hex."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def sync_folder(path: Path) -> None:
-    """Sync a folder's entries, so that a rename in it survives a crash."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a small file so that it is, at every moment, either the old one or the new one, whole."""
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
-    sync_folder(path.parent)
 
 
 class TensorFile:

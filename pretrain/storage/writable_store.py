@@ -56,6 +56,15 @@ class WritableStore(Store):
         skipped = len(self._root.rstrip("/")) + 1
         return {path[skipped:]: entry["size"] for path, entry in found.items()}
 
+    def list_top(self) -> list[str]:
+        """Return the names of what lies directly in the store.
+
+        Raises:
+            StoreAccessError: The store cannot be read.
+        """
+        found = self._do("", "listed", lambda _: self._filesystem.ls(self._root, detail=False))
+        return sorted(str(path).rstrip("/").rpartition("/")[2] for path in found)
+
     def read_if_there(self, name: str) -> bytes | None:
         """Read a small file; None if the store has no such file.
 

@@ -301,10 +301,15 @@ def check_shared(folder: Path, ranks: Ranks, hosts: Sequence[str]) -> None:
                 path.rmdir()
 
 
+def checkpoint_bytes(config: Config) -> int:
+    """Return about how large a checkpoint is: masters and moments in fp32."""
+    shape = resolve_shape(config.model, config.tokenizer.vocab_size, config.data.max_seq_len)
+    return 4 * (1 + len(moment_names(config.optim, by_muon=True))) * num_parameters(shape)
+
+
 def missing_space(config: Config, folder: Path) -> str:
     """Say whether the disk lacks space for the checkpoints that are kept at once, beside those that are there."""
-    shape = resolve_shape(config.model, config.tokenizer.vocab_size, config.data.max_seq_len)
-    size = 4 * (1 + len(moment_names(config.optim, by_muon=True))) * num_parameters(shape)
+    size = checkpoint_bytes(config)
     try:
         there = len(list(folder.glob("step-*"))) if folder.exists() else 0
         existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())

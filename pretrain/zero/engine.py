@@ -88,15 +88,7 @@ def init_distributed(timeout_seconds: int, clock: StartClock | None = None) -> R
     clock = clock or StartClock()
     clock.begin("deepspeed")
     variables = export_rank_variables()
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it found no GPU
-    import deepspeed  # seconds; only once the launcher's variables are known to be right
-
-    _quieten(deepspeed)
-    _import_muon_without_compiler()
-    # DeepSpeed would compile a shared-memory operator for minutes at the first start on a CPU and leak 66 MiB of
-    # /dev/shm a rank with it; training never calls it.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed = import_deepspeed()  # seconds; only once the launcher's variables are known to be right
     clock.begin("process group")
     device = choose_device(int(variables["LOCAL_RANK"]), os.environ)
     if device.type == "cuda":
@@ -109,6 +101,20 @@ def init_distributed(timeout_seconds: int, clock: StartClock | None = None) -> R
     _COMMUNICATION.heartbeat = ranks.heartbeat
     _COMMUNICATION.watch(deepspeed.comm.comm.cdb)
     return ranks
+
+
+def import_deepspeed() -> ModuleType:
+    """Import DeepSpeed, quietly, and have it compile nothing that training does not need."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it found no GPU
+    import deepspeed
+
+    _quieten(deepspeed)
+    _import_muon_without_compiler()
+    # DeepSpeed would compile a shared-memory operator for minutes at the first start on a CPU and leak 66 MiB of
+    # /dev/shm a rank with it; training never calls it.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
 
 
 def sequence_group(section: ParallelSection, ranks: Ranks) -> SequenceGroup:
@@ -137,11 +143,7 @@ def _trust(optimizer: type) -> None:
 
 
 def _import_muon_without_compiler() -> None:
-    """Import DeepSpeed's Muon, which it does for every optimizer, without the compiler that its decorators ask for.
-
-    `torch.compile` imports torch's compiler at the first call, 1.2 s of every start (docs/notes/0010), and that Muon
-    never runs here.
-    """
+    """Import DeepSpeed's Muon, which never runs here, without torch's compiler: 1.2 s a start (docs/notes/0010)."""
     original = torch.compile
     torch.compile = lambda function=None, **_: function or (lambda inner: inner)  # type: ignore[assignment]
     try:
