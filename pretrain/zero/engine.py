@@ -53,6 +53,7 @@ from pretrain.zero.swapped_states import (
 
 MASTER = "master"
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+_LOSS_SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # of fp16
 _COMMUNICATION = CommunicationTimer()  # one a process, as DeepSpeed's backend is
 
 
@@ -384,10 +385,7 @@ class Engine:
         """State of fp16's dynamic loss scale; None in other precisions."""
         if self.precision != "fp16":
             return None
-        scaler = self._optimizer.loss_scaler
-        return {
-            name: getattr(scaler, name) for name in ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
-        }
+        return {name: getattr(self._optimizer.loss_scaler, name) for name in _LOSS_SCALE}
 
     def load_loss_scale_state(self, state: dict | None) -> None:
         """Restore what `loss_scale_state` returned."""
