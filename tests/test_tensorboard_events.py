@@ -18,6 +18,28 @@ from tests.rank_helpers import free_port
 from tests.test_metrics import make_log, step_metrics
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+def test_short_steps_are_written_together_and_at_the_latest_before_a_save(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    def steps_seen() -> list[int]:
+        events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+        return [one.step for one in events.Scalars("train/loss")] if "train/loss" in events.Tags()["scalars"] else []
+
+    log = make_log(tmp_path)
+    log.step(step_metrics(1))
+    log.step(step_metrics(2))
+    assert steps_seen() == []
+    log.flush()  # as `saving.save` does
+    assert steps_seen() == [1, 2]
+    log.step(step_metrics(3))
+    log._events._written_at -= 1.0
+    log.step(step_metrics(4))
+    assert steps_seen() == [1, 2, 3, 4]
+    log.close()
+
+
 HYPER = {"optim.lr": 3e-4, "optim.name": "adamw", "train.deterministic": True, "model.dim": 64}
 
 

@@ -288,6 +288,11 @@ class MetricLog:
             self._tracker = None
             self.event(step, "wandb_failed", problem)
 
+    def flush(self) -> None:
+        """Write whatever waits to be written together: a start from the checkpoint to come has all steps before it."""
+        if self._events:
+            self._events.flush()
+
     def close(self, failed: bool = False) -> None:
         """Flush and close everything; `failed` says how the run ended."""
         if self._view:

@@ -26,6 +26,7 @@ _GROUP_OF_KEY = {key: group for group, keys in _GROUPS.items() for key in keys.s
 _GROUP_OF_BEGINNING = {"seconds": "perf/", "epoch": "data/", "tokens": "data/", "eval": "", "layer": ""}
 _NOT_CURVES = ("step", "timestamp", "attempt")
 
+WRITE_SECONDS = 1.0  # that a step's values wait at most for those of more steps
 HPARAMS_FILE = "events.out.tfevents.0000000000.hparams"  # the first by name, so the first to be read
 # What the tab HPARAMS compares, of what a model and its training depend on, and the figures that it shows beside them:
 # the last value of each curve.
@@ -90,29 +91,42 @@ class Events:
 
         self._protocol, self._text_summary = event_pb2, summary.text
         self._summary, self._tags, self._scalars = summary_pb2.Summary, [""], summary_pb2.Summary()
+        self._waiting: list[tuple[Mapping[str, float], int, float]] = []
+        self._written_at = time.monotonic()
         name = f"events.out.tfevents.{time.time_ns() / 1e9:.6f}.{platform.node()}.{os.getpid()}"
         self._file = PatientFile(folder / name)
-        self._add(file_version="brain.Event:2")
+        self._add(time.time(), file_version="brain.Event:2")
         if purge_step is not None:
-            self._add(step=purge_step, session_log=event_pb2.SessionLog(status=event_pb2.SessionLog.START))
+            self._add(time.time(), step=purge_step, session_log=event_pb2.SessionLog(status=event_pb2.SessionLog.START))
 
     def add_scalars(self, values: Mapping[str, float], step: int) -> None:
-        """Add the values of a step, by tag."""
-        if list(values) != self._tags:  # else the message of the step before is filled anew, which is quicker
-            self._tags, self._scalars = list(values), self._summary(value=[{"tag": tag} for tag in values])
-        for entry, value in zip(self._scalars.value, values.values(), strict=True):
-            entry.simple_value = value
-        self._add(step=step, summary=self._scalars)
+        """Add the values of a step, by tag; several short steps are written together, which takes half the time."""
+        self._waiting.append((values, step, time.time()))
+        if time.monotonic() - self._written_at >= WRITE_SECONDS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what waits."""
+        for values, step, wall_time in self._waiting:
+            if list(values) != self._tags:  # else the message of the step before is filled anew
+                self._tags, self._scalars = list(values), self._summary(value=[{"tag": tag} for tag in values])
+            for entry, value in zip(self._scalars.value, values.values(), strict=True):
+                entry.simple_value = value
+            self._add(wall_time, step=step, summary=self._scalars)
+        self._waiting.clear()
+        self._written_at = time.monotonic()
 
     def add_text(self, tag: str, text: str, step: int) -> None:
         """Add a text of a step."""
-        self._add(step=step, summary=self._text_summary(tag, text))
+        self.flush()
+        self._add(time.time(), step=step, summary=self._text_summary(tag, text))
 
-    def _add(self, **content: Any) -> None:
-        self._file.append(_record(self._protocol.Event(wall_time=time.time(), **content)))
+    def _add(self, wall_time: float, **content: Any) -> None:
+        self._file.append(_record(self._protocol.Event(wall_time=wall_time, **content)))
 
     def close(self) -> None:
-        """Close the file."""
+        """Write what waits, and close the file."""
+        self.flush()
         self._file.close()
 
 
