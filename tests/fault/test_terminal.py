@@ -5,19 +5,22 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import pty
 import re
 import signal
 import struct
+import sys
 import termios
 import threading
 import time
 import tty
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from tests.fault.conftest import NUM_STEPS, Starter
-from tests.rank_helpers import good_steps, losses, newest, state_hash
+from tests.rank_helpers import ROOT, good_steps, losses, newest, state_hash
 from tests.screen import Screen
 
 pytestmark = [pytest.mark.slow, pytest.mark.launches, pytest.mark.timeout(300)]
@@ -102,3 +105,31 @@ def test_ctrl_c_at_any_time_leaves_run_and_terminal_sound(start: Starter, tmp_pa
     assert step in good_steps(run) and newest(run).manifest["step"] == step
     start.finish(run, *OVERRIDES)
     assert (state_hash(newest(run)), losses(run)) == undisturbed(*OVERRIDES)
+
+
+def test_ctrl_c_in_the_start_ends_it_at_once(tiny_config, tmp_path):
+    pid, terminal = pty.fork()  # a terminal of its own, whose Ctrl-C is the kernel's
+    if pid == 0:
+        os.chdir(ROOT)
+        command = [sys.executable, "launch/pretrain.py", str(tiny_config), f"run.dir={tmp_path}/run"]
+        os.execve(sys.executable, command, os.environ | {"TERM": "xterm"})
+    give_up = time.monotonic() + 60
+    while not catches_sigterm(pid):
+        assert time.monotonic() < give_up
+        time.sleep(0.01)
+    os.write(terminal, b"\x03")
+    content = b""
+    with suppress(OSError):  # the end of what is printed
+        while part := os.read(terminal, 65536):
+            content += part
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 75
+    os.close(terminal)
+    assert content.decode() == "^Cstopped by SIGINT before training began; nothing is lost.\r\n"
+    assert not (tmp_path / "run").exists()
+
+
+def catches_sigterm(pid: int) -> bool:
+    """Whether a process has begun to hear signals, which Python does not do by itself."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    caught = int(next(line.split()[1] for line in status.splitlines() if line.startswith("SigCgt")), 16)
+    return bool(caught >> (signal.SIGTERM - 1) & 1)
