@@ -30,7 +30,7 @@ again), 75 stopped by a signal and resumable by the same command. In status.json
 @ends_at_closed_pipe
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit status."""
-    parser = CommandLine(prog="pretrain", description=__doc__, epilog=EXAMPLES)
+    parser = CommandLine("pretrain", __doc__, EXAMPLES)
     parser.add_argument("config", metavar="CONFIG", help="YAML file")
     parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="options that replace the file's")
     mode = parser.add_mutually_exclusive_group()

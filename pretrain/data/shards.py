@@ -171,7 +171,7 @@ def write_atomically(path: str | Path, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError:
+    except BaseException:  # a full disk, Ctrl-C
         temporary.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)

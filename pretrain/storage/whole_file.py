@@ -24,7 +24,7 @@ def write_text(path: Path, text: str) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError:
+    except BaseException:  # a full disk, Ctrl-C
         temporary.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
