@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
-from pretrain.data.shards import write_atomically
 from pretrain.errors import ConfigError
+from pretrain.storage.whole_file import write_atomically
 from pretrain.tasks.task_grammars import Example, Make, make_roles, make_translation
 from pretrain.tasks.task_stories import make_label, make_log, make_question, make_summary
 
