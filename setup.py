@@ -33,6 +33,7 @@ setup(
         "psutil>=5.9,<8",  # DeepSpeed asks for it too
         "pyarrow>=18,<30",
         "pydantic>=2.11,<3",
+        "rich>=14,<16",
         "ruamel.yaml>=0.18,<0.20",
         "safetensors>=0.5,<1",
         "sentencepiece>=0.2.1,<0.3",

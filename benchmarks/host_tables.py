@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+REPORTS = 0.01  # of a step that its reports may take
 BLOCKED = 0.10  # of the time of a save, which an asynchronous one may hold up the step
 
 
@@ -98,6 +99,16 @@ def startup(record: dict[str, Any]) -> str:
         cpu_seconds = row.get("cpu_seconds")
         lines.append([row["part"], f"{row['seconds']:.2f}", "" if cpu_seconds is None else f"{cpu_seconds:.2f}"])
     return aligned(lines)
+
+
+def reporting(record: dict[str, Any]) -> str:
+    """Show what a step's reports cost."""
+    lines = [["reports of a step", "ms", "of CPU", "most"]]
+    for row in record["rows"]:
+        lines.append([row["part"], *(f"{1e3 * row[key]:.3f}" for key in ("seconds", "cpu_seconds", "most_seconds"))])
+    step_seconds, seconds = record["settings"]["step_seconds"], record["rows"][-1]["cpu_seconds"]
+    target = f"less than {REPORTS:.0%} of a step of {1e3 * step_seconds:.0f} ms, by processor time"
+    return aligned(lines) + "\n" + verdict(seconds < REPORTS * step_seconds, target, f"{seconds / step_seconds:.2%}")
 
 
 def checkpoint(record: dict[str, Any]) -> str:

@@ -275,6 +275,7 @@ TABLES = {
     "data": host_tables.data,
     "overhead": _overhead,
     "startup": host_tables.startup,
+    "reporting": host_tables.reporting,
     "checkpoint": host_tables.checkpoint,
     "memory": host_tables.memory,
     "prepare": host_tables.prepare,

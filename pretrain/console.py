@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import ParamSpec, TextIO
 
+ERASE_BELOW = "\x1b[J"  # what a terminal takes for: clear all from the cursor to the end of the screen
 EXIT_CLOSED_PIPE = 141  # a shell's status of a program that SIGPIPE has ended: 128 + 13
 _Arguments = ParamSpec("_Arguments")
 
@@ -55,8 +56,21 @@ def warn(text: str) -> None:
     write_patiently(sys.stderr, f"warning: {text}\n")
 
 
+def is_live(stream: TextIO) -> bool:
+    """Tell whether a stream is a terminal on which what was shown can be replaced."""
+    return stream.isatty() and os.environ.get("TERM", "") not in ("", "dumb")
+
+
+class Below:
+    """What stands below the cursor on stderr's terminal, such as a view of progress, for a text to take its place."""
+
+    is_shown = False
+
+
 def write_patiently(stream: TextIO, text: str) -> None:
     """Print at once. Where a stream is a file on a disk that is full, text is lost: no reason to end a program."""
+    if Below.is_shown and stream is sys.stderr:
+        text, Below.is_shown = ERASE_BELOW + text, False
     try:
         stream.write(text)
         stream.flush()
@@ -71,7 +85,7 @@ class LiveLine:
 
     def __init__(self, stream: TextIO | None = None) -> None:
         self.stream = stream or sys.stderr
-        self.is_terminal = self.stream.isatty()
+        self.is_terminal = is_live(self.stream)
         self._shown = False
 
     def show(self, text: str, *, plain: bool) -> None:

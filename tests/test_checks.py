@@ -124,6 +124,15 @@ def test_what_deepspeed_has_at_stage_3_only() -> None:
     )]  # fmt: skip
 
 
+def test_norms_of_gradients_that_lie_on_a_disk_are_refused() -> None:
+    common = {"parallel__zero_stage": 3, "parallel__offload": "optimizer", "log__layer_norms_every": 10}
+    assert texts_of(config_of(**common)) == []
+    assert texts_of(config_of(**common, parallel__nvme_dir="/nvme")) == [(
+        "log.layer_norms_every",
+        "log.layer_norms_every is 10; expected 0 with parallel.nvme_dir, where gradients lie on a disk. Drop one of them.",
+    )]  # fmt: skip
+
+
 def test_only_what_is_divided_is_offloaded() -> None:
     for stage, offload in ((0, "none"), (1, "optimizer"), (3, "optimizer"), (3, "parameters")):
         assert texts_of(config_of(parallel__zero_stage=stage, parallel__offload=offload)) == []

@@ -18,10 +18,12 @@ REQUIRED = {
 }  # fmt: skip
 
 
-def make_log(folder, first_step=0, attempt=1, tensorboard=True):
+def make_log(folder, first_step=0, attempt=1, tensorboard=True, hyper_parameters=None):
+    folder.mkdir(exist_ok=True)
     return MetricLog(
         folder, LogSection(every_steps=2, tensorboard=tensorboard), num_steps=10, tokens_per_step=1000, world_size=2,
         flops_per_token={32: (60.0, 50.0)}, peak_flops=1e6, first_step=first_step, attempt=attempt,
+        hyper_parameters=hyper_parameters,
     )  # fmt: skip
 
 
@@ -93,7 +95,31 @@ def test_tensorboard_shows_one_value_a_step_after_a_restart(tmp_path):
     log.close()
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(1, 9.0), (2, 5.0), (3, 5.0), (4, 5.0)]
-    assert {"eval/loss", "eval/perplexity", "eval/bits_per_byte", "train/lr", "train/epoch/code"} <= set(
+    assert {"eval/loss", "eval/perplexity", "eval/bits_per_byte", "train/lr", "data/epoch/code"} <= set(
         events.Tags()["scalars"]
     )
     assert [line["step"] for line in read(tmp_path)] == [1, 2, 3, 4, 4, 4]
+
+
+def test_curves_are_grouped_and_named_alike_everywhere(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    log = make_log(tmp_path)
+    log.step(replace(step_metrics(1), objective=2.5, layer_norms={"layer/0/grad_norm": 0.5}))
+    log.evaluation(1, 1000, 2.0, 7.4, 1.1, {"code": {"loss": 1.5}})
+    log.tasks(1, 1000, {"copa/acc": 0.5}, "")
+    log.event(1, "note", "hello")
+    log.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    found = {tag: [(one.step, one.value) for one in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    expected = {
+        "train/loss": 2.0, "train/objective": 2.5, "train/grad_norm": 1.5, "train/lr": 1e-3, "train/tokens": 1000.0,
+        "train/skipped_steps": 0.0, "train/clipped_steps": 0.0, "perf/tokens_per_second": 2000.0,
+        "perf/tokens_per_second_per_gpu": 1000.0, "perf/mfu": 0.06, "perf/mfu_causal": 0.05, "perf/memory_bytes": 123.0,
+        "perf/step_seconds": 0.5, "perf/data_wait_seconds": 0.01, "perf/seconds/data": 0.01, "perf/seconds/forward": 0.2,
+        "perf/seconds/backward": 0.3, "data/epoch/code": 0.25, "data/tokens/code": 64.0, "data/damaged_documents": 2.0,
+        "data/damaged_tokens": 90.0, "layer/0/grad_norm": 0.5, "eval/loss": 2.0, "eval/perplexity": 7.4,
+        "eval/bits_per_byte": 1.1, "eval/code/loss": 1.5, "eval/task/copa/acc": 0.5,
+    }  # fmt: skip
+    assert found == {tag: [(1, pytest.approx(value, rel=1e-6))] for tag, value in expected.items()}
+    assert events.Tags()["tensors"] == ["event/note/text_summary"]

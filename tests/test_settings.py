@@ -131,7 +131,7 @@ def test_wrong_values(tmp_path: Path, line: str, message: str) -> None:
         ("eval: {evry_steps: 3}", "eval.evry_steps is unknown; expected an option. Did you mean eval.every_steps?"),
         ("every_steps: 3", "every_steps is unknown; expected an option. Did you mean eval.every_steps, "
          "checkpoint.every_steps or log.every_steps?"),
-        ("log: {xyz: 3}", "log.xyz is unknown; expected an option. log has every_steps, tensorboard, wandb."),
+        ("log: {xyz: 3}", "log.xyz is unknown; expected an option. log has every_steps, layer_norms_every, tensorboard, wandb."),
         ("3: 3", "3 is unknown; expected an option. A config has checkpoint, data, eval, guard, log, model, optim, "
          "parallel, resume, run, schedule, tokenizer, train."),
     ],

@@ -60,6 +60,9 @@ def _offload_problems(config: Config) -> Iterator[Problem]:
         if value != default and stage < 3:
             text = f"parallel.{name} is {yaml_value(value)}; expected to be left out with parallel.zero_stage {stage}. "
             yield Problem(f"parallel.{name}", text + "DeepSpeed has it at stage 3 only: use parallel.zero_stage=3.")
+    if parallel.nvme_dir and config.log.layer_norms_every:
+        text = f"log.layer_norms_every is {config.log.layer_norms_every}; expected 0 with parallel.nvme_dir, where "
+        yield Problem("log.layer_norms_every", text + "gradients lie on a disk. Drop one of them.")
     if parallel.hpz_ranks > 1 and offload == "parameters":
         text = f"parallel.hpz_ranks is {parallel.hpz_ranks}; expected 1 with parallel.offload parameters, which takes "
         yield Problem("parallel.hpz_ranks", text + "weights from the GPU. Use parallel.offload=optimizer.")

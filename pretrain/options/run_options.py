@@ -165,6 +165,10 @@ class LogSection(Section):
     """What is shown and written."""
 
     every_steps: Count = Field(10, description="Steps between lines where the output is not a terminal.")
+    layer_norms_every: CountOrZero = Field(
+        0, description="Steps between records of each layer's gradient norm and of its activations' root mean square. "
+        "0: none."
+    )  # fmt: skip
     tensorboard: Bool = Field(True, description="Write TensorBoard events beside `metrics.jsonl`.")
     wandb: str | None = Field(
         None, min_length=1, description="Project on Weights & Biases that gets the metrics too; needs its library "

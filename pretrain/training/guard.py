@@ -8,6 +8,7 @@ import sys
 import threading
 from types import FrameType
 
+from pretrain.console import write_patiently
 from pretrain.errors import EXIT_STOPPED, TrainingError
 
 
@@ -46,13 +47,22 @@ class StopRequest:
         os.close(self._writer)
 
     def _hear(self, reader: int) -> None:
+        is_first = True
         while numbers := os.read(reader, 64):
-            if self.ends_process and (found := [number for number in numbers if number in self.SIGNALS]):
-                if self._speaks:
-                    text = f"stopped by {signal.Signals(found[0]).name} before training began; nothing is lost."
-                    print(text, file=sys.stderr, flush=True)
+            if not (found := [number for number in numbers if number in self.SIGNALS]):
+                continue
+            name = signal.Signals(found[0]).name
+            if self.ends_process:
+                self._say(f"stopped by {name} before training began; nothing is lost.")
                 os._exit(EXIT_STOPPED)
+            if is_first:
+                self._say(f"{name}: what was begun is finished and saved, then this ends; once more changes nothing.")
+            is_first = False
         os.close(reader)
+
+    def _say(self, text: str) -> None:
+        if self._speaks:
+            write_patiently(sys.stderr, f"{text}\n")
 
     def _remember(self, number: int, _frame: FrameType | None) -> None:
         self.received = self.received or signal.Signals(number).name

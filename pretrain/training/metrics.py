@@ -1,28 +1,29 @@
-"""What a run reports: `metrics.jsonl`, TensorBoard, the log and the live line. The only file on tensorboard.
+"""What a run reports: `metrics.jsonl`, TensorBoard, the log, and a view on a terminal or plain lines elsewhere.
 
 Weights & Biases, where it is wanted, gets what TensorBoard gets.
 """
 
 from __future__ import annotations
 
-import io
 import json
 import logging
 import math
 import os
-import platform
 import statistics
+import sys
 import time
 from collections import deque
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pretrain.console import LiveLine, format_count, format_duration, warn
+from pretrain.console import LiveLine, format_count, format_duration, is_live, warn
 from pretrain.options.run_options import LogSection
 from pretrain.redaction import redact, storable
 from pretrain.storage.patient_file import PatientFile
+from pretrain.training.live_view import LiveView
+from pretrain.training.tensorboard_events import Events, HyperParameters, curves_of
 from pretrain.training.tracking import Tracker
 
 logger = logging.getLogger("longhaul")
@@ -35,7 +36,7 @@ class StepMetrics:
     `loss` is the cross-entropy in nats per scored token, `objective` what was minimised (None where that is the same),
     `lr` as used, `memory_bytes` the peak of rank 0, `phase_seconds` rank 0's own. `corpus_tokens`, padding
     included, `epochs` and what is damaged (each document once, of training only) are of the run so far; `seq_len` is of
-    the step's rows.
+    the step's rows; `layer_norms` by key, where they were wanted.
     """
 
     step: int
@@ -54,6 +55,7 @@ class StepMetrics:
     corpus_tokens: dict[str, int]
     epochs: dict[str, float]
     phase_seconds: dict[str, float]
+    layer_norms: dict[str, float] = field(default_factory=dict)
 
     @property
     def own_seconds(self) -> float:
@@ -65,9 +67,13 @@ def _json_number(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def drop_lines_after(path: Path, step: int) -> int:
+def drop_lines_after(path: Path, step: int, see: Callable[[dict[str, Any]], None] | None = None) -> int:
     """Remove the lines of a `metrics.jsonl` beyond a step, and a last line that a crash cut short.
 
+    Args:
+        path: the file.
+        step: the last that stays.
+        see: is given the content of each line that stays.
     Returns:
         The last step that there were lines of.
     """
@@ -78,9 +84,11 @@ def drop_lines_after(path: Path, step: int) -> int:
     for line in path.read_bytes().splitlines(keepends=True):
         try:
             if line.endswith(b"\n"):
-                last = max(last, own := int(json.loads(line)["step"]))
+                last = max(last, own := int((content := json.loads(line))["step"]))
                 if own <= step:
                     kept.append(line)
+                    if see:
+                        see(content)
         except (ValueError, KeyError, TypeError):
             continue
     temporary = path.with_suffix(".tmp")
@@ -93,52 +101,6 @@ def drop_lines_after(path: Path, step: int) -> int:
     return last
 
 
-class _Events:
-    """TensorBoard's file of one start.
-
-    Written here, event by event: torch's `SummaryWriter` does it on a thread that ends, and all later calls fail, when
-    a disk is full.
-    """
-
-    def __init__(self, folder: Path, purge_step: int | None) -> None:
-        """Begin a file.
-
-        Args:
-            folder: for TensorBoard.
-            purge_step: values of this step and later ones, of earlier starts, are not to be shown.
-        """
-        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-        from tensorboard.summary.writer.record_writer import RecordWriter
-        from torch.utils.tensorboard import summary  # imports tensorboard
-
-        self._event, self._record_writer, self._summary = Event, RecordWriter, summary
-        name = f"events.out.tfevents.{time.time_ns() / 1e9:.6f}.{platform.node()}.{os.getpid()}"
-        self._file = PatientFile(folder / name)
-        self._add(file_version="brain.Event:2")
-        if purge_step is not None:
-            self._add(step=purge_step, session_log=SessionLog(status=SessionLog.START))
-
-    def add_scalars(self, values: Mapping[str, float], step: int) -> None:
-        """Add the values of a step."""
-        merged = type(self._summary.scalar("", 0))()
-        for key, value in values.items():
-            merged.MergeFrom(self._summary.scalar(key, value))
-        self._add(step=step, summary=merged)
-
-    def add_text(self, key: str, text: str, step: int) -> None:
-        """Add a text of a step."""
-        self._add(step=step, summary=self._summary.text(key, text))
-
-    def _add(self, **content: Any) -> None:
-        record = io.BytesIO()  # framed with checksums
-        self._record_writer(record).write(self._event(wall_time=time.time(), **content).SerializeToString())
-        self._file.append(record.getvalue())
-
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
-
-
 class MetricLog:
     """Rank 0's record of the run.
 
@@ -149,7 +111,8 @@ class MetricLog:
     def __init__(
         self, folder: Path, section: LogSection, *, num_steps: int, tokens_per_step: int, world_size: int,
         flops_per_token: Mapping[int, tuple[float, float]], peak_flops: float | None, first_step: int, attempt: int,
-        tracker: Tracker | None = None,
+        tracker: Tracker | None = None, save_every: int = 0,
+        hyper_parameters: Mapping[str, bool | float | str] | None = None,
     ) -> None:  # fmt: skip
         """Open the files, dropping what is past the checkpoint that the run goes on from.
 
@@ -165,21 +128,30 @@ class MetricLog:
             first_step: steps done before this start.
             attempt: number of this start, from 1.
             tracker: the run on Weights & Biases.
+            save_every: steps between checkpoints; 0: one at the end.
+            hyper_parameters: for TensorBoard's comparison of runs.
         """
         self.section, self.num_steps, self.tokens_per_step = section, num_steps, tokens_per_step
         self.world_size, self.attempt, self._tracker = world_size, attempt, tracker
         self._flops_per_token, self._peak_flops = flops_per_token, peak_flops
         self._recent: deque[float] = deque(maxlen=20)
-        self._line, self._has_doubted = LiveLine(), False
+        self._is_done = False
+        self._view = LiveView(num_steps, save_every) if is_live(sys.stderr) else None
+        self._lines, self._has_doubted = LiveLine(), False
         self._folder = folder
         self._open_files(first_step, is_first=attempt == 1 and first_step == 0)
+        self._hyper_parameters = None
+        if section.tensorboard and hyper_parameters is not None:
+            self._hyper_parameters = HyperParameters(folder / "tensorboard", hyper_parameters)
 
     def _open_files(self, after_step: int, is_first: bool) -> None:
         path = self._folder / "metrics.jsonl"
-        self.last_dropped = drop_lines_after(path, after_step)
+        if self._view:
+            self._view.forget()
+        self.last_dropped = drop_lines_after(path, after_step, self._view.take if self._view else None)
         self._file, self._events = PatientFile(path), None
         if self.section.tensorboard:
-            self._events = _Events(self._folder / "tensorboard", None if is_first else after_step + 1)
+            self._events = Events(self._folder / "tensorboard", None if is_first else after_step + 1)
 
     def rewind(self, step: int) -> None:
         """Drop what was recorded of the steps after this one, which are done again."""
@@ -206,8 +178,8 @@ class MetricLog:
         line |= {f"epoch/{name}": epoch for name, epoch in metrics.epochs.items()}
         line |= {f"tokens/{name}": tokens for name, tokens in metrics.corpus_tokens.items()}
         line |= {f"seconds/{phase}": seconds for phase, seconds in metrics.phase_seconds.items()}
-        self._write(line)
-        self._add_scalars(line, "train/", metrics.step)
+        line |= metrics.layer_norms
+        self._add_scalars(self._write(line))
         self._recent.append(metrics.step_seconds)
         self._show(line)
 
@@ -225,15 +197,19 @@ class MetricLog:
                 f"step {step}  MFU is left out where above 100%: the peak of a rank, {self._peak_flops:.3g} FLOP/s, "
                 "is too low. A CPU's is measured at the start, and was when others used it."
             )
+        is_due = step % self.section.every_steps == 0 or step == self.num_steps
+        if self._view:
+            self._view.show()
+        if not is_due:
+            return
         text = (
             f"step {step}/{self.num_steps}  loss {line['loss']:.4f}  "
             f"{format_count(self.tokens_per_step / mean_seconds)} tokens/s{mfu}  lr {line['lr']:.2e}  "
             f"{format_duration((self.num_steps - step) * mean_seconds)} left"
         )
-        is_due = step % self.section.every_steps == 0 or step == self.num_steps
-        self._line.show(text, plain=is_due)
-        if is_due:
-            logger.info(text)
+        if not self._view:
+            self._lines.say(text)
+        logger.info(text)
 
     def evaluation(
         self, step: int, tokens: int, loss: float, perplexity: float, bits_per_byte: float,
@@ -248,8 +224,7 @@ class MetricLog:
         line: dict[str, Any] = {"step": step, "tokens": tokens, "eval/loss": loss, "eval/perplexity": perplexity,
                                 "eval/bits_per_byte": bits_per_byte}  # fmt: skip
         line |= {f"eval/{name}/{key}": value for name, part in (sources or {}).items() for key, value in part.items()}
-        self._write(line)
-        self._add_scalars(line, "", step)
+        self._add_scalars(self._write(line))
         by_source = ", ".join(f"{name} {part['loss']:.4f}" for name, part in (sources or {}).items())
         self.say(
             f"step {step}  held-out loss {loss:.4f}{by_source and f' ({by_source})'}  perplexity {perplexity:.2f}  "
@@ -265,19 +240,19 @@ class MetricLog:
             table: the same for people.
         """
         line = {"step": step, "tokens": tokens} | {f"eval/task/{name}": value for name, value in values.items()}
-        self._write(line)
-        self._add_scalars(line, "", step)
+        self._add_scalars(self._write(line))
         self.say(f"step {step}  tasks\n{table}")
 
     def event(self, step: int, event: str, message: str, **details: Any) -> None:
-        """Record that something happened: a start, a save, a skipped step, a damaged document."""
+        """Record that something happened: a start, a skipped step, a damaged document, the run's end (`done`)."""
         message = redact(message)
         self._write({"step": step, "event": event, "message": message, **storable(details)})
         if self._events:
-            self._events.add_text(event, message, step)
+            self._events.add_text(f"event/{event}", message, step)
         if self._tracker:
             self._track(self._tracker.log({f"event/{event}": message}, step), step)
         self.say(f"step {step}  {event}: {message}")
+        self._is_done = event == "done"
 
     def samples(self, step: int, path: Path, text: str) -> None:
         """Record text that the model wrote."""
@@ -289,31 +264,44 @@ class MetricLog:
 
     def say(self, text: str) -> None:
         """Print a line that stays, and log it."""
-        self._line.say(text)
+        (self._view or self._lines).say(text)
         logger.info(text)
 
-    def _write(self, line: dict[str, Any]) -> None:
-        self._file.append(json.dumps({key: _json_number(value) for key, value in line.items()}).encode() + b"\n")
+    def _write(self, line: dict[str, Any]) -> dict[str, Any]:
+        """Add a line to `metrics.jsonl`; return it as it is there, with None for what is not finite."""
+        written = {key: _json_number(value) for key, value in line.items()}
+        self._file.append(json.dumps(written).encode() + b"\n")
+        if self._view:
+            self._view.take(written)
+        return written
 
-    def _add_scalars(self, line: dict[str, Any], prefix: str, step: int) -> None:
-        scalars = {
-            prefix + key: value for key, value in line.items()
-            if key not in ("step", "timestamp", "attempt") and _json_number(value) is not None
-        }  # fmt: skip
+    def _add_scalars(self, line: dict[str, Any]) -> None:
+        """Show a line of `metrics.jsonl` as points of curves."""
+        curves = curves_of(line)
         if self._events:
-            self._events.add_scalars(scalars, step)
+            self._events.add_scalars(curves, line["step"])
         if self._tracker:
-            self._track(self._tracker.log(scalars, step), step)
+            self._track(self._tracker.log(curves, line["step"]), line["step"])
 
     def _track(self, problem: str | None, step: int) -> None:
         if problem:
             self._tracker = None
             self.event(step, "wandb_failed", problem)
 
+    def flush(self) -> None:
+        """Write whatever waits to be written together: a start from the checkpoint to come has all steps before it."""
+        if self._events:
+            self._events.flush()
+
     def close(self, failed: bool = False) -> None:
         """Flush and close everything; `failed` says how the run ended."""
-        self._line.end()
+        if self._view:
+            self._view.end()
         self._close_files()
+        if self._hyper_parameters:
+            if failed or self._is_done:  # else it goes on
+                self._hyper_parameters.end(failed)
+            self._hyper_parameters.close()
         if self._tracker:
             self._tracker.close(failed)
 

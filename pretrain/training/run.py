@@ -37,11 +37,13 @@ from pretrain.tasks.task_metrics import check_metric
 from pretrain.tokenizers.tokenizer import Tokenizer
 from pretrain.tokenizers.tokenizer_files import keep_files, open_tokenizer
 from pretrain.training.guard import SkipGuard, StopRequest
+from pretrain.training.layer_norms import LayerNorms, PendingNorms
 from pretrain.training.metrics import MetricLog, StepMetrics
 from pretrain.training.preflight import Findings, check_same_rows
 from pretrain.training.resume import Progress, load_start
 from pretrain.training.self_test import check_optimizer
 from pretrain.training.spikes import Observation, SpikeGuard
+from pretrain.training.tensorboard_events import hyper_parameters
 from pretrain.training.tracking import Tracker, check_tracking
 from pretrain.transformer.activation_offload import check_checkpointing
 from pretrain.transformer.compiling import should_compile
@@ -61,6 +63,7 @@ class PendingStep:
     world_size: int
     rows: tuple[int, int]
     starts_phase: bool
+    layer_norms: PendingNorms | None
 
     def observe(self) -> Observation:
         """Wait for the device, and return what all ranks know alike."""
@@ -82,6 +85,7 @@ class PendingStep:
             self.metrics, loss=observation.loss, grad_norm=observation.grad_norm, clipped_steps=num_clipped,
             objective=None if self.metrics.objective is None else objective_sum / num_targets,
             phase_seconds=seconds | {"others": seconds.get("others", 0.0) + rest},
+            layer_norms=self.layer_norms.result() if self.layer_norms else {},
         )  # fmt: skip
 
 
@@ -111,6 +115,7 @@ class Run:
     progress: Progress = field(default_factory=Progress)
     base: dict[str, str] | None = None  # of adapters, as `adapters.reference_to` says it
     feed: Feed = field(init=False)
+    layer_norms: LayerNorms = field(init=False)
     unreported: PendingStep | None = None  # the step whose sums have not been read back
     saving_step: int = 0  # that the save under way, or the last one, is of
     best_before: tuple[float | None, int | None] = (None, None)  # loss and step of the best before that save
@@ -118,6 +123,7 @@ class Run:
 
     def __post_init__(self) -> None:
         self.feed = Feed(self.stream, self.ranks, self.group)
+        self.layer_norms = LayerNorms(self.config.log.layer_norms_every, self.engine, self.samples.model, self.ranks)
 
     def event(self, event: str, message: str, **details: Any) -> None:
         """Record an event once, not once a rank; `details` are for programs that read `metrics.jsonl`."""
@@ -254,6 +260,8 @@ def open_metrics(
             world_size=ranks.world_size, first_step=progress.step, attempt=folder.attempt,
             flops_per_token=flops_by_length(shape, config.data.seq_lens, config.train.lora is not None),
             peak_flops=peak_flops(ranks.device, config.train.precision), tracker=tracker,
+            save_every=config.checkpoint.every_steps,
+            hyper_parameters=hyper_parameters(storable(config.model_dump(mode="json")), ranks.world_size),
         )  # fmt: skip
 
 

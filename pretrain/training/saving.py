@@ -48,6 +48,8 @@ def save(run: Run, last: bool = False) -> None:
     finish_save(run)
     run.ranks.heartbeat.enter("saving", is_patient=True)
     run.saving_step = run.progress.step
+    if run.log:
+        run.log.flush()
     check_replicas(run.engine, run.ranks, run.saving_step, run.config.guard.check_replicas_every)
     training = {
         "progress": asdict(run.progress), "num_tokens": run.progress.num_tokens, "data": run.stream.state(),

@@ -31,6 +31,7 @@ from pretrain.ranks.profiling import PhaseClock
 from pretrain.ranks.start_clock import StartClock
 from pretrain.ranks.watchdog import Watchdog
 from pretrain.training.guard import StopRequest
+from pretrain.training.layer_norms import PendingNorms
 from pretrain.training.metrics import StepMetrics
 from pretrain.training.plan_check import compare_with_plan
 from pretrain.training.preflight import check_start
@@ -186,7 +187,8 @@ def train_step(run: Run) -> bool:
     run.engine.time_communication(phases)
     phases.begin("data")
     rows = run.feed.take()
-    totals = compute_gradients(run, rows, phases)
+    with run.layer_norms.watch(run.progress.step + 1):
+        totals = compute_gradients(run, rows, phases)
     if run.progress.step + 1 < run.plan.num_steps:
         phases.begin("data")
         run.feed.prepare(run.stop.received is not None, run.checkpoints.must_be_finished())
@@ -194,13 +196,14 @@ def train_step(run: Run) -> bool:
     lr = lr_at(run.progress.step, run.plan.num_steps, run.config.optim.lr, run.config.schedule)
     check_when_due(run.engine, run.ranks, run.progress.step, run.config.guard.check_replicas_every)
     run.checkpoints.wait_for_copy()
+    norms = run.layer_norms.start(run.progress.step + 1)
     result = run.engine.step(lr)
     if not result.applied and run.config.guard.rerun and run.config.train.precision != "fp16":
         totals, result = compute_again(run, rows, totals, lr, phases)
     phases.end()
     run.engine.time_communication(None)
     sums = run.ranks.start_sum(torch.cat((totals, result.grad_norm.view(1))))
-    finish_step(run, rows, result.applied, lr, sums, phases)
+    finish_step(run, rows, result.applied, lr, sums, phases, norms)
     return run.feed.stop_requested()
 
 
@@ -239,7 +242,10 @@ def compute_again(
     return again, result
 
 
-def finish_step(run: Run, rows: StepInput, applied: bool, lr: float, sums: PendingSum, phases: PhaseClock) -> None:
+def finish_step(
+    run: Run, rows: StepInput, applied: bool, lr: float, sums: PendingSum, phases: PhaseClock,
+    norms: PendingNorms | None,
+) -> None:  # fmt: skip
     """Count a step, and leave its metrics to `report`."""
     progress, config = run.progress, run.config
     progress.step, progress.num_tokens = progress.step + 1, progress.num_tokens + run.plan.tokens_per_step
@@ -265,7 +271,7 @@ def finish_step(run: Run, rows: StepInput, applied: bool, lr: float, sums: Pendi
             skipped_steps=progress.num_skipped, clipped_steps=0, damaged_documents=run.stream.damage.num_documents,
             damaged_tokens=run.stream.damage.num_tokens, seq_len=plan.seq_len_at(begin),
             corpus_tokens=run.stream.tokens_per_corpus(), epochs=plan.epochs(end), phase_seconds={},
-        ), rows.num_targets, sums, phases, run.ranks.world_size, (begin, end), starts_phase)  # fmt: skip
+        ), rows.num_targets, sums, phases, run.ranks.world_size, (begin, end), starts_phase, norms)  # fmt: skip
         run.step_began = now
     if sums.is_ready():
         report(run)

@@ -131,6 +131,7 @@ class Transformer(nn.Module):
         self.activation_checkpointing = activation_checkpointing
         self.group, self.ffn_chunk_tokens = group, ffn_chunk_tokens
         self._compiled_block: Callable[..., Any] | None = None
+        self.on_block: Callable[[int, Tensor, Tensor], None] | None = None  # told what leaves each block, if set
         self.embedding = Embedding(shape.padded_vocab_size, shape.dim)
         self.position_embedding = Embedding(shape.seq_len, shape.dim) if shape.positions == "learned" else None
         self.blocks = nn.ModuleList(Block(shape) for _ in range(shape.num_layers))
@@ -299,9 +300,12 @@ class Transformer(nn.Module):
             run_block, residual_BTD = self._compiled_block, torch.zeros_like(x_BTD).requires_grad_(x_BTD.requires_grad)
         group = self.group if tokens_BT.shape[1] < doc_start_BT.shape[1] else None
         mode, kept = self.activation_checkpointing, KeptOnHost()
-        for block, context in zip(self.blocks, self._contexts(visible, tables, key, cache, group), strict=True):
+        contexts = self._contexts(visible, tables, key, cache, group)
+        for index, (block, context) in enumerate(zip(self.blocks, contexts, strict=True)):
             with kept.of_block() if mode == "offload" and torch.is_grad_enabled() else nullcontext():
                 x_BTD, residual_BTD = run_block(mode, block, x_BTD, residual_BTD, context)
+            if self.on_block is not None and self.training:
+                self.on_block(index, x_BTD, residual_BTD)
         return self.final_norm(x_BTD, residual_BTD)[0]
 
     def _contexts(

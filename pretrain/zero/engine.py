@@ -42,6 +42,7 @@ from pretrain.zero.deepspeed_settings import check_machine, deepspeed_settings, 
 from pretrain.zero.initial_weights import InitialWeights
 from pretrain.zero.swapped_states import (
     fill_weights,
+    gradient_parts,
     groups_in_memory,
     locate,
     on_disk,
@@ -52,6 +53,7 @@ from pretrain.zero.swapped_states import (
 
 MASTER = "master"
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+_LOSS_SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # of fp16
 _COMMUNICATION = CommunicationTimer()  # one a process, as DeepSpeed's backend is
 
 
@@ -250,11 +252,12 @@ class Engine:
         self._engine.step()
         return StepResult(norm if applied else torch.full_like(norm, math.nan), applied)
 
-    def fragments(self) -> Iterator[Fragment]:
-        """Yield what this rank owns, in the model's order; every element belongs to exactly one rank.
+    def gradients(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield this rank's parts of a step's gradients by parameter, as `swapped_states.gradient_parts`."""
+        return gradient_parts(self._optimizer, self._parameters, self.stage, self.ranks.is_first)
 
-        Before the first update the optimizer's state is created, so that it can be saved or filled.
-        """
+    def fragments(self) -> Iterator[Fragment]:
+        """Yield what this rank owns, in the model's order; every element belongs to exactly one rank."""
         self._create_state()
         yield from self._fragments_of(None)
 
@@ -382,10 +385,7 @@ class Engine:
         """State of fp16's dynamic loss scale; None in other precisions."""
         if self.precision != "fp16":
             return None
-        scaler = self._optimizer.loss_scaler
-        return {
-            name: getattr(scaler, name) for name in ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
-        }
+        return {name: getattr(self._optimizer.loss_scaler, name) for name in _LOSS_SCALE}
 
     def load_loss_scale_state(self, state: dict | None) -> None:
         """Restore what `loss_scale_state` returned."""

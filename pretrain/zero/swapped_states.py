@@ -54,6 +54,33 @@ def locate(
     return flats[mapping.param_group_index], master.start, weight.start, weight.numel
 
 
+def gradient_parts(
+    optimizer: Any, named: Sequence[tuple[str, Any]], stage: int, is_first: bool
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield what a rank has of a step's averaged gradients, every element on one rank alone; before the update.
+
+    Args:
+        optimizer: DeepSpeed's.
+        named: the model's parameters that are trained, by name.
+        stage: of ZeRO.
+        is_first: whether this is rank 0, which at stage 0 has the gradients that all ranks have.
+    """
+    scale = getattr(optimizer, "loss_scale", 1.0)  # fp16's
+    for name, parameter in named:
+        if stage == 0:
+            part = parameter.grad if is_first else None
+        elif stage == 3:
+            part = optimizer.get_local_fp32_grad_for_param(parameter)
+        elif (mapping := parameter._hp_mapping) is not None:
+            part, own = mapping.get_lp_grad_fragment(parameter._index_in_param_group), mapping.lp_fragment_address
+            if part.numel() != own.numel:  # bf16 at stage 1: each rank has whole gradients
+                part = part.view(-1).narrow(0, own.start, own.numel)
+        else:
+            continue
+        if part is not None:
+            yield name, part if scale == 1.0 else part.float() / scale
+
+
 def prepare_folder(config: Config, builders: ModuleType, ranks: Ranks) -> Path | None:
     """Make the folder of a run's states on this node's disk, empty, if the config has one; all ranks together.
 

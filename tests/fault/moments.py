@@ -130,6 +130,20 @@ def at_step(
     train.train_step = train_step
 
 
+def at_evaluation(rank: int, action: str, at_rank: int | None = None, path: str = "") -> None:
+    """Do something just before an evaluation; the rest as for `act`."""
+    from pretrain.training import train
+
+    original = train.evaluate
+
+    def evaluate(*args: Any, **keywords: Any) -> Any:
+        if at_rank in (None, rank):
+            act(action, path)
+        return original(*args, **keywords)
+
+    train.evaluate = evaluate
+
+
 def measure(rank: int, path: str, steps: list[int]) -> None:
     """Write what this process holds just before some updates to `path-RANK`, as a line of JSON each."""
     import psutil
