@@ -18,15 +18,11 @@ _JOBS = "painter,baker,teacher,doctor,lawyer,farmer,pilot,tailor,writer,singer,c
 UNANSWERABLE = "unanswerable"
 
 
-_SAID = (
-    "{name}, a {job} from {home}, moved to {away}.",
-    "The {job} {name} left {home} for {away}.",
-    "{name} was born in {home}, went to {away} and became a {job}.",
-)
+_SAID = ("{name} is a {job} from {home}.", "The {job} from {home} is {name}.")
 _ASKED = (
-    ("Where is {name} from?", "home"), ("Where did {name} go?", "away"), ("What is {name}?", "job"),
-    ("Who is from {home}?", "name"), ("Who went to {away}?", "name"), ("Who is a {job}?", "name"),
-    ("Where does the {job} live?", "away"), ("How old is {name}?", ""),
+    ("Where is {name} from?", "home"), ("Where is the {job} from?", "home"), ("What is {name}?", "job"),
+    ("Who is from {home}?", "name"), ("Who is the {job}?", "name"), ("How old is {name}?", ""),
+    ("What is said about {name}?", "said"), ("What is said about the {job}?", "said"),
 )  # fmt: skip
 
 
@@ -37,14 +33,15 @@ def make_question(random: Random) -> Example:
     alone leaves two to choose from.
     """
     first_names, last_names, cities, jobs = (
-        _distinct(random, items, count)
-        for items, count in ((_FIRST_NAMES, 2), (_LAST_NAMES, 2), (_CITIES, 4), (_JOBS, 2))
+        _distinct(random, items, 2) for items in (_FIRST_NAMES, _LAST_NAMES, _CITIES, _JOBS)
     )
     people = [
-        {"name": f"{first_names[i]} {last_names[i]}", "home": cities[i], "away": cities[2 + i], "job": jobs[i]}
-        for i in range(2)
+        {"name": f"{first} {last}", "home": city, "job": job}
+        for first, last, city, job in zip(first_names, last_names, cities, jobs, strict=True)
     ]
-    background = " ".join(pick(random, _SAID).format(**person) for person in people)
+    for person in people:
+        person["said"] = pick(random, _SAID).format(**person)
+    background = " ".join(person["said"] for person in people)
     asked, (question, answer) = pick(random, people), pick(random, _ASKED)
     return Example(
         f"Background: {background}\n\nQ: {question.format(**asked)}\nA:\n",
