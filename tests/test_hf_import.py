@@ -154,8 +154,11 @@ def test_a_pickle_of_tensors_is_read_and_one_that_runs_programs_is_not(llama, tm
 
     torch.save(tensors | {"x": Program()}, source / "pytorch_model.bin")
     refused(
-        source, tmp_path / "other", r"pytorch_model.bin: is a pickle that needs more than tensors .*; expected tensors"
+        source, tmp_path / "other", r"pytorch_model.bin: is a pickle that needs more than tensors \(getattr\); expected"
     )
+    (source / "pytorch_model.bin").rename(source / "model.safetensors")
+    refused(source, tmp_path / "other", "model.safetensors: is a pickle, as torch.save writes .* Name it pytorch_model")
+    (source / "model.safetensors").unlink()
     (source / "pytorch_model.bin").write_bytes(pickle.dumps(Program()))
     refused(source, tmp_path / "other", "pytorch_model.bin: is (a pickle that needs more|not readable)")
     assert not (tmp_path / "was_run").exists()
