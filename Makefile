@@ -52,7 +52,7 @@ check: setup ## check format, lint and types, then run the tests
 soak: setup ## the tests of faults with all their repetitions (10 to 30 minutes; LONGHAUL_SOAK=5: five of each)
 	@LONGHAUL_SOAK=$(or $(LONGHAUL_SOAK),1) $(BIN)/python -m pytest tests/fault -s
 
-bench: setup ## measure speed beside plain PyTorch and transformers; a table, and JSON in bench-results
+bench: setup ## measure speed beside PyTorch, transformers and others: a table, and JSON in bench-results
 	@PYTHON=$(BIN)/python bash benchmarks/gpu.sh
 
 clean: ## remove .venv and caches; data/ and runs/ stay

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.record import Record
+from benchmarks.timing import median_ratio, time_in_turns
 from kernels.attention import attention
 from kernels.attention_cpu import fused_attention
 from kernels.visibility import visibility
@@ -61,21 +62,6 @@ def by_document(lengths: list[int]) -> Attention:
     return attend
 
 
-def measure(functions: dict[str, Attention], tensors: list[Tensor], grad: Tensor, seconds: float) -> dict[str, float]:
-    """Time the functions in turn, forward and backward, for about `seconds`; return medians."""
-    times: dict[str, list[float]] = {name: [] for name in functions}
-    begin = time.perf_counter()
-    for number in range(1000):
-        for name, function in functions.items():
-            start = time.perf_counter()
-            torch.autograd.grad(function(*tensors), tensors, grad)
-            if number > 0:
-                times[name].append(time.perf_counter() - start)
-        if number >= 2 and time.perf_counter() - begin > seconds:
-            break
-    return {name: statistics.median(values) for name, values in times.items()}
-
-
 def measure_case(case: str, seq_len: int, dtype: torch.dtype, arguments: argparse.Namespace) -> dict[str, object]:
     """Measure one case; return its row."""
     rows = ROWS.get(seq_len, 1)
@@ -97,13 +83,15 @@ def measure_case(case: str, seq_len: int, dtype: torch.dtype, arguments: argpars
     torch.manual_seed(1)
     sizes = [(rows, seq_len, heads, 64) for heads in (arguments.heads, arguments.kv_heads, arguments.kv_heads)]
     tensors = [torch.randn(size).to(dtype).requires_grad_() for size in sizes]
-    found = measure(functions, tensors, torch.randn(sizes[0]).to(dtype), arguments.seconds)
-    best = min(found[name] for name in found if name != "ours")
+    times = time_in_turns(functions, tensors, [torch.randn(sizes[0]).to(dtype)], arguments.seconds)
+    medians = {name: statistics.median(wall for wall, _ in rounds) for name, rounds in times.items()}
+    best = min((name for name in medians if name != "ours"), key=lambda name: medians[name])
     return {
         "case": case, "dtype": str(dtype).removeprefix("torch."), "seq_len": seq_len, "num_rows": rows,
         "num_documents": sum(len(row) for row in lengths), "num_pieces": num_pieces,
-        "ours_seconds": found["ours"], "masked_seconds": found["masked"], "best_sdpa_seconds": best,
-        "ratio": found["ours"] / best, "cut_seconds": cut_seconds,
+        "ours_seconds": medians["ours"], "masked_seconds": medians["masked"], "best_sdpa_seconds": medians[best],
+        "ratio": median_ratio(times["ours"], times[best], 0), "cpu_ratio": median_ratio(times["ours"], times[best], 1),
+        "num_rounds": len(times["ours"]), "cut_seconds": cut_seconds,
     }  # fmt: skip
 
 

@@ -84,7 +84,8 @@ def _norm(shape: ModelShape) -> nn.Module:
     return kind(shape.dim, eps=shape.norm_eps)
 
 
-def _rotate(x_BHTC: Tensor, cos_TC: Tensor, sin_TC: Tensor) -> Tensor:
+def rotate(x_BHTC: Tensor, cos_TC: Tensor, sin_TC: Tensor) -> Tensor:
+    """Turn the halves of the first features of each head; the others stay."""
     turned, rest = x_BHTC.tensor_split([cos_TC.shape[-1]], dim=-1)
     first, second = turned.chunk(2, dim=-1)
     turned = (turned * cos_TC + torch.cat((-second, first), dim=-1) * sin_TC).to(x_BHTC.dtype)
@@ -108,7 +109,7 @@ class _Attention(nn.Module):
         q_BHTC, k_BKTC, v_BKTC = qkv.split(heads, dim=1)
         q_BHTC, k_BKTC = self.q_norm(q_BHTC), self.k_norm(k_BKTC)
         if tables is not None:
-            q_BHTC, k_BKTC = _rotate(q_BHTC, *tables), _rotate(k_BKTC, *tables)
+            q_BHTC, k_BKTC = rotate(q_BHTC, *tables), rotate(k_BKTC, *tables)
         grouped = self.num_heads != self.num_kv_heads
         out_BHTC = F.scaled_dot_product_attention(q_BHTC, k_BKTC, v_BKTC, is_causal=True, enable_gqa=grouped)
         return self.output(out_BHTC.transpose(1, 2).reshape(B, T, -1))

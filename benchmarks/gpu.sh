@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Everything that is measured, in one command of under 9 minutes: the GPU's tests, attention, the norms, a training step
-# of three configs. Each part has its own time limit and writes its own JSON; what fails is said, and the rest goes on.
+# What a machine can measure in one command of under 9 minutes (benchmarks/README.md says what and beside whom). Each part
+# has its own time limit and writes its own JSON; what fails is said, and the rest goes on.
 #
 #   make bench                                      in .venv
 #   PYTHON=python3 bash benchmarks/gpu.sh           with another Python, e.g. the one of a container image
@@ -9,12 +9,16 @@
 # WHEELS   folder of wheels that are installed, offline, without dependencies and for this run only, where one of them is
 #          missing: deepspeed, pydantic and ruamel.yaml with what they need; for "peers" also accelerate (with psutil) and
 #          liger_kernel, beside a transformers that is installed (.whl)
-# PARTS    what to run ("tests attention norms step"; without a GPU "attention operators norms step loop": the loop is
-#          what training costs beside its model: reading rows, the loop itself beside bare torch's and transformers'
-#          Trainer's, the start). On a GPU these are run only when named: "operators", of 60 s (the loss, RoPE,
-#          activations); "tune", of 180 s, which writes the tile shapes that are quickest there to OUT/tiles.json, a table
-#          for kernels/tiles/; training reads it from there; and "peers", the steps of "step" beside transformers'
-#          Trainer, without and with Liger, too. PARTS=peers alone leaves them all of the time, 170 s a config.
+# PARTS    what to run. On a GPU "tests attention norms step", and only when named: "launches", the tests that start runs
+#          of their own and compare memory and time with the planner's, with nothing beside them, at most 300 s;
+#          "operators", of 60 s (the loss, RoPE, activations); "tune", of 180 s, which writes the tile shapes that are
+#          quickest there to OUT/tiles.json, a table for kernels/tiles/; training reads it from there; and "peers", the
+#          steps of "step" beside transformers' Trainer, without and with Liger, too. PARTS=peers alone leaves them all
+#          of the time, 170 s a config.
+#          Without a GPU "cpu loop": "cpu" is attention, operators, generation and conversion as they run there, "loop"
+#          is what training costs beside its model: the loop itself beside bare torch's, plain PyTorch's and
+#          transformers' Trainer's, the start, reading rows. "attention norms operators step" only show there, at tiny
+#          sizes, that what a GPU will run does run.
 # CONFIGS  whose steps ("gpt2-124m llama-350m llama-1.3b"); on a GPU in rows of 2048 tokens
 # VARIANTS  of a step, most important first; the time left for a config is shared out (by PARTS, "step": ours-deepspeed,
 #          baseline-compiled,ours-compiled,ours-torch; "peers": ours-deepspeed,baseline-compiled,transformers,
@@ -22,7 +26,6 @@
 # SECONDS_IN_ALL   time limit (525); the steps get what the other parts leave
 #
 # Exit status 1: a part failed or ran out of time; the others' results are there all the same.
-# Without a GPU it runs what can run there, at tiny sizes, and says what was left out.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -41,9 +44,10 @@ trap '[ -z "$site" ] || rm -rf "$site"' EXIT
 
 left() { echo $((limit - SECONDS)); }
 
-part() { # NAME SECONDS COMMAND...: output to the log, status noted
+part() { # NAME SECONDS COMMAND...: output to the log, status noted; never longer than what is left
   local name=$1 seconds=$2 status=0 begin=$SECONDS
   shift 2
+  [ "$seconds" -le "$(left)" ] || seconds=$(left)
   if [ "$seconds" -lt 5 ]; then
     notes+=("$name: left out: no time left")
     failed=1
@@ -51,7 +55,7 @@ part() { # NAME SECONDS COMMAND...: output to the log, status noted
   fi
   echo "== $name (at most $seconds s)"
   echo "== $name: $*" >>"$out/log.txt"
-  timeout --kill-after=5 "$seconds" "$@" >>"$out/log.txt" 2>&1 || status=$?
+  { timeout --kill-after=5 "$seconds" "$@"; } >>"$out/log.txt" 2>&1 || status=$? # with bash's word on what was killed
   case $status in
     0) notes+=("$name: done in $((SECONDS - begin)) s") ;;
     124 | 137) notes+=("$name: stopped after $seconds s") ;;
@@ -64,12 +68,20 @@ part() { # NAME SECONDS COMMAND...: output to the log, status noted
 installed() { "$python" -c 'import sys; from importlib.util import find_spec
 sys.exit(any(not find_spec(name) for name in sys.argv[1:]))' "$@" 2>>"$out/log.txt"; }
 
-test_gpu() { # EXTRA ARGUMENTS...: pytest-benchmark, where installed, warns beside xdist, and warnings are errors here
-  part "tests/gpu" 150 "$python" -m pytest tests/gpu -q -p no:cacheprovider -p no:benchmark "$@"
+test_gpu() { # NAME SECONDS ARGUMENTS...: pytest-benchmark, where installed, warns beside xdist, and warnings are errors
+  local name=$1 seconds=$2 summary
+  shift 2
+  part "$name" "$seconds" "$python" -m pytest tests/gpu -q -p no:cacheprovider -p no:benchmark --durations 5 \
+    --continue-on-collection-errors "$@" # a file whose imports are not installed must not stop the others
+  local status=$?
+  summary=$(grep -aE '^(=+ )?[0-9]+ (passed|failed|error|skipped)' "$out/log.txt" | tail -n 1)
+  notes+=("$name: ${summary:-no summary}")
+  return "$status"
 }
 
 : >"$out/log.txt"
-rm -f "$out"/{attention,norms,operators,tiles,data,overhead,startup}.json "$out"/step-*.json
+rm -f "$out"/{attention,norms,operators,tiles,attention-cpu,operators-cpu,generation,convert,data,overhead,startup}.json \
+  "$out"/step-*.json
 needed=(deepspeed pydantic ruamel ruamel.yaml)
 for name in accelerate liger_kernel; do # of the peers: only where they are provided
   ! compgen -G "$wheels/$name-*.whl" >/dev/null || needed+=("$name")
@@ -92,11 +104,10 @@ if "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>>
   parallel=()
   ! installed xdist || parallel=(-n 8)
   if [[ $parts == *" tests "* ]]; then
-    test_gpu ${parallel[@]+"${parallel[@]}"}
-    case $? in 3 | 4) test_gpu ;; esac # pytest itself failed: once more, in one process
-    tests=$(grep -aE '^(=+ )?[0-9]+ (passed|failed|error|skipped)' "$out/log.txt" | tail -n 1)
-    notes+=("tests/gpu: ${tests:-no summary}")
+    test_gpu tests/gpu 150 -m "not launches" ${parallel[@]+"${parallel[@]}"}
+    case $? in 3 | 4) test_gpu tests/gpu 150 -m "not launches" ;; esac # pytest itself failed: once more, in one process
   fi
+  if [[ $parts == *" launches "* ]]; then test_gpu "tests/gpu that launch" 300 -m launches; fi
   if [[ $parts == *" tune "* ]]; then
     part tune 180 "$python" benchmarks/tune.py --seconds 160 --out "$out/tiles.json"
     tuned=$(grep -aE '^([0-9]+ entries are|nothing was)' "$out/log.txt" | tail -n 1)
@@ -109,9 +120,17 @@ else
   steps=(--shrink --steps 3)
   attention_seconds=60
   norm_seconds=60
-  [ -n "${PARTS:-}" ] || parts=" attention operators norms step loop "
-  [[ $parts != *" tune "* ]] || notes+=("tune: left out: needs a GPU")
-  notes+=("no GPU: tests/gpu and Liger left out; tiny sizes, torch.compile without code generation")
+  [ -n "${PARTS:-}" ] || parts=" cpu loop "
+  for name in tune tests launches; do
+    [[ $parts != *" $name "* ]] || notes+=("$name: left out: needs a GPU")
+  done
+  notes+=("no GPU: what is measured there, and Liger, are left out")
+  cores=$(getconf _NPROCESSORS_ONLN) # nproc would say what OMP_NUM_THREADS is
+  if [ -r /proc/loadavg ] && awk -v cores="$cores" '{ exit !($1 > cores) }' /proc/loadavg; then
+    load=$(cut -d ' ' -f 1 /proc/loadavg)
+    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # threads that wait for each other on busy cores take many times as long
+    notes+=("the load average was $load on $cores cores: threads: $OMP_NUM_THREADS; seconds say little, ratios more")
+  fi
 fi
 
 if [[ $parts == *" attention "* ]]; then
@@ -146,13 +165,27 @@ for name in ${configs[@]+"${configs[@]}"}; do
 done
 
 if [[ $parts == *" loop "* ]]; then
-  part data 60 "$python" benchmarks/data.py --rounds 1 --seconds 2 --out "$out/data.json"
-  if part "prepare of the quickstart" 40 "$python" launch/prepare.py configs/quickstart.yaml; then
-    part overhead 120 "$python" benchmarks/overhead.py configs/quickstart.yaml --out "$out/overhead.json" --steps 15 \
-      --warmup 3 --stages 1 --seconds 80
-    part startup 60 "$python" benchmarks/startup.py configs/quickstart.yaml --out "$out/startup.json" --runs 3
+  if part "prepare of the quickstart" 150 "$python" launch/prepare.py configs/quickstart.yaml; then
+    part overhead 200 "$python" benchmarks/overhead.py configs/quickstart.yaml --out "$out/overhead.json" --steps 20 \
+      --warmup 2 --stages 1 --seconds 60
+    part startup 90 "$python" benchmarks/startup.py configs/quickstart.yaml --out "$out/startup.json" --runs 3
   fi
-  results+=("$out/data.json" "$out/overhead.json" "$out/startup.json")
+  results+=("$out/overhead.json" "$out/startup.json")
+fi
+
+if [[ $parts == *" cpu "* ]]; then
+  part "attention on a CPU" 90 "$python" benchmarks/attention_cpu.py --out "$out/attention-cpu.json" \
+    --seq-lens 2048 512 128 --dtypes float32 --seconds 1
+  part "operators on a CPU" 60 "$python" benchmarks/operators_cpu.py --out "$out/operators-cpu.json" --seconds 1.5
+  part generation 90 "$python" benchmarks/generation.py --out "$out/generation.json" --models 6.5m --repeats 2
+  part convert 120 "$python" benchmarks/convert.py configs/quickstart.yaml --ranks 2 --out "$out/convert.json" \
+    --only "load,hf,gguf bf16,torch"
+  results+=("$out/attention-cpu.json" "$out/operators-cpu.json" "$out/generation.json" "$out/convert.json")
+fi
+
+if [[ $parts == *" loop "* ]]; then
+  part data 100 "$python" benchmarks/data.py --tokens 10000000 --seconds 1 --out "$out/data.json"
+  results+=("$out/data.json")
 fi
 
 echo

@@ -29,7 +29,7 @@ from pretrain.zero.engine import init_distributed
 EXAMPLES = """examples:
   python benchmarks/memory.py configs/quickstart.yaml --out bench-results/memory.json      (prepared before)
   python benchmarks/memory.py configs/quickstart.yaml --ranks 2 --stages 2,3 --precisions bf16
-  python benchmarks/plot.py bench-results/memory.json docs/zero-memory.svg"""
+  python benchmarks/plot.py bench-results/memory.json docs/memory.svg"""
 
 STATES = ("parameters", "masters", "moments", "gradients")
 

@@ -1,10 +1,11 @@
-"""Longhaul's training loop beside a bare torch loop and beside transformers' Trainer: same weights, batches and rates.
+"""Longhaul's training loop beside bare torch, plain PyTorch and transformers' Trainer: same weights, batches and rates.
 
 Ours is `train_step` as it runs in training, with reading, checks, DeepSpeed, metrics and log. The bare loop has its
-batches in memory and does forward, backward, clip and fused step with our model. The third is `Trainer.train()` with
-transformers' model of that shape (`benchmarks/peers.py`), batches in memory too. They take turns step by step in one
-process, so that whatever else the machine does meets all. The losses of ours and the bare loop are compared, so that
-both do the same work; the Trainer's differ, because its documents see each other.
+batches in memory and does forward, backward, clip and fused step with our model. The plain one does so with the model
+that people write in plain PyTorch (`benchmarks/baseline.py`). The last is `Trainer.train()` with transformers' model of
+that shape (`benchmarks/peers.py`), batches in memory too. They take turns step by step in one process, so that whatever
+else the machine does meets all. The losses of ours and the bare loop are compared, so that both do the same work; those
+of the last two differ, because their documents see each other.
 """
 
 from __future__ import annotations
@@ -23,8 +24,11 @@ from typing import Any
 if sys.path[0] == str(Path(__file__).resolve().parent):  # run as a file
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from benchmarks.baseline import Baseline
 from benchmarks.record import Record, first_line
-from benchmarks.updates import Rows, by_torch
+from benchmarks.table import ratio_keys, render
+from benchmarks.timing import median_ratio
+from benchmarks.updates import Rows, by_torch, plain_step
 from pretrain.checkpoints.run_folder import RunFolder, log_path
 from pretrain.data.stream import TokenStream
 from pretrain.errors import ExportError
@@ -46,7 +50,7 @@ EXAMPLES = """examples:
   python benchmarks/overhead.py configs/quickstart.yaml --out bench-results/overhead.json      (prepared before)
   python benchmarks/overhead.py configs/quickstart.yaml train.precision=bf16 parallel.zero_stage=0"""
 
-
+OTHERS = ("bare", "plain", "trainer")
 Step = Callable[[list[Rows], int, float, int], float]  # micro-batches, targets, learning rate, number -> mean loss
 
 
@@ -63,12 +67,20 @@ def read_steps(run: Run, num_steps: int) -> list[tuple[list[Rows], int]]:
     ]  # fmt: skip
 
 
-def make_loops(run: Run, cleanup: ExitStack) -> tuple[dict[str, Step], str | None]:
-    """Build the other loops with the run's initial weights; return them, and why the Trainer is not among them."""
+def make_loops(run: Run, cleanup: ExitStack) -> tuple[dict[str, Step], dict[str, str]]:
+    """Build the other loops with the run's initial weights; return them, and why others are not among them."""
     config, device = run.config, run.ranks.device
     shape = resolve_shape(config.model, run.tokenizer.vocab_size, config.data.seq_len)
     ours = Transformer(shape, config.run.seed).to(device).train()
-    reason, loops = None, {}
+    loops: dict[str, Step] = {}
+    reasons: dict[str, str] = {}
+    try:
+        baseline = Baseline(shape).to(device)
+        baseline.load_state_dict(ours.state_dict(), strict=not shape.tie_embeddings)  # ours has one tensor then
+        plain = plain_step(baseline, config, device)
+        loops["plain"] = lambda batches, num_targets, lr, number: plain(batches, lr)
+    except ValueError as error:
+        reasons["plain PyTorch"] = first_line(error)
     try:
         from benchmarks.peers import TrainerLoop, copy_weights, make_model
 
@@ -78,20 +90,20 @@ def make_loops(run: Run, cleanup: ExitStack) -> tuple[dict[str, Step], str | Non
         cleanup.callback(loop.close)
         loops["trainer"] = lambda batches, num_targets, lr, number: loop.step(batches, lr)
     except (ImportError, ValueError, ExportError) as error:
-        reason = first_line(error)
+        reasons["transformers"] = first_line(error)
     bare = by_torch(ours, config, device)
     loops["bare"] = lambda batches, num_targets, lr, number: bare(batches, lr, num_targets, number)
-    return loops, reason
+    return loops, reasons
 
 
 def measure(
     config: Config, ranks: Ranks, num_steps: int, num_warmup: int, max_seconds: float
-) -> tuple[dict[str, Any], str | None]:
-    """Time all loops in turn; return medians, ratios and losses, and why the Trainer was left out.
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """Time all loops in turn; return medians, ratios and losses, and why others were left out.
 
     Of `num_steps` steps after the warm-up, as many are timed as begin within `max_seconds`, and at least three.
     """
-    losses: dict[str, list[float]] = {"ours": [], "bare": [], "trainer": []}
+    losses: dict[str, list[float]] = {"ours": [], "bare": [], "plain": [], "trainer": []}
     with ExitStack() as cleanup:
         folder = RunFolder(config)
         cleanup.callback(folder.close)
@@ -103,7 +115,7 @@ def measure(
         run = open_run(config, ranks, folder, stop, watchdog, cleanup, StartClock())
         watchdog.first_step_is_over()
         run.engine.train()
-        loops, reason = make_loops(run, cleanup)
+        loops, reasons = make_loops(run, cleanup)
         batches = read_steps(run, num_steps + num_warmup)
         assert run.log
         write = run.log.step
@@ -128,7 +140,7 @@ def measure(
                     losses[name].append(loops[name](rows, num_targets, lr, number))
                 if number >= num_warmup:
                     times[name].append((time.perf_counter() - begin[0], time.process_time() - begin[1]))
-    return summary(times, losses), reason
+    return summary(times, losses), reasons
 
 
 def summary(times: dict[str, list[tuple[float, float]]], losses: dict[str, list[float]]) -> dict[str, Any]:
@@ -137,13 +149,11 @@ def summary(times: dict[str, list[tuple[float, float]]], losses: dict[str, list[
     A ratio is the median over the steps, whose turns ran side by side: what the machine does meanwhile changes slowly.
     """
     row: dict[str, Any] = {"num_steps": len(times["ours"])}
-    for name in ("ours", "bare", "trainer"):
+    for name in ("ours", *OTHERS):
         row[f"{name}_seconds"] = statistics.median(wall for wall, _ in times[name]) if name in times else None
-    for name, prefix in (("bare", ""), ("trainer", "trainer_")):
-        for kind, key in enumerate(("ratio", "cpu_ratio")):
-            pairs = zip(times["ours"], times.get(name, ()), strict=name in times)
-            ratios = [ours[kind] / other[kind] for ours, other in pairs]
-            row[prefix + key] = statistics.median(ratios) if ratios else None
+    for name in OTHERS:
+        for kind, key in enumerate(ratio_keys(name)):
+            row[key] = median_ratio(times["ours"], times[name], kind) if name in times else None
     # ours may write a step's loss after the next step has begun, and the last one not at all
     pairs_of_losses = zip(losses["ours"], losses["bare"], strict=False)
     row["largest_loss_difference"] = max(abs(ours - bare) for ours, bare in pairs_of_losses)
@@ -174,12 +184,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             overrides += [f"train.num_steps={arguments.steps + arguments.warmup}", "schedule.warmup_steps=1"]
             config = load_config(arguments.config, overrides)
             ranks = ranks or init_distributed(config.parallel.start_timeout_seconds)
-            row, reason = measure(config, ranks, arguments.steps, arguments.warmup, arguments.seconds / len(stages))
+            row, reasons = measure(config, ranks, arguments.steps, arguments.warmup, arguments.seconds / len(stages))
             record.add(case=f"ZeRO {stage}, {config.train.precision}", **row)
-            if reason:
-                record.fail("transformers", reason)
-    from benchmarks.table import render
-
+            for name, reason in reasons.items():
+                record.fail(name, reason)
     print(render([record.content]))
     return 0
 

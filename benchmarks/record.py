@@ -20,7 +20,8 @@ PACKAGES = (
 
 
 def describe_device() -> dict[str, Any]:
-    """Name the GPU, or the CPU where there is none, with its memory and parallel units."""
+    """Name the GPU, or the CPU where there is none, with its memory and parallel units, and how busy the machine is."""
+    load = {"num_cores": len(os.sched_getaffinity(0)), "load_average": round(os.getloadavg()[0], 1)}
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
         return {
@@ -29,12 +30,14 @@ def describe_device() -> dict[str, Any]:
             "memory_bytes": properties.total_memory,
             "num_processors": properties.multi_processor_count,
             "l2_bytes": properties.L2_cache_size,
+            **load,
         }
     return {
         "kind": "cpu",
         "name": _cpu_name(),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "num_processors": torch.get_num_threads(),
+        **load,
     }
 
 

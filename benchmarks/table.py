@@ -9,6 +9,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+if sys.path[0] == str(Path(__file__).resolve().parent):  # run as a file
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from benchmarks import host_tables
+from benchmarks.host_tables import aligned, verdict
+
 # TFLOP/s that the project wants of an H100: causal, bf16, by direction, width of heads and length of rows.
 ATTENTION_TARGETS = {
     ("forward", 128): {2048: 450, 4096: 510, 8192: 540, 16384: 555},
@@ -19,7 +25,6 @@ ATTENTION_TARGETS = {
 MFU_TARGETS = {"gpt2-124m": 0.45, "llama-350m": 0.52, "llama-1.3b": 0.58}  # likewise, at MFU_SEQ_LEN, by config
 MFU_SEQ_LEN = 2048
 BARE_RATE = 0.97  # of a bare torch loop's tokens/s that ours must reach with the same operators
-BLOCKED = 0.10  # of the time of a save, which an asynchronous one may hold up the step
 DOCUMENTS_RATIO = 1.15  # that a scored pair may take in packed documents, in causal rows of that length
 
 
@@ -32,9 +37,14 @@ def render(records: Sequence[dict[str, Any]]) -> str:
         if head != last_head:
             parts.append(head)
         last_head = head
-        parts.append(_TABLES[record["benchmark"]](record))
-        parts += [f"  no number: {failure['part']}: {failure['error']}" for failure in record["failures"]]
+        parts.append(render_one(record))
     return "\n".join(parts)
+
+
+def render_one(record: dict[str, Any]) -> str:
+    """Write one result as a table, with what has no number, without its machine."""
+    failures = [f"  no number: {failure['part']}: {failure['error']}" for failure in record["failures"]]
+    return "\n".join([TABLES[record["benchmark"]](record), *failures])
 
 
 def _head(record: dict[str, Any]) -> str:
@@ -45,17 +55,6 @@ def _head(record: dict[str, Any]) -> str:
     return (
         f"{device['name']}, {memory}; {versions}; {record['date'][:10]}; commit {record['commit'] or 'unknown'}{shrunk}"
     )
-
-
-def _aligned(lines: list[list[str]]) -> str:
-    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    texts = []
-    for line in lines:
-        cells = [
-            text.ljust(w) if i == 0 else text.rjust(w) for i, (text, w) in enumerate(zip(line, widths, strict=True))
-        ]
-        texts.append("  " + "  ".join(cells).rstrip())
-    return "\n".join(texts)
 
 
 def _norms(record: dict[str, Any]) -> str:
@@ -75,7 +74,7 @@ def _norms(record: dict[str, Any]) -> str:
     num_rows = record["settings"]["rows"]
     return (
         f"norms: N={num_rows}, bf16; a copy moves {copy:.0f} GB/s here; largest relative error {worst:.1e}\n"
-        + _aligned(lines)
+        + aligned(lines)
     )
 
 
@@ -106,7 +105,7 @@ def _attention_rates(direction: str, rows: list[dict[str, Any]], record: dict[st
         others = [rate for name, rate in found.items() if not name.startswith("ours")]
         cells.append(f"{found['ours'] / max(others):.2f}" if "ours" in found and others else "-")
         lines.append([f"{case} T={T} C={width}", *cells])
-    return _aligned(lines)
+    return aligned(lines)
 
 
 def _documents_beside_causal(rows: list[dict[str, Any]]) -> list[str]:
@@ -122,7 +121,7 @@ def _documents_beside_causal(rows: list[dict[str, Any]]) -> list[str]:
             lines.append([place, row["implementation"], f"{ratio:.2f}"])
     if not lines:
         return []
-    return [f"time of a scored pair, documents / causal (target: at most {DOCUMENTS_RATIO})", _aligned(sorted(lines))]
+    return [f"time of a scored pair, documents / causal (target: at most {DOCUMENTS_RATIO})", aligned(sorted(lines))]
 
 
 def _operators(record: dict[str, Any]) -> str:
@@ -144,7 +143,7 @@ def _operators(record: dict[str, Any]) -> str:
     worst = max((row["relative_error"] for row in rows), default=0.0, key=lambda error: (error != error, error))
     sizes = record["settings"]
     size = f"{sizes['tokens']} tokens, {sizes['classes']} classes, width {sizes['width']}"
-    return f"operators: {size}; largest relative error {worst:.1e}\n" + _aligned(lines)
+    return f"operators: {size}; largest relative error {worst:.1e}\n" + aligned(lines)
 
 
 def _steps(record: dict[str, Any]) -> str:
@@ -167,7 +166,7 @@ def _steps(record: dict[str, Any]) -> str:
     size = f", {rows[0]['num_parameters'] / 1e6:.3g} million parameters" if rows else ""
     aimed = ours is not None and "H100" in record["device"]["name"] and not record["settings"].get("shrink")
     verdicts = _step_verdicts(name, ours, rows) if ours and aimed else []
-    return "\n".join([f"training step: {name}{size}", _aligned(lines), *verdicts])
+    return "\n".join([f"training step: {name}{size}", aligned(lines), *verdicts])
 
 
 def _step_verdicts(name: str, ours: dict[str, Any], rows: list[dict[str, Any]]) -> list[str]:
@@ -175,172 +174,83 @@ def _step_verdicts(name: str, ours: dict[str, Any], rows: list[dict[str, Any]]) 
     verdicts = []
     target = MFU_TARGETS.get(name)
     if target and ours["mfu"] is not None and ours["seq_len"] == MFU_SEQ_LEN:
-        verdicts.append(_verdict(ours["mfu"] >= target, f"MFU of at least {100 * target:.0f}%",
+        verdicts.append(verdict(ours["mfu"] >= target, f"MFU of at least {100 * target:.0f}%",
                                  f"{100 * ours['mfu']:.1f}%"))  # fmt: skip
     peers = [row for row in rows if not row["variant"].startswith("ours")]
     if peers:
         best = max(peers, key=lambda row: row["tokens_per_second"])
         ratio = ours["tokens_per_second"] / best["tokens_per_second"]
-        verdicts.append(_verdict(ratio > 1, f"faster than each of {len(peers)} peers",
+        verdicts.append(verdict(ratio > 1, f"faster than each of {len(peers)} peers",
                                  f"{ratio:.2f} times {best['variant']}"))  # fmt: skip
     memory = {row["variant"]: row["common_memory_bytes"] for row in peers if row.get("common_memory_bytes")}
     if memory and ours.get("common_memory_bytes"):
         least = min(memory, key=lambda variant: memory[variant])
         ratio = ours["common_memory_bytes"] / memory[least]
-        verdicts.append(_verdict(ratio < 1, f"the lowest peak memory at {ours['common_micro_batch_size']} rows",
+        verdicts.append(verdict(ratio < 1, f"the lowest peak memory at {ours['common_micro_batch_size']} rows",
                                  f"{ratio:.2f} of {least}'s"))  # fmt: skip
     return verdicts
 
 
-def _prepare(record: dict[str, Any]) -> str:
-    lines = [["processes", "seconds", "CPU s", "MB/CPU s", "sentencepiece", "tokenizer", "MB of memory", "in main"]]
-    scale = [["MB of text", "processes", "seconds", "CPU s", "MB/CPU s", "MB of memory", "in main"]]
-    for row in record["rows"]:
-        if row.get("part") == "scale":  # older files have no parts
-            sizes = [f"{row[key] / 1e6:.0f}" for key in ("num_bytes", "peak_bytes", "peak_main_bytes")]
-            rates = [f"{row[key]:.1f}" for key in ("seconds", "cpu_seconds")]
-            rates.append(f"{row['bytes_per_cpu_second'] / 1e6:.2f}")
-            scale.append([sizes[0], str(row["num_processes"]), *rates, *sizes[1:]])
-            continue
-        rates = [row[f"{key}bytes_per_cpu_second"] / 1e6 for key in ("", "sentencepiece_", "tokenizer_")]
-        sizes = [f"{row[key] / 1e6:.0f}" for key in ("peak_bytes", "peak_main_bytes")]
-        seconds = [f"{row[key]:.1f}" for key in ("seconds", "cpu_seconds")]
-        lines.append([str(row["num_processes"]), *seconds, *(f"{rate:.2f}" for rate in rates), *sizes])
-    size = f"{record['rows'][0]['num_bytes'] / 1e6:.0f} MB of text" if record["rows"] else ""
-    text = f"prepare: {size}; sentencepiece and our tokenizer alone, in MB a CPU second\n" + _aligned(lines)
-    return text + ("\n\n" + _aligned(scale) if len(scale) > 1 else "")
-
-
-def _filters(record: dict[str, Any]) -> str:
-    lines = [["filter", "CPU s", "over none", "text kept"]]
-    for row in record["rows"]:
-        kept = f"{row['kept_bytes']:.1%}" if "kept_bytes" in row else "-"
-        lines.append([row["filter"], f"{row['cpu_seconds']:.2f}", f"{row['ratio']:.2f}", kept])
-    settings = record["settings"]
-    head = f"prepare of {settings['megabytes']:g} MB by {settings['processes']} processes; --verify over sha256 alone\n"
-    return head + _aligned(lines)
-
-
-def _tars(record: dict[str, Any]) -> str:
-    lines = [["tars read in rows", "bare sentencepiece", "rows", "rows/bare", "indexing", "index/text"]]
-    for row in record["rows"]:
-        rates = [f"{row[f'{key}_tokens_per_second'] / 1e6:.3f}" for key in ("bare", "rows", "index")]
-        share = row["index_bytes"] / row["text_bytes"]
-        lines.append(
-            [f"{row['documents']} .{row['kind']}", *rates[:2], f"{row['ratio']:.2f}", rates[2], f"{share:.2%}"]
-        )
-    return f"million tokens a CPU second, T={record['settings']['seq_len']}\n" + _aligned(lines)
-
-
-def _data(record: dict[str, Any]) -> str:
-    rows, text = record["rows"], []
-    lines = [["rows of documents, one core", "million tokens/s", "fill"]]
-    for row in (row for row in rows if row["part"] in ("packing", "reading")):
-        fill = f"{100 * row['fill']:.3f}%" if "fill" in row else "-"
-        lines.append([f"{row['part']} T={row['seq_len']}", f"{row['tokens_per_second'] / 1e6:.1f}", fill])
-    text.append(_aligned(lines))
-    lines = [["rows that are a document each, one core", "million tokens/s", "ours is times this"]]
-    for row in (row for row in rows if row["part"] == "whole rows"):
-        name = f"{row['reader']} T={row['seq_len']}"
-        lines.append([name, f"{row['tokens_per_second'] / 1e6:.1f}", f"{row['ratio']:.2f}"])
-    text.append(_aligned(lines))
-    lines = [["start", "at row", "milliseconds", "MB"]]
-    for row in (row for row in rows if row["part"] in ("first step", "plan")):
-        name = f"{row['reader']}, plan of {row['num_rows']:,} rows" if row["part"] == "plan" else "first step from disk"
-        size = f"{row['bytes'] / 1e6:,.0f}" if "bytes" in row else "-"
-        lines.append([name, f"{row['first_row']:,}", f"{1e3 * row['seconds']:,.0f}", size])
-    text.append(_aligned(lines))
-    text += [f"reading takes {row['bytes'] / 1e6:.0f} MB of a process" for row in rows if row["part"] == "memory"]
-    return f"data, {record['settings']['tokens'] / 1e6:.3g} million tokens\n" + "\n".join(text)
-
-
 def _overhead(record: dict[str, Any]) -> str:
-    lines = [
-        ["training loop beside others", "ours ms/step", "bare torch", "ours/bare", "by CPU time", "Trainer",
-         "ours/Trainer", "by CPU time", "bare's loss differs by"]
-    ]  # fmt: skip
+    others = [
+        name for name in ("bare", "plain", "trainer") if any(row.get(f"{name}_seconds") for row in record["rows"])
+    ]
+    titles = {"bare": "bare torch", "plain": "plain PyTorch", "trainer": "Trainer"}
+    heads = [cell for name in others for cell in (f"{titles[name]} ms", "ours/it", "by CPU time")]
+    lines = [["training loop beside others", "ours ms/step", *heads, "bare's loss differs by"]]
     verdicts = []
     for row in record["rows"]:
-        times = {name: row.get(f"{name}_seconds") for name in ("ours", "bare", "trainer")}  # older files lack the last
-        ms = {name: f"{1e3 * seconds:.1f}" if seconds else "-" for name, seconds in times.items()}
-        ratios = {key: row.get(key) for key in ("ratio", "cpu_ratio", "trainer_ratio", "trainer_cpu_ratio")}
-        cells = [f"{ratio:.3f}" if ratio else "-" for ratio in ratios.values()]
-        lines.append(
-            [row["case"], ms["ours"], ms["bare"], *cells[:2], ms["trainer"], *cells[2:],
-             f"{row['largest_loss_difference']:.1e}"]
-        )  # fmt: skip
-        rate = 1 / ratios["ratio"]
-        verdicts.append(_verdict(rate >= BARE_RATE, f"{row['case']}: at least {BARE_RATE} of bare torch's tokens/s",
-                                 f"{rate:.3f}"))  # fmt: skip
-        if ratio := ratios["trainer_ratio"]:
-            verdicts.append(_verdict(ratio < 1, f"{row['case']}: faster than the Trainer", f"{1 / ratio:.2f} times"))
-    return "\n".join([_aligned(lines), *verdicts])
+        cells = [f"{1e3 * row['ours_seconds']:.1f}"]
+        for name in others:
+            seconds = row.get(f"{name}_seconds")
+            ratios = [row.get(key) for key in ratio_keys(name)]
+            cells += [
+                f"{1e3 * seconds:.1f}" if seconds else "-",
+                *(f"{ratio:.3f}" if ratio else "-" for ratio in ratios),
+            ]
+        lines.append([row["case"], *cells, f"{row['largest_loss_difference']:.1e}"])
+        verdicts += _overhead_verdicts(row, record["device"]["kind"] == "cpu")
+    return "\n".join([aligned(lines), *verdicts])
 
 
-def _verdict(is_met: bool, target: str, found: str) -> str:
-    return f"  target {'met' if is_met else 'MISSED'}: {target} ({found})"
+def ratio_keys(name: str) -> tuple[str, str]:
+    """Name the ratios of our step to another loop's in a row of `benchmarks/overhead.py`: of time, and of CPU time."""
+    prefix = "" if name == "bare" else f"{name}_"
+    return f"{prefix}ratio", f"{prefix}cpu_ratio"
 
 
-def _startup(record: dict[str, Any]) -> str:
-    num_ranks = record["settings"].get("ranks", 1)
-    lines = [[f"start to first step, ranks: {num_ranks}", "seconds", "of CPU"]]
-    for row in record["rows"]:
-        cpu_seconds = row.get("cpu_seconds")
-        lines.append([row["part"], f"{row['seconds']:.2f}", "" if cpu_seconds is None else f"{cpu_seconds:.2f}"])
-    return _aligned(lines)
+def _overhead_verdicts(row: dict[str, Any], on_cpu: bool) -> list[str]:
+    def ratio_to(name: str) -> float:
+        wall, cpu = (row.get(key) or 0.0 for key in ratio_keys(name))
+        return max(wall, cpu) if on_cpu else wall  # other programs may make one of them look well, not both
 
-
-def _checkpoint(record: dict[str, Any]) -> str:
-    lines = [["save or load", "seconds", "MB/s", "of the disk"]]
-    seconds = {row["what"]: row["seconds"] for row in record["rows"] if "seconds" in row}
-    for row in record["rows"]:
-        if "seconds" in row:
-            disk = seconds.get(f"disk {'load' if row['what'].endswith('load') else 'save'}")
-            rate = "" if disk is None else f"{disk / row['seconds']:.2f}"
-            lines.append([row["what"], f"{row['seconds']:.2f}", f"{row['megabytes_per_second']:.0f}", rate])
-    settings = record["settings"]
-    text = f"checkpoints of {settings['bytes']:,} bytes, {settings['ranks']} ranks, ZeRO stage {settings['stage']}\n"
-    text += _aligned(lines)
-    if {"longhaul blocked", "longhaul save"} <= seconds.keys():
-        share = seconds["longhaul blocked"] / seconds["longhaul save"]
-        text += "\n" + _verdict(share <= BLOCKED, f"at most {BLOCKED:.0%} of a save holds up the step", f"{share:.1%}")
-    for row in record["rows"]:
-        if "share_bytes" in row:
-            text += f"\n  loading takes {row['bytes']:,} bytes beside a rank's share of {row['share_bytes']:,}"
-    return text
-
-
-def ring_bytes(traffic: dict[str, list[int]], num_ranks: int) -> float:
-    """What a rank sends, and gets, if its collectives of a step, as calls and payload, go round a ring.
-
-    Source: Patarasu and Yuan 2009: an all-reduce is a reduce-scatter and an all-gather.
-    """
-    share = (num_ranks - 1) / num_ranks
-    return sum(size * share * (2 if name == "all_reduce" else 1) for name, (_, size) in traffic.items())
-
-
-def _memory(record: dict[str, Any]) -> str:
-    states = ("parameters", "masters", "moments", "gradients")
-    lines = [["bytes a parameter", "ranks", *states, "states", "in theory", "buckets", "peak", "sent in a step"]]
-    for row in record["rows"]:
-        found, num_parameters = row["memory"]["backward"], row["num_parameters"]
-        numbers = [found[kind] for kind in states]
-        numbers += [sum(numbers), sum(row["theory"].values()), row["memory"]["forward"]["buckets"]]
-        numbers += [max(row["peaks"].values()), ring_bytes(row["traffic"]["step"], row["ranks"])]
-        cells = [f"{number / num_parameters:.2f}" for number in numbers]
-        lines.append([f"ZeRO {row['stage']}, {row['precision']}", str(row["ranks"]), *cells])
-    return _aligned(lines)
+    rate = 1 / ratio_to("bare")
+    text = f"{row['case']}: at least {BARE_RATE} of bare torch's tokens/s"
+    verdicts = [verdict(rate >= BARE_RATE, text, f"{rate:.3f}")]
+    if ratio := ratio_to("trainer"):
+        verdicts.append(verdict(ratio < 1, f"{row['case']}: faster than the Trainer", f"{1 / ratio:.2f} times"))
+    return verdicts
 
 
 def _attention_cpu(record: dict[str, Any]) -> str:
-    lines = [["forward and backward", "ours ms", "masked ms", "best SDPA ms", "ours/best", "cutting ms"]]
+    lines = [["forward and backward", "ours ms", "masked ms", "best SDPA ms", "ours/best", "by CPU time", "cutting ms"]]
     for row in record["rows"]:
         name = f"{row['case']} {row['num_rows']}x{row['seq_len']} {row['dtype']}"
         times = [f"{1e3 * row[f'{key}_seconds']:.2f}" for key in ("ours", "masked", "best_sdpa")]
-        lines.append([name, *times, f"{row['ratio']:.2f}", f"{1e3 * row['cut_seconds']:.2f}"])
+        ratios = [f"{row[key]:.2f}" if key in row else "-" for key in ("ratio", "cpu_ratio")]  # older files lack one
+        lines.append([name, *times, *ratios, f"{1e3 * row['cut_seconds']:.2f}"])
     settings = record["settings"]
     heads = f"{settings['heads']} query heads, {settings['kv_heads']} key heads of 64"
-    return f"attention on a CPU: {heads}; threads: {settings['num_threads']}\n" + _aligned(lines)
+    return f"attention on a CPU: {heads}; threads: {settings['num_threads']}\n" + aligned(lines)
+
+
+def _operators_cpu(record: dict[str, Any]) -> str:
+    lines = [["forward and backward, fp32", "tokens", "width", "ours ms", "PyTorch ms", "ours/PyTorch", "by CPU time"]]
+    for row in record["rows"]:
+        times = [f"{1e3 * row[f'{key}_seconds']:.2f}" for key in ("ours", "torch")]
+        sizes = [str(row[key]) for key in ("num_tokens", "width")]
+        lines.append([row["operator"], *sizes, *times, f"{row['ratio']:.2f}", f"{row['cpu_ratio']:.2f}"])
+    return f"operators on a CPU; threads: {record['settings']['num_threads']}\n" + aligned(lines)
 
 
 def _generation(record: dict[str, Any]) -> str:
@@ -351,24 +261,26 @@ def _generation(record: dict[str, Any]) -> str:
         cells = [str(row["num_rows"]), str(row["num_prompt"]), *(f"{rate:.1f}" for rate in rates)]
         lines.append([row["model"], *cells, f"{rates[0] / rates[2]:.2f}"])
     new, threads = record["settings"]["new_tokens"], record["settings"]["num_threads"]
-    return f"generation on a CPU: {new} new tokens a row, by processor time; threads: {threads}\n" + _aligned(lines)
+    return f"generation on a CPU: {new} new tokens a row, by processor time; threads: {threads}\n" + aligned(lines)
 
 
-_TABLES = {
+TABLES = {
     "generation": _generation,
     "attention": _attention,
     "attention_cpu": _attention_cpu,
+    "operators_cpu": _operators_cpu,
     "norms": _norms,
     "operators": _operators,
     "step": _steps,
-    "data": _data,
+    "data": host_tables.data,
     "overhead": _overhead,
-    "startup": _startup,
-    "checkpoint": _checkpoint,
-    "memory": _memory,
-    "prepare": _prepare,
-    "filters": _filters,
-    "tars": _tars,
+    "startup": host_tables.startup,
+    "checkpoint": host_tables.checkpoint,
+    "memory": host_tables.memory,
+    "prepare": host_tables.prepare,
+    "filters": host_tables.filters,
+    "tars": host_tables.tars,
+    "convert": host_tables.convert,
 }
 
 

@@ -1,13 +1,14 @@
-"""Timing of single operations: the device's own time, from a cold cache."""
+"""Timing of single operations: the device's own time, from a cold cache; on a CPU also beside each other, in turns."""
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
 import torch
+from torch import Tensor
 
 T = TypeVar("T")
 
@@ -67,3 +68,40 @@ class Timer:
         source = torch.randint(-100, 100, (num_bytes,), dtype=torch.int8, device=self.device)
         target = torch.empty_like(source)
         return 2 * num_bytes / self.median_seconds(lambda _: target.copy_(source), lambda: None)
+
+
+def time_in_turns(
+    functions: Mapping[str, Callable[..., Tensor | tuple[Tensor, ...]]],
+    tensors: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    seconds: float,
+) -> dict[str, list[tuple[float, float]]]:
+    """Time functions on a CPU in turn, forward and backward, for about `seconds`, at least twice after a first round.
+
+    What else the machine does meets all of them, and changes slowly: compare the times of the same round.
+
+    Args:
+        functions: by name; each is called with all tensors.
+        tensors: that gradients are computed of.
+        grads: of the outputs.
+        seconds: after which no round begins.
+
+    Returns:
+        Pairs of seconds and seconds of the processor, of each round, by name.
+    """
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in functions}
+    begin = time.perf_counter()
+    for number in range(1000):
+        for name, function in functions.items():
+            start = time.perf_counter(), time.process_time()
+            torch.autograd.grad(function(*tensors), tensors, grads)
+            if number > 0:
+                times[name].append((time.perf_counter() - start[0], time.process_time() - start[1]))
+        if number >= 2 and time.perf_counter() - begin > seconds:
+            break
+    return times
+
+
+def median_ratio(ours: list[tuple[float, float]], others: list[tuple[float, float]], kind: int) -> float:
+    """Return the median over the rounds of our time divided by another's; kind 0 is time, 1 the processor's."""
+    return statistics.median(one[kind] / other[kind] for one, other in zip(ours, others, strict=True))

@@ -292,7 +292,8 @@ def tune(arguments: argparse.Namespace, device: torch.device) -> int:
     if not num_better:
         print("nothing was at least 2% quicker: no table written")
     else:
-        print(f"{num_better} entries {'would be' if arguments.dry_run else 'are'} new in {out}")
+        place = f"; training finds it as kernels/tiles/{own_name(gpu)}.json"
+        print(f"{num_better} entries {'would be' if arguments.dry_run else 'are'} new in {out}{place}")
     return 0
 
 

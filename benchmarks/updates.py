@@ -199,21 +199,36 @@ def by_torch(
 
 
 def _by_autocast(model: Baseline, config: Config, device: torch.device, compile_backend: str | None) -> Update:
-    parameters = list(model.parameters())
-    optimizer = make_optimizer(param_groups(model, config.optim), config.optim)
+    step = plain_step(model, config, device)
 
     def update(batches: list[Rows]) -> float:
-        optimizer.zero_grad()
-        loss_sum = torch.zeros((), device=device)
-        for rows in batches:
-            with torch.autocast(device.type, dtype=torch.bfloat16):
-                loss = model(rows.tokens_BT, rows.targets_BT) / len(batches)
-            loss.backward()
-            loss_sum += loss.detach()
-        nn.utils.clip_grad_norm_(parameters, config.optim.clip_norm)
-        optimizer.step()
-        return float(loss_sum)
+        return step(batches, config.optim.lr)
 
     if compile_backend is None:
         return Update(update, device)
     return Update(update, device, lambda: model.compile_parts(compile_backend))
+
+
+def plain_step(model: Baseline, config: Config, device: torch.device) -> Callable[[list[Rows], float], float]:
+    """Return a step of plain PyTorch, under autocast where the config's precision is bf16.
+
+    It takes the micro-batches, each of whose targets count the same, and the learning rate; it returns the mean loss.
+    """
+    parameters = list(model.parameters())
+    optimizer = make_optimizer(param_groups(model, config.optim), config.optim)
+
+    def step(batches: list[Rows], lr: float) -> float:
+        optimizer.zero_grad()
+        loss_sum = torch.zeros((), device=device)
+        for rows in batches:
+            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=config.train.precision == "bf16"):
+                loss = model(rows.tokens_BT, rows.targets_BT) / len(batches)
+            loss.backward()
+            loss_sum += loss.detach()
+        nn.utils.clip_grad_norm_(parameters, config.optim.clip_norm)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+        return float(loss_sum)
+
+    return step

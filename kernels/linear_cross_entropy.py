@@ -21,6 +21,9 @@ from kernels.linear_cross_entropy_op import linear_cross_entropy_op, token_losse
 from kernels.matmul import matmul_fp32
 
 _CHUNK_ELEMENTS_CPU = 2**21  # 8 MiB of fp32 logits: about a last-level cache; flat from 2^18 to 2^23 when measured
+# Fewer rows and the matrix product loses more than the cache gives: with 32,000 classes, chunks of 65, 262 and 524
+# tokens took 1.52, 1.11 and 1.02 times as long as plain PyTorch (512 rows of width 768, EPYC).
+_MIN_CHUNK_TOKENS_CPU = 512
 
 
 def token_losses(
@@ -227,5 +230,5 @@ class _Chunk:
 
 
 def _chunks(x: Tensor, num_classes: int) -> list[slice]:
-    size = max(_CHUNK_ELEMENTS_CPU // num_classes, 1)
+    size = max(_CHUNK_ELEMENTS_CPU // num_classes, _MIN_CHUNK_TOKENS_CPU)
     return [slice(start, min(start + size, x.shape[0])) for start in range(0, x.shape[0], size)]

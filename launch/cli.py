@@ -11,6 +11,7 @@ if sys.path[0] == str(Path(__file__).resolve().parent):  # run as a file: launch
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from pretrain.console import ends_at_closed_pipe
+from pretrain.interrupts import ends_on_signal
 
 COMMANDS = {  # name: (module of launch, what it does)
     "prepare": ("prepare", "turn raw text into a tokenizer and shards"),
@@ -28,6 +29,7 @@ COMMANDS = {  # name: (module of launch, what it does)
 
 
 @ends_at_closed_pipe
+@ends_on_signal()
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the named command with the arguments after its name; return its exit status."""
     name, *rest = (sys.argv[1:] if argv is None else list(argv)) or ["--help"]

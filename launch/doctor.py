@@ -10,13 +10,18 @@ if sys.path[0] == str(Path(__file__).resolve().parent):  # run as a file: launch
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from pretrain.console import ends_at_closed_pipe
-from pretrain.doctor.doctor_options import parse, run
+from pretrain.interrupts import begin_work, ends_on_signal
 
 
 @ends_at_closed_pipe
+@ends_on_signal()
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit status."""
-    return run(parse(argv, __doc__))
+    from pretrain.doctor.doctor_options import parse, run
+
+    arguments = parse(argv, __doc__)
+    begin_work()
+    return run(arguments)
 
 
 if __name__ == "__main__":

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
-import dataclasses
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,27 +11,19 @@ if sys.path[0] == str(Path(__file__).resolve().parent):  # run as a file: launch
 
 from pretrain.console import TextPrinter, ends_at_closed_pipe
 from pretrain.errors import LonghaulError
-from pretrain.generation.generate_options import add_arguments, options_from, prompts_from
-
-EXAMPLES = """examples:
-  python launch/generate.py runs/quickstart --prompt 'import '
-  python launch/generate.py runs/quickstart --prompt 'def ' --num-samples 3 --temperature 0.8 --min-p 0.05
-  python launch/generate.py runs/quickstart --prompt 'def ' --temperature 0 --repetition-penalty 1.2 --stop $'\\n\\n'
-  python launch/generate.py runs/quickstart --prompt-file prompts.txt --batch-size 64 --top-p 0.9 --json > texts.json
-  python launch/generate.py runs/tuned --chat --system 'Answer in one sentence.'
-  grep '^def ' example.py | python launch/generate.py runs/quickstart --prompt-file - --max-new-tokens 32"""
+from pretrain.interrupts import begin_work, ends_on_signal
 
 
 @ends_at_closed_pipe
+@ends_on_signal()
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit status."""
-    parser = argparse.ArgumentParser(
-        prog="generate", description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("run", metavar="RUN", help="run folder")
-    parser.add_argument("--step", type=int, help="checkpoint to use; the newest good one by default")
-    add_arguments(parser)
-    arguments = parser.parse_args(argv)
+    import dataclasses
+    import json
+
+    from pretrain.generation.generate_options import make_parser, options_from, prompts_from
+
+    arguments = make_parser(__doc__).parse_args(argv)
     try:
         options, prompts = options_from(arguments), prompts_from(arguments)  # before seconds are spent on loading
         from pretrain.checkpoints.run_folder import load_run
@@ -42,6 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         from pretrain.generation.generate import generate, place
         from pretrain.generation.talk import take_template, talk
 
+        begin_work()
         run = load_run(arguments.run, arguments.step)
         model = place(run.model, run.config.train.precision, arguments.dtype)
         take_template(run.tokenizer, arguments.chat_template)

@@ -10,15 +10,18 @@ if sys.path[0] == str(Path(__file__).resolve().parent):  # run as a file: launch
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from pretrain.console import ends_at_closed_pipe
+from pretrain.interrupts import begin_work, ends_on_signal
 
 
 @ends_at_closed_pipe
+@ends_on_signal()
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit status."""
     from pretrain.errors import LonghaulError
     from pretrain.planning.plan_options import parse, report
 
     arguments = parse(argv, __doc__)
+    begin_work()
     try:
         print(report(arguments))
     except LonghaulError as error:

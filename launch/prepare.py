@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,16 +10,17 @@ if sys.path[0] == str(Path(__file__).resolve().parent):  # run as a file: launch
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from pretrain.console import ends_at_closed_pipe
+from pretrain.errors import EXIT_DONE, EXIT_STOPPED, LonghaulError
+from pretrain.interrupts import ends_on_signal
 
 
 @ends_at_closed_pipe
+@ends_on_signal(EXIT_STOPPED)
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit status."""
-    from pretrain.errors import EXIT_DONE, EXIT_STOPPED, LonghaulError
     from pretrain.preparing.prepare_options import parse, report, run
 
     arguments = parse(argv, __doc__)
-    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)  # a batch system's stop is Ctrl-C too
     try:
         reported = report(arguments)
         if reported is not None:
@@ -32,11 +32,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         print_error(error)
         return error.exit_status
-    except KeyboardInterrupt:
-        print("stopped: what is complete is kept; the same command goes on where it stopped", file=sys.stderr)
-        return EXIT_STOPPED
-    finally:
-        signal.signal(signal.SIGTERM, previous)
     return EXIT_DONE
 
 

@@ -30,7 +30,7 @@ again), 75 stopped by a signal and resumable by the same command. In status.json
 @ends_at_closed_pipe
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit status."""
-    parser = CommandLine(prog="pretrain", description=__doc__, epilog=EXAMPLES)
+    parser = CommandLine("pretrain", __doc__, EXAMPLES)
     parser.add_argument("config", metavar="CONFIG", help="YAML file")
     parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="options that replace the file's")
     mode = parser.add_mutually_exclusive_group()
@@ -44,14 +44,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     is_everybodys, clock = True, StartClock("config")  # all ranks read the same config
     with StopRequest(ends_process=True, speaks=rank == "0") as stop:  # before the imports, which take long
         from pretrain.errors import LonghaulError
+        from pretrain.options.place_checks import show_checked
         from pretrain.options.settings import load_config
         from pretrain.redaction import print_error
 
         try:
             config = load_config(arguments.config, arguments.overrides)
             if arguments.check:
-                print(config.run.dir)
-                return 0
+                return show_checked(config)
             is_everybodys = False
             clock.begin("imports")
             from pretrain.training.explain_parallel import show_parallel

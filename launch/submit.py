@@ -9,17 +9,20 @@ from pathlib import Path
 if sys.path[0] == str(Path(__file__).resolve().parent):  # run as a file: launch/ would shadow the package `pretrain`
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from pretrain.cluster.submit_options import parse, run
 from pretrain.console import ends_at_closed_pipe
+from pretrain.interrupts import begin_work, ends_on_signal
 
 
 @ends_at_closed_pipe
+@ends_on_signal()
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit status."""
-    arguments = parse(argv, __doc__)
+    from pretrain.cluster.submit_options import parse, run
     from pretrain.errors import LonghaulError
     from pretrain.redaction import print_error
 
+    arguments = parse(argv, __doc__)
+    begin_work()
     try:
         print(run(arguments))
     except LonghaulError as error:

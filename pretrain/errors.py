@@ -13,6 +13,7 @@ EXIT_FAILED = 1
 EXIT_USAGE = 2
 EXIT_RETRY = 69  # the machine or another rank failed, and the same command may well succeed: BSD's EX_UNAVAILABLE
 EXIT_STOPPED = 75  # stopped early and resumable: BSD's EX_TEMPFAIL, which SLURM's afterok does not accept
+EXIT_INTERRUPTED = 130  # stopped early, with nothing to go on with: a shell's status of a program that Ctrl-C has ended
 
 
 class LonghaulError(Exception):

@@ -1,7 +1,7 @@
 """Starts ranks in a second instead of ten: a process that has imported everything forks them.
 
 `ForkServer` starts that process (this file, run as a script) and talks to it by lines of JSON: it forks the ranks of a
-run and tells how they ended. A rank runs `launch/pretrain.py` as `__main__`, to its own end, with a launcher's
+run and tells how they ended. A rank runs `launch/pretrain.py`, or another command, as `__main__`, to its own end, with a launcher's
 variables; only the imports are shared. Nothing else may exist in the process that forks: no second thread, no process
 group, no random numbers drawn. It checks the threads before every fork, and `test_fork_server.py` compares weights.
 """
@@ -25,7 +25,6 @@ from typing import Any
 import psutil
 
 ROOT = Path(__file__).resolve().parents[1]
-COMMAND = ROOT / "launch/pretrain.py"
 POLL_SECONDS = 0.005
 PR_SET_CHILD_SUBREAPER = 36
 
@@ -93,9 +92,10 @@ class ForkServer:
         num_ranks: int,
         log: Path,
         hooks: Sequence[tuple[str, dict[str, Any]]] = (),
+        command: str = "pretrain",
         **environment: str,
     ) -> ForkedRanks:
-        """Start `launch/pretrain.py` with these arguments.
+        """Start a command with these arguments.
 
         Args:
             arguments: config, overrides, options.
@@ -103,6 +103,7 @@ class ForkServer:
             log: what rank N writes is appended to the file of this name with `-N` behind it.
             hooks: functions called in every rank before the command, as `module:function` and keyword arguments; each
                 is also given `rank`.
+            command: name of its file in `launch`.
             environment: variables besides a launcher's.
         """
         from tests.rank_helpers import free_port  # not where ranks are forked from
@@ -112,6 +113,7 @@ class ForkServer:
         request = {
             "arguments": [str(argument) for argument in arguments], "num_ranks": num_ranks, "log": str(log),
             "hooks": list(hooks), "environment": {name: str(value) for name, value in common.items()},
+            "command": command,
         }  # fmt: skip
         return ForkedRanks(self, self.ask(request), log)
 
@@ -196,9 +198,14 @@ def become_rank(request: dict[str, Any], rank: int) -> None:
     for name, keywords in request["hooks"]:
         module, _, function = name.partition(":")
         getattr(importlib.import_module(module), function)(rank=rank, **keywords)
-    sys.argv = [str(COMMAND), *request["arguments"]]
-    sys.path[0] = str(COMMAND.parent)  # as Python does for a script
-    runpy.run_path(str(COMMAND), run_name="__main__")
+    command = ROOT / "launch" / f"{request['command']}.py"
+    sys.argv = [str(command), *request["arguments"]]
+    sys.path[0] = str(command.parent)  # as Python does for a script
+    try:
+        runpy.run_path(str(command), run_name="__main__")
+    except SystemExit as ended:  # training ends so too; to take down all that was imported takes seconds
+        sys.stdout.flush()
+        os._exit(int(ended.code or 0))
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from pretrain.planning.plan_memory import shape_of
 from pretrain.ranks.sequence_parallel import SequenceGroup
 from pretrain.transformer import activation_offload
 from pretrain.transformer.activation_offload import KeptOnHost
+from pretrain.transformer.lora import add_adapters
 from pretrain.transformer.model import Transformer
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -89,9 +90,11 @@ def measure(config: Config) -> tuple[int, int, int]:
                 shape, 1, train.activation_checkpointing, train.z_loss, train.label_smoothing, group,
                 train.ffn_chunk_tokens,
             )  # fmt: skip
+            if train.lora is not None:
+                add_adapters(model, train.lora)
         torch.set_default_dtype(default)
         for parameter in model.parameters():
-            parameter.grad = torch.empty_like(parameter)
+            parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
         tokens_BT = torch.zeros(B, T // n, dtype=torch.int64, device="meta")
         doc_start_BT, row_ids_B = torch.zeros(B, T, dtype=torch.int32, device="meta"), torch.arange(B, device="meta")
         gradients = [p.grad for p in model.parameters() if p.grad is not None]

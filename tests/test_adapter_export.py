@@ -86,7 +86,10 @@ def test_what_cannot_be_exported(folder, capsys):
     (folder / "taken" / "file").touch()
     assert main([str(folder / "llama-tuned"), str(folder / "taken"), "--to", "peft"]) == 2
     assert "exists already; expected no such folder" in capsys.readouterr().err
-    assert main([str(folder / "llama-tuned"), str(folder / "by-command"), "--to", "peft", "--dtype", "bf16"]) == 0
+    assert (
+        main([str(folder / "llama-tuned"), str(folder / "by-command"), "--to", "peft", "--dtype", "bf16", "--json"])
+        == 0
+    )
     assert json.loads(capsys.readouterr().out)["dtype"] == "bfloat16"
     [step] = (folder / "llama-tuned" / "checkpoints").iterdir()
     assert BASE in CheckpointReader(step).training

@@ -58,17 +58,6 @@ FILE_OF_LIBRARY = {
     "webdataset": "pretrain/data/shards.py",
     "zstandard": "pretrain/data/source_files.py",
 }
-# Data is prepared on machines that have no use for torch, and its start-up is quick without it.
-WITHOUT_TORCH = (
-    "section model_options run_options config settings checks families schedule batch_plan packing phases row_order mixture tokenizer sentencepiece_model sentencepiece_tokenizer"
-    " hf_tokenizer tokenizer_files tokenizer_trial tokenizer_export varied_texts source_files table_files token_files"
-    " sources store_errors stores node_cache remote_corpus prefetch shards shard_reader row_table data_plan journal workers corpus source_sample"
-    " prepare dry_run verify_shards inspect_shards store_check prepare_options repetition personal_data near_duplicates languages wikipedia"
-    " filters dataset_files redaction refining shares spills json_lines decoding tar_files text_index text_shards tar_documents tar_folder"
-    " tar_index chat evaluate_options comparison report_options messages examples hashed_file read_ahead gpus moments scaling_laws matrix_owners deepspeed_settings plan_shapes plan_activations plan_memory plan_communication plan_time plan plan_report plan_table plan_options"
-    " augment paraphrases csv_files example_files task_metrics task_grammars task_stories task_data command_line config_changes slurm slurm_script run_state submit submit_checks submit_options"
-)
-
 # Data are prepared, and runs planned and submitted, on machines that have no use for torch, and quickly without it: these
 # packages, except for what reads tensors.
 WITHOUT_TORCH = "storage options tokenizers data preparing tasks planning cluster".split()

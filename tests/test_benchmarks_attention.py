@@ -6,6 +6,7 @@ import argparse
 import inspect
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -365,7 +366,7 @@ def test_the_script_on_a_gpu(tmp_path: Path) -> None:
     python.write_text('#!/bin/sh\necho "called: $*"\n', encoding="utf-8")  # has a GPU and every package
     python.chmod(0o755)
     called = {}
-    for parts in ("", "tune attention"):
+    for parts in ("", "tune attention", "launches"):
         out = tmp_path / f"out {parts}"
         environment = os.environ | {"PYTHON": str(python), "OUT": str(out), "PARTS": parts}
         command = ["bash", str(ROOT / "benchmarks/gpu.sh")]
@@ -373,7 +374,11 @@ def test_the_script_on_a_gpu(tmp_path: Path) -> None:
         assert done.returncode == 0 and done.stderr == "", done.stderr
         log = (out / "log.txt").read_text(encoding="utf-8")
         called[parts] = [line.split()[1] for line in log.splitlines() if line.startswith("called: benchmarks/")]
-        assert (f"called: benchmarks/tune.py --seconds 160 --out {out}/tiles.json" in log) == bool(parts)
-        assert f"called: benchmarks/attention.py --out {out}/attention.json --seconds 90\n" in log
+        assert (f"called: benchmarks/tune.py --seconds 160 --out {out}/tiles.json" in log) == ("tune" in parts)
+        attention = f"called: benchmarks/attention.py --out {out}/attention.json --seconds 90\n"
+        assert (attention in log) == (parts != "launches")
+        tests = [line for line in log.splitlines() if line.startswith("called: -m pytest tests/gpu")]
+        marks = {"": ["-m not launches"], "launches": ["-m launches"], "tune attention": []}[parts]
+        assert [re.findall("-m (?:not )?launches", line) for line in tests] == [[mark] for mark in marks]
     assert called[""] == ["benchmarks/attention.py", "benchmarks/norms.py", *["benchmarks/step.py"] * 3]
-    assert called["tune attention"] == ["benchmarks/tune.py", "benchmarks/attention.py"]
+    assert called["tune attention"] == ["benchmarks/tune.py", "benchmarks/attention.py"] and called["launches"] == []

@@ -446,15 +446,54 @@ def test_a_run_whose_folder_was_lost_goes_on_with_the_config_of_its_checkpoints(
         StorePlace(url, section(tmp_path / "cache")).claim(folder.run_id, folder.path)
 
 
-def test_from_scratch_sets_nothing_aside_that_is_elsewhere(tmp_path: Path) -> None:
+def test_from_scratch_sets_nothing_aside_that_is_in_a_store(tmp_path: Path) -> None:
     path, url = write_tiny_corpus(tmp_path / "corpus"), f"file://{tmp_path}/far"
     overrides = [f"run.dir={tmp_path}/run", f"checkpoint.dir={url}"]
     RunFolder(load_config(path, overrides)).close()
     save(open_store(url, tmp_path), 5)
-    with pytest.raises(ConfigError, match=r"resume\.from_scratch is true, and checkpoint\.dir is file://.*Use another"):
+    expected = r"resume\.from_scratch is true, and checkpoint\.dir is file://.*a store renames nothing.*Use another"
+    with pytest.raises(ConfigError, match=expected):
         RunFolder(load_config(path, [*overrides, "resume.from_scratch=true"]))
     empty = f"checkpoint.dir=file://{tmp_path}/empty"
     RunFolder(load_config(path, [overrides[0], empty, "resume.from_scratch=true"])).close()
+
+
+def test_from_scratch_sets_aside_a_folder_elsewhere_if_it_is_the_run_s(tmp_path: Path) -> None:
+    path, far = write_tiny_corpus(tmp_path / "corpus"), tmp_path / "disk" / "far"
+    overrides, anew = [f"run.dir={tmp_path}/run", f"checkpoint.dir={far}"], "resume.from_scratch=true"
+    folder = RunFolder(load_config(path, overrides))
+    place = open_place(CheckpointSection(dir=str(far)), folder.path, section(tmp_path / "cache"))
+    place.claim("another run", tmp_path / "other")
+    save(place, 5)
+    folder.close()
+    RunFolder(load_config(path, [*overrides, anew])).close()  # which `claim` refuses, as before
+    assert place.list_steps() == [5]
+    (far / "owner.json").unlink()
+    place.claim(folder.run_id, folder.path)
+    RunFolder(load_config(path, overrides)).close()
+    folder = RunFolder(load_config(path, [*overrides, anew]))
+    assert folder.events == [("from_scratch", f"the checkpoints of before are in {far}.abandoned-1, and stay there")]
+    assert not far.exists() and (far.with_name("far.abandoned-1") / "step-00000005").is_dir()
+    folder.close()
+    place.claim(folder.run_id, folder.path)
+    save(place, 5)
+    RunFolder(load_config(path, [*overrides, anew])).close()  # once: the start before had it
+    assert place.list_steps() == [5]
+
+
+def test_a_folder_that_cannot_be_renamed_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_tiny_corpus(tmp_path / "corpus")
+    overrides = [f"run.dir={tmp_path}/run", f"checkpoint.dir={tmp_path}/far"]
+    folder = RunFolder(load_config(path, overrides))
+    folder.close()
+    place = open_place(CheckpointSection(dir=f"{tmp_path}/far"), tmp_path, section(tmp_path / "cache"))
+    place.claim(folder.run_id, folder.path)
+    save(place, 5)
+    monkeypatch.setattr(Path, "rename", lambda *_: (_ for _ in ()).throw(OSError(16, "Device or resource busy")))
+    with pytest.raises(
+        ConfigError, match=r"far cannot be renamed to far.abandoned-1 \(\[Errno 16\].*Move the checkpoints"
+    ):
+        RunFolder(load_config(path, [*overrides, "resume.from_scratch=true"]))
 
 
 def test_a_folder_elsewhere_is_of_one_run_and_its_newest_start(tmp_path: Path) -> None:

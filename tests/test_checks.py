@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from launch.pretrain import main
 from pretrain.options.checks import check_options, idle_options
 from pretrain.options.config import Config
 
@@ -479,3 +480,47 @@ def test_checkpoints_go_where_writing_is_possible_and_no_secret_is_written() -> 
         assert texts_of(config_of(checkpoint__dir=place)) == [] == texts_of(config_of(resume__from=place))
     assert texts_of(config_of(resume__from="s3://bucket/run"), "data.retry_seconds") == []
     assert texts_of(config_of(checkpoint__dir="s3://bucket/run"), "data.retry_seconds") == []  # it is read then
+
+
+def test_what_is_kept_for_ever_is_saved_at_all() -> None:
+    assert texts_of(config_of(checkpoint__every_steps=1000, checkpoint__keep_every=3000)) == []
+    (problem,) = texts_of(config_of(checkpoint__every_steps=1000, checkpoint__keep_every=1500))
+    assert problem == (
+        "checkpoint.keep_every",
+        "checkpoint.keep_every is 1500; expected a multiple of checkpoint.every_steps (1000), which are the steps that "
+        "are saved. Use 2000.",
+    )
+    (problem,) = texts_of(config_of(checkpoint__keep_every=1500), "checkpoint.keep_every")
+    assert problem[1] == (
+        "checkpoint.keep_every is 1500; expected to be left out. It is for checkpoints on the way, and "
+        "checkpoint.every_steps is 0."
+    )
+
+
+def test_what_reads_urls_is_looked_for_without_opening_them(tmp_path, monkeypatch, capsys) -> None:
+    import fsspec
+
+    def found(protocol: str) -> type:
+        if protocol in ("gs", "s3"):
+            raise ImportError(f"Install what is for {protocol}")
+        return known(protocol)
+
+    known = fsspec.get_filesystem_class
+    monkeypatch.setattr(fsspec, "get_filesystem_class", found)
+    path = tmp_path / "config.yaml"
+    path.write_text(
+        "run: {dir: runs/here}\ntokenizer: {model: t, vocab_size: 300}\nmodel: {family: llama, dim: 32, num_layers: 1, "
+        "num_heads: 2}\ndata: {seq_len: 32, sources: [{name: web, shards: 'simplecache::s3://b/web'}, {name: own, shards: "
+        "own}, {name: cat, shards: 'pipe:cat {}'}]}\noptim: {lr: 1}\ntrain: {num_steps: 1, global_batch_size: 1, "
+        "micro_batch_size: 1}\n"
+    )
+    assert main([str(path), "checkpoint.dir=gs://b/run", "resume.from=gcz://b/run", "--check"]) == 2
+    said = capsys.readouterr().err
+    for line in (
+        "data.sources.0.shards is simplecache::s3://b/web: Install what is for s3. Install what reads s3: pip install "
+        "'longhaul[s3]'",
+        "checkpoint.dir is gs://b/run: Install what is for gs. Install what reads gs: pip install 'longhaul[gs]'",
+        "resume.from is gcz://b/run cannot be opened: Protocol not known: gcz. Use a folder or s3://, gs://",
+    ):
+        assert line in said, said
+    assert main([str(path), "data.sources.0.shards=web", "--check"]) == 0 and capsys.readouterr().out == "runs/here\n"

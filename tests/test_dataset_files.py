@@ -161,7 +161,11 @@ def test_squad_questions_are_examples(tmp_path: Path) -> None:
     examples, log, origins = read_examples_of(tmp_path)
     background = "Background: Super Bowl 50 was an American football game. The Denver Broncos won."
     assert examples == [
-        {"prompt": f"{background}\n\nQ: Who won?\nA:\n", "response": "The Denver Broncos"},
+        {
+            "prompt": f"{background}\n\nQ: Who won?\nA:\n",
+            "response": "The Denver Broncos",
+            "references": ["Denver Broncos"],
+        },
         {"prompt": f"{background}\n\nQ: What was it?\nA:\n", "response": "Super Bowl 50"},
         {
             "prompt": "Background: The Normans gave their name to Normandy.\n\n"
@@ -170,6 +174,10 @@ def test_squad_questions_are_examples(tmp_path: Path) -> None:
         },
     ]
     assert origins[1] == f"{tmp_path / 'dev-v1.1.json'}:2" and log.counts["documents_read"] == 3
+    for own in ({"examples": {"response": "title"}}, {"augment": {"back_translation": "other.jsonl"}}):
+        source = SourceSection(**{"name": "s", "paths": [str(tmp_path)], "shards": "unused", "examples": {}} | own)
+        documents = read_documents(list_files(source), source, "skip", "error", ReadLog())
+        assert not any("references" in json.loads(one.text) for one in documents)
     own = {"template": "{title}: {question} {context}\n"}
     source = SourceSection(name="s", paths=[str(tmp_path / "train-v2.0.json")], shards="unused", examples=own)
     [document] = read_documents(list_files(source), source, "error", "error", ReadLog())

@@ -135,6 +135,9 @@ def test_buckets_grow_with_the_ranks_and_stop_at_the_model():
     assert buckets(8, 10**9)[0] == 40_000_000
     assert buckets(256, 10**9)[0] == 256_000_000
     assert buckets(8, 8 * 10**9)[1] == 8 * 10**9 // config.model.num_layers
+    tuned = deepspeed_settings(config, BatchPlan.of(config, 8), 1000, 8 * 10**9 - 1000)["zero_optimization"]
+    assert tuned["reduce_bucket_size"] == 1000  # gradients are of adapters, weights of all
+    assert tuned["stage3_prefetch_bucket_size"] == 8 * 10**9 // config.model.num_layers
 
 
 def test_communication_overlaps_only_if_asked():

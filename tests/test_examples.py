@@ -4,23 +4,32 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import closing
 
 import numpy as np
 import pytest
 
 from pretrain.data.data_plan import open_plan
-from pretrain.data.examples import context_bit, encode_examples, fields_of, fill_in, parse_example, plain_text
+from pretrain.data.examples import context_bit, encode_example, fields_of, fill_in, parse_example, plain_text
 from pretrain.data.row_reader import RowAddress, RowReader
 from pretrain.data.shard_reader import ShardReader
 from pretrain.data.shards import Manifest
+from pretrain.data.stream import ValRows
 from pretrain.errors import ConfigError, DataError
-from pretrain.options.config import ExamplesSection
+from pretrain.evaluation import answers
+from pretrain.evaluation.answers import read_examples
+from pretrain.options.config import ExamplesSection, ModelSection
+from pretrain.options.families import resolve_shape
 from pretrain.options.settings import load_config
 from pretrain.preparing.inspect_shards import inspect
 from pretrain.preparing.prepare import prepare
 from pretrain.preparing.verify_shards import verify
+from pretrain.tokenizers import messages
 from pretrain.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
+from pretrain.transformer.model import Transformer
 from tests.tuning_helpers import make_conversation, make_examples, write_lines, write_task
+
+SHAPE = resolve_shape(ModelSection(family="llama", dim=32, num_layers=1, num_heads=2), 360, 96)
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +59,7 @@ def documents_of(folder):
 
 
 def test_a_pair_is_scored_from_its_response_on(tokenizer):
-    [stored] = encode_examples(tokenizer, [json.dumps({"prompt": "the oak =", "response": "tree"})])
+    stored = encode_example(tokenizer, json.dumps({"prompt": "the oak =", "response": "tree"}))
     ids, is_context = stored & 0x7FFF, stored >> 15 == 1
     prompt, response = tokenizer.encode("the oak ="), tokenizer.encode("tree")
     assert stored.dtype == np.uint16 and context_bit(tokenizer) == 15
@@ -98,13 +107,11 @@ def test_every_example_lies_in_the_shards_once(task, tokenizer):
     manifest = Manifest.load(task / "kinds-shards")
     assert (manifest.version, manifest.context_bit, manifest.dtype) == (2, 15, "uint16")
     found = list(documents_of(task / "kinds-shards"))
-    expected = encode_examples(
-        tokenizer, [json.dumps(one | {"prompt": f"{one['prompt']} ="}) for one in make_examples(300)]
+    expected = [one | {"prompt": f"{one['prompt']} ="} for one in make_examples(300)]
+    expected += [make_conversation(make_examples(2, seed)) for seed in range(20)]
+    assert sorted(ids.tobytes() for _, ids in found) == sorted(
+        encode_example(tokenizer, json.dumps(one)).tobytes() for one in expected
     )
-    expected += encode_examples(
-        tokenizer, [json.dumps(make_conversation(make_examples(2, seed))) for seed in range(20)]
-    )
-    assert sorted(ids.tobytes() for _, ids in found) == sorted(ids.tobytes() for ids in expected)
     assert {split for split, _ in found} == {"train", "val"}
     assert manifest.counts["skipped_longer_than_a_row"] == 1
     assert sum(manifest.text_bytes.values()) < 300 * 40 + 20 * 120
@@ -136,6 +143,32 @@ def test_rows_score_answers_only(task, tokenizer):
             seen += 1
     assert seen == len(stored)
     rows.close()
+
+
+def test_the_metric_of_squad_takes_the_best_of_all_answers(task, tokenizer, tmp_path, monkeypatch):
+    texts = {"Who?": ["the oak", "an old oak", "the oak", "oak tree"], "What?": ["rain"], "Why?": []}
+    asked = [{"question": question, "id": question, "answers": [{"text": text} for text in given]}
+             for question, given in texts.items()]  # fmt: skip
+    paragraphs = [{"context": "the old oak saw rain", "qas": asked}]
+    (tmp_path / "dev-v2.0.json").write_text(json.dumps({"data": [{"title": "", "paragraphs": paragraphs}]}))
+    kinds = f"{{name: kinds, shards: {task}/kinds-shards}}"
+    dev = f"{{name: dev, paths: [{tmp_path}/dev-v2.0.json], shards: {tmp_path}/dev, examples: {{}}, val_fraction: 1, weight: 0}}"
+    config = load_config(task / "tune.yaml", [f"data.sources=[{kinds}, {dev}]", f"run.dir={tmp_path}/run"])
+    prepare(config)
+    with closing(ValRows(config, tokenizer.fingerprint, 0)) as rows:
+        found = [one for one in read_examples(rows, tokenizer.eos_id) if "Background" in tokenizer.decode(one.prompt)]
+        by_first = {tokenizer.decode(one.answers[0]).strip(): one for one in found}
+        assert {first: [tokenizer.decode(other).strip() for other in one.answers[1:]] for first, one in by_first.items()} == {
+            "the oak": ["an old oak", "oak tree"], "rain": [], "unanswerable": []
+        }  # fmt: skip
+        assert by_first["the oak"].answers[0][-1] == tokenizer.eos_id  # which is scored, and what follows is not
+        answered = {"the oak": "oak tree", "rain": "rain tree", "unanswerable": "unanswerable"}
+        monkeypatch.setattr(answers.Scorer, "generate", lambda scorer, asked: [
+            next((answered[first] for first, one in by_first.items() if one.prompt == prompt.ids), "") for prompt in asked
+        ])  # fmt: skip
+        monkeypatch.setattr(answers, "read_examples", lambda *given: found)
+        judged = answers.judge_answers("squad", Transformer(SHAPE, 0), tokenizer, rows, 64)
+    assert judged.values == {"f1": pytest.approx(100 * (1 + 2 / 3 + 1) / 3), "exact_match": pytest.approx(100 * 2 / 3)}
 
 
 def test_checks_and_looks_know_the_marks(task):
@@ -237,3 +270,17 @@ def test_the_loss_is_that_of_answers_alone(task, tokenizer):
             packed[name], parameter.grad, rtol=1e-4, atol=1e-4 * float(parameter.grad.abs().max())
         )
     rows.close()
+
+
+def test_a_conversation_that_the_template_refuses_is_named_with_its_line(task, tmp_path, monkeypatch):
+    shutil.copy(task / "t.model", tmp_path)
+    write_lines(tmp_path / "examples.jsonl", [*make_examples(30), make_conversation(make_examples(1))])
+    (tmp_path / "tune.yaml").write_text((task / "tune.yaml").read_text().replace(str(task), str(tmp_path)))
+    template = "{% for one in messages %}{% if one.role == 'system' %}{{ raise_exception('no system') }}{% endif %}{% endfor %}"
+    monkeypatch.setattr(messages, "chat_template", lambda tokenizer: template)
+    with pytest.raises(ConfigError) as refused:
+        prepare(load_config(tmp_path / "tune.yaml"))
+    assert str(refused.value) == (
+        f"{tmp_path}/examples.jsonl:31: tokenizer: its chat template refuses a conversation of system, user, assistant "
+        "(no system); expected one that it is made for. Change the messages."
+    )

@@ -48,6 +48,12 @@ def test_the_json_is_what_deepspeed_is_told():
     assert own[:3] == [">", "3", "optimizer"] and own[-2:] == ["1.26", "GB"]  # on disk: 12 bytes a parameter / 64
     assert "masters and moments are kept in files in /nvme, gradients come to the host's memory" in words
     assert "parallel.hpz_ranks 8: so many neighbouring ranks hold the weights once more" in words
+    assert "A checkpoint has 80.86 GB." in words
+    lora = load_config(CONFIG, ["resume={from: x, optimizer: false}", "train.lora={}"])
+    assert (
+        "6,755,258,368 parameters, of which 16,842,752, the adapters, are trained, on 64 ranks, bf16, adamw. "
+        "A checkpoint has 202.11 MB."
+    ) in explain_parallel(lora, 64)
     assert "runs as 1 here" in explain_parallel(load_config(CONFIG, ["parallel.zero_stage=0"]), 64)
 
 

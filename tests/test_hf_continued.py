@@ -14,6 +14,7 @@ import transformers
 from pretrain.checkpoints.run_folder import load_run
 from pretrain.data.stream import TokenStream
 from pretrain.formats import hf_export, hf_import
+from pretrain.formats.adapter_export import export_adapter
 from pretrain.formats.convert import convert
 from pretrain.formats.hf_import import import_hf
 from pretrain.options.batch_plan import BatchPlan
@@ -56,6 +57,14 @@ def runs(tiny_config: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[P
     cases["other"] = cases["llama"] | {"overrides": [*cases["llama"]["overrides"], *other]}
     meant = [f"run.dir={folder}/meant", "run.allow_changes=[model.rope_theta]"]
     cases["meant"] = cases["llama"] | {"overrides": [*cases["other"]["overrides"], *meant]}
+    for stage in (1, 3):  # adapters beside what was imported: nothing but `train.lora` is written
+        adapted = [
+            f"run.dir={folder}/lora-{stage}",
+            f"parallel.zero_stage={stage}",
+            "train.lora={rank: 4}",
+            "optim.lr=1e-2",
+        ]
+        cases[f"lora {stage}"] = cases["olmo2"] | {"overrides": [*cases["olmo2"]["overrides"], *adapted]}
     outcomes = run_cases(tiny_config, list(cases.values()), 2, folder / "ranks")
     (folder / "cases.json").write_text(json.dumps(cases))
     return folder, dict(zip(cases, outcomes, strict=True))
@@ -103,3 +112,28 @@ def test_another_model_is_refused_unless_it_is_meant(runs):
         "'run.allow_changes=[model.rope_theta]'."
     )
     assert outcomes["meant"] == "done"
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+@pytest.mark.parametrize("stage", [1, 3])
+def test_adapters_beside_an_import_are_peft_s_beside_the_published_model(runs, stage: int, monkeypatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    from peft import PeftModel
+
+    folder, outcomes = runs
+    assert outcomes[f"lora {stage}"] == "done"
+    tuned = folder / f"lora-{stage}"
+    assert losses(tuned) == pytest.approx(losses(folder / "lora-1"), abs=1e-4)
+    [begun] = [line["message"] for line in metric_lines(tuned) if line.get("event") == "resumed_from"]
+    assert begun == f"{folder / 'olmo2'}/checkpoints/step-00000000: weights"
+    assert load_config(tuned / "config.yaml").train.lora is not None  # is read back as it was written
+    export_adapter(tuned, folder / f"peft-{stage}")
+    published = transformers.AutoModelForCausalLM.from_pretrained(folder / "published/olmo2", dtype=torch.float32)
+    tokens_BT = torch.randint(500, (2, 40), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        before = published(input_ids=tokens_BT).logits
+        adapted = PeftModel.from_pretrained(published, folder / f"peft-{stage}").eval()
+        logits = adapted(input_ids=tokens_BT).logits
+        wanted = load_run(tuned).model.logits(tokens_BT)
+    assert (logits - wanted).abs().max() < 1e-4 * wanted.abs().max()
+    assert (before - wanted).abs().max() > 100 * (logits - wanted).abs().max()

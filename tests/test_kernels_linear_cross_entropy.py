@@ -58,6 +58,7 @@ def test_sums_equal_pytorch_over_the_classes_that_count(function, options):
 def test_gradients_equal_those_of_the_truth_for_any_chunk(chunk, dtype, options, monkeypatch):
     x, weight, targets, classes = draw(dtype=dtype)
     monkeypatch.setattr(module, "_CHUNK_ELEMENTS_CPU", chunk * classes)
+    monkeypatch.setattr(module, "_MIN_CHUNK_TOKENS_CPU", 1)
     found = torch.autograd.grad(0.1 * linear_cross_entropy(x, weight, targets, classes, **options)[0], (x, weight))
     truth = linear_cross_entropy_truth(x, weight, targets, classes, **options)[0]
     for a, b in zip(found, torch.autograd.grad(0.1 * truth, (x, weight)), strict=True):
@@ -109,6 +110,7 @@ def test_nothing_scored_gives_zero_loss_and_zero_gradients(options):
 def test_token_losses_sum_to_the_loss_and_are_zero_where_not_scored(softcap, monkeypatch):
     x, weight, targets, classes = draw()
     monkeypatch.setattr(module, "_CHUNK_ELEMENTS_CPU", 10 * classes)
+    monkeypatch.setattr(module, "_MIN_CHUNK_TOKENS_CPU", 1)
     losses = token_losses(x, weight, targets, classes, softcap)
     assert losses.dtype == torch.float32 and not losses.requires_grad
     assert (losses[targets == -100] == 0).all()

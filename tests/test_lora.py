@@ -12,7 +12,8 @@ from pretrain.optimizers.optim import param_groups
 from pretrain.options.config import LoraSection, ModelSection, OptimSection
 from pretrain.options.families import flops_per_token, resolve_shape
 from pretrain.options.settings import load_config
-from pretrain.transformer.lora import AdaptedLinear, add_adapters, delta, is_adapter
+from pretrain.transformer.lora import AdaptedLinear, add_adapters, delta
+from pretrain.transformer.lora_layers import is_adapter
 from pretrain.transformer.model import Transformer
 from tests.tuning_helpers import write_task
 
@@ -92,7 +93,10 @@ def test_a_frozen_weight_costs_two_thirds():
     ("overrides", "message"),
     [
         (["resume=null"], 'resume.from is ""; expected the run or checkpoint whose weights are adapted. Name it.'),
-        (["resume.optimizer=true"], "resume.optimizer is true; expected false: adapters have moments of their own."),
+        (
+            ["resume.optimizer=true"],
+            "resume.optimizer is true; expected to be left out. Adapters have moments of their own, which begin anew.",
+        ),
         (["optim.name=muon"], "optim.name is muon; expected another with train.lora"),
         (["train.lora.targets=[mlp]"], "train.lora.targets"),
         (["train.lora.rank=0"], "train.lora.rank is 0; expected a whole number of at least 1"),

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from launch.prepare import main
-from pretrain.data.examples import encode_examples
+from pretrain.data.examples import encode_example
 from pretrain.data.shard_reader import ShardReader
 from pretrain.data.shards import Manifest
 from pretrain.data.stream import TokenStream, ValRows
@@ -129,7 +129,7 @@ def test_paraphrases_of_examples(tmp_path: Path, model: Path) -> None:
     manifest = Manifest.load(tmp_path / "own-shards")
     assert manifest.context_bit is not None  # and the answers alone are scored, as in the source's own lines
     tokenizer = open_tokenizer(config.tokenizer)
-    stored = encode_examples(tokenizer, [json.dumps({"prompt": "OAK =", "response": "tree"})])[0]
+    stored = encode_example(tokenizer, json.dumps({"prompt": "OAK =", "response": "tree"}))
     assert (stored >> manifest.context_bit).sum() == len(tokenizer.encode("OAK =")) + 1
 
 

@@ -22,7 +22,7 @@ from pretrain.options.settings import load_config
 from pretrain.planning.plan import HOST_GIB, Plan, changed, choose_machine, make_plan, overrides, search
 from pretrain.planning.plan_communication import collectives
 from pretrain.planning.plan_memory import shape_of
-from pretrain.planning.plan_report import as_json, lack, reason, render
+from pretrain.planning.plan_report import as_json, lack, reason, render, report_json
 from pretrain.planning.plan_time import ASSUMPTIONS, Machine, step_time
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -69,6 +69,23 @@ def test_time_is_monotone(name: str, gpu: str, number: int, stage: int) -> None:
         assert hidden <= plan.time.communication
     else:
         assert plan.time.communication == 0
+
+
+def test_frozen_weights_take_a_third_less_computing() -> None:
+    config = load("llama-7b", "train.activation_checkpointing=none")
+    tuned = load("llama-7b", "train.activation_checkpointing=none", "resume={from: x, optimizer: false}",
+                 "train.lora={}")  # fmt: skip
+    full, lora = (make_plan(one, on(one)) for one in (config, tuned))
+    assert (
+        2 / 3 < lora.time.matmul / full.time.matmul < 0.76
+    )  # adapters read and write too, and the output layer is as before
+    assert lora.time.attention == full.time.attention
+    assert lora.time.update < 0.02 * full.time.update and lora.time.communication < 0.02 * full.time.communication
+    frozen, whole = (one.mfu[1] * one.time.total for one in (lora, full))
+    assert 2 / 3 < frozen / whole < 0.71  # 4 operations a weight instead of 6, attention as before
+    assert "and 16.8M of adapters, which are trained, on 8 x H100" in render(tuned, lora, search(tuned, lora.machine))
+    found = report_json(tuned, lora, search(tuned, lora.machine))
+    assert (found["trained_parameters"], found["checkpoint_bytes"]) == (16_842_752, 12 * 16_842_752)
 
 
 def test_many_nodes_wait_for_each_other() -> None:

@@ -18,14 +18,31 @@ from pretrain.options.settings import load_config
 from pretrain.planning.plan import changed
 from pretrain.planning.plan_activations import activations, offloaded_bytes
 from pretrain.planning.plan_communication import collectives, communication
-from pretrain.planning.plan_memory import BYTES, layout_of, memory_of, resident, shape_of
-from pretrain.planning.plan_shapes import hidden_matrices, modules_in_order, parameter_shapes
+from pretrain.planning.plan_memory import (
+    BYTES,
+    checkpoint_bytes,
+    host_bytes,
+    layout_of,
+    memory_of,
+    resident,
+    shape_of,
+)
+from pretrain.planning.plan_shapes import (
+    adapters_of,
+    all_shapes,
+    hidden_matrices,
+    modules_in_order,
+    parameter_shapes,
+    trained_shapes,
+)
+from pretrain.transformer.lora import add_adapters
 from pretrain.transformer.model import Transformer
 from tests.meta_memory import measure
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 NAMES = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
 MODES = ("none", "selective", "full")
+TUNED = ("resume={from: base, optimizer: false}", "train.lora={rank: 8}")
 
 
 @cache
@@ -46,7 +63,71 @@ def test_shapes_are_those_of_the_model(name: str) -> None:
         math.prod(one) for one in hidden
     ]
     run = [[p.numel() for p in module.parameters(recurse=False)] for module in model.modules()]
-    assert sorted(map(sorted, modules_in_order(shape))) == sorted(sorted(sizes) for sizes in run if sizes)
+    assert sorted(map(sorted, modules_in_order(shape).values())) == sorted(sorted(sizes) for sizes in run if sizes)
+
+
+@pytest.mark.parametrize(
+    ("name", "targets"), [("llama-70b", "qkv, ffn_down"), ("gpt2-124m", "attention_output, ffn_up")]
+)
+def test_shapes_of_adapters_are_those_of_the_model(name: str, targets: str) -> None:
+    config = load(name, "model.num_layers=2", *TUNED, f"train.lora.targets=[{targets}]")
+    shape, adapters = shape_of(config), adapters_of(config)
+    assert config.train.lora is not None
+    with torch.device("meta"):
+        model = Transformer(shape, 1)
+        add_adapters(model, config.train.lora)
+    named = {name: tuple(one.shape) for name, one in model.named_parameters()}
+    assert list(all_shapes(shape, adapters).items()) == list(named.items())
+    trained = {name: one for name, one in named.items() if model.get_parameter(name).requires_grad}
+    assert list(trained_shapes(shape, adapters).items()) == list(trained.items())
+    assert modules_in_order(shape, adapters)["blocks.0.ffn.down"] == [
+        one.numel() for one in model.blocks[0].ffn.down.parameters()
+    ]
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    ("name", "targets", "overrides"),
+    [
+        ("llama-350m", "", ["model.num_layers=3"]),
+        ("gpt2-124m", "", ["train.micro_batch_size=4"]),
+        ("llama-350m", "qkv", ["model.num_layers=3", "tokenizer.vocab_size=384"]),
+        ("llama-350m", "attention_output", ["model.num_layers=3", "tokenizer.vocab_size=384"]),
+        ("llama-350m", "ffn_up", ["model.num_layers=3", "tokenizer.vocab_size=384"]),
+        ("llama-350m", "ffn_down", ["model.num_layers=3", "tokenizer.vocab_size=384"]),
+        ("llama-350m", "", ["model.num_layers=6", "tokenizer.vocab_size=384", "parallel.sequence_parallel_size=2"]),
+    ],
+)  # fmt: skip
+def test_activations_beside_adapters_are_those_of_the_operators(
+    name: str, targets: str, overrides: list[str], mode: str
+) -> None:
+    chosen = [f"train.lora.targets=[{targets}]"] if targets else []
+    config = load(name, f"train.activation_checkpointing={mode}", *TUNED, *chosen, *overrides)
+    found = activations(
+        shape_of(config), config.train.micro_batch_size, config.data.seq_len, mode, BYTES["bf16"], False,
+        config.parallel.sequence_parallel_size, adapters=adapters_of(config),
+    )  # fmt: skip
+    at_end, peak, _ = measure(config)
+    assert found.kept + found.loss == pytest.approx(at_end, rel=0.001)
+    most = max(found.kept + found.loss + found.loss_peak, found.kept + found.block_peak)
+    assert most == pytest.approx(peak, rel=0.02)
+
+
+def test_adapters_alone_have_gradients_masters_and_moments() -> None:
+    plain, tuned = load("llama-7b"), load("llama-7b", *TUNED)
+    P, A = num_parameters(shape_of(plain)), layout_of(tuned, 8).total
+    assert A == 32 * 8 * ((4096 + 12288) + (4096 + 4096) + (4096 + 2 * 11008) + (11008 + 4096))  # of rank 8
+    assert checkpoint_bytes(plain) == 12 * P and checkpoint_bytes(tuned) == 12 * A
+    assert host_bytes(tuned, 8)["snapshot"] == 12 * A // 8
+    for stage in (1, 2, 3):
+        full, lora = (resident(changed(config, zero_stage=stage), 8) for config in (plain, tuned))
+        assert lora["masters"] == 4 * A // 8 and lora["moments"] == 8 * A // 8
+        assert lora["gradients"] / full["gradients"] == pytest.approx(A / P, rel=0.01)
+        weights = P + A if stage < 3 else (P + A) / 8
+        assert lora["parameters"] == pytest.approx(2 * weights, rel=0.02)
+    sent, of_all = (communication(changed(one, zero_stage=3), 8) for one in (tuned, plain))
+    assert sent["reduce_scatter_tensor"] / of_all["reduce_scatter_tensor"] == pytest.approx(A / P, rel=0.01)
+    assert sent["all_gather_into_tensor"] == pytest.approx(of_all["all_gather_into_tensor"], rel=0.02)
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -24,6 +24,7 @@ optim: {lr: 1e-3}
 train: {num_steps: 3, global_batch_size: 8, micro_batch_size: 2, precision: bf16}
 """
 FP32 = ["train.precision=fp32"]
+ADAPTERS = ["resume={from: base, optimizer: false}", "train.lora.rank=16"]
 CASES: dict[str, dict[str, Any]] = {
     "fp32 stage 0": {"overrides": [*FP32, "parallel.zero_stage=0"]},
     "fp32 stage 1": {"overrides": [*FP32, "parallel.zero_stage=1"]},
@@ -46,6 +47,13 @@ CASES: dict[str, dict[str, Any]] = {
     "shared rows": {"overrides": ["parallel.sequence_parallel_size=2", "train.activation_checkpointing=full"]},
     "shared rows, few key heads": {"overrides": ["parallel.sequence_parallel_size=2", "model.num_kv_heads=1",
                                                  "parallel.zero_stage=3", "train.ffn_chunk_tokens=16"]},
+    "adapters, fp32 stage 0": {"overrides": [*FP32, "parallel.zero_stage=0", *ADAPTERS]},
+    "adapters, bf16 stage 1": {"overrides": ["parallel.zero_stage=1", *ADAPTERS]},
+    "adapters, bf16 stage 2": {"overrides": ["parallel.zero_stage=2", *ADAPTERS]},
+    "adapters, bf16 sums, stage 2": {"overrides": ["parallel.zero_stage=2", "train.grad_accum_dtype=bf16", *ADAPTERS]},
+    "adapters, bf16 stage 3": {"overrides": ["parallel.zero_stage=3", *ADAPTERS]},
+    "adapters of some layers, nothing is kept": {"overrides": ["parallel.zero_stage=3", *ADAPTERS,
+                                                 "train.lora.targets=[ffn_down]"], "reuse": 0},
     "nothing is kept": {"overrides": ["parallel.zero_stage=3"], "reuse": 0},
 }  # fmt: skip
 

@@ -72,7 +72,7 @@ def test_batches_are_as_many_tokens_as_they_may_be(run, monkeypatch):
     assert max(sizes) <= 200 and len(sizes) < 8
 
 
-def test_texts_are_those_of_generate_and_end_where_a_turn_does(run):
+def test_texts_are_those_of_generate_and_end_where_a_turn_does(run, monkeypatch):
     options = GenerateOptions(max_new_tokens=10, temperature=0.8, stop=("e",))
     texts = ["def ", "import", "", "return x"]
     ids = [(1, *run.tokenizer.encode(text)) for text in texts]
@@ -90,7 +90,16 @@ def test_texts_are_those_of_generate_and_end_where_a_turn_does(run):
     completion = generate(run.model, run.tokenizer, ["def "], whole)[0]
     end = completion.ids[4]
     cut = Scorer(run.model, run.tokenizer, 64, end_ids=[end]).generate([Prompt("def ", ids[0], whole)])[0]
-    assert cut == run.tokenizer.decode(completion.ids[: completion.ids.index(end)]) and cut != completion.text
+    num_taken = completion.ids.index(end)
+    assert cut == run.tokenizer.decode(completion.ids[:num_taken]) and cut != completion.text
+
+    steps = []
+    logits = run.model.logits
+    monkeypatch.setattr(
+        run.model, "logits", lambda *given, **more: steps.append(len(given[0])) or logits(*given, **more)
+    )
+    Scorer(run.model, run.tokenizer, 64, end_ids=[end]).generate([Prompt("def ", ids[0], whole)])
+    assert len(steps) == num_taken + 1  # not on to the most that it may be
 
 
 def test_a_model_that_computes_nan_is_an_error(run, tokenizer):  # noqa: F811

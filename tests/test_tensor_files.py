@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from pretrain.errors import CheckpointError
-from pretrain.storage.tensor_files import TensorFile, check_space, explain, sha256_of, write_tensors, write_text
+from pretrain.storage.tensor_files import TensorFile, check_space, explain, sha256_of, write_tensors
+from pretrain.storage.whole_file import write_text
 from tests.data_helpers import file_size_limit
 
 

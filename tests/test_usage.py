@@ -7,8 +7,8 @@ import json
 import pytest
 import torch
 
+from benchmarks.host_tables import ring_bytes
 from benchmarks.memory import STATES, bytes_in_theory
-from benchmarks.table import ring_bytes
 from benchmarks.usage import KINDS, MOMENTS, Usage
 from pretrain.options.families import resolve_shape
 from pretrain.options.settings import load_config

@@ -19,7 +19,8 @@ from pretrain.checkpoints.checkpoint_store import StorePlace
 from pretrain.errors import CheckpointError
 from pretrain.options.config import DataSection, LoraSection
 from pretrain.storage.stores import is_remote
-from pretrain.transformer.lora import A, B, delta, scale_of
+from pretrain.transformer.lora import delta
+from pretrain.transformer.lora_layers import A, B, scale_of
 
 BASE = "base"  # in what resuming needs: the reference
 

@@ -24,7 +24,8 @@ from pretrain.checkpoints.checkpoint_files import (
 )
 from pretrain.checkpoints.checkpoint_owner import OWNER, Ownership
 from pretrain.errors import CheckpointError, ConfigError
-from pretrain.storage.tensor_files import check_space, sync_folder, write_tensors, write_text
+from pretrain.storage.tensor_files import check_space, write_tensors
+from pretrain.storage.whole_file import sync_folder, write_text
 
 _FILES_A_RANK = 2  # its share, and a note of it
 
@@ -68,6 +69,10 @@ class FolderPlace:
         self._start = hashlib.sha256(record.encode()).hexdigest()[:8]
         if self._ownership:
             self._ownership.join(record)
+
+    def is_of(self, run_id: str) -> bool:
+        """Whether no other run than this one has claimed the folder."""
+        return self._ownership is None or self._ownership.is_of(run_id)
 
     def list_steps(self) -> list[int]:
         """As `Place` says."""

@@ -53,6 +53,11 @@ class Ownership:
         self._write(self._record)
         return self._record
 
+    def is_of(self, run_id: str) -> bool:
+        """Whether the place is this run's, or nobody's."""
+        found = self._read()
+        return found is None or _parse(found).get("run") == run_id
+
     def join(self, record: str) -> None:
         """Take part in what another rank has claimed."""
         self._record = record

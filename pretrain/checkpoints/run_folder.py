@@ -34,7 +34,7 @@ from pretrain.options.settings import load_config, parse_config, resolved_yaml
 from pretrain.ranks.distributed import Ranks
 from pretrain.redaction import RedactingFormatter, storable
 from pretrain.storage.patient_file import PatientFile
-from pretrain.storage.tensor_files import write_text
+from pretrain.storage.whole_file import write_text
 
 CONFIG_FILE = "config.yaml"
 _PACKAGES = (
@@ -132,19 +132,35 @@ class RunFolder:
 
     def _abandon_checkpoints(self, place: Place, is_elsewhere: bool) -> None:
         """Set the checkpoints aside, as `resume.from_scratch` says."""
+        folders = [self.path / "checkpoints"]
         if is_elsewhere and place.has_any():
-            raise ConfigError(
-                f"resume.from_scratch is true, and checkpoint.dir is {place}, which holds checkpoints; expected none: "
-                "only those in the run folder can be set aside. Use another checkpoint.dir, or move them away."
-            )
+            if not isinstance(place, FolderPlace):
+                raise ConfigError(
+                    f"resume.from_scratch is true, and checkpoint.dir is {place}, which holds checkpoints; expected "
+                    "none: a store renames nothing, so that all of them would be copied to be set aside. Use another "
+                    "checkpoint.dir, or move them away."
+                )
+            if place.is_of(self._read_run_id()):  # another run's stay: that run is named when the place is claimed
+                folders.append(place.folder)
         write_status(self.path, "running", None, 0, "", saved_step=0)  # first: who is killed now does this again
-        checkpoints, number = self.path / "checkpoints", 1
-        if not checkpoints.exists():
-            return
-        while (aside := self.path / f"checkpoints.abandoned-{number}").exists():
-            number += 1
-        checkpoints.rename(aside)
-        self.events.append(("from_scratch", f"the checkpoints of before are in {aside}, and stay there"))
+        for folder in filter(Path.exists, folders):
+            number = 1
+            while (aside := folder.with_name(f"{folder.name}.abandoned-{number}")).exists():
+                number += 1
+            try:
+                folder.rename(aside)
+            except OSError as error:  # a mounted disk, or a folder above that is not ours
+                raise ConfigError(
+                    f"resume.from_scratch is true, and {folder} cannot be renamed to {aside.name} ({error}); expected "
+                    "a folder in one that can be written. Move the checkpoints away, or use another checkpoint.dir."
+                ) from None
+            self.events.append(("from_scratch", f"the checkpoints of before are in {aside}, and stay there"))
+
+    def _read_run_id(self) -> str:
+        try:
+            return str(json.loads((self.path / "environment.json").read_bytes())["run_id"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return ""
 
     def accept(self, config: Config) -> None:
         """Write the config that the run goes on with: once it does, for a refused one must not lock out the old one.

@@ -12,7 +12,7 @@ from pathlib import Path
 from pretrain.console import warn
 from pretrain.errors import EXIT_FAILED, LonghaulError
 from pretrain.redaction import redact
-from pretrain.storage.tensor_files import write_text
+from pretrain.storage.whole_file import write_text
 
 
 def write_failure(folder: Path, error: BaseException, step: int) -> None:

@@ -24,7 +24,8 @@ from pretrain.checkpoints.checkpoint_files import (
 from pretrain.errors import ExportError
 from pretrain.options.config import Config
 from pretrain.redaction import storable
-from pretrain.storage.tensor_files import sync_folder, write_tensors, write_text
+from pretrain.storage.tensor_files import write_tensors
+from pretrain.storage.whole_file import sync_folder, write_text
 
 FILE_BYTES = 128 << 20  # at which the next file begins: what is held in memory beside the tensor at hand
 _MASTER = "master"

@@ -30,6 +30,7 @@ from pretrain.cluster.submit_checks import (
 )
 from pretrain.console import warn
 from pretrain.errors import ConfigError, LonghaulError
+from pretrain.interrupts import begin_work, signals_held
 from pretrain.options.batch_plan import BatchPlan
 from pretrain.options.config import Config
 from pretrain.options.settings import load_config
@@ -143,18 +144,20 @@ def send(submission: Submission) -> tuple[str, str]:
             "at the script with --dry-run."
         )
     run, script = submission.run, submission.run / SCRIPT
-    try:
-        run.mkdir(parents=True, exist_ok=True)
-        if submission.config_text is not None:
-            (run / SUBMITTED_CONFIG).write_text(submission.config_text, encoding="utf-8")
-        script.write_text(submission.script, encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(
-            f"run.dir is {run}; expected a folder that can be written ({error}). Free space there, or use another "
-            "run.dir."
-        ) from None
-    job_id = submit(script)
-    _record(run, {"job": job_id, "timestamp": time.time(), "command": submission.command})
+    with signals_held():  # a job that SLURM has taken is recorded, and the user hears of it
+        try:
+            run.mkdir(parents=True, exist_ok=True)
+            if submission.config_text is not None:
+                (run / SUBMITTED_CONFIG).write_text(submission.config_text, encoding="utf-8")
+            script.write_text(submission.script, encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(
+                f"run.dir is {run}; expected a folder that can be written ({error}). Free space there, or use another "
+                "run.dir."
+            ) from None
+        job_id = submit(script)
+        _record(run, {"job": job_id, "timestamp": time.time(), "command": submission.command})
+        begin_work(f"stopped; job {job_id} was submitted before: submit.py --cancel {run} takes it back")
     jobs = find_jobs(job_id)
     if jobs and not jobs[0].may_requeue and not submission.is_chain:
         return job_id, (

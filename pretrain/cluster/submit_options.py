@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from pretrain.command_line import CommandLine, count
+from pretrain.command_line import CommandLine, count, whole
 from pretrain.console import format_duration, warn
 
 EXAMPLES = """examples:
@@ -21,8 +21,8 @@ EXAMPLES = """examples:
   python launch/submit.py --status runs/mine
   python launch/submit.py --cancel runs/mine
 
-exit status: 0 done, 1 failed (data, checkpoints), 2 wrong use or config, or SLURM refuses the job. docs/slurm.md
-explains the script that is written."""
+exit status: 0 done, 1 failed (data, checkpoints), 2 wrong use or config, SLURM refuses the job, 130 stopped by a
+signal: nothing was submitted, or it says which job was. docs/slurm.md explains the script that is written."""
 
 
 def parse(argv: Sequence[str] | None, description: str | None) -> argparse.Namespace:
@@ -30,9 +30,9 @@ def parse(argv: Sequence[str] | None, description: str | None) -> argparse.Names
     given = list(sys.argv[1:] if argv is None else argv)
     given, extra = (given[: given.index("--")], given[given.index("--") + 1 :]) if "--" in given else (given, [])
     parser = CommandLine(
-        prog="submit", description=description, epilog=EXAMPLES,
-        usage="submit CONFIG [key=value ...] --nodes N --gpus-per-node N [options] [-- options of sbatch]\n"
-              "       submit --status RUN | --cancel RUN",
+        "submit", description, EXAMPLES,
+        usage="%(prog)s CONFIG [key=value ...] --nodes N --gpus-per-node N [options] [-- options of sbatch]\n"
+              "       %(prog)s --status RUN | --cancel RUN",
     )  # fmt: skip
     add = parser.add_argument
     mode = parser.add_mutually_exclusive_group()
@@ -42,13 +42,13 @@ def parse(argv: Sequence[str] | None, description: str | None) -> argparse.Names
         "--dry-run", action="store_true", help="check, print script and command, submit and write nothing"
     )
     add("--json", action="store_true", help="print one JSON object on stdout and nothing else there")
-    add("--nodes", metavar="N", type=count)
-    add("--gpus-per-node", metavar="N", type=int, choices=range(0, 1025), help="one rank each; 0: ranks on CPUs")
+    add("--nodes", metavar="N", type=count, help="machines")
+    add("--gpus-per-node", metavar="N", type=whole, choices=range(0, 1025), help="one rank each; 0: ranks on CPUs")
     add("--tasks-per-node", metavar="N", type=count, help="ranks of a node; only with --gpus-per-node 0")
     add("--cpus-per-task", metavar="N", type=count, help="by default a rank's part of the node's")
-    add("--time", default="24:00:00", help="limit of a job, after which it is requeued; default: %(default)s")
+    add("--time", metavar="TIME", default="24:00:00", help="limit of a job, then it is requeued; default: %(default)s")
     for name in ("partition", "account", "qos", "constraint"):
-        add(f"--{name}", default="", help="as sbatch takes it")
+        add(f"--{name}", metavar="NAME", default="", help="as sbatch takes it")
     add("--job-name", metavar="NAME", help="by default the run folder's")
     add("--grace", metavar="SECONDS", type=count, default=600,
         help="before the limit, when training saves and leaves; default: %(default)s")  # fmt: skip

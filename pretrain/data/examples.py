@@ -32,18 +32,24 @@ def parse_example(data: bytes, section: ExamplesSection) -> str | Bad:
     return record if isinstance(record, Bad) else example_of(record, section)
 
 
-def example_of(record: dict[str, Any], section: ExamplesSection) -> str | Bad:
-    """The example of a record of fields, as a text that `encode_examples` reads.
+def example_of(record: dict[str, Any], section: ExamplesSection, references: Sequence[str] = ()) -> str | Bad:
+    """The example of a record of fields, as a text that `encode_example` reads.
 
     One that has the field of `messages` is a conversation; any other is a prompt and a response.
+
+    Args:
+        record: a text by each name.
+        section: which of them are used, and how.
+        references: further right answers, for a metric that takes the best.
     """
     example = _conversation(record, section) if section.messages in record else _pair(record, section)
     if isinstance(example, Bad):
         return example
+    example |= {"references": list(references)} if references else {}
     return checked_text(json.dumps(example, ensure_ascii=False), SURROGATE)
 
 
-def _pair(record: dict[str, Any], section: ExamplesSection) -> dict[str, str] | Bad:
+def _pair(record: dict[str, Any], section: ExamplesSection) -> dict[str, Any] | Bad:
     missing = [name for name in (*fields_of(section.template), section.response) if name not in record]
     if missing:
         return Bad("no_example", f"its field {missing[0]!r} is missing (it has: {', '.join(sorted(record)[:8])})")
@@ -116,16 +122,21 @@ def example_dtype(tokenizer: Tokenizer) -> np.dtype:
     return np.dtype("<u2" if context_bit(tokenizer) == 15 else "<u4")
 
 
-def encode_examples(tokenizer: Tokenizer, examples: Sequence[str]) -> list[np.ndarray]:
-    """Turn examples into ids as they are stored, of `example_dtype`, with the bit of context.
+def encode_example(tokenizer: Tokenizer, text: str) -> np.ndarray:
+    """Turn an example into ids as they are stored, of `example_dtype`, with the bit of context.
 
     A pair is the beginning of a document, the prompt, the response and the end of the document, of which the last two
-    are scored. A conversation is what the chat template makes of it, up to its last answer's end; answers are scored.
+    are scored; behind them further right answers, each with an end, as context of nothing. A conversation is what the
+    chat template makes of it, up to its last answer's end; answers are scored.
+
+    Args:
+        tokenizer: of the run.
+        text: as `example_of` gave it.
+
+    Raises:
+        ConfigError: the chat template refuses the conversation, or there is none.
     """
-    return [_encode(tokenizer, json.loads(one)) for one in examples]
-
-
-def _encode(tokenizer: Tokenizer, example: dict[str, Any]) -> np.ndarray:
+    example = json.loads(text)
     if "messages" in example:
         ids, is_scored = encode_messages(tokenizer, example["messages"])
         end = len(ids) - is_scored[::-1].index(True)
@@ -133,7 +144,9 @@ def _encode(tokenizer: Tokenizer, example: dict[str, Any]) -> np.ndarray:
     else:
         context = [tokenizer.bos_id, *tokenizer.encode(example["prompt"])]
         answer = [*tokenizer.encode(example["response"]), tokenizer.eos_id]
-        ids, is_scored = context + answer, [False] * len(context) + [True] * len(answer)
+        others = [id for text in example.get("references", ()) for id in (*tokenizer.encode(text), tokenizer.eos_id)]
+        ids = context + answer + others
+        is_scored = [False] * len(context) + [True] * len(answer) + [False] * len(others)
     stored = np.array(ids, dtype=example_dtype(tokenizer))
     stored[~np.array(is_scored)] |= stored.dtype.type(1 << context_bit(tokenizer))
     return stored

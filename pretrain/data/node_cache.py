@@ -20,8 +20,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from pretrain.data.shards import sync_folder
 from pretrain.errors import DataError
+from pretrain.storage.whole_file import sync_folder
 
 _LOCK_NAME = ".lock"
 _INDEX_SUFFIX = ".index.npy"

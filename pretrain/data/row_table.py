@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 
 from pretrain.data.packing import PACKING_VERSIONS, SEGMENT_DTYPE, count_segments, pack
-from pretrain.data.shards import PREPARE_COMMAND, Manifest, file_sha256, load_index, sync_folder, write_atomically
+from pretrain.data.shards import PREPARE_COMMAND, Manifest, file_sha256, load_index
 from pretrain.errors import DataError
+from pretrain.storage.whole_file import sync_folder, write_atomically
 
 _SPLITS = ("train", "val")
 IDENTITY_NAME = "identity.json"

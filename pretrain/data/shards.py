@@ -24,6 +24,7 @@ import numpy as np
 from pretrain.data.text_index import INDEX_DTYPE, TEXT_INDEX_DTYPE, TextContent, is_begun_index
 from pretrain.errors import DataError
 from pretrain.storage.hashed_file import HashedFile
+from pretrain.storage.whole_file import sync_folder, write_atomically
 
 MANIFEST_VERSION, EXAMPLES_VERSION = 1, 2  # a corpus of documents; one whose ids say what is context
 MANIFEST_NAME = "manifest.json"
@@ -150,31 +151,6 @@ class Manifest:
             raise DataError(
                 f"{path}: a field is wrong or missing ({error}). Delete the file and run: {PREPARE_COMMAND}"
             ) from error
-
-
-def sync_folder(folder: str | Path) -> None:
-    """Make renames inside `folder` survive a crash of the machine."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_atomically(path: str | Path, content: bytes) -> None:
-    """Write a file under a temporary name, sync it and rename it: complete or absent."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
-    sync_folder(path.parent)
 
 
 def _import_webdataset() -> Any:

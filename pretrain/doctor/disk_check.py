@@ -12,10 +12,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from pretrain.console import format_bytes
-from pretrain.data.shards import sync_folder
 from pretrain.doctor.findings import Line, Request, failure, ok, skipped, warning
 from pretrain.doctor.run_files import config_of
 from pretrain.errors import LonghaulError
+from pretrain.storage.whole_file import sync_folder
 
 _PROBE_BYTES, _CHUNK_BYTES, _MOST_SECONDS = 256 << 20, 4 << 20, 20.0
 _SLOW_BYTES_PER_SECOND = 100e6  # a checkpoint of a billion parameters (12 GB) takes two minutes

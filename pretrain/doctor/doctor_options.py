@@ -30,7 +30,7 @@ EXAMPLES = """examples:
   python launch/doctor.py --compile                                        # builds DeepSpeed's operators, minutes
 
 Each line is ok, warning, failure or skipped, with the mend below it; docs/doctor.md explains them.
-exit status: 0 nothing failed, 1 something did, 2 wrong use."""
+exit status: 0 nothing failed, 1 something did, 2 wrong use, 130 stopped by a signal."""
 _COLOURS = {OK: "32", WARNING: "33", FAILURE: "31;1", SKIPPED: "2"}
 _NAME_WIDTH, _OUTCOME_WIDTH, _LEAST_WIDTH, _PLAIN_WIDTH = 22, 9, 60, 120
 

@@ -22,12 +22,12 @@ from pretrain.doctor.run_files import config_of
 from pretrain.errors import LonghaulError
 from pretrain.options.config import Config, SourceSection
 from pretrain.planning.plan import choose_machine, make_plan
-from pretrain.planning.plan_memory import host_bytes, resident
+from pretrain.planning.plan_memory import checkpoint_bytes, host_bytes, resident
 from pretrain.planning.plan_report import gib, lack
 from pretrain.ranks.gpus import gpu_of_device
 from pretrain.storage.stores import Store, is_remote, shown
 from pretrain.tokenizers.tokenizer_files import main_file, open_tokenizer
-from pretrain.training.preflight import checkpoint_bytes, missing_space
+from pretrain.training.preflight import missing_space
 
 _RETRY_SECONDS = 20.0
 

@@ -29,10 +29,10 @@ _ROOM = 2  # times the longest reference, in tokens, that an answer may have
 
 @dataclass(frozen=True)
 class HeldOutExample:
-    """Ids of a prompt, and ids of the answer to it, the last of which ends it."""
+    """Ids of a prompt, and of the right answers to it: the one that is scored, whose last id ends it, and others."""
 
     prompt: tuple[int, ...]
-    answer: tuple[int, ...]
+    answers: tuple[tuple[int, ...], ...]
 
 
 @dataclass(frozen=True)
@@ -73,14 +73,14 @@ def judge_answers(
             scorer.serve()
             return None
         try:
-            examples = read_examples(rows)
-            longest = max(len(one.answer) for one in examples)
+            examples = read_examples(rows, tokenizer.eos_id)
+            longest = max(len(answer) for one in examples for answer in one.answers)
             options = GenerateOptions(max_new_tokens=_ROOM * longest, temperature=0)
             requests = [Prompt(str(number), one.prompt, options) for number, one in enumerate(examples)]
             answers = scorer.generate(requests)
         finally:
             scorer.end()
-        references = [tokenizer.decode(one.answer) for one in examples]
+        references = [[tokenizer.decode(answer) for answer in one.answers] for one in examples]
         return Answered(score(metric, answers, references), len(examples))
 
     if ranks is None or ranks.world_size == 1:
@@ -96,8 +96,12 @@ def _all_ends(tokenizer: Tokenizer) -> list[int]:
     return [*stop_ids(tokenizer), *tokenizer.special_tokens().values()]
 
 
-def read_examples(rows: ValRows) -> list[HeldOutExample]:
+def read_examples(rows: ValRows, eos_id: int) -> list[HeldOutExample]:
     """Return the examples of held-out rows, in the order of the rows.
+
+    Args:
+        rows: the held-out rows.
+        eos_id: that ends each right answer but the first.
 
     Raises:
         DataError: there are none.
@@ -107,7 +111,8 @@ def read_examples(rows: ValRows) -> list[HeldOutExample]:
     for begin in range(0, len(numbers), _ROWS_AT_ONCE):
         batch = rows.batch(numbers[begin : begin + _ROWS_AT_ONCE])
         for row in zip(batch.tokens_BT, batch.targets_BT, batch.doc_start_BT, strict=True):
-            found += _examples_of(*(tensor.numpy() for tensor in row))
+            tokens_T, targets_T, doc_start_T = (tensor.numpy() for tensor in row)
+            found += _examples_of(tokens_T, targets_T, doc_start_T, eos_id)
     if not found:
         raise DataError(
             "eval.metric is set, and the held-out rows hold no example; expected some. Hold some out "
@@ -116,7 +121,9 @@ def read_examples(rows: ValRows) -> list[HeldOutExample]:
     return found
 
 
-def _examples_of(tokens_T: np.ndarray, targets_T: np.ndarray, doc_start_T: np.ndarray) -> Iterator[HeldOutExample]:
+def _examples_of(
+    tokens_T: np.ndarray, targets_T: np.ndarray, doc_start_T: np.ndarray, eos_id: int
+) -> Iterator[HeldOutExample]:
     """The examples of a row; padding and damaged documents have no target."""
     begins = np.unique(doc_start_T)
     for begin, end in zip(begins, [*begins[1:], len(tokens_T)], strict=True):
@@ -128,7 +135,11 @@ def _examples_of(tokens_T: np.ndarray, targets_T: np.ndarray, doc_start_T: np.nd
         context = np.flatnonzero(~is_scored[:last])
         first = int(context[-1]) + 1 if len(context) else 0
         prompt, answer = tokens_T[begin : begin + first + 1], targets_T[begin + first : begin + last + 1]
-        yield HeldOutExample(tuple(prompt.tolist()), tuple(answer.tolist()))
+        behind = tokens_T[begin + last + 2 : end]  # the last id of a document is only predicted, so no input
+        others = [part[part != eos_id] for part in np.split(behind, np.flatnonzero(behind == eos_id))]
+        yield HeldOutExample(
+            tuple(prompt.tolist()), (tuple(answer.tolist()), *(tuple(one.tolist()) for one in others if len(one)))
+        )
 
 
 def describe(answered: Answered) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from dataclasses import dataclass
 
+from pretrain.command_line import whole
 from pretrain.errors import ConfigError
 
 
@@ -28,17 +29,21 @@ class EvaluateOptions:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what is evaluated, on what, and how it is shown."""
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder; several are compared")
-    parser.add_argument("--step", type=int, help="checkpoint to judge; the newest good one by default")
-    parser.add_argument("--steps", help="checkpoints to compare, such as 100,200, or all")
+    parser.add_argument("--step", type=whole, metavar="N", help="checkpoint to judge; the newest good one by default")
+    parser.add_argument("--steps", metavar="N,…", help="checkpoints to compare, such as 100,200, or all")
     held_out = parser.add_argument_group("held-out documents")
-    held_out.add_argument("--max-rows", type=int, default=0, help="rows to use; all by default")
+    held_out.add_argument("--max-rows", type=whole, default=0, metavar="N", help="rows to use; all by default")
     held_out.add_argument("--no-held-out", action="store_true", help="tasks only; needs no shards")
     held_out.add_argument("--allow-pipe", action="store_true", help="run the commands of sources that are pipe:")
     tasks = parser.add_argument_group("tasks of lm-eval (pip install 'longhaul[evals]')")
-    tasks.add_argument("--tasks", help="names, patterns or task files, with commas between")
+    tasks.add_argument("--tasks", metavar="NAME,…", help="names, patterns or task files, with commas between")
     tasks.add_argument("--include-path", metavar="DIR", help="folder of task files of your own")
-    tasks.add_argument("--num-fewshot", type=int, help="examples before each question; by default as the task says")
-    tasks.add_argument("--limit", type=int, default=0, help="documents of each task to use; all by default")
+    tasks.add_argument(
+        "--num-fewshot", type=whole, metavar="N", help="examples before each question; by default as the task says"
+    )
+    tasks.add_argument(
+        "--limit", type=whole, default=0, metavar="N", help="documents of each task to use; all by default"
+    )
     tasks.add_argument("--apply-chat-template", action="store_true", help="ask questions as in a conversation")
     tasks.add_argument("--no-bos", action="store_true", help="do not begin contexts as documents begin in training")
     parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="arithmetic (%(default)s)")

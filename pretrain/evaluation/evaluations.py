@@ -26,7 +26,7 @@ from pretrain.evaluation.scoring import Scorer
 from pretrain.evaluation.task_evals import import_harness
 from pretrain.options.settings import parse_config
 from pretrain.ranks.distributed import Ranks
-from pretrain.storage.tensor_files import write_text
+from pretrain.storage.whole_file import write_text
 from pretrain.tasks.task_metrics import check_metric
 from pretrain.tokenizers.chat import chat_template, stop_ids
 from pretrain.tokenizers.tokenizer_files import open_tokenizer

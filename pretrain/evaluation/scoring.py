@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import torch
 
 from pretrain.errors import LonghaulError, TrainingError
-from pretrain.generation.generate import Completion, generate
+from pretrain.generation.generate import generate
 from pretrain.generation.generate_options import GenerateOptions
 from pretrain.ranks.distributed import Ranks, is_communication_failure
 from pretrain.tokenizers.tokenizer import Tokenizer
@@ -85,7 +85,7 @@ class Scorer:
         return self._answer("score", list(requests))
 
     def generate(self, requests: Sequence[Prompt]) -> list[str]:
-        """Return the text that follows each prompt, up to a stop string or the end of the document.
+        """Return the text that follows each prompt, up to a stop string, an id that ends texts, or the document's end.
 
         Raises:
             LonghaulError: the model computes NaN or infinity.
@@ -222,15 +222,9 @@ class Scorer:
         completions = generate(
             self._model, self._tokenizer, [request.text for request in own],
             replace(own[0].options, batch_size=len(own)), prompt_ids=[list(request.ids) for request in own],
+            also_end=self._end_ids,
         )  # fmt: skip
-        return {index: self._text_of(one) for index, one in zip(batch, completions, strict=True)}
-
-    def _text_of(self, completion: Completion) -> str:
-        """Return the text up to the first id that ends it, such as the end of a turn, which is no text itself."""
-        end = next((place for place, one in enumerate(completion.ids) if one in self._end_ids), None)
-        if end is None:
-            return completion.text
-        return min(completion.text, self._tokenizer.decode(completion.ids[:end]), key=len)
+        return {index: one.text for index, one in zip(batch, completions, strict=True)}
 
 
 def _in_batches(items: Sequence[T], length: Callable[[T], int], batch_tokens: int) -> list[list[T]]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,13 @@ from pretrain.checkpoints.adapters import BASE
 from pretrain.checkpoints.run_folder import newest_good, place_of_run
 from pretrain.errors import ConfigError, ExportError
 from pretrain.formats.family_table import check_exported, export_tensors, published_layers
+from pretrain.formats.partial_export import complete_or_absent
 from pretrain.options.families import ModelShape, resolve_shape
 from pretrain.options.settings import parse_config
-from pretrain.storage.tensor_files import TensorFile, sync_folder, write_tensors, write_text
+from pretrain.storage.tensor_files import TensorFile, write_tensors
+from pretrain.storage.whole_file import write_text
 from pretrain.tokenizers.tokenizer_files import open_tokenizer
-from pretrain.transformer.lora import A, B, scale_of
+from pretrain.transformer.lora_layers import A, B, scale_of
 
 _PREFIX = "base_model.model."  # peft's, before the names of transformers
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -73,25 +75,12 @@ def export_adapter(
         "source": {"run": run.resolve().name, "step": reader.manifest["step"], "base": reader.training[BASE]},
         "dtype": str(kind).removeprefix("torch."), "target_modules": targets,
     }  # fmt: skip
-    partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
-    try:
-        partial.mkdir(parents=True)
+    with closing(reader), complete_or_absent(out) as partial:
         write_tensors(partial / _WEIGHTS, tensors, {"format": "pt"})
         write_text(partial / _CONFIG, json.dumps(settings, indent=2) + "\n")
         rounded = {name: reader.read_whole(name).to(kind).float() for name in reader.shapes}
         report["largest_difference"] = _compare(shape, partial / _WEIGHTS, tensors, rounded, scale_of(section))
         write_text(partial / "verification.json", json.dumps(report, indent=2) + "\n")
-        if out.exists():
-            out.rmdir()
-        os.rename(partial, out)
-        sync_folder(out.parent)
-    except OSError as error:
-        raise ExportError(
-            f"{out}: cannot be written ({error}); expected a folder on a disk with room. Name another."
-        ) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-        reader.close()
     return report
 
 

@@ -31,12 +31,14 @@ from pretrain.formats.hf_config import PublishedConfig, check_config, family_of,
 from pretrain.formats.hf_tensors import HubTensors, Resized
 from pretrain.formats.import_check import check_model, comparison_rows
 from pretrain.formats.import_tokenizer import choose_tokenizer, keep_tokenizer
+from pretrain.formats.partial_export import complete_or_absent
 from pretrain.formats.published import PUBLISHED_MODELS
 from pretrain.formats.start_config import start_config, start_yaml
 from pretrain.options.families import ModelShape
 from pretrain.options.settings import parse_config, resolved_yaml
 from pretrain.planning.plan_shapes import parameter_shapes
-from pretrain.storage.tensor_files import check_space, sha256_of, sync_folder, write_text
+from pretrain.storage.tensor_files import check_space, sha256_of
+from pretrain.storage.whole_file import write_text
 from pretrain.tokenizers.tokenizer import CARRIED_FILES, Tokenizer
 
 NUM_TEXTS = 10_000
@@ -98,19 +100,8 @@ def import_hf(folder: str | Path, out: str | Path, added: AddedTokens | None = N
             "was not trained with."
         )
     shape = check_config(source.config, source.resolved, tokenizer.vocab_size, f"{folder}/config.json")
-    partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
-    try:
-        partial.mkdir(parents=True)
-        report = _import(source, shape, tokenizer, tokens_report, added, sample, partial, out)
-        os.rename(partial, out)
-        sync_folder(out.parent)
-    except OSError as error:
-        raise ExportError(
-            f"{out}: cannot be written ({error}); expected a folder on a disk with room. Name another."
-        ) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return report
+    with complete_or_absent(out) as partial:
+        return _import(source, shape, tokenizer, tokens_report, added, sample, partial, out)
 
 
 def _read_raw(folder: Path) -> dict[str, Any]:

@@ -7,7 +7,8 @@ import json
 import sys
 from typing import Any
 
-from pretrain.errors import LonghaulError
+from pretrain.errors import EXIT_INTERRUPTED
+from pretrain.interrupts import begin_work
 
 
 def add_options(parser: argparse.ArgumentParser, way: argparse._MutuallyExclusiveGroup) -> None:
@@ -20,7 +21,11 @@ def add_options(parser: argparse.ArgumentParser, way: argparse._MutuallyExclusiv
 
 
 def import_model(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> int | None:
-    """Import a published model and say what was verified; return the exit status, or None if that was not asked for."""
+    """Import a published model and say what was verified; return the exit status, or None if that was not asked for.
+
+    Raises:
+        LonghaulError: as `import_hf`.
+    """
     if not arguments.source:
         if arguments.add_tokens or arguments.add_symbols:
             parser.error("--add-tokens and --add-symbols go with --from")
@@ -29,17 +34,12 @@ def import_model(arguments: argparse.Namespace, parser: argparse.ArgumentParser)
         parser.error(
             "--step and --dtype go with --to: an import has step 0, and fp32 weights that hold the published ones"
         )
-    try:
-        from pretrain.formats.added_tokens import AddedTokens, read_tokens
-        from pretrain.formats.hf_import import import_hf
+    from pretrain.formats.added_tokens import AddedTokens, read_tokens
+    from pretrain.formats.hf_import import import_hf
 
-        added = AddedTokens(read_tokens(arguments.add_tokens), read_tokens(arguments.add_symbols))
-        report = import_hf(arguments.run, arguments.out, added)
-    except LonghaulError as error:
-        from pretrain.redaction import print_error
-
-        print_error(error)
-        return error.exit_status
+    begin_work("stopped; nothing was imported", EXIT_INTERRUPTED)
+    added = AddedTokens(read_tokens(arguments.add_tokens), read_tokens(arguments.add_symbols))
+    report = import_hf(arguments.run, arguments.out, added)
     for note in _notes(report):
         print(f"note: {note}", file=sys.stderr)
     print(json.dumps(report) if arguments.json else _summary(arguments.out, report))

@@ -14,14 +14,15 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
 from pretrain.console import LiveLine, format_bytes, format_duration
-from pretrain.errors import ConfigError
-from pretrain.storage.tensor_files import sync_folder
+from pretrain.errors import ConfigError, ExportError
+from pretrain.storage.whole_file import sync_folder
 
 JOURNAL = ".journal.jsonl"
 _CHUNK_BYTES = 16 << 20
@@ -80,6 +81,30 @@ class Progress:
     def end(self) -> None:
         """Leave the line."""
         self._line.end()
+
+
+@contextmanager
+def complete_or_absent(out: Path) -> Iterator[Path]:
+    """Give a hidden folder to fill, which gets the name `out` when that is done, and is removed where it fails.
+
+    Args:
+        out: no such folder, or an empty one.
+
+    Raises:
+        ExportError: it cannot be written.
+    """
+    partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        os.rename(partial, out)  # which takes the place of an empty folder
+        sync_folder(out.parent)
+    except OSError as error:
+        raise ExportError(
+            f"{out}: cannot be written ({error}); expected a folder on a disk with room. Name another."
+        ) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 class PartialExport:

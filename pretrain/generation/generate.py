@@ -60,6 +60,7 @@ def generate(
     on_text: Callable[[int, str, str], None] | None = None,
     agree: Callable[[Tensor], Tensor] | None = None,
     prompt_ids: Sequence[list[int]] | None = None,
+    also_end: Collection[int] = (),
 ) -> list[Completion]:
     """Continue each prompt as the beginning of a document, or answer in a conversation.
 
@@ -74,6 +75,7 @@ def generate(
         on_text: called with the prompt's number, new text of its completion, and why it is complete (else empty).
         agree: makes the ranks that compute together take the same tokens, int64 `[B]`.
         prompt_ids: ids of each prompt, fewer than `data.seq_len`, where they are not those of its text as a document.
+        also_end: ids that end a text, beside those that end a document or, in a conversation, an answer.
 
     Returns:
         One completion a prompt.
@@ -91,7 +93,7 @@ def generate(
         uniform_S = torch.rand(num_steps, generator=generator, dtype=torch.float64)
         stream = TextStream(tokenizer.decode, ids, options.stop)
         ends = [tokenizer.eos_id] if isinstance(prompts[index], str) else end_ids(tokenizer)
-        rows.append(_Row(index, ids, ends, Completion(prompts[index]), stream, uniform_S))
+        rows.append(_Row(index, ids, {*ends, *also_end}, Completion(prompts[index]), stream, uniform_S))
     for begin in range(0, len(rows), options.batch_size):
         _generate_batch(model, tokenizer, rows[begin : begin + options.batch_size], options, on_text, agree)
     return [row.completion for row in rows]

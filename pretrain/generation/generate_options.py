@@ -11,7 +11,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pretrain.command_line import CommandLine, real, whole
 from pretrain.errors import ConfigError
+
+EXAMPLES = """examples:
+  python launch/generate.py runs/quickstart --prompt 'import '
+  python launch/generate.py runs/quickstart --prompt 'def ' --num-samples 3 --temperature 0.8 --min-p 0.05
+  python launch/generate.py runs/quickstart --prompt 'def ' --temperature 0 --repetition-penalty 1.2 --stop $'\\n\\n'
+  python launch/generate.py runs/quickstart --prompt-file prompts.txt --batch-size 64 --top-p 0.9 --json > texts.json
+  python launch/generate.py runs/tuned --chat --system 'Answer in one sentence.'
+  grep '^def ' example.py | python launch/generate.py runs/quickstart --prompt-file - --max-new-tokens 32
+
+exit status: 0 done, 1 failed, 2 wrong use, 130 stopped by a signal."""
 
 
 def _option(default: Any, meaning: str, accepts: Callable[[Any], bool], rule: str, fix: str) -> Any:
@@ -80,9 +91,14 @@ def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what says how text is sampled, what it goes on from and how it is shown."""
-    parser.add_argument("--prompt", action="append", default=[], help="text to go on from; may be repeated")
+def make_parser(description: str | None) -> CommandLine:
+    """Return what reads the arguments: what writes text, how it is sampled, what it goes on from, how it is shown."""
+    parser = CommandLine("generate", description, EXAMPLES)
+    parser.add_argument("run", metavar="RUN", help="run folder")
+    parser.add_argument("--step", type=whole, metavar="N", help="checkpoint to use; the newest good one by default")
+    parser.add_argument(
+        "--prompt", action="append", default=[], metavar="TEXT", help="text to go on from; may be repeated"
+    )
     parser.add_argument(
         "--prompt-file", metavar="FILE",
         help="a prompt a line, blank lines left out; of a .jsonl file the field `prompt`, or `messages` to answer; "
@@ -95,13 +111,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--chat-template", metavar="FILE", help="a Jinja template as transformers has them; by default the tokenizer's"
     )
-    parser.add_argument("--num-samples", type=int, default=1, help="texts for each prompt (%(default)s)")
+    parser.add_argument("--num-samples", type=whole, default=1, metavar="N", help="texts for each prompt (%(default)s)")
     for option in dataclasses.fields(GenerateOptions):
         about: dict[str, Any] = {"help": option.metadata["help"]}
         if option.name == "stop":
-            about |= {"action": "append", "default": []}
+            about |= {"action": "append", "default": [], "metavar": "TEXT"}
         else:
-            about |= {"type": type(option.default), "default": option.default}
+            kind, letter = (whole, "N") if isinstance(option.default, int) else (real, "X")
+            about |= {"type": kind, "default": option.default, "metavar": letter}
             about["help"] += " (%(default)s)"
         parser.add_argument(_flag(option.name), **about)
     parser.add_argument(
@@ -113,6 +130,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="show text as it is written, not when it is done; by default on a terminal",
     )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print one JSON object when all is done")
+    return parser
 
 
 def options_from(arguments: argparse.Namespace) -> GenerateOptions:

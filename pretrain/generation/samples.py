@@ -14,7 +14,7 @@ from pretrain.generation.generate import Completion, encode_prompts, generate
 from pretrain.generation.generate_options import GenerateOptions
 from pretrain.options.config import Config
 from pretrain.ranks.distributed import Ranks
-from pretrain.storage.tensor_files import write_text
+from pretrain.storage.whole_file import write_text
 from pretrain.tokenizers.tokenizer import Tokenizer
 from pretrain.transformer.model import Transformer
 

@@ -15,6 +15,7 @@ from typing import TextIO
 from pretrain.errors import ConfigError
 from pretrain.generation.conversation import Answer, Conversation
 from pretrain.generation.generate_options import read_text
+from pretrain.interrupts import Terminated
 from pretrain.tokenizers.chat import TEMPLATE_FILE
 from pretrain.tokenizers.tokenizer import Tokenizer
 
@@ -78,6 +79,8 @@ def talk(conversation: Conversation, output: TextIO | None = None) -> None:
                 line = input("> " if is_terminal else "")
             except EOFError:
                 return
+            except Terminated:
+                raise
             except KeyboardInterrupt:
                 if was_pressed:
                     return
@@ -91,6 +94,8 @@ def talk(conversation: Conversation, output: TextIO | None = None) -> None:
             elif line.strip():
                 try:
                     _answer(conversation, line.removeprefix("/"), output, interrupt)
+                except Terminated:
+                    raise
                 except KeyboardInterrupt:
                     output.write("\n")
                     return

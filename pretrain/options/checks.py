@@ -81,6 +81,8 @@ def idle_options(config: Config) -> dict[str, str]:
         idle["schedule.final_lr_ratio"] = "The rate of a constant schedule does not fall."
     if config.model.rope_scaling is not None:
         idle |= _idle_rope_options(config.model.rope_scaling.type)
+    if config.checkpoint.every_steps == 0 < config.checkpoint.keep_every:
+        idle["checkpoint.keep_every"] = "It is for checkpoints on the way, and checkpoint.every_steps is 0."
     if config.eval.patience == 0:
         idle["eval.min_delta"] = "It belongs to early stopping, and eval.patience is 0."
     if config.eval.sample_every_steps == 0:
@@ -92,6 +94,8 @@ def idle_options(config: Config) -> dict[str, str]:
     if not config.resume.from_:
         for name in ("optimizer", "schedule", "data"):
             idle[f"resume.{name}"] = "It is for beginning from another run, and resume.from is empty."
+    elif config.train.lora is not None and config.resume.optimizer:
+        idle["resume.optimizer"] = "Adapters have moments of their own, which begin anew."
     if config.parallel.offload == "none":
         idle["parallel.nvme_dir"] = "It is where offloaded states lie, and parallel.offload is none."
     if not _reads_elsewhere(config):
@@ -231,8 +235,6 @@ def _lora_problems(config: Config) -> Iterator[Problem]:
         return
     for is_wrong, name, value, expected, fix in (
         (not config.resume.from_, "resume.from", '""', "the run or checkpoint whose weights are adapted", "Name it"),
-        (config.resume.from_ and config.resume.optimizer, "resume.optimizer", "true", "false: adapters have moments of "
-         "their own", "Use false"),
         (config.optim.name == "muon", "optim.name", "muon", "another with train.lora: it is for whole matrices",
          "Use adamw"),
     ):  # fmt: skip
@@ -269,7 +271,11 @@ def _reads_elsewhere(config: Config) -> bool:
 
 
 def _checkpoint_problems(config: Config) -> Iterator[Problem]:
-    """Check where checkpoints are written, and where others are read."""
+    """Check which checkpoints are kept, where they are written, and where others are read."""
+    every, keep = config.checkpoint.every_steps, config.checkpoint.keep_every
+    if every and keep % every:
+        text = f"checkpoint.keep_every is {keep}; expected a multiple of checkpoint.every_steps ({every}), which are"
+        yield Problem("checkpoint.keep_every", f"{text} the steps that are saved. Use {-(-keep // every) * every}.")
     for place, name in ((config.checkpoint.dir, "checkpoint.dir"), (config.resume.from_, "resume.from")):
         if not is_remote(place):
             continue

@@ -16,7 +16,7 @@ from pretrain.options.batch_plan import BatchPlan
 from pretrain.options.config import Config
 from pretrain.options.families import ModelShape
 from pretrain.planning.plan_memory import Layout, kept_elements, layout_of, shape_of
-from pretrain.planning.plan_shapes import hidden_matrices, modules_in_order, parameter_shapes
+from pretrain.planning.plan_shapes import adapters_of, all_shapes, hidden_matrices, modules_in_order, trained_shapes
 from pretrain.zero.deepspeed_settings import MAX_LIVE_ELEMENTS, PERSISTENT_ELEMENTS, REUSE_ELEMENTS, prefetch_elements
 
 METRICS_BYTES = 3 * 8  # objective, cross-entropy and gradient norm of a step, fp64
@@ -59,7 +59,8 @@ def collectives(config: Config, plan: BatchPlan, on_cpu: bool = False) -> list[C
     ranks = plan.world_size
     if ranks == 1:
         return []
-    at, sizes = layout_of(config, ranks), [math.prod(size) for size in parameter_shapes(shape_of(config)).values()]
+    at, trained = layout_of(config, ranks), trained_shapes(shape_of(config), adapters_of(config))
+    sizes = [math.prod(size) for size in trained.values()]
     groups = groups_of(config)
     found = [Collective("all_reduce", METRICS_BYTES + ROWS_BYTES, 2, "update")]
     if at.kind == "weights":
@@ -110,9 +111,10 @@ def _divided_weights(config: Config, plan: BatchPlan, at: Layout, sizes: list[in
     """Stage 3: weights are gathered for each pass, gradients scattered after each backward pass."""
     ranks, steps = plan.world_size, plan.num_micro_steps
     weights = gathered_weights(config, ranks)
-    persistent = sum(_padded(numel, ranks) for numel in sizes if numel <= PERSISTENT_ELEMENTS)
+    every = [math.prod(size) for size in all_shapes(shape_of(config), adapters_of(config)).values()]
+    persistent = sum(_padded(numel, ranks) for numel in every if numel <= PERSISTENT_ELEMENTS)
     gradients = sum(_padded(numel, ranks) for numel in sizes)
-    ahead = min(prefetch_elements(at.total, config.model.num_layers), MAX_LIVE_ELEMENTS)
+    ahead = min(prefetch_elements(at.weights, config.model.num_layers), MAX_LIVE_ELEMENTS)
     return [
         Collective("all_gather_into_tensor", at.size * weights * steps, steps * -(-weights // ahead), "passes"),
         Collective("all_gather_into_tensor", at.size * persistent, groups_of(config), "update"),
@@ -124,11 +126,15 @@ def _divided_weights(config: Config, plan: BatchPlan, at: Layout, sizes: list[in
 def gathered_weights(config: Config, ranks: int) -> int:
     """Count the weights that stage 3 brings together in one micro-step, on each of so many ranks."""
     recomputes = config.train.activation_checkpointing != "none"
-    order = [[_padded(numel, ranks) for numel in module if numel > PERSISTENT_ELEMENTS]
-             for module in modules_in_order(shape_of(config))]  # fmt: skip
-    return gathered_elements(
-        [sum(module) for module in order], kept_elements(recomputes), shape_of(config).tie_embeddings
-    )
+    adapters = adapters_of(config)
+    modules = modules_in_order(shape_of(config), adapters)
+    order = [sum(_padded(numel, ranks) for numel in module if numel > PERSISTENT_ELEMENTS)
+             for module in modules.values()]  # fmt: skip
+    first = 0  # module that the backward pass comes to: nothing before the first adapter has gradients
+    if adapters is not None:
+        with_adapters = {name.rpartition(".")[0] for name in trained_shapes(shape_of(config), adapters)}
+        first = next(number for number, name in enumerate(modules) if name in with_adapters)
+    return gathered_elements(order, kept_elements(recomputes), shape_of(config).tie_embeddings, first)
 
 
 def _padded(numel: int, ranks: int) -> int:
@@ -138,10 +144,12 @@ def _padded(numel: int, ranks: int) -> int:
 
 def groups_of(config: Config) -> int:
     """Groups of parameters that the update handles one after the other, where `optim.groups` names none."""
+    if config.train.lora is not None:
+        return 1  # adapters are all matrices
     return 1 + (config.optim.weight_decay > 0) + (config.optim.name == "muon")
 
 
-def gathered_elements(modules: list[int], kept: int, is_tied: bool) -> int:
+def gathered_elements(modules: list[int], kept: int, is_tied: bool, first: int = 0) -> int:
     """Count the weights that stage 3 gathers in one micro-step.
 
     All in the forward pass, and in the backward pass again those after which more than `kept` came.
@@ -150,10 +158,11 @@ def gathered_elements(modules: list[int], kept: int, is_tied: bool) -> int:
         modules: weights that are divided of each module, in the order of the forward pass.
         kept: elements at the end of the model that stay gathered.
         is_tied: the last module holds the first one's weights.
+        first: module that the backward pass ends with.
     """
     total, after, again = sum(modules), 0, 0
-    for numel in reversed(modules):
-        again += numel if after >= kept else 0
+    for number, numel in reversed(list(enumerate(modules))):
+        again += numel if after >= kept and number >= first else 0
         after += numel
     if is_tied and total < REUSE_ELEMENTS:
         total -= modules[-1]  # the embedding's are still there

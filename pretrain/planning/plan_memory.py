@@ -12,9 +12,9 @@ from functools import cache
 from pretrain.optimizers.moments import is_hidden_matrix, moment_names
 from pretrain.options.batch_plan import BatchPlan
 from pretrain.options.config import Config, OptimSection
-from pretrain.options.families import ModelShape, num_parameters, resolve_shape
+from pretrain.options.families import ModelShape, resolve_shape
 from pretrain.planning.plan_activations import activations, offloaded_bytes
-from pretrain.planning.plan_shapes import parameter_shapes
+from pretrain.planning.plan_shapes import Adapters, adapters_of, all_shapes, trained_shapes
 from pretrain.zero.deepspeed_settings import (
     MAX_LIVE_ELEMENTS,
     NVME_GROUP_ELEMENTS,
@@ -32,7 +32,28 @@ BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 
 @dataclass(frozen=True)
-class Layout:
+class Sizes:
+    """How many parameters there are of which kind.
+
+    Args:
+        total: parameters P that are trained: gradients, masters and moments are of these.
+        weights: parameters of the model, with those that adapters stand beside.
+        persistent: of these, what stage 3 keeps whole on every rank.
+        largest: parameters of the largest tensor of the model.
+        largest_trained: of the largest one that is trained.
+        num_states: tensors of the optimizer for each trained parameter, on average.
+    """
+
+    total: int
+    weights: int
+    persistent: int
+    largest: int
+    largest_trained: int
+    num_states: float
+
+
+@dataclass(frozen=True)
+class Layout(Sizes):
     """How a run's states lie on the ranks.
 
     Args:
@@ -42,10 +63,6 @@ class Layout:
         ranks: N.
         size: bytes of a weight in the model.
         grad_size: bytes of a gradient's sum over micro-steps and ranks.
-        total: parameters P.
-        persistent: parameters that stage 3 keeps whole on every rank.
-        largest: parameters of the largest tensor.
-        num_states: tensors of the optimizer for each parameter, on average.
         bucket: gradients that are reduced at once.
         offload: as configured.
     """
@@ -55,27 +72,23 @@ class Layout:
     ranks: int
     size: int
     grad_size: int
-    total: int
-    persistent: int
-    largest: int
-    num_states: float
     bucket: int
     offload: str
 
 
 @cache
-def _sizes(shape: ModelShape, section: str) -> tuple[int, int, float]:
-    """Return persistent parameters, those of the largest tensor, and tensors of state a parameter."""
+def _sizes(shape: ModelShape, adapters: Adapters | None, section: str) -> Sizes:
     optim = OptimSection.model_validate_json(section)
-    persistent = largest = states = total = 0
-    for name, size in parameter_shapes(shape).items():
+    numels = [math.prod(size) for size in all_shapes(shape, adapters).values()]
+    largest_trained = states = total = 0
+    for name, size in trained_shapes(shape, adapters).items():
         numel = math.prod(size)
         by_muon = optim.name == "muon" and is_hidden_matrix(name, len(size))
-        persistent += numel if numel <= PERSISTENT_ELEMENTS else 0
-        largest = max(largest, numel)
+        largest_trained = max(largest_trained, numel)
         states += numel * len(moment_names(optim, by_muon))
         total += numel
-    return persistent, largest, states / total
+    persistent = sum(numel for numel in numels if numel <= PERSISTENT_ELEMENTS)
+    return Sizes(total, sum(numels), persistent, max(numels), largest_trained, states / total)
 
 
 def shape_of(config: Config) -> ModelShape:
@@ -89,22 +102,22 @@ def layout_of(config: Config, ranks: int) -> Layout:
     precision, offload = config.train.precision, config.parallel.offload
     size = BYTES[precision]
     grad_size = 2 if config.train.grad_accum_dtype == "bf16" else 4
-    persistent, largest, num_states = _sizes(shape, config.optim.model_dump_json(by_alias=True))
+    sizes = _sizes(shape, adapters_of(config), config.optim.model_dump_json(by_alias=True))
     kind = "plain" if stage == 0 else "weights" if stage == 3 else "divided"
     if stage == 1 and precision == "bf16" and grad_size == 4 and offload == "none":
         kind = "summed"
-    total = num_parameters(shape)
+    bucket = min(sizes.total, bucket_elements(ranks))
     return Layout(
-        kind, stage, ranks, size, grad_size, total, persistent, largest, num_states,
-        min(total, bucket_elements(ranks)), offload,
+        **vars(sizes), kind=kind, stage=stage, ranks=ranks, size=size, grad_size=grad_size, bucket=bucket,
+        offload=offload,
     )  # fmt: skip
 
 
 @cache
-def _held_whole(shape: ModelShape, ranks: int) -> int:
-    """Elements of the matrices that lie in a rank's part of all, each counted whole; of the rank that has most."""
+def _held_whole(shape: ModelShape, adapters: Adapters | None, ranks: int) -> int:
+    """Elements of the trained matrices in a rank's part of all, each counted whole; of the rank that has most."""
     ends, total = [0], 0
-    for size in parameter_shapes(shape).values():
+    for size in trained_shapes(shape, adapters).values():
         total += math.prod(size) if len(size) == 2 else 0
         ends += [total] if len(size) == 2 else []
     share, first, last, most = -(-total // ranks), 0, 0, 0
@@ -117,10 +130,10 @@ def _held_whole(shape: ModelShape, ranks: int) -> int:
     return most
 
 
-def _own_gradients(at: Layout, shape: ModelShape) -> int:
+def _own_gradients(at: Layout, config: Config) -> int:
     """Bytes of the sums that a rank keeps, where they are divided."""
     if at.kind == "divided" and at.grad_size == at.size:  # the gradients themselves stay, whole
-        return at.grad_size * _held_whole(shape, at.ranks)
+        return at.grad_size * _held_whole(shape_of(config), adapters_of(config), at.ranks)
     return at.grad_size * at.total // at.ranks
 
 
@@ -135,22 +148,22 @@ def resident(config: Config, ranks: int) -> dict[str, int]:
     """
     at, share = layout_of(config, ranks), layout_of(config, ranks).total / ranks
     if at.kind == "plain":
-        found = {"parameters": 4 * at.total, "gradients": 4 * at.total, "masters": 0, "buckets": 0,
+        found = {"parameters": 4 * at.weights, "gradients": 4 * at.total, "masters": 0, "buckets": 0,
                  "moments": 4 * at.num_states * at.total}  # fmt: skip
     else:
-        found = {"parameters": at.size * at.total, "gradients": _own_gradients(at, shape_of(config)),
+        found = {"parameters": at.size * at.weights, "gradients": _own_gradients(at, config),
                  "masters": 4 * share, "moments": 4 * at.num_states * share, "buckets": 0}  # fmt: skip
     if at.kind == "summed":
         found["gradients"] = (4 + at.size) * at.total  # whole in fp32 all the time, and as the backward pass gave them
     if at.kind == "weights":
-        found["parameters"] = at.size * (share + at.persistent)
+        found["parameters"] = at.size * (at.weights / ranks + at.persistent)
         found["buckets"] = at.grad_size * at.bucket
     if at.offload != "none":
         found |= {"masters": 0, "moments": 0, "gradients": 0}
     if at.offload == "parameters":
         found["parameters"] = at.size * at.persistent
     if at.kind == "weights" and config.parallel.hpz_ranks > 1:
-        found["parameters"] += at.size * at.total / config.parallel.hpz_ranks
+        found["parameters"] += at.size * at.weights / config.parallel.hpz_ranks
     return {kind: int(value) for kind, value in found.items()}
 
 
@@ -163,12 +176,18 @@ def host_bytes(config: Config, ranks: int) -> dict[str, int]:
         offload = 4 * 4 * min(NVME_GROUP_ELEMENTS, at.total / ranks) if on_disk else states
         offload += at.grad_size * at.total / ranks
         # stages 1 and 2 bring weights back through one more buffer, and gradients through one of the largest tensor's
-        offload += at.size * at.largest + at.size * at.total / ranks if at.stage < 3 else 0
+        offload += at.size * at.largest_trained + at.size * at.total / ranks if at.stage < 3 else 0
     if at.offload == "parameters":
-        offload += at.size * at.total / ranks
+        offload += at.size * at.weights / ranks
     # what the host has and a save is waited for is written as it is
     is_copied = (config.checkpoint.asynchronous and not on_disk) or at.offload == "none"
     return {"offload": int(offload), "snapshot": int(states if is_copied else 0)}
+
+
+def checkpoint_bytes(config: Config) -> int:
+    """Bytes of a checkpoint, of all ranks together, without what describes it."""
+    at = layout_of(config, 1)
+    return int(4 * (1 + at.num_states) * at.total)
 
 
 def disk_bytes(config: Config, ranks: int) -> int:
@@ -217,12 +236,12 @@ def memory_of(config: Config, plan: BatchPlan, masked: bool = False) -> Memory:
     mode = config.train.activation_checkpointing
     acts = activations(
         shape, plan.micro_batch_size, plan.seq_len, mode, at.size, masked or at.size == 4,
-        plan.sequence_parallel_size, config.train.ffn_chunk_tokens,
+        plan.sequence_parallel_size, config.train.ffn_chunk_tokens, adapters_of(config),
     )  # fmt: skip
     gathered = _gathered(at, shape, mode != "none")
-    early, sums = _held_gradients(at, _own_gradients(at, shape), plan.num_micro_steps)
+    early, sums = _held_gradients(at, _own_gradients(at, config), plan.num_micro_steps)
     bucket, copies = _reduction(at, at.bucket)
-    output = 0 if shape.tie_embeddings else shape.padded_vocab_size * shape.dim
+    output = 0 if shape.tie_embeddings or config.train.lora else shape.padded_vocab_size * shape.dim
     fixed = {kind: states[kind] for kind in ("parameters", "masters", "moments")} | {"gathered weights": gathered}
     filled = max(bucket, states["buckets"])
     moments = {
@@ -262,8 +281,8 @@ def _gathered(at: Layout, shape: ModelShape, recomputes: bool) -> int:
     """Bytes of whole weights beside a rank's share, at stage 3."""
     if at.kind != "weights":
         return 0
-    ahead = min(prefetch_elements(at.total, shape.num_layers), MAX_LIVE_ELEMENTS - kept_elements(recomputes))
-    return at.size * min(at.total - at.persistent, kept_elements(recomputes) + ahead + at.largest)
+    ahead = min(prefetch_elements(at.weights, shape.num_layers), MAX_LIVE_ELEMENTS - kept_elements(recomputes))
+    return at.size * min(at.weights - at.persistent, kept_elements(recomputes) + ahead + at.largest)
 
 
 def _held_gradients(at: Layout, own: int, num_micro_steps: int) -> tuple[int, int]:
@@ -308,5 +327,5 @@ def _update(at: Layout) -> int:
     if at.offload != "none" or at.kind in ("plain", "summed"):
         return 0
     if at.stage == 2 and at.grad_size != at.size:
-        return 8 * min(at.largest, share)  # the norm in fp64 of one tensor at a time
+        return 8 * min(at.largest_trained, share)  # the norm in fp64 of one tensor at a time
     return 4 * share  # gradients as one flat fp32 tensor

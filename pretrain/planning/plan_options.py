@@ -8,6 +8,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from pretrain.command_line import CommandLine, count
 from pretrain.console import format_count
 from pretrain.planning.scaling_laws import flops_of, recommend
 from pretrain.ranks.gpus import find_gpu
@@ -21,21 +22,19 @@ EXAMPLES = """examples:
   python launch/plan.py --tokens 1e12
   python launch/plan.py --gpu-days 100 --gpu A100 --mfu 0.45
 
-Nothing is started, and no GPU is needed. exit status: 0 done, 2 wrong config or use."""
+Nothing is started, and no GPU is needed. exit status: 0 done, 2 wrong config or use, 130 stopped by a signal."""
 DEFAULT_MFU = 0.4
 _SUFFIXES = {"k": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}  # as the reports write them
 
 
 def parse(argv: Sequence[str] | None, description: str | None) -> argparse.Namespace:
     """Read the arguments; ends the process with status 2 and a message where they do not fit each other."""
-    parser = argparse.ArgumentParser(
-        prog="plan", description=description, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = CommandLine("plan", description, EXAMPLES)
     parser.add_argument("config", metavar="CONFIG", nargs="?", help="YAML file")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="options that replace the file's")
-    parser.add_argument("--gpus", metavar="N", type=_count, help="one rank each; default: 8, or what is needed to fit")
+    parser.add_argument("--gpus", metavar="N", type=count, help="one rank each; default: 8, or what is needed to fit")
     parser.add_argument("--gpu", metavar="NAME", default="H100", help="default: H100; docs/planning.md lists them")
-    parser.add_argument("--gpus-per-node", metavar="N", type=_count, default=8, help="default: 8")
+    parser.add_argument("--gpus-per-node", metavar="N", type=count, default=8, help="default: 8")
     parser.add_argument("--network", metavar="GBIT", type=_positive, help="Gbit/s a GPU to other nodes")
     parser.add_argument("--price", metavar="USD", type=_positive, help="an hour of one GPU")
     parser.add_argument("--host-memory", metavar="GIB", type=_positive, help="of each node; default: 1800")
@@ -61,12 +60,6 @@ def parse(argv: Sequence[str] | None, description: str | None) -> argparse.Names
     if idle:
         parser.error(f"--{idle[0].replace('_', '-')} goes with CONFIG")
     return arguments
-
-
-def _count(text: str) -> int:
-    if not (text.isascii() and text.isdigit() and int(text)):
-        raise argparse.ArgumentTypeError(f"it is {text or 'empty'}; expected a whole number from 1")
-    return int(text)
 
 
 def _positive(text: str) -> float:

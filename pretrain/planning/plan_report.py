@@ -9,7 +9,7 @@ from pretrain.options.config import Config
 from pretrain.options.families import num_parameters
 from pretrain.planning.plan import Plan, Search, more_gpus_help, not_reckoned, overrides
 from pretrain.planning.plan_communication import collectives
-from pretrain.planning.plan_memory import disk_bytes, shape_of
+from pretrain.planning.plan_memory import checkpoint_bytes, disk_bytes, layout_of, shape_of
 from pretrain.ranks.gpus import GIB
 
 _SHOWN = 5  # of the best, and of those that do not fit
@@ -57,7 +57,8 @@ def as_json(plan: Plan) -> dict[str, Any]:
 def report_json(config: Config, plan: Plan, found: Search) -> dict[str, Any]:
     """Return a config's plan and what a search found, in plain values."""
     return {
-        "parameters": num_parameters(shape_of(config)), "plan": as_json(plan),
+        "parameters": num_parameters(shape_of(config)), "trained_parameters": layout_of(config, 1).total,
+        "checkpoint_bytes": checkpoint_bytes(config), "plan": as_json(plan),
         "best": [as_json(one) | {"overrides": overrides(one, config), "reason": reason(one)}
                  for one in found.best[:_SHOWN]],
         "too_large": [as_json(one) | {"overrides": overrides(one, config)} for one in found.too_large[:_SHOWN]],
@@ -66,9 +67,11 @@ def report_json(config: Config, plan: Plan, found: Search) -> dict[str, Any]:
 
 def render(config: Config, plan: Plan, found: Search) -> str:
     """Write a config's plan and what a search found."""
-    machine = plan.machine
+    machine, size = plan.machine, num_parameters(shape_of(config))
+    num_trained = layout_of(config, 1).total
+    adapters = f" and {format_count(num_trained)} of adapters, which are trained," if config.train.lora else ""
     lines = [
-        f"{format_count(num_parameters(shape_of(config)))} parameters on {machine.num_gpus:,} x {machine.name} "
+        f"{format_count(size)} parameters{adapters} on {machine.num_gpus:,} x {machine.name} "
         f"({gib(machine.gpu.memory_bytes)} each), {machine.num_nodes:,} node{'s' * (machine.num_nodes > 1)} of up to "
         f"{machine.gpus_per_node}, {machine.network * 8:g} Gbit/s a GPU between them",
         "", "As configured: " + settings_of(plan), *_memory_lines(plan), *_time_lines(plan), "",
@@ -129,6 +132,7 @@ def _memory_lines(plan: Plan) -> list[str]:
     host = [f"{kind} {gib(ranks * value)}" for kind, value in plan.memory.host.items() if value]
     if host:
         lines.append(f"           of each node's host: {', '.join(host)}")
+    lines.append(f"           a checkpoint on disk: {gib(checkpoint_bytes(plan.config))}")
     if on_disk := disk_bytes(plan.config, plan.machine.num_gpus):
         lines.append(f"           of parallel.nvme_dir of each node: {gib(ranks * on_disk)}")
     return lines

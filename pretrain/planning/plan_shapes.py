@@ -4,10 +4,49 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 
+from pretrain.options.config import Config
 from pretrain.options.families import ModelShape
+from pretrain.transformer.lora_layers import LAYERS, A, B, adapted_layers, is_adapter
 
 Shapes = dict[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Adapters:
+    """What `train.lora` says of shapes: the rank, and which layers."""
+
+    rank: int
+    targets: tuple[str, ...]
+
+
+def adapters_of(config: Config) -> Adapters | None:
+    """The adapters of a config that tunes so, which are all that its run trains then; targets in a block's order."""
+    lora = config.train.lora
+    return None if lora is None else Adapters(lora.rank, tuple(one for one in LAYERS if one in lora.targets))
+
+
+def all_shapes(shape: ModelShape, adapters: Adapters | None) -> Shapes:
+    """Return the shape of every parameter of a model by its name, adapters behind the layers that they stand beside."""
+    plain = parameter_shapes(shape)
+    if adapters is None:
+        return plain
+    wanted, found = adapted_layers(adapters.targets), Shapes()
+    for name, size in plain.items():
+        found[name] = size
+        owner, _, kind = name.rpartition(".")
+        if kind == "weight" and owner.partition(".")[2].partition(".")[2] in wanted:
+            if f"{owner}.bias" in plain:
+                found[f"{owner}.bias"] = plain[f"{owner}.bias"]
+            found |= {f"{owner}.{A}": (adapters.rank, size[1]), f"{owner}.{B}": (size[0], adapters.rank)}
+    return found
+
+
+def trained_shapes(shape: ModelShape, adapters: Adapters | None) -> Shapes:
+    """Return the shapes of the parameters that are trained: the adapters where there are some, else all."""
+    found = all_shapes(shape, adapters)
+    return found if adapters is None else {name: size for name, size in found.items() if is_adapter(name)}
 
 
 def parameter_shapes(shape: ModelShape) -> Shapes:
@@ -23,16 +62,16 @@ def parameter_shapes(shape: ModelShape) -> Shapes:
     return found
 
 
-def modules_in_order(shape: ModelShape) -> list[list[int]]:
+def modules_in_order(shape: ModelShape, adapters: Adapters | None = None) -> dict[str, list[int]]:
     """Return the parameters' sizes of every module that holds some, in the order in which a forward pass runs them.
 
     The output layer holds the embedding's weights where they are tied.
     """
     by_owner: dict[str, list[int]] = {}
-    for name, size in parameter_shapes(shape).items():
+    for name, size in all_shapes(shape, adapters).items():
         by_owner.setdefault(name.rpartition(".")[0], []).append(math.prod(size))
     by_owner.setdefault("output", by_owner["embedding"])
-    return list(by_owner.values())
+    return by_owner
 
 
 def hidden_matrices(shape: ModelShape) -> list[list[tuple[int, int]]]:

@@ -15,6 +15,7 @@ from pretrain.options.families import ModelShape, flops_per_token
 from pretrain.planning.plan_activations import offloaded_bytes
 from pretrain.planning.plan_communication import Collective, collectives, gathered_weights
 from pretrain.planning.plan_memory import Layout, layout_of, shape_of
+from pretrain.planning.plan_shapes import Adapters, adapters_of
 from pretrain.ranks.gpus import Gpu
 
 
@@ -59,6 +60,7 @@ _KERNELS_OF_BLOCK = {
 }  # forward and backward; norms with a sum count once
 _KERNELS_OF_CHUNK = 20  # a further one of the feed-forward
 _KERNELS_OF_EXCHANGE = 16  # copies around attention, and collectives
+_KERNELS_OF_ADAPTER = 7  # forward and backward, less the gradient of the weight that it stands beside
 
 
 @dataclass(frozen=True)
@@ -136,13 +138,13 @@ def step_time(config: Config, plan: BatchPlan, machine: Machine, assumed: Assump
         machine: the GPUs.
         assumed: what is not on a data sheet.
     """
-    shape, at = shape_of(config), layout_of(config, machine.num_gpus)
+    shape, at, adapters = shape_of(config), layout_of(config, machine.num_gpus), adapters_of(config)
     N, mode = plan.tokens_of_micro_step, config.train.activation_checkpointing
     chunks = -(-N // (config.train.ffn_chunk_tokens or N))
     peak, repeats = machine.peak(config.train.precision), plan.num_micro_steps
     bandwidth = machine.gpu.bandwidth * 1e9 * assumed.bandwidth
     matmul = repeats * _matmul_seconds(
-        shape, N, at.size, mode, chunks, peak * machine.gpu.matmul * assumed.sustained, bandwidth
+        shape, N, at.size, mode, chunks, peak * machine.gpu.matmul * assumed.sustained, bandwidth, adapters
     )
     attention = repeats * _attention_seconds(shape, N, plan.seq_len, mode, peak, assumed)
     memory = repeats * _memory_bytes(shape, N, at, mode, plan.sequence_parallel_size) / bandwidth
@@ -151,6 +153,7 @@ def step_time(config: Config, plan: BatchPlan, machine: Machine, assumed: Assump
     exposed = _communication_seconds(collectives(config, plan), config, machine, passes, assumed)
     kernels = _KERNELS_OF_BLOCK[mode] + _KERNELS_OF_CHUNK * (chunks - 1)
     kernels += _KERNELS_OF_EXCHANGE if plan.sequence_parallel_size > 1 else 0
+    kernels += _KERNELS_OF_ADAPTER * len(adapters.targets) if adapters else 0
     blocks = shape.num_layers * (kernels * assumed.kernel_seconds
                                  + (12 * assumed.hook_seconds if at.stage == 3 else 0.0))  # fmt: skip
     waiting = max(0.0, repeats * blocks - passes)  # the host runs ahead of the GPU: only what it is slower by
@@ -167,17 +170,20 @@ def utilisation(config: Config, plan: BatchPlan, machine: Machine, seconds: floa
     """Model FLOPs utilisation of a step of this length: by the peers' convention, and with causal attention once."""
     shape = shape_of(config)
     rate = plan.tokens_per_step / seconds / (machine.peak(config.train.precision) * machine.num_gpus)
-    return rate * flops_per_token(shape, causal=False), rate * flops_per_token(shape, causal=True)
+    frozen = config.train.lora is not None
+    return rate * flops_per_token(shape, False, frozen), rate * flops_per_token(shape, True, frozen)
 
 
 def _matmul_seconds(
-    shape: ModelShape, N: int, size: int, mode: str, chunks: int, reached: float, bandwidth: float
+    shape: ModelShape, N: int, size: int, mode: str, chunks: int, reached: float, bandwidth: float,
+    adapters: Adapters | None,
 ) -> float:  # fmt: skip
     """Seconds of a micro-step's products: computing, and what is read and written once, one after the other.
 
     They overlap in truth, and tiles read more than once; the two errors are of one size, and small products thus take
     a smaller part of the peak.
     """
+    rank, targets = (adapters.rank, adapters.targets) if adapters else (0, ())
 
     def product(inputs: int, outputs: int, times: float, parts: int = 1) -> float:
         computing = 2.0 * N * inputs * outputs / reached
@@ -185,12 +191,20 @@ def _matmul_seconds(
         adding = 3.0 * (parts - 1) * inputs * outputs * size / bandwidth  # gradients of the parts
         return times * (computing + moving) + adding
 
+    def layer(target: str, inputs: int, outputs: int, times: float, parts: int = 1) -> float:
+        if target in targets:  # beside it the two matrices of an adapter, which are trained
+            beside = product(inputs, rank, times, parts) + product(rank, outputs, times, parts)
+            return product(inputs, outputs, times - 1) + beside
+        return product(inputs, outputs, times - 1) if adapters else product(inputs, outputs, times, parts)
+
     D, F, C = shape.dim, shape.ffn_dim, shape.head_dim
-    times = 4.0 if mode in ("full", "offload") else 3.0  # forward, two backward, and forward again
-    block = product(D, (shape.num_heads + 2 * shape.num_kv_heads) * C, times) + product(shape.num_heads * C, D, times)
+    times = 4.0 if mode in ("full", "offload") else 3.0  # forward, two backward (one of them for weights), and again
+    block = layer("qkv", D, (shape.num_heads + 2 * shape.num_kv_heads) * C, times)
+    block += layer("attention_output", shape.num_heads * C, D, times)
     times = 4.0 if chunks > 1 else times
-    block += product(D, F * (2 if shape.activation == "swiglu" else 1), times, chunks) + product(F, D, times, chunks)
-    return shape.num_layers * block + product(D, shape.padded_vocab_size, 3.0)
+    block += layer("ffn_up", D, F * (2 if shape.activation == "swiglu" else 1), times, chunks)
+    block += layer("ffn_down", F, D, times, chunks)
+    return shape.num_layers * block + product(D, shape.padded_vocab_size, 3.0)  # its weights' gradient in any case
 
 
 def _attention_seconds(shape: ModelShape, N: int, seq_len: int, mode: str, peak: float, assumed: Assumptions) -> float:
@@ -225,7 +239,8 @@ def _memory_bytes(shape: ModelShape, N: int, at: Layout, mode: str, shared_by: i
     elif at.kind == "divided":
         gradients = (3 * at.size + 2 * at.grad_size) * at.total
     elif at.kind == "weights":
-        gradients = (2 * at.size + 4 * at.grad_size + 2 * at.size) * at.total  # and gathered weights put in place
+        gathered = 2 * at.size * at.weights  # put in place
+        gradients = (2 * at.size + 4 * at.grad_size) * at.total + gathered
     return N * (blocks + loss + 8 * D * at.size) + head + gradients
 
 

@@ -10,7 +10,7 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +22,7 @@ from pretrain.data.shard_reader import check_shards
 from pretrain.data.shards import EXAMPLES_VERSION, MANIFEST_NAME, MANIFEST_VERSION, Manifest, Shard, ShardWriter
 from pretrain.data.source_files import list_files
 from pretrain.errors import DataError
-from pretrain.options.config import Config, SourceSection
+from pretrain.options.config import Config, DataSection, SourceSection
 from pretrain.options.phases import val_fraction_of
 from pretrain.preparing.filters import REASONS
 from pretrain.preparing.journal import (
@@ -72,17 +72,10 @@ class Corpus:
 
     def prepare(self) -> None:
         """Make the corpus complete, or see that it is."""
-        data, manifest = self.config.data, None
-        if not (self.folder / MANIFEST_NAME).exists():
-            with file_lock(self.folder / LOCK_NAME, str(self.folder)):
-                if not (self.folder / MANIFEST_NAME).exists():
-                    manifest = self._make()
-                    for seq_len in data.seq_lens:
-                        build_row_tables(self.folder, manifest, seq_len, data.packing)
-                    manifest.save(self.folder)
-                    self._remove_shares()
-        if manifest is not None:
-            self._summarize(manifest)
+        data = self.config.data
+        made = make_once(self.folder, data, self._make, self._remove_shares)
+        if made is not None:
+            self._summarize(made)
             return
         manifest = Manifest.load(self.folder)
         self.check_complete(manifest)
@@ -281,6 +274,33 @@ class Corpus:
 def id_dtype_of(source: SourceSection, tokenizer: Tokenizer) -> np.dtype:
     """Of the ids in a source's shards, little-endian."""
     return tokenizer.id_dtype if source.examples is None else example_dtype(tokenizer)
+
+
+def make_once(
+    folder: Path, data: DataSection, make: Callable[[], Manifest], clean_up: Callable[[], None]
+) -> Manifest | None:
+    """Make a corpus with its rows if it is not complete, by one process at a time.
+
+    Args:
+        folder: of the corpus; its manifest is written last.
+        data: names the lengths of rows.
+        make: makes all but rows and manifest.
+        clean_up: removes what nothing needs once there is a manifest.
+
+    Returns:
+        The manifest; None if it was there.
+    """
+    if (folder / MANIFEST_NAME).exists():
+        return None
+    with file_lock(folder / LOCK_NAME, str(folder)):
+        if (folder / MANIFEST_NAME).exists():  # another process made it meanwhile
+            return None
+        manifest = make()
+        for seq_len in data.seq_lens:
+            build_row_tables(folder, manifest, seq_len, data.packing)
+        manifest.save(folder)
+        clean_up()
+        return manifest
 
 
 def add_rows(folder: Path, manifest: Manifest, seq_len: int, packing: str) -> bool:

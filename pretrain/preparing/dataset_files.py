@@ -42,11 +42,11 @@ def squad_documents(data: bytes) -> Iterator[str | Bad]:
             yield "\n\n".join(parts) + "\n"
 
 
-def squad_records(data: bytes) -> Iterator[dict[str, str] | Bad]:
+def squad_records(data: bytes) -> Iterator[dict[str, Any] | Bad]:
     """Yield a record for each question of SQuAD 1.1 or 2.0, to tune on, in the layout of `squad_documents`.
 
-    It has `title`, `context` and `question`, a `prompt` of the last two, and the answer as `response`. A paragraph with
-    a malformed question is bad as a whole.
+    It has `title`, `context` and `question`, a `prompt` of the last two, and the answer as `response`, with what other
+    annotators answered as `references`. A paragraph with a malformed question is bad as a whole.
 
     Args:
         data: the whole file.
@@ -63,6 +63,7 @@ def squad_records(data: bytes) -> Iterator[dict[str, str] | Bad]:
                     "question": question["question"].strip(),
                     "prompt": f"{_background(paragraph)}\n\n{_asked(question)}\n",
                     "response": _answer(question),
+                    "references": _other_answers(question),
                 }
                 for question in paragraph["qas"]
             ]
@@ -93,10 +94,20 @@ def _asked(question: dict[str, Any]) -> str:
     return f"Q: {question['question'].strip()}\nA:"
 
 
+def _answers(question: dict[str, Any]) -> list[str]:
+    """The different answers to a question, the most frequent first, of those as frequent the one that came first."""
+    if question.get("is_impossible", False):
+        return [UNANSWERABLE]
+    counts = Counter(answer["text"].strip() for answer in question["answers"])
+    return [text for text, _ in counts.most_common()] or [UNANSWERABLE]
+
+
 def _answer(question: dict[str, Any]) -> str:
-    answers = Counter(answer["text"].strip() for answer in question["answers"])
-    is_answered = answers and not question.get("is_impossible", False)
-    return answers.most_common(1)[0][0] if is_answered else UNANSWERABLE
+    return _answers(question)[0]
+
+
+def _other_answers(question: dict[str, Any]) -> list[str]:
+    return [text for text in _answers(question)[1:] if text]
 
 
 def imdb_text(text: str) -> str:

@@ -17,11 +17,20 @@ from pretrain.preparing.json_lines import json_lines
 Record = dict[str, Any]
 
 
-def read_examples(kind: Kind, file: BinaryIO, path: Path, section: ExamplesSection) -> Iterator[tuple[str, str | Bad]]:
-    """A file's examples, as `examples.encode_examples` reads them, each with its origin.
+def read_examples(
+    kind: Kind, file: BinaryIO, path: Path, section: ExamplesSection, with_references: bool = True
+) -> Iterator[tuple[str, str | Bad]]:
+    """A file's examples, as `examples.encode_example` reads them, each with its origin.
 
     A row of a table is a record of its columns, a question of SQuAD and a review of IMDB are records of what their
     `dataset_files` functions say; `section` puts prompts and responses together from their fields.
+
+    Args:
+        kind: of the file.
+        file: open.
+        path: where it lies.
+        section: what a prompt and a response are made of.
+        with_references: keep all right answers of a question of SQuAD, if its response is the answer.
     """
     if kind == "jsonl":
         yield from json_lines(file, path, section)
@@ -30,7 +39,9 @@ def read_examples(kind: Kind, file: BinaryIO, path: Path, section: ExamplesSecti
         if isinstance(record, Bad):
             yield origin, record
         else:
-            yield origin, example_of(record, section) if record else ""
+            references = record.pop("references", ()) if kind == "squad" else ()
+            has_several = with_references and section.response == "response"
+            yield origin, example_of(record, section, references if has_several else ()) if record else ""
 
 
 def _records(kind: Kind, file: BinaryIO, path: Path) -> Iterator[tuple[str, Record | Bad]]:

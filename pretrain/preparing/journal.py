@@ -18,9 +18,10 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
-from pretrain.data.shards import JOURNAL_NAME, PREPARE_COMMAND, Shard, index_path, write_atomically
+from pretrain.data.shards import JOURNAL_NAME, PREPARE_COMMAND, Shard, index_path
 from pretrain.data.text_index import INDEX_KEY
 from pretrain.errors import ConfigError, DataError
+from pretrain.storage.whole_file import write_atomically
 
 LOCK_NAME = ".prepare.lock"
 SPLITS = ("train", "val")

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pretrain.command_line import CommandLine, count
-from pretrain.errors import ConfigError
+from pretrain.errors import EXIT_INTERRUPTED, ConfigError
+from pretrain.interrupts import begin_work
 from pretrain.storage.stores import is_remote
 
 EXAMPLES = """examples:
@@ -22,12 +23,12 @@ EXAMPLES = """examples:
   python launch/prepare.py --verify s3://bucket/corpora/web
 
 exit status: 0 done, 1 failed (--verify: problems were found), 2 wrong config or use, 75 stopped by a signal; the same
-command then goes on."""
+command then goes on (130 where nothing is written: --dry-run, --inspect, --verify)."""
 
 
 def parse(argv: Sequence[str] | None, description: str | None) -> argparse.Namespace:
     """Read the arguments; ends the process with status 2 and a message where they do not fit each other."""
-    parser = CommandLine(prog="prepare", description=description, epilog=EXAMPLES)
+    parser = CommandLine("prepare", description, EXAMPLES)
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--dry-run", action="store_true", help="write nothing; foresee from samples what there will be")
     mode.add_argument(
@@ -77,6 +78,7 @@ def run(arguments: argparse.Namespace) -> None:
     from pretrain.preparing.prepare import prepare, prepare_tokenizer
     from pretrain.preparing.shares import parse_share
 
+    begin_work("stopped: what is complete is kept; the same command goes on where it stopped")
     share = parse_share(arguments.share) if arguments.share else None
     config = load_config(arguments.config, arguments.overrides)
     if arguments.train_tokenizer:
@@ -95,6 +97,7 @@ def report(arguments: argparse.Namespace) -> tuple[str, int] | None:
         return None
     from pretrain.options.settings import load_config
 
+    begin_work("stopped; nothing was written", EXIT_INTERRUPTED)
     for option in ("inspect", "verify"):
         place = getattr(arguments, option)
         if place and not is_remote(place) and Path(place).is_file():

@@ -264,7 +264,8 @@ def _contents(
             texts = read_tar(file, path, text_field, log)
             yield from ((f"{path}:{member.name}", content) for member, content, _ in texts)
         elif source.examples is not None:
-            yield from read_examples(kind, file, path, source.examples)
+            # a paraphrase is known to be of a held-out question by the answer that its line has
+            yield from read_examples(kind, file, path, source.examples, not source.augment.back_translation)
         else:
             yield from _READERS[kind](file, path, text_field)
 

@@ -20,8 +20,9 @@ from pathlib import Path
 
 import numpy as np
 
-from pretrain.data.shards import PREPARE_COMMAND, sync_folder
+from pretrain.data.shards import PREPARE_COMMAND
 from pretrain.errors import DataError
+from pretrain.storage.whole_file import sync_folder
 
 # `head` and `order` are the two halves of a document's digest: the first decides its split, the second its place.
 RECORD = np.dtype(

@@ -19,7 +19,6 @@ from typing import BinaryIO, cast
 
 import numpy as np
 
-from pretrain.data.shards import sync_folder
 from pretrain.data.source_files import READ_BYTES
 from pretrain.data.text_index import PIECE_DTYPE, TEXT_INDEX_DTYPE
 from pretrain.data.text_shards import tokenize_pieces
@@ -38,6 +37,7 @@ from pretrain.preparing.sources import (
     read_tar,
 )
 from pretrain.preparing.workers import num_processes, ordered_map
+from pretrain.storage.whole_file import sync_folder
 from pretrain.tokenizers.tokenizer import Tokenizer
 from pretrain.tokenizers.tokenizer_files import open_tokenizer
 

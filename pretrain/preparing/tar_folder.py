@@ -9,10 +9,11 @@ from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from pretrain.data.shards import JOURNAL_NAME, MANIFEST_NAME, PREPARE_COMMAND, Manifest, sync_folder
+from pretrain.data.shards import JOURNAL_NAME, MANIFEST_NAME, PREPARE_COMMAND, Manifest
 from pretrain.data.source_files import STDLIB, is_compressed, kind_of, list_files
 from pretrain.errors import ConfigError
 from pretrain.options.config import SourceSection
+from pretrain.storage.whole_file import sync_folder
 
 VAL_NAME = "held-out"  # of the shards of held-out documents, which lie beside the tars
 VAL_FILE = re.compile(rf"\.?{VAL_NAME}-\d{{6,}}\.(tar|index\.npy)(\.tmp)?")

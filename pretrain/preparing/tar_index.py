@@ -20,18 +20,8 @@ from pathlib import Path
 import numpy as np
 
 from pretrain.console import LiveLine, format_bytes, format_duration
-from pretrain.data.row_table import build_row_tables
 from pretrain.data.shard_reader import check_shards
-from pretrain.data.shards import (
-    JOURNAL_NAME,
-    MANIFEST_NAME,
-    MANIFEST_VERSION,
-    Manifest,
-    Shard,
-    ShardWriter,
-    index_path,
-    write_atomically,
-)
+from pretrain.data.shards import JOURNAL_NAME, MANIFEST_NAME, MANIFEST_VERSION, Manifest, Shard, ShardWriter, index_path
 from pretrain.data.source_files import files_identity
 from pretrain.data.text_index import INDEX_KEY, select_documents, text_index_bytes
 from pretrain.data.text_shards import PIECE_CHARACTERS, content_of
@@ -39,14 +29,12 @@ from pretrain.errors import ConfigError, DataError
 from pretrain.options.config import Config, SourceSection
 from pretrain.options.phases import val_fraction_of
 from pretrain.preparing import filters
-from pretrain.preparing.corpus import add_rows, no_documents
+from pretrain.preparing.corpus import add_rows, make_once, no_documents
 from pretrain.preparing.journal import (
-    LOCK_NAME,
     SPLITS,
     Recipe,
     append_line,
     check_recipe,
-    file_lock,
     read_lines,
     read_recipe,
     write_lines,
@@ -55,6 +43,7 @@ from pretrain.preparing.near_duplicates import NearDuplicates
 from pretrain.preparing.sources import ReadLog, validation_limit
 from pretrain.preparing.tar_documents import TarDocuments, TarNote, first_of_equals, measure_tars
 from pretrain.preparing.tar_folder import VAL_FILE, VAL_NAME, link_tars, list_originals, name_tars, tars_of
+from pretrain.storage.whole_file import write_atomically
 from pretrain.tokenizers.tokenizer import Tokenizer
 
 RECIPE_VERSION = 1  # of the rules that make an index of tars
@@ -90,16 +79,10 @@ class TarIndex:
             DataError: the tars hold nothing to train on, or cannot be read.
         """
         data = self.config.data
-        if not (self.folder / MANIFEST_NAME).exists():
-            with file_lock(self.folder / LOCK_NAME, str(self.folder)):
-                if not (self.folder / MANIFEST_NAME).exists():
-                    manifest = self._make()
-                    for seq_len in data.seq_lens:
-                        build_row_tables(self.folder, manifest, seq_len, data.packing)
-                    manifest.save(self.folder)
-                    self._remove_notes()
-                    self._summarize(manifest)
-                    return
+        made = make_once(self.folder, data, self._make, self._remove_notes)
+        if made is not None:
+            self._summarize(made)
+            return
         manifest = Manifest.load(self.folder)
         self.check_complete(manifest)
         self._remove_notes()

@@ -22,8 +22,8 @@ from typing import TypeVar
 
 import numpy as np
 
-from pretrain.data.examples import encode_examples
-from pretrain.errors import DataError, LonghaulError
+from pretrain.data.examples import encode_example
+from pretrain.errors import ConfigError, DataError, LonghaulError
 from pretrain.options.config import DataSection, TokenizerSection
 from pretrain.tokenizers.sentencepiece_tokenizer import fit
 from pretrain.tokenizers.tokenizer import Tokenizer
@@ -58,6 +58,7 @@ class QueuedDocument:
 
 
 Batch = list[QueuedDocument]  # what one process tokenizes at once
+Text = tuple[str, str]  # where a document is from, and what it says
 
 
 def num_processes(data: DataSection) -> int:
@@ -87,6 +88,7 @@ def encode_batches(
         Each batch with the ids of its documents, bos and eos included.
 
     Raises:
+        ConfigError: the chat template refuses a conversation, which is named.
         DataError: a process was killed, or the model file was replaced meanwhile.
     """
     if num_processes == 1:
@@ -99,8 +101,8 @@ def encode_batches(
         yield from results
 
 
-def _texts_of(batch: Batch) -> list[str]:
-    return [document.text for document in batch if document.text is not None]
+def _texts_of(batch: Batch) -> list[Text]:
+    return [(document.origin, document.text) for document in batch if document.text is not None]
 
 
 def ordered_map(
@@ -207,7 +209,7 @@ def _end_with_parent() -> None:
 _tokenizer: Tokenizer | None = None
 
 
-def _encode(section: TokenizerSection, fingerprint: str, are_examples: bool, texts: list[str]) -> list[np.ndarray]:
+def _encode(section: TokenizerSection, fingerprint: str, are_examples: bool, texts: list[Text]) -> list[np.ndarray]:
     global _tokenizer
     if _tokenizer is None:  # not before: an error of the initializer would say nothing but that the process ended
         _tokenizer = open_tokenizer(section)
@@ -216,5 +218,14 @@ def _encode(section: TokenizerSection, fingerprint: str, are_examples: bool, tex
     return _encode_with(_tokenizer, are_examples, texts)
 
 
-def _encode_with(tokenizer: Tokenizer, are_examples: bool, texts: list[str]) -> list[np.ndarray]:
-    return encode_examples(tokenizer, texts) if are_examples else tokenizer.encode_documents(texts)
+def _encode_with(tokenizer: Tokenizer, are_examples: bool, texts: list[Text]) -> list[np.ndarray]:
+    if not are_examples:
+        return tokenizer.encode_documents([text for _, text in texts])
+    return [_encode_example(tokenizer, *text) for text in texts]
+
+
+def _encode_example(tokenizer: Tokenizer, origin: str, text: str) -> np.ndarray:
+    try:
+        return encode_example(tokenizer, text)
+    except ConfigError as error:  # of the chat template
+        raise ConfigError(f"{origin}: {error}") from None

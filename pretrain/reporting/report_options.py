@@ -5,13 +5,23 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from pretrain.command_line import count
+from pretrain.command_line import CommandLine, count
 from pretrain.errors import ConfigError
 from pretrain.generation.generate_options import read_text
 
+EXAMPLES = """examples:
+  python launch/report.py runs/quickstart
+  python launch/report.py runs/a runs/b runs/c --out comparison.html --png plots
+  python launch/report.py runs/quickstart --inspect 'def main():'
+  python launch/report.py runs/quickstart --step 400 --inspect-file example.py --out example.html
+  python launch/report.py runs/quickstart --inspect-file - < example.py
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what is to be looked at, and where the page goes."""
+exit status: 0 done, 1 failed, 2 wrong use, 130 stopped by a signal: the page is whole or as it was."""
+
+
+def make_parser(description: str | None) -> CommandLine:
+    """Return what reads the arguments: what is to be looked at, and where the page goes."""
+    parser = CommandLine("report", description, EXAMPLES)
     parser.add_argument("run", metavar="RUN", nargs="+", help="run folder; several are laid over each other")
     parser.add_argument(
         "--out", metavar="FILE", type=Path, help="page to write; by default RUN/report.html, of several runs "
@@ -29,7 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     which.add_argument(
         "--inspect-file", metavar="FILE", help="likewise, of the text in a file; - is the standard input"
     )
-    text.add_argument("--step", type=count, help="checkpoint to use; the newest good one by default")
+    text.add_argument("--step", type=count, metavar="N", help="checkpoint to use; the newest good one by default")
+    return parser
 
 
 def text_from(arguments: argparse.Namespace) -> str | None:

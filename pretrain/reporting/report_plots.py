@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -75,7 +76,12 @@ def _draw(path: Path, label: str, fill: Callable[..., None], *arguments: Any) ->
     lines, names = axes.get_legend_handles_labels()
     if len(names) > 1:
         axes.legend(lines, [_literal(name) for name in names], frameon=False, fontsize=8)
-    figure.savefig(path)
+    temporary = path.with_name(f".{path.stem}.tmp-{os.getpid()}.png")
+    try:
+        figure.savefig(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
     return path
 
 

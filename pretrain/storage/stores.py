@@ -284,6 +284,35 @@ def join(root: str, name: str) -> str:
     return f"{path.rstrip('/')}/{name}{mark}{query}"
 
 
+def check_installed(url: str) -> None:
+    """Check that what reads a URL is there; nothing is opened.
+
+    Raises:
+        DataError: nobody reads such URLs, or it is not installed.
+    """
+    if url.startswith(PIPE):
+        return
+    import fsspec
+
+    protocol = ""
+    try:
+        for part in url.split("::"):  # such as simplecache::s3://bucket
+            protocol = part.partition(":")[0].lower()
+            fsspec.get_filesystem_class(protocol)
+    except (ImportError, ValueError) as error:
+        raise _not_opened(url, protocol, error) from error
+
+
+def _not_opened(url: str, protocol: str, error: Exception) -> DataError:
+    if isinstance(error, ImportError):
+        package = _INSTALL.get(protocol, f"fsspec[{protocol}]")
+        return DataError(f"{shown(url)}: {error}. Install what reads {protocol}: pip install '{package}'")
+    return DataError(
+        f"{shown(url)} cannot be opened: {error}. Use a folder or s3://, gs:// and the like; data may also be at "
+        "hf://, https:// and pipe:"
+    )
+
+
 def _open_filesystem(url: str, stall_seconds: float, caches_listings: bool) -> tuple[Any, str, dict[str, Any]]:
     """Return fsspec's file system for a URL, the root in it, and the options with which it opens a file."""
     protocol = url.partition(":")[0].lower()
@@ -311,14 +340,8 @@ def _open_filesystem(url: str, stall_seconds: float, caches_listings: bool) -> t
         if not caches_listings:
             options["use_listings_cache"] = False
         filesystem, root = fsspec.core.url_to_fs(url, **options)
-    except ImportError as error:
-        package = _INSTALL.get(protocol, f"fsspec[{protocol}]")
-        raise DataError(f"{shown(url)}: {error}. Install what reads {protocol}: pip install '{package}'") from error
-    except ValueError as error:
-        raise DataError(
-            f"{shown(url)} cannot be opened: {error}. Use a folder or s3://, gs:// and the like; data may also be at "
-            "hf://, https:// and pipe:"
-        ) from error
+    except (ImportError, ValueError) as error:
+        raise _not_opened(url, protocol, error) from error
     return filesystem, root, opening
 
 

@@ -14,8 +14,6 @@ import torch
 from safetensors import SafetensorError
 
 from pretrain.errors import CheckpointError
-from pretrain.storage.whole_file import sync_folder as sync_folder
-from pretrain.storage.whole_file import write_text as write_text
 
 _FIXES = {
     errno.ENOSPC: "Free space or inodes there, or keep fewer checkpoints (checkpoint.keep_last, keep_every).",

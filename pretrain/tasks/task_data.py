@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
-from pretrain.data.shards import write_atomically
 from pretrain.errors import ConfigError
+from pretrain.storage.whole_file import write_atomically
 from pretrain.tasks.task_grammars import Example, Make, make_roles, make_translation
 from pretrain.tasks.task_stories import make_label, make_log, make_question, make_summary
 
@@ -98,12 +98,10 @@ def write_task(name: str, folder: str | Path, num_train: int, num_held_out: int,
         ConfigError: as `make_examples`.
         OSError: a file cannot be written.
     """
-    folder = Path(folder)
+    made = make_examples(name, num_train, num_held_out, seed)
+    folder, paths = Path(folder), []
     folder.mkdir(parents=True, exist_ok=True)
-    paths = []
-    for file, examples in zip(
-        (TRAIN_FILE, HELD_OUT_FILE), make_examples(name, num_train, num_held_out, seed), strict=True
-    ):
+    for file, examples in zip((TRAIN_FILE, HELD_OUT_FILE), made, strict=True):
         lines = [
             json.dumps({"id": f"{file[0]}{number}", "prompt": one.prompt, "response": one.response}, ensure_ascii=False)
             for number, one in enumerate(examples)

@@ -8,8 +8,7 @@ from collections.abc import Iterator
 from pretrain.errors import EXIT_DONE
 from pretrain.options.batch_plan import BatchPlan
 from pretrain.options.config import Config
-from pretrain.options.families import num_parameters
-from pretrain.planning.plan_memory import disk_bytes, host_bytes, layout_of, resident, shape_of
+from pretrain.planning.plan_memory import checkpoint_bytes, disk_bytes, host_bytes, layout_of, resident
 from pretrain.zero.deepspeed_settings import check_hpz, deepspeed_settings, effective_stage
 
 _KINDS = ("parameters", "gradients", "masters", "moments", "buckets")
@@ -38,10 +37,12 @@ def explain_parallel(config: Config, ranks: int) -> str:
     Raises:
         ConfigError: the batch does not divide, or `parallel.hpz_ranks` does not.
     """
-    plan, num_total, parallel = BatchPlan.of(config, ranks), num_parameters(shape_of(config)), config.parallel
+    plan, at, parallel = BatchPlan.of(config, ranks), layout_of(config, ranks), config.parallel
     check_hpz(parallel, ranks)
+    trained = "" if at.total == at.weights else f", of which {at.total:,}, the adapters, are trained,"
     lines = [
-        f"{num_total:,} parameters on {ranks} rank{'s' * (ranks > 1)}, {config.train.precision}, {config.optim.name}.",
+        f"{at.weights:,} parameters{trained} on {ranks} rank{'s' * (ranks > 1)}, {config.train.precision}, "
+        f"{config.optim.name}. A checkpoint has {_short(checkpoint_bytes(config))}.",
         "Bytes of one rank when the last backward pass of a step is over, without activations and gathered weights;",
         "`python launch/plan.py` says when in a step it holds most:",
         "",
@@ -56,7 +57,7 @@ def explain_parallel(config: Config, ranks: int) -> str:
         mark = "> " if (stage, offload) == own else "  "
         lines.append(f"{mark}{stage:<11}{offload:<11}" + "".join(f"{_short(value):>12}" for value in row))
     lines += ["", *_words(config, ranks), "", "DeepSpeed is told:"]
-    return "\n".join([*lines, json.dumps(deepspeed_settings(config, plan, num_total), indent=2)])
+    return "\n".join([*lines, json.dumps(deepspeed_settings(config, plan, at.total, at.weights - at.total), indent=2)])
 
 
 def _row(config: Config, ranks: int) -> list[int]:

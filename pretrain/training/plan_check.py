@@ -20,9 +20,6 @@ def compare_with_plan(run: Run, first_step: int) -> None:
     """Record, at the twentieth step of this start, memory, step time and speed as foreseen and as measured."""
     if run.log is None or run.progress.step != first_step + STEPS - 1:
         return
-    if run.config.train.lora is not None:
-        run.event("plan", "nothing is foreseen of adapters: the planner knows training of all weights only")
-        return
     if run.ranks.device.type == "cpu":
         run.event("plan", on_cpu(resident(run.config, run.ranks.world_size)))
         return

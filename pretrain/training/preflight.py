@@ -27,10 +27,9 @@ import torch
 from pretrain.checkpoints.checkpoint_folder import FolderPlace
 from pretrain.checkpoints.checkpoint_places import open_place
 from pretrain.errors import ConfigError, DataError
-from pretrain.optimizers.moments import moment_names
 from pretrain.options.config import Config
 from pretrain.options.config_changes import flatten
-from pretrain.options.families import num_parameters, resolve_shape
+from pretrain.planning.plan_memory import checkpoint_bytes
 from pretrain.ranks.distributed import Ranks
 from pretrain.ranks.link_speeds import LinkSpeeds, measure_links
 from pretrain.ranks.network import GLOO, NCCL
@@ -301,22 +300,15 @@ def check_shared(folder: Path, ranks: Ranks, hosts: Sequence[str]) -> None:
                 path.rmdir()
 
 
-def checkpoint_bytes(config: Config) -> int:
-    """Return about how large a checkpoint is: masters and moments in fp32."""
-    shape = resolve_shape(config.model, config.tokenizer.vocab_size, config.data.max_seq_len)
-    return 4 * (1 + len(moment_names(config.optim, by_muon=True))) * num_parameters(shape)
-
-
 def missing_space(config: Config, folder: Path) -> str:
     """Say whether the disk lacks space for the checkpoints that are kept at once, beside those that are there."""
-    size = checkpoint_bytes(config)
     try:
         there = len(list(folder.glob("step-*"))) if folder.exists() else 0
         existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
         free = shutil.disk_usage(existing).free
     except OSError as error:
         return f"{folder} does not tell how much space it has ({error})"
-    needed = size * max(config.checkpoint.keep_last + 1 - there, 1)
+    needed = checkpoint_bytes(config) * max(config.checkpoint.keep_last + 1 - there, 1)
     if free >= needed:
         return ""
     return (

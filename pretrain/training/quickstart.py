@@ -11,13 +11,14 @@ import json
 import lzma
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ PROMPT = "def "
 TRAIN_SECONDS = 200.0  # that the training stage is fitted to; with all other stages, about five minutes on two cores
 STEP_LIMITS = (120, 3000)
 PROBE_STEPS = 12
+STOP_SECONDS = 60  # for a checkpoint
 DEEPSPEED_PORT = 29500  # its launcher's default
 
 # Runs where nothing of this project is imported: what anyone who is given the export folder would write.
@@ -209,6 +211,7 @@ def _stage(progress: _Progress, stage: str, command: list[str], capture: bool = 
         env=environment,
         stdout=subprocess.PIPE if capture else None,
         text=True,
+        process_group=0,  # a launcher that gets the terminal's Ctrl-C itself ends with a traceback
     )
     output = _wait(process, stage)
     progress.seconds[stage] = time.perf_counter() - begin
@@ -218,15 +221,33 @@ def _stage(progress: _Progress, stage: str, command: list[str], capture: bool = 
 
 
 def _wait(process: subprocess.Popen[str], stage: str) -> str:
-    """Wait for a stage; after Ctrl-C, which it got too, until it has saved and left."""
+    """Wait for a stage; if this process is told to stop, so is the stage, and nothing of it is left."""
     try:
         return process.communicate()[0] or ""
     except KeyboardInterrupt:
-        try:
-            process.communicate(timeout=60)
-        except subprocess.TimeoutExpired:
-            process.kill()
+        _end_group(process.pid, signal.SIGTERM)
+        give_up = time.monotonic() + STOP_SECONDS
+        while _has_processes(process.pid) and time.monotonic() < give_up:
+            process.poll()
+            time.sleep(0.05)
         raise _failure(stage, EXIT_STOPPED) from None
+    finally:
+        _end_group(process.pid, signal.SIGKILL)
+
+
+def _end_group(group: int, number: int) -> None:
+    with suppress(ProcessLookupError):
+        os.killpg(group, number)
+
+
+def _has_processes(group: int) -> bool:
+    """Whether a process of a group lives: a launcher may leave before its ranks have saved."""
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            state, _, of_group = path.read_text().rpartition(")")[2].split()[:3]
+            if int(of_group) == group and state not in "ZX":
+                return True
+    return False
 
 
 def _failure(stage: str, exit_status: int) -> LonghaulError:

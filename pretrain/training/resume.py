@@ -104,7 +104,9 @@ def load_start(
         check_same_model(section.from_, parse_config(reader.manifest["about"]["config"]), config)
     if not reader.training["progress"]:  # of an import: weights are all that there is
         section = section.model_copy(update=dict.fromkeys(("optimizer", "schedule", "data"), False))
-    base = reference_to(reader, checkpoints.run_path) if config.train.lora else None
+    base = None
+    if config.train.lora is not None:  # adapters have moments of their own, which begin anew
+        base, section = reference_to(reader, checkpoints.run_path), section.model_copy(update={"optimizer": False})
     folder = reader.folder
     whole = ranks.agree(
         lambda: merged(reader, folder.parent.parent if isinstance(folder, Path) else Path(), config.data)

@@ -32,7 +32,7 @@ from pretrain.ranks.sequence_parallel import SequenceGroup
 from pretrain.ranks.start_clock import StartClock
 from pretrain.ranks.watchdog import Watchdog
 from pretrain.redaction import storable
-from pretrain.storage.tensor_files import write_text
+from pretrain.storage.whole_file import write_text
 from pretrain.tasks.task_metrics import check_metric
 from pretrain.tokenizers.tokenizer import Tokenizer
 from pretrain.tokenizers.tokenizer_files import keep_files, open_tokenizer

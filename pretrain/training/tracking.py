@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.errors import ConfigError
-from pretrain.storage.tensor_files import write_text
+from pretrain.storage.whole_file import write_text
 
 logger = logging.getLogger("longhaul")
 

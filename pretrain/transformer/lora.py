@@ -6,16 +6,13 @@ the frozen weights keep their names, and a layer gets two parameters more. `adap
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pretrain.options.config import LoraSection
 from pretrain.transformer.layers import Linear
-
-# The layers of a block that an entry of `train.lora.targets` means; a feed-forward has gate_up or up.
-LAYERS = {"qkv": ("attention.qkv",), "attention_output": ("attention.output",),
-          "ffn_up": ("ffn.gate_up", "ffn.up"), "ffn_down": ("ffn.down",)}  # fmt: skip
-A, B = "lora_a", "lora_b"
+from pretrain.transformer.lora_layers import adapted_layers, is_adapter, scale_of
 
 
 class AdaptedLinear(Linear):
@@ -35,18 +32,10 @@ class AdaptedLinear(Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Compute the layer."""
-        added = F.linear(F.linear(x, self.lora_a), self.lora_b)
-        return F.linear(x, self.weight, self.bias) + self.scale * added
-
-
-def is_adapter(name: str) -> bool:
-    """Whether a parameter is one of those that LoRA adds."""
-    return name.endswith((f".{A}", f".{B}"))
-
-
-def scale_of(section: LoraSection) -> float:
-    """What an adapter's product is multiplied by."""
-    return section.alpha / section.rank
+        u, y = F.linear(x, self.lora_a), F.linear(x, self.weight, self.bias)
+        # one product that adds: neither what it adds nor a scaled gradient is ever as large as y beside y
+        sum_NF = torch.addmm(y.flatten(0, -2), u.flatten(0, -2), self.lora_b.t(), alpha=self.scale)
+        return sum_NF.view(y.shape)
 
 
 def add_adapters(model: nn.Module, section: LoraSection) -> None:
@@ -57,7 +46,7 @@ def add_adapters(model: nn.Module, section: LoraSection) -> None:
         section: which and how large.
     """
     model.requires_grad_(False)
-    wanted = {layer for target in section.targets for layer in LAYERS[target]}
+    wanted = adapted_layers(section.targets)
     for name, layer in list(model.named_modules()):
         path = name.split(".", 2)  # blocks, number, layer
         if path[0] == "blocks" and len(path) == 3 and path[2] in wanted:

@@ -59,8 +59,8 @@ def prefetch_elements(num_parameters: int, num_layers: int) -> int:
     return max(50_000_000, num_parameters // num_layers)
 
 
-def deepspeed_settings(config: Config, plan: BatchPlan, num_parameters: int) -> dict:
-    """Generate DeepSpeed's JSON for this config, number of ranks and size of model."""
+def deepspeed_settings(config: Config, plan: BatchPlan, num_trained: int, num_frozen: int = 0) -> dict:
+    """Generate DeepSpeed's JSON for this config, number of ranks, parameters that are trained and others."""
     stage = effective_stage(config.parallel, config.train.precision, plan.world_size)
     settings: dict = {
         # DeepSpeed knows nothing of ranks that share rows: it averages over all of them, which is what is wanted, and
@@ -76,10 +76,10 @@ def deepspeed_settings(config: Config, plan: BatchPlan, num_parameters: int) -> 
             "stage": stage,
             "overlap_comm": config.parallel.overlap_comm,
             "contiguous_gradients": True,
-            "reduce_bucket_size": min(num_parameters, bucket_elements(plan.world_size)),
+            "reduce_bucket_size": min(num_trained, bucket_elements(plan.world_size)),
             # Even, as DeepSpeed wants it; nothing is allocated for it where the backend gathers into one tensor.
             "allgather_bucket_size": 500_000_000,
-            "stage3_prefetch_bucket_size": prefetch_elements(num_parameters, config.model.num_layers),
+            "stage3_prefetch_bucket_size": prefetch_elements(num_trained + num_frozen, config.model.num_layers),
             "stage3_param_persistence_threshold": PERSISTENT_ELEMENTS,
             "stage3_max_reuse_distance": REUSE_ELEMENTS,
             "stage3_max_live_parameters": MAX_LIVE_ELEMENTS,

@@ -175,8 +175,8 @@ class Engine:
             {name: tuple(one.shape) for name, one in model.named_parameters() if one.requires_grad is is_trained}
             for is_trained in (True, False)
         )
-        num_parameters = sum(math.prod(shape) for shape in self._shapes.values())
-        self.settings = settings = deepspeed_settings(config, plan, num_parameters)
+        numbers = (sum(map(math.prod, shapes.values())) for shapes in (self._shapes, self.untrained_shapes))
+        self.settings = settings = deepspeed_settings(config, plan, *numbers)
         groups = param_groups(model, config.optim)
         self.states = {
             name: (MASTER, *moment_names(config.optim, group["muon"])) for group in groups for name in group["names"]

@@ -26,6 +26,7 @@ from pretrain.options.batch_plan import BatchPlan
 from pretrain.options.settings import load_config
 from pretrain.planning.plan_memory import shape_of
 from pretrain.ranks.distributed import Ranks
+from pretrain.transformer.lora import add_adapters
 from pretrain.transformer.model import Transformer
 from pretrain.zero import engine as engine_module
 from pretrain.zero.engine import Engine, init_distributed, sequence_group
@@ -85,6 +86,8 @@ def run_case(case: dict[str, Any], config_path: str, ranks: Ranks) -> dict[str, 
     model = Transformer(
         shape, 1, config.train.activation_checkpointing, group=group, ffn_chunk_tokens=config.train.ffn_chunk_tokens
     )
+    if config.train.lora is not None:
+        add_adapters(model, config.train.lora)
     engine = Engine(model, config, plan, ranks)
     engine_module.deepspeed_settings = settings
     engine.train()
