@@ -219,8 +219,9 @@ def test_another_tokenizer_in_the_run_folder_is_found(written_run, tmp_path, cap
     other = section.model_copy(update={"vocab_size": section.vocab_size + 8})
     (written_run / "tokenizer.model").write_bytes(fit(sample, other))
     assert main([str(written_run), str(tmp_path / "out"), "--to", "hf"]) == 2
-    assert f"tokenizer.model: holds {other.vocab_size} ids; expected the {section.vocab_size} of the tokenizer with " in (
-        message := capsys.readouterr().err
+    assert (
+        f"tokenizer.model: holds {other.vocab_size} ids; expected the {section.vocab_size} of the tokenizer with "
+        in (message := capsys.readouterr().err)
     )
     assert "which the run was trained. Restore the tokenizer's files there." in message and "vocab_size" not in message
 

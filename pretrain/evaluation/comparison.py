@@ -127,7 +127,9 @@ def table(rows: Sequence[Row]) -> str:
             changes.append([row.label, *cells])
         text += "\n\n" + aligned(changes)
         text += "\n* more than 1.96 standard errors from 0" if marked else ""
-        text += "\n~ not of the same rows or samples: what was asked differs too, not the models alone" if others else ""
+        text += (
+            "\n~ not of the same rows or samples: what was asked differs too, not the models alone" if others else ""
+        )
     return text
 
 

@@ -146,7 +146,8 @@ def _import(
     try:
         check_space(partial, 4 * sum(math.prod(size) for size in shapes.values()), len(shapes) + 16)
     except CheckpointError as error:
-        raise ExportError(f"{out}: {error}") from None
+        needed = str(error).partition(". ")[0]  # its advice is for checkpoints of a run
+        raise ExportError(f"{out}: {needed}; expected a folder on a disk with room. Name another.") from None
     config = parse_config(start_config(source.config, tokenizer, partial, out))
     about = provenance(source)
     resized = Resized(_without_tied(source, shape), source.vocabulary, num_ids, len(added))

@@ -55,8 +55,8 @@ def open_tokenizer(section: TokenizerSection, path: str | Path | None = None) ->
     tokenizer = read(file, section.bos, section.eos)
     if tokenizer.vocab_size != section.vocab_size and path is not None:
         raise ConfigError(
-            f"{file}: holds {tokenizer.vocab_size} ids; expected the {section.vocab_size} of the tokenizer with which the "
-            "run was trained. Restore the tokenizer's files there."
+            f"{file}: holds {tokenizer.vocab_size} ids; expected the {section.vocab_size} of the tokenizer with which "
+            "the run was trained. Restore the tokenizer's files there."
         )
     if tokenizer.vocab_size != section.vocab_size:
         raise ConfigError(
