@@ -369,6 +369,10 @@ def test_files_that_are_not_whole_are_refused(llama, tmp_path):
     refused(source, tmp_path / "run", "holds no weights; expected model.safetensors, pytorch_model.bin or an index")
     (source / "config.json").unlink()
     refused(source, tmp_path / "run", "config.json: is not readable .*; expected a folder in Hugging Face", ConfigError)
+    (source / "config.yaml").touch()
+    refused(
+        source, tmp_path / "run", "tokenizer. This is a run folder, which --to converts; training goes", ConfigError
+    )
 
 
 def test_a_small_disk_is_refused_before_it_is_filled(llama, tmp_path):
