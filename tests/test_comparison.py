@@ -71,6 +71,18 @@ def test_the_table_has_a_row_for_each_and_marks_what_is_clear():
     assert "minus" not in table(rows[:1])
 
 
+def test_what_was_asked_otherwise_is_marked():
+    rows = [
+        Row("a@1", {"loss": Score(2.5, 0.1, samples_are="rows of a"), "acc": Score(0.25, 0.01, samples_are="t 1")}),
+        Row("b@2", {"loss": Score(3.5, 0.1, samples_are="rows of b"), "acc": Score(0.25, 0.01, samples_are="t 1")}),
+    ]
+    assert table(rows).splitlines()[-3:] == [
+        "b@2        +1.0000 ±0.1414 * ~  +0.0000 ±0.0141",
+        "* more than 1.96 standard errors from 0",
+        "~ not of the same rows or samples: what was asked differs too, not the models alone",
+    ]
+
+
 def test_the_results_of_tasks_as_a_table():
     metrics = {
         "acc": {"value": 0.5, "stderr": 0.25, "higher_is_better": True},

@@ -338,7 +338,7 @@ def test_command_answers_messages_of_a_file(run, tmp_path, capsys):
     found = json.loads(capsys.readouterr().out)["completions"]
     assert (found[0]["prompt"], found[0]["text"], found[0]["finish"]) == (messages, "fine", "eos")
     assert found[1]["prompt"] == "fi" and found[1]["text"].startswith("ne")
-    template.write_text("{{ messages[0].content }}f")
+    template.write_text("{% for m in messages %}{{ m.content }}f{% endfor %}")
     path.write_text(json.dumps({"messages": messages}) + "\n")
     arguments = ["--prompt-file", str(path), "--chat-template", str(template), "--temperature", "0"]
     assert command.main(["runs/x", *arguments, "--max-new-tokens", "3"]) == 0

@@ -132,6 +132,15 @@ def test_a_full_disk_is_an_error_and_the_same_command_goes_on(written_run, to, t
     )
 
 
+def test_a_disk_that_is_full_at_the_tokenizer_is_no_other_error(written_run, tmp_path, capsys):
+    with small_disk(tmp_path / "disk", 112) as disk:  # the weights take 89, the tokenizer's files 40
+        assert main([str(written_run), str(disk / "out"), "--to", "hf", "--verify", "tensors"]) == 1
+        message = capsys.readouterr().err
+        assert "No space left on device); expected a folder on a disk with room. Free space and run the same" in message
+        assert [path.name for path in disk.iterdir()] == [".out.partial"]
+        assert (disk / ".out.partial/model.safetensors").exists()
+
+
 def test_a_state_dict_goes_on_too(written_run, tmp_path, monkeypatch, capsys):
     right, options = torch_export.cast_weight, ConvertOptions("torch")
 
@@ -206,6 +215,15 @@ def test_another_tokenizer_in_the_run_folder_is_found(written_run, tmp_path, cap
     assert main([str(written_run), str(tmp_path / "out"), "--to", "hf"]) == 1
     assert "its tokenizer has the fingerprint" in (message := capsys.readouterr().err)
     assert "with which step-00000030 was trained. Restore the tokenizer's files in the run folder." in message
+    section = config_of("llama").tokenizer
+    other = section.model_copy(update={"vocab_size": section.vocab_size + 8})
+    (written_run / "tokenizer.model").write_bytes(fit(sample, other))
+    assert main([str(written_run), str(tmp_path / "out"), "--to", "hf"]) == 2
+    assert (
+        f"tokenizer.model: holds {other.vocab_size} ids; expected the {section.vocab_size} of the tokenizer with "
+        in (message := capsys.readouterr().err)
+    )
+    assert "which the run was trained. Restore the tokenizer's files there." in message and "vocab_size" not in message
 
 
 def test_provenance_and_training_are_told(written_run, tmp_path):
@@ -346,6 +364,7 @@ def test_help_works_from_anywhere(form, tmp_path):
         cwd=cwd, capture_output=True, text=True, timeout=60, env=os.environ | {"PYTHONPATH": ""},
     )  # fmt: skip
     assert done.returncode == 2 and done.stderr.startswith("error: no-such-run: holds no checkpoint"), done.stderr
+    assert done.stderr.endswith("There is no such folder: correct the path.\n")
 
 
 @pytest.mark.launches

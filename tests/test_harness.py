@@ -234,7 +234,7 @@ def manager_of(include_path):
     ("change", "message"),
     [
         (("dataset_path: json", "dataset_path: someone/absent"), "choices cannot be loaded .*expected a task whose data set is on this machine .*dataset_path: json"),
-        (("{{question}}", "{{absent_field}}"), "choices cannot be loaded .*absent_field"),
+        (("{{question}}", "{{absent_field}}"), r"choices cannot be loaded \('absent_field' is undefined\); expected a task file that fits its data"),
         (("output_type:", "unsafe_code: true\noutput_type:"), "choices runs code that the model writes; expected a task of text"),
     ],
 )  # fmt: skip

@@ -31,6 +31,7 @@ from tests.published_models import (
     sentencepiece_model,
     write_byte_level,
 )
+from tests.small_disk import small_disk
 
 
 @pytest.fixture(autouse=True)
@@ -154,8 +155,11 @@ def test_a_pickle_of_tensors_is_read_and_one_that_runs_programs_is_not(llama, tm
 
     torch.save(tensors | {"x": Program()}, source / "pytorch_model.bin")
     refused(
-        source, tmp_path / "other", r"pytorch_model.bin: is a pickle that needs more than tensors .*; expected tensors"
+        source, tmp_path / "other", r"pytorch_model.bin: is a pickle that needs more than tensors \(getattr\); expected"
     )
+    (source / "pytorch_model.bin").rename(source / "model.safetensors")
+    refused(source, tmp_path / "other", "model.safetensors: is a pickle, as torch.save writes .* Name it pytorch_model")
+    (source / "model.safetensors").unlink()
     (source / "pytorch_model.bin").write_bytes(pickle.dumps(Program()))
     refused(source, tmp_path / "other", "pytorch_model.bin: is (a pickle that needs more|not readable)")
     assert not (tmp_path / "was_run").exists()
@@ -219,6 +223,8 @@ def test_the_token_that_ends_documents_may_be_named_by_the_config_alone(llama, t
 def test_tokens_that_are_there_are_refused(llama, tmp_path, capsys):
     assert main([str(llama), str(tmp_path / "a"), "--from", "hf", "--add-tokens", "<|endoftext|>"]) == 2
     assert "'<|endoftext|>' is empty, given twice or a token already; expected new ones" in capsys.readouterr().err
+    assert main([str(llama), str(tmp_path / "a"), "--from", "hf", "--add-symbols", "absent.txt"]) == 2
+    assert "absent.txt is no file; expected one with a token a line. Correct the path; " in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main([str(tmp_path), str(tmp_path / "a"), "--to", "hf", "--add-tokens", "x"])
     assert not (tmp_path / "a").exists()
@@ -363,6 +369,17 @@ def test_files_that_are_not_whole_are_refused(llama, tmp_path):
     refused(source, tmp_path / "run", "holds no weights; expected model.safetensors, pytorch_model.bin or an index")
     (source / "config.json").unlink()
     refused(source, tmp_path / "run", "config.json: is not readable .*; expected a folder in Hugging Face", ConfigError)
+    (source / "config.yaml").touch()
+    refused(
+        source, tmp_path / "run", "tokenizer. This is a run folder, which --to converts; training goes", ConfigError
+    )
+
+
+def test_a_small_disk_is_refused_before_it_is_filled(llama, tmp_path):
+    with small_disk(tmp_path / "disk", 64) as disk:
+        refused(
+            llama, disk / "run", r"run: it takes [\d,]+ bytes, and [\d,]+ are free; expected a folder .* Name another"
+        )
 
 
 def test_a_full_disk_leaves_nothing(llama, tmp_path, monkeypatch):

@@ -95,6 +95,8 @@ def test_templates_of_others(tmp_path):
 
     with pytest.raises(ConfigError, match="changes what messages say"):
         encode_messages(_Templated(path, "{% for m in messages %}{{ m['content'] | upper }}{% endfor %}").open(), TURNS)
+    with pytest.raises(ConfigError, match="leaves out what the last message, of the assistant, says; .* Look"):
+        encode_messages(_Templated(path, "{% for m in messages %}[{{ m['contnt'] }}]{% endfor %}").open(), TURNS)
     with pytest.raises(ConfigError, match="refuses a conversation of system, user.*not so"):
         encode_messages(_Templated(path, "{{ raise_exception('not so') }}").open(), TURNS)
     with pytest.raises(ConfigError, match="refuses a conversation"):  # others' code, in a sandbox

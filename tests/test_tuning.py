@@ -127,8 +127,11 @@ def test_a_base_that_is_gone_or_another_is_named(runs):
     moved = folder / "elsewhere"
     base.rename(moved)
     try:
-        with pytest.raises(CheckpointError, match=r"stand beside the weights of .*step-00000020, which cannot be had"):
+        with pytest.raises(
+            CheckpointError, match=r"stand beside the weights of .*step-00000020, which cannot be had"
+        ) as caught:
             load_run(folder / "lora")
+        assert str(caught.value).count("is not readable") == 1
     finally:
         moved.rename(base)
     manifest = (base / "manifest.json").read_text()

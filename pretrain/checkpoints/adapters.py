@@ -58,7 +58,7 @@ def open_base(reference: dict[str, str], run_path: Path, data: DataSection, also
         problems.append(f"{place} is another checkpoint than when tuning began")
     raise CheckpointError(
         f"{run_path}: its adapters stand beside the weights of {reference['checkpoint']}, which cannot be had "
-        f"({'; '.join(problems)}); expected that checkpoint as it was. Put it back, or name "
+        f"({'; '.join(dict.fromkeys(problems))}); expected that checkpoint as it was. Put it back, or name "
         "where it is now by resume.from; checkpoint.keep_every of its run keeps one for ever."
     )
 

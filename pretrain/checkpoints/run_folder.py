@@ -340,11 +340,20 @@ def newest_good(run: Path, place: Place, step: int | None) -> CheckpointReader:
     steps = place.list_steps()
     if not steps:
         raise ConfigError(
-            f"{run}: holds no checkpoint; expected a run folder in which training has saved. Train first."
+            f"{run}: holds no checkpoint; expected a run folder in which training has saved. {_advice(run)}"
         )
     if step is not None and step not in steps:
         raise ConfigError(f"--step is {step}; expected one of the checkpoints in {run}: {', '.join(map(str, steps))}.")
     return _open_good(place, [step] if step is not None else list(reversed(steps)))
+
+
+def _advice(run: Path) -> str:
+    """What to do where there is no checkpoint."""
+    if (run / "verification.json").exists():
+        return "This is an export: name the run that it was made from."
+    if (run / "config.json").exists():
+        return "This is a model in Hugging Face's format: import it by launch/convert.py --from hf."
+    return "Train first." if run.is_dir() else "There is no such folder: correct the path."
 
 
 def _open_good(place: Place, steps: list[int]) -> CheckpointReader:

@@ -69,6 +69,10 @@ def difference(score: Score, base: Score) -> Difference:
     return Difference(value, math.hypot(score.stderr, base.stderr), False)
 
 
+def _is_asked_otherwise(score: Score, base: Score) -> bool:
+    return bool(score.samples_are and base.samples_are and score.samples_are != base.samples_are)
+
+
 def _is_same_sample(score: Score, base: Score) -> bool:
     """Whether the samples' differences tell of the scores' difference."""
     if not score.samples_are or score.samples_are != base.samples_are:
@@ -106,7 +110,7 @@ def table(rows: Sequence[Row]) -> str:
     text = aligned(lines)
     if len(rows) > 1:
         changes: list[list[str]] = [[f"minus {rows[0].label}", *names]]
-        marked = False
+        marked = others = False
         for row in rows[1:]:
             cells = []
             for name in names:
@@ -116,10 +120,16 @@ def table(rows: Sequence[Row]) -> str:
                 change = difference(row.scores[name], rows[0].scores[name])
                 is_clear = change.stderr is not None and abs(change.value) > 1.96 * change.stderr
                 marked |= is_clear
-                cells.append(_with_error(Score(change.value, change.stderr), "+") + (" *" if is_clear else ""))
+                is_other = _is_asked_otherwise(row.scores[name], rows[0].scores[name])
+                others |= is_other
+                marks = (" *" if is_clear else "") + (" ~" if is_other else "")
+                cells.append(_with_error(Score(change.value, change.stderr), "+") + marks)
             changes.append([row.label, *cells])
         text += "\n\n" + aligned(changes)
         text += "\n* more than 1.96 standard errors from 0" if marked else ""
+        text += (
+            "\n~ not of the same rows or samples: what was asked differs too, not the models alone" if others else ""
+        )
     return text
 
 

@@ -293,6 +293,9 @@ def _load(manager: TaskManager, name: str, settings: TaskSettings, max_length: i
         ) from None
     except Exception as error:  # whatever a data set's or a task's own code raises
         text = " ".join(str(error).split())[:300]
+        if type(error).__module__.partition(".")[0] in ("yaml", "jinja2"):
+            mend = "expected a task file that fits its data. Correct what it names in the file."
+            raise ConfigError(f"{where}: {name} cannot be loaded ({text}); {mend}") from None
         raise ConfigError(
             f"{where}: {name} cannot be loaded ({type(error).__name__}: {text}); expected a task whose data set is on "
             "this machine or can be downloaded. Where there is no network, download it elsewhere and copy the cache "

@@ -35,11 +35,16 @@ def read_tokens(given: Sequence[str]) -> tuple[str, ...]:
     """Return tokens that are given by name, or as a file with one a line.
 
     Raises:
-        ConfigError: a file is not UTF-8.
+        ConfigError: a file is not there, or not UTF-8.
     """
     tokens: list[str] = []
     for one in given:
         if not Path(one).is_file():
+            if one.endswith(".txt"):  # a misspelt name would be a token for ever
+                raise ConfigError(
+                    f"--add-tokens, --add-symbols: {one} is no file; expected one with a token a line. Correct the "
+                    "path; a token that ends in .txt goes into such a file."
+                )
             tokens.append(one)
             continue
         try:

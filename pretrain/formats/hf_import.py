@@ -109,10 +109,12 @@ def _read_raw(folder: Path) -> dict[str, Any]:
     try:
         raw = json.loads(path.read_bytes())
     except OSError as error:
+        mend = "Download it whole, such as by `huggingface-cli download NAME --local-dir DIR`."
+        if (folder / CONFIG_FILE).is_file():
+            mend = "This is a run folder, which --to converts; training goes on from it by resume.from."
         raise ConfigError(
             f"{path}: is not readable ({error.strerror}); expected a folder in Hugging Face's format, with "
-            "config.json, "
-            "weights and tokenizer. Download it whole, such as by `huggingface-cli download NAME --local-dir DIR`."
+            f"config.json, weights and tokenizer. {mend}"
         ) from None
     except ValueError as error:
         raise ConfigError(f"{path}: is not JSON ({error}); expected it to be. Copy the model again.") from None
@@ -146,7 +148,8 @@ def _import(
     try:
         check_space(partial, 4 * sum(math.prod(size) for size in shapes.values()), len(shapes) + 16)
     except CheckpointError as error:
-        raise ExportError(f"{out}: {error}") from None
+        needed = str(error).partition(". ")[0]  # its advice is for checkpoints of a run
+        raise ExportError(f"{out}: {needed}; expected a folder on a disk with room. Name another.") from None
     config = parse_config(start_config(source.config, tokenizer, partial, out))
     about = provenance(source)
     resized = Resized(_without_tied(source, shape), source.vocabulary, num_ids, len(added))

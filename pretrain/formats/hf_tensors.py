@@ -18,6 +18,7 @@ _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 # What old versions of transformers saved beside the weights: RoPE's frequencies and GPT-2's causal masks.
 _BUFFERS = re.compile(r"\.rotary_emb\.inv_freq$|\.attn\.(masked_)?bias$")
 _COPY_IT = "Copy the model again."
+_PICKLE = "pytorch_model.bin"
 
 
 class HubTensors(Mapping[str, Tensor]):
@@ -116,7 +117,7 @@ class Resized(Mapping[str, Tensor]):
 
 def _files(folder: Path) -> tuple[list[str], set[str]]:
     """Return the files that hold the weights, and the tensors that an index names."""
-    for name in ("model.safetensors", "pytorch_model.bin"):
+    for name in ("model.safetensors", _PICKLE):
         index = folder / f"{name}.index.json"
         if index.is_file():
             try:
@@ -138,19 +139,35 @@ def _files(folder: Path) -> tuple[list[str], set[str]]:
     )
 
 
+def _is_pickle(path: Path) -> bool:
+    """Whether a file begins as those of torch.save do: a zip, or before torch 1.6 a bare pickle."""
+    try:
+        with open(path, "rb") as file:
+            head = file.read(4)
+    except OSError:
+        return False
+    return head == b"PK\x03\x04" or head[:2] in (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+
+
 def _open(path: Path) -> Mapping[str, Tensor]:
     if path.suffix == ".safetensors":
         try:
             return _Safetensors(TensorFile(path))
         except CheckpointError:
+            if _is_pickle(path):
+                raise ExportError(
+                    f"{path}: is a pickle, as torch.save writes them; expected a safetensors file. Name it "
+                    f"{_PICKLE}, of which tensors alone are read; or save the model as safetensors."
+                ) from None
             raise ExportError(f"{path}: is not a whole safetensors file; expected one. {_COPY_IT}") from None
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
-        reason = str(error).strip().splitlines()[0]
+        # torch's own message begins with how to load it all the same, which is no mend.
+        found = re.search(r"GLOBAL ([\w.]+)", str(error))
+        what = f" ({found[1]})" if found else ""
         raise ExportError(
-            f"{path}: is a pickle that needs more than tensors ({reason}); expected tensors alone, because loading "
-            "anything "
+            f"{path}: is a pickle that needs more than tensors{what}; expected tensors alone, because loading anything "
             "else can run any program. Use the model's safetensors files."
         ) from None
     except (RuntimeError, EOFError, ValueError) as error:

@@ -330,7 +330,7 @@ def no_documents(source: SourceSection, log: ReadLog, num_val: int = 0) -> DataE
 def advice_for_none(name: str, counts: Mapping[str, int]) -> str:
     """The sentence that says what to correct where a source gives no document, by what was skipped."""
     dropped = [reason.replace("_", " ") for reason in REASONS if counts.get(f"skipped_{reason}")]
-    correct = f"Correct data.sources[{name}].paths or its text_field."
+    correct = f"Correct data.sources[{name}].paths, or the fields that it names (text_field, examples)."
     if not dropped:
         return correct
     is_all = counts.get("documents_read") == sum(counts.get(f"skipped_{reason}", 0) for reason in REASONS)

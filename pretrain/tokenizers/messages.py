@@ -34,7 +34,8 @@ def encode_messages(
         The ids, and of each whether it is the assistant's: its words, and the token behind them that ends its turn.
 
     Raises:
-        ConfigError: the tokenizer has no template; the template refuses the messages, or changes their contents.
+        ConfigError: the tokenizer has no template; the template refuses the messages, or changes their contents
+            or leaves out those of the last one.
     """
     source = chat_template(tokenizer)
     if source is None:
@@ -45,6 +46,12 @@ def encode_messages(
     contents = [message["content"] for message in messages]
     text = _render(tokenizer, source, messages, [f"\ue000{index}\ue001" for index in range(len(messages))],
                    add_generation_prompt)  # fmt: skip
+    # What jinja does not know is empty to it. Earlier messages some templates leave out on purpose.
+    if messages and f"\ue000{len(messages) - 1}\ue001" not in text:
+        raise ConfigError(
+            f"tokenizer: its chat template leaves out what the last message, of the {messages[-1]['role']}, says; "
+            "expected one that puts it in. Look for a misspelt name: a message has `role` and `content`."
+        )
     given = _render(tokenizer, source, messages, contents, add_generation_prompt)
     if _filled(text, contents) != given:
         contents = [content.strip() for content in contents]  # as many templates do

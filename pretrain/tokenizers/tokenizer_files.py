@@ -53,6 +53,11 @@ def open_tokenizer(section: TokenizerSection, path: str | Path | None = None) ->
     file = main_file(section.model if path is None else path)
     read = JsonTokenizer if file.suffix == ".json" else SentencePieceTokenizer
     tokenizer = read(file, section.bos, section.eos)
+    if tokenizer.vocab_size != section.vocab_size and path is not None:
+        raise ConfigError(
+            f"{file}: holds {tokenizer.vocab_size} ids; expected the {section.vocab_size} of the tokenizer with which "
+            "the run was trained. Restore the tokenizer's files there."
+        )
     if tokenizer.vocab_size != section.vocab_size:
         raise ConfigError(
             f"tokenizer.vocab_size is {section.vocab_size}; expected {tokenizer.vocab_size}, the size of {file}. Set "
@@ -88,7 +93,8 @@ def write_tokenizer_files(
     for name, content in tokenizer.files.items():
         (out_dir / name).write_bytes(content)
     if isinstance(tokenizer, SentencePieceTokenizer):
-        build_tokenizer(tokenizer).save(str(out_dir / "tokenizer.json"))
+        # Not by `save`, for which a full disk is an Exception of no kind.
+        (out_dir / "tokenizer.json").write_text(build_tokenizer(tokenizer).to_str(pretty=True), encoding="utf-8")
     if (template := chat_template(tokenizer)) and own_template(tokenizer) is None:
         (out_dir / TEMPLATE_FILE).write_text(template, encoding="utf-8")
     names = {
