@@ -25,12 +25,20 @@ class CommandLine(argparse.ArgumentParser):
             shown = f"longhaul {_NAMES.get(prog, prog)}"
             description, epilog = _as_longhaul(description), _as_longhaul(epilog)
         kind = argparse.RawDescriptionHelpFormatter
-        super().__init__(prog=shown, description=description, epilog=epilog, formatter_class=kind, **options)
+        super().__init__(
+            prog=shown, description=description, epilog=epilog, formatter_class=kind, allow_abbrev=False, **options
+        )
+        self._given: list[str] = []
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Remember what was given, for `error`, and parse it."""
+        self._given = list(sys.argv[1:] if args is None else args)
+        return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
         """End the process with status 2 and a message, which says what a flag that is unknown was meant to be."""
-        _, _, unknown = message.partition("unrecognized arguments: ")
-        flags = [word.partition("=")[0] for word in unknown.split() if word.startswith("-")]
+        words = [word.partition("=")[0] for word in self._given]
+        flags = [word for word in words if word.startswith("--") and word not in (*self._option_string_actions, "--")]
         close = [one for flag in flags for one in difflib.get_close_matches(flag, self._option_string_actions, n=1)]
         super().error(f"{message}. Did you mean {' and '.join(close)}?" if close else message)
 

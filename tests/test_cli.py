@@ -55,6 +55,14 @@ def test_arguments_reach_the_command(tmp_path: Path, capsys: pytest.CaptureFixtu
         (["train", "a.yaml", "--explian=8"], "unrecognized arguments: --explian=8. Did you mean --explain?\n"),
         (["submit", "a.yaml", "--dryrun", "--noeds=4", "--xyzzy"], "--xyzzy. Did you mean --dry-run and --nodes?\n"),
         (["prepare", "a.yaml", "--verfy"], "arguments: --verfy. Did you mean --verify?\n"),
+        (
+            ["convert", "run", "out", "--too", "hf"],
+            "one of the arguments --to --from is required. Did you mean --to?\n",
+        ),
+        (
+            ["plan", "a.yaml", "--gpu-day", "3"],
+            "arguments: --gpu-day 3. Did you mean --gpu-days?\n",
+        ),  # no abbreviations
     ],
     ids=str,
 )
