@@ -50,6 +50,7 @@ def command(folder, monkeypatch, capsys):
         status = main([str(argument) for argument in arguments])
         shown = capsys.readouterr()
         assert status == 0, shown.err
+        assert ("as evaluated before; --again" in shown.err) == (not computed)
         return shown.out, list(computed)
 
     return run

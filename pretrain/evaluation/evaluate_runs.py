@@ -46,6 +46,9 @@ def evaluate_runs(
     judged = [judge.judge(*one) for one in wanted]
     line.end()
     if ranks.is_first:
+        if kept := sum(one.is_kept for one in judged):
+            which = "" if len(judged) == 1 else f" of {kept} of {len(judged)} checkpoints"
+            line.say(f"results{which} as evaluated before; --again evaluates anew")
         _print(judged, as_json)
     leave_distributed()
 

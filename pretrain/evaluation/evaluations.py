@@ -38,11 +38,15 @@ _OWN = ("held-out", _ANSWERS)
 
 @dataclass(frozen=True)
 class Judged:
-    """A checkpoint and what is known of it now: entries as they are kept, by `held-out` or the name of a task."""
+    """A checkpoint and what is known of it now: entries as they are kept, by `held-out` or the name of a task.
+
+    `is_kept` says that all of it was known before, and that the checkpoint itself was not read.
+    """
 
     run: str
     step: int
     entries: dict[str, dict[str, Any]]
+    is_kept: bool = False
 
     @property
     def label(self) -> str:
@@ -137,7 +141,7 @@ class Judge:
             if self._group:
                 missing = self._group.from_first(missing)
             if not missing:
-                return Judged(run, checkpoint.step, kept)
+                return Judged(run, checkpoint.step, kept, is_kept=True)
             loaded = self._agree(lambda: load_run(run, step, self._options.allow_pipe))
             if loaded.step == checkpoint.step:
                 entries = kept | self._compute(checkpoint, loaded, missing)
