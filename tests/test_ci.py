@@ -10,7 +10,21 @@ import pytest
 
 from tests.rank_helpers import ROOT
 
-NEEDED = ["make", "gcc", "g++", "slurmctld", "slurmd", "srun", "munged", "ip", "faketime", "sshd", "ssh", "pdsh"]
+NEEDED = [
+    "make",
+    "gcc",
+    "g++",
+    "slurmctld",
+    "slurmd",
+    "srun",
+    "munged",
+    "ip",
+    "faketime",
+    "sshd",
+    "ssh",
+    "pdsh",
+    "chromium",
+]
 
 
 @pytest.fixture
@@ -52,7 +66,7 @@ def test_what_is_missing_is_installed(machine: Path) -> None:
     done = ci(machine)
     assert done.returncode == 0, done.stderr
     assert (
-        "apt-get install -y -qq --no-install-recommends faketime g++ gcc iproute2 make munge openssh-client openssh-server pdsh slurm-wlm\n"
+        "apt-get install -y -qq --no-install-recommends chromium faketime g++ gcc iproute2 make munge openssh-client openssh-server pdsh slurm-wlm\n"
         in done.stdout
     )
 
@@ -63,7 +77,7 @@ def test_an_installation_that_fails_fails(machine: Path) -> None:
     done = ci(machine)
     assert done.returncode == 1
     assert (
-        ".ci/run: apt-get could not install faketime g++ gcc iproute2 make munge openssh-client openssh-server pdsh slurm-wlm; the tests need them"
+        ".ci/run: apt-get could not install chromium faketime g++ gcc iproute2 make munge openssh-client openssh-server pdsh slurm-wlm; the tests need them"
         in done.stderr
     )
 
@@ -74,7 +88,7 @@ def test_an_installation_that_does_nothing_fails(machine: Path) -> None:
     done = ci(machine)
     assert (
         done.returncode == 1
-        and ".ci/run: still missing after apt-get: faketime g++ gcc iproute2 make munge openssh-client openssh-server pdsh slurm-wlm"
+        and ".ci/run: still missing after apt-get: chromium faketime g++ gcc iproute2 make munge openssh-client openssh-server pdsh slurm-wlm"
         in done.stderr
     )
 
@@ -83,6 +97,6 @@ def test_another_distribution(machine: Path) -> None:
     done = ci(machine)
     assert (
         done.returncode == 1
-        and ".ci/run: install faketime g++ gcc iproute2 make munge openssh-client openssh-server pdsh slurm-wlm"
+        and ".ci/run: install chromium faketime g++ gcc iproute2 make munge openssh-client openssh-server pdsh slurm-wlm"
         in done.stderr
     )

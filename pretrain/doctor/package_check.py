@@ -15,6 +15,7 @@ VersionOf = Callable[[str], str | None]
 PURPOSES = {  # of the extras in setup.py
     "bench": "peers for `make bench`",
     "data": "near-duplicates, Wikipedia and languages in `prepare`",
+    "docs": "`make docs`",
     "evals": "tasks of lm-eval",
     "gguf": "`convert --to gguf`",
     "gs": "data and checkpoints at gs://",
