@@ -69,6 +69,6 @@ END
 if command -v llama-completion >/dev/null; then
   llama-completion -m gguf/*.gguf -p "The " -n 40 --temp 0 -no-cnv </dev/null
 else
-  echo "(llama.cpp is not installed: llama-completion -m $folder/gguf/*.gguf -p 'The ' would write from the GGUF)"
+  echo "(llama.cpp's llama-completion is not on the PATH: llama-completion -m $folder/gguf/*.gguf -p 'The ' would write from the GGUF)"
 fi
 echo "made in $folder: run (checkpoints, curves), hf, gguf"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -37,7 +38,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(usage())
         return 0
     if name not in COMMANDS:
-        print(f"error: command is {name!r}; expected one of {', '.join(COMMANDS)}.\n\n{usage()}", file=sys.stderr)
+        close = [command for command, (module, _) in COMMANDS.items() if module == name]
+        close = close or difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f" Did you mean {close[0]}?" if close else ""
+        print(f"error: command is {name!r}; expected one of {', '.join(COMMANDS)}.{hint}\n\n{usage()}", file=sys.stderr)
         return 2
     status = import_module(f"launch.{COMMANDS[name][0]}").main(rest)
     return int(status or 0)

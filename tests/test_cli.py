@@ -29,6 +29,13 @@ def test_an_unknown_command_is_wrong_use(capsys: pytest.CaptureFixture[str]) -> 
     assert error.startswith(
         "error: command is 'trian'; expected one of prepare, train, submit, evaluate, generate, convert"
     )
+    assert "report, quickstart. Did you mean train?\n" in error
+
+
+@pytest.mark.parametrize(("name", "hint"), [("pretrain", " Did you mean train?"), ("xyzzy", "")])
+def test_the_command_that_is_meant_is_named(name: str, hint: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([name]) == 2
+    assert capsys.readouterr().err.partition("\n")[0].endswith(f"report, quickstart.{hint}")
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -225,6 +225,7 @@ def test_what_is_left_out_is_said_with_its_reason(
         source = write_kind(tmp_path, ".jsonl", [*texts, texts[0], "short"], tokenizer)
         content = forecast(config_of(folder, [source], filters={"min_characters": 200}))
         one, is_whole = content["sources"][0], sample_bytes == 30_000_000
+        assert ("~ marks what a sample was taken of" in dry_run.render(content)) == (not is_whole)
         num_short = sum(len(text) < 200 for text in texts) + 1
         assert (one["counts"]["documents_read"] == len(texts) + 2) == (one["counts"].get("duplicates") == 1) == is_whole
         assert (

@@ -671,7 +671,7 @@ def test_an_empty_held_out_split_is_a_warning_that_says_how_many(
     prepare(config_of(fresh, val_fraction=0.0001))
     assert (
         "warning: web: none of its 1 documents is held out (data.val_fraction is 0.0001), so its loss cannot be evaluated. "
-        "Raise that fraction, or give more documents.\n"
+        "Raise that fraction, or give more documents, and set another `shards` folder.\n"
     ) in capsys.readouterr().err
     assert Manifest.load(fresh / "shards").val == ()
     prepare(config_of(fresh, val_fraction=0.0, source={"shards": str(fresh / "none")}))

@@ -6,9 +6,10 @@ import json
 
 import pytest
 
-from pretrain.checkpoints.run_folder import RunFolder
+from pretrain.checkpoints.checkpoint_folder import FolderPlace
+from pretrain.checkpoints.run_folder import RunFolder, newest_good
 from pretrain.checkpoints.run_status import read_saved_step
-from pretrain.errors import ConfigError
+from pretrain.errors import CheckpointError, ConfigError
 from pretrain.options.config_changes import changed_options, flatten
 from pretrain.options.model_options import RopeScalingSection
 from pretrain.options.settings import load_config
@@ -154,3 +155,40 @@ def test_status_is_whole_json(config):
         12,
         "a signal",
     )
+
+
+def test_an_export_is_told_from_a_run_that_has_not_saved(tmp_path):
+    place = FolderPlace(tmp_path / "checkpoints")
+    rule = f"{tmp_path}: holds no checkpoint; expected a run folder in which training has saved."
+    with pytest.raises(ConfigError) as refused:
+        newest_good(tmp_path, place, None)
+    assert str(refused.value) == f"{rule} Train first."
+    (tmp_path / "verification.json").write_text("{}")
+    with pytest.raises(ConfigError) as refused:
+        newest_good(tmp_path, place, None)
+    assert str(refused.value) == f"{rule} It is an export: name the run that it was made from."
+
+
+def test_the_checkpoint_that_is_taken_for_a_damaged_one_is_named(tmp_path, capsys):
+    class Reader:
+        def __init__(self, step):
+            self.step = step
+
+        def verify(self):
+            if self.step == 9:
+                raise CheckpointError("step-00000009: is damaged. Use another checkpoint (--step).")
+
+    class Place:
+        def list_steps(self):
+            return [3, 6, 9]
+
+        def open(self, step):
+            return Reader(step)
+
+    assert newest_good(tmp_path, Place(), None).step == 6
+    assert capsys.readouterr().err == (
+        "warning: step-00000009: is damaged. Use another checkpoint (--step). Taken instead: step 6.\n"
+    )
+    with pytest.raises(CheckpointError, match=r"^step-00000009: is damaged\. Use another checkpoint \(--step\)\.$"):
+        newest_good(tmp_path, Place(), 9)
+    assert capsys.readouterr().err == ""

@@ -37,6 +37,7 @@ from pretrain.storage.patient_file import PatientFile
 from pretrain.storage.whole_file import write_text
 
 CONFIG_FILE = "config.yaml"
+EXPORT_REPORT = "verification.json"  # in every folder that `launch/convert.py` makes
 _PACKAGES = (
     "torch",
     "deepspeed",
@@ -339,9 +340,15 @@ def newest_good(run: Path, place: Place, step: int | None) -> CheckpointReader:
     """
     steps = place.list_steps()
     if not steps:
+<<<<<<< HEAD
         raise ConfigError(
             f"{run}: holds no checkpoint; expected a run folder in which training has saved. {_advice(run)}"
         )
+=======
+        is_export = (run / EXPORT_REPORT).is_file()
+        mend = "It is an export: name the run that it was made from." if is_export else "Train first."
+        raise ConfigError(f"{run}: holds no checkpoint; expected a run folder in which training has saved. {mend}")
+>>>>>>> trial10-norms
     if step is not None and step not in steps:
         raise ConfigError(f"--step is {step}; expected one of the checkpoints in {run}: {', '.join(map(str, steps))}.")
     return _open_good(place, [step] if step is not None else list(reversed(steps)))
@@ -366,6 +373,6 @@ def _open_good(place: Place, steps: list[int]) -> CheckpointReader:
             problems.append(str(error))
             continue
         for problem in problems:
-            print(f"warning: {problem}", file=sys.stderr)
+            print(f"warning: {problem} Taken instead: step {step}.", file=sys.stderr)
         return reader
     raise CheckpointError(problems[0])

@@ -267,7 +267,7 @@ class Corpus:
             self.line.say(
                 f"warning: {name}: none of its {self.num_documents['train']:,} documents is held out "
                 f"(data.val_fraction is {fraction}), so its loss cannot be evaluated. Raise that fraction, "
-                "or give more documents."
+                "or give more documents, and set another `shards` folder."
             )
 
 

@@ -39,6 +39,7 @@ FIT_BYTES = 2_000_000  # that a tokenizer is trained on, if there is none
 GUESSED_TOKEN_BYTES = 4.0  # where a sample is too small to train one
 _SHARD_END_BYTES = 10_240  # of zeros at the end of a tar file
 _LINE_NUMBER_BYTES = 8
+_ESTIMATED = "~ marks what a sample was taken of: what is said of the rest is an estimate, and counts its duplicates"
 
 
 @dataclass(frozen=True)
@@ -382,7 +383,7 @@ def render(content: dict[str, Any]) -> str:
             *text,
             *_notes(content),
             f"tokens are {content['tokenizer']['tokens_are']}",
-            "~ marks what a sample was taken of: what is said of the rest is an estimate, and counts its duplicates",
+            *([_ESTIMATED] if any("~" in line[3] for line in lines) else []),
             f"disk: {format_bytes(needed + content['total']['temporary_bytes'])} while `prepare` runs, "
             f"{format_bytes(needed)} when it is done",
             f"the run: {content['num_steps']:,} steps of {content['tokens_per_step']:,} tokens, "

@@ -292,8 +292,8 @@ class TarIndex:
         if (fraction := val_fraction_of(self.source, self.config.data)) and not manifest.val:
             self.line.say(
                 f"warning: {name}: none of its {self.num_documents['train']:,} documents is held out "
-                f"(data.val_fraction is {fraction}), so its loss cannot be evaluated. Raise that "
-                "fraction, or give more documents."
+                f"(data.val_fraction is {fraction}), so its loss cannot be evaluated. Raise that fraction, "
+                "or give more documents, and set another `shards` folder."
             )
         ratio = self._num_tokenized / max(num_tokens["train"], 1)
         if ratio > _WORTH_SAYING:

@@ -16,6 +16,7 @@ import torch
 from pretrain.ranks.distributed import PendingSum, Ranks
 from pretrain.transformer.model import Transformer
 from pretrain.zero.engine import Engine
+from pretrain.zero.gradient_norms import squared_norms
 
 
 @dataclass
@@ -70,9 +71,9 @@ class LayerNorms:
         squares = torch.zeros(len(number) + num_blocks, dtype=torch.float64, device=self._ranks.device)
         parts = list(self._engine.gradients())
         if parts:
-            norms = torch.stack(torch._foreach_norm([part.float() for _, part in parts]))
-            places = torch.tensor([number[_layer_of(name)] for name, _ in parts], device=norms.device)
-            squares.index_add_(0, places, norms.double().square())
+            found = squared_norms([part for _, part in parts])
+            places = torch.tensor([number[_layer_of(name)] for name, _ in parts], device=found.device)
+            squares.index_add_(0, places, found)
         if self._activations:
             squares[len(number) :] = torch.stack(self._activations)
         keys = [f"layer/{layer}/grad_norm" for layer in self._layers]

@@ -39,6 +39,7 @@ from pretrain.ranks.profiling import PhaseClock
 from pretrain.ranks.sequence_parallel import SequenceGroup, join_sequence_group
 from pretrain.ranks.start_clock import StartClock
 from pretrain.zero.deepspeed_settings import check_machine, deepspeed_settings, effective_stage
+from pretrain.zero.gradient_norms import total_norm
 from pretrain.zero.initial_weights import InitialWeights
 from pretrain.zero.swapped_states import (
     fill_weights,
@@ -241,8 +242,7 @@ class Engine:
 
     def _step_plain(self) -> StepResult:
         parameters = [parameter for _, parameter in self._parameters]
-        # Gradients are averaged already and equal on all ranks, and so is this norm.
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        norm = total_norm([p.grad for p in parameters if p.grad is not None])  # averaged already: alike on all ranks
         applied = bool(torch.isfinite(norm))
         if not applied:
             for parameter in parameters:
