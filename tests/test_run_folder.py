@@ -166,7 +166,7 @@ def test_an_export_is_told_from_a_run_that_has_not_saved(tmp_path):
     (tmp_path / "verification.json").write_text("{}")
     with pytest.raises(ConfigError) as refused:
         newest_good(tmp_path, place, None)
-    assert str(refused.value) == f"{rule} It is an export: name the run that it was made from."
+    assert str(refused.value) == f"{rule} This is an export: name the run that it was made from."
 
 
 def test_the_checkpoint_that_is_taken_for_a_damaged_one_is_named(tmp_path, capsys):

@@ -340,15 +340,9 @@ def newest_good(run: Path, place: Place, step: int | None) -> CheckpointReader:
     """
     steps = place.list_steps()
     if not steps:
-<<<<<<< HEAD
         raise ConfigError(
             f"{run}: holds no checkpoint; expected a run folder in which training has saved. {_advice(run)}"
         )
-=======
-        is_export = (run / EXPORT_REPORT).is_file()
-        mend = "It is an export: name the run that it was made from." if is_export else "Train first."
-        raise ConfigError(f"{run}: holds no checkpoint; expected a run folder in which training has saved. {mend}")
->>>>>>> trial10-norms
     if step is not None and step not in steps:
         raise ConfigError(f"--step is {step}; expected one of the checkpoints in {run}: {', '.join(map(str, steps))}.")
     return _open_good(place, [step] if step is not None else list(reversed(steps)))
@@ -356,7 +350,7 @@ def newest_good(run: Path, place: Place, step: int | None) -> CheckpointReader:
 
 def _advice(run: Path) -> str:
     """What to do where there is no checkpoint."""
-    if (run / "verification.json").exists():
+    if (run / EXPORT_REPORT).exists():
         return "This is an export: name the run that it was made from."
     if (run / "config.json").exists():
         return "This is a model in Hugging Face's format: import it by launch/convert.py --from hf."
