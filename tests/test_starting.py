@@ -83,7 +83,7 @@ def test_torchrun_goes_on_without_a_node_that_is_lost(hosts: Hosts, tiny_config:
 def find_route(hosts: Hosts, host: int, **environment: str) -> str:
     """What a rank on a host finds, or what it says."""
     code = (
-        "import os; from pretrain import network; network.RESOLVE_SECONDS = 0.5\n"
+        "import os; from pretrain.ranks import network; network.RESOLVE_SECONDS = 0.5\n"
         "try: print(network.find_route(os.environ, os.environ))\n"
         "except Exception as error: print(type(error).__name__, error)"
     )

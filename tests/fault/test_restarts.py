@@ -77,7 +77,8 @@ def test_saving_every_step_holds_nothing_more(start, tmp_path):
     assert ranks.wait() == [0, 0], ranks.log()
     for rank in (0, 1):
         early, late = map(json.loads, (tmp_path / f"held-{rank}").read_text().splitlines())
-        assert late["descriptors"] == early["descriptors"] and late["threads"] == early["threads"]
+        assert late["descriptors"] == early["descriptors"]
+        assert late["threads"] <= early["threads"] + 2  # a library may start one late; a leak is one a save: 30
         assert late["resident_bytes"] < early["resident_bytes"] + LEAK_BYTES
 
 
