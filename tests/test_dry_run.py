@@ -239,7 +239,7 @@ def test_what_is_left_out_is_said_with_its_reason(
     assert (
         f"warning: jsonl: no document to train on, of {one['counts']['documents_read']:,} documents that were" in shown
     )
-    assert "a.jsonl:" in shown and "field 'body' is missing" in shown and "or its text_field." in shown
+    assert "a.jsonl:" in shown and "field 'body' is missing" in shown and "(text_field, examples)." in shown
     shown = dry_run.render(forecast(config_of(folder, [source], filters={"min_characters": 10**8})))
     assert "Relax data.filters (short), or set filter: false for this source." in shown and "text_field" not in shown
 

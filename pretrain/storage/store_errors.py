@@ -66,6 +66,8 @@ def as_store_error(error: Exception) -> StoreError:
     if isinstance(error, FileNotFoundError):
         return MissingFileError("there is no such file", is_final=True)
     text = " ".join(str(error).split())[:300]
+    if isinstance(error, TimeoutError) and not text:  # fsspec's FSTimeoutError says no more than its name
+        return StoreError("nothing came in time")
     is_final = isinstance(error, _NO_HOPE) or "Credentials" in type(error).__name__
     return StoreError(f"{type(error).__name__}{': ' if text else ''}{text}", is_final)
 
