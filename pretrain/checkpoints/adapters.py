@@ -10,7 +10,6 @@ import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -127,8 +126,3 @@ class MergedCheckpoint(CheckpointReader):
         """As `CheckpointReader` says."""
         self._adapter.close()
         self._base.close()
-
-
-def adapter_tensors(reader: CheckpointReader) -> dict[str, Any]:
-    """Return the adapters' masters by name, fp32."""
-    return {name: reader.read_whole(name) for name in reader.shapes}

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pretrain.checkpoints.adapters import BASE
-from pretrain.checkpoints.run_folder import newest_good, place_of_run
+from pretrain.checkpoints.run_folder import EXPORT_REPORT, newest_good, place_of_run
 from pretrain.errors import ConfigError, ExportError
 from pretrain.formats.family_table import check_exported, export_tensors, published_layers
 from pretrain.formats.partial_export import complete_or_absent
@@ -80,7 +80,7 @@ def export_adapter(
         write_text(partial / _CONFIG, json.dumps(settings, indent=2) + "\n")
         rounded = {name: reader.read_whole(name).to(kind).float() for name in reader.shapes}
         report["largest_difference"] = _compare(shape, partial / _WEIGHTS, tensors, rounded, scale_of(section))
-        write_text(partial / "verification.json", json.dumps(report, indent=2) + "\n")
+        write_text(partial / EXPORT_REPORT, json.dumps(report, indent=2) + "\n")
     return report
 
 

@@ -30,7 +30,6 @@ FORMATS: Mapping[str, tuple[str, ...]] = {  # and the precisions that each can h
     "gguf": ("bf16", "fp16", "fp32", "q8_0"),
     "torch": ("bf16", "fp16", "fp32"),
 }
-VERIFY = ("logits", "tensors")
 MAX_SHARD_BYTES = 5_000_000_000  # what the Hub advises: larger files are slow to fetch again
 MAX_ROWS, MAX_TOKENS = 4, 8192  # of whole rows; for 7B weights 8192 tokens are 2.3e14 operations, both sides together
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}

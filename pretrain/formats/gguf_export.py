@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pretrain.checkpoints.run_folder import EXPORT_REPORT
 from pretrain.checkpoints.saved_run import SavedRun
 from pretrain.errors import ExportError
 from pretrain.formats.gguf_tables import (
@@ -113,7 +114,7 @@ def export_gguf(
         shutil.rmtree(export.folder / ".reference")
     elif verify == "logits":
         notes.append("llama.cpp is not installed here: it was not run (docs/conversion.md says how it is found).")
-    write_json(export, "verification.json", report)
+    write_json(export, EXPORT_REPORT, report)
     return report
 
 

@@ -16,6 +16,7 @@ import transformers
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
+from pretrain.checkpoints.run_folder import EXPORT_REPORT
 from pretrain.checkpoints.saved_run import SavedRun
 from pretrain.errors import ExportError
 from pretrain.formats.family_table import (
@@ -114,7 +115,7 @@ def export_hf(
         _remove(reference.folder)
     else:
         report |= {"verified": "tensors", **verify_files(saved, DTYPES[dtype], folder, list(files))}
-    write_json(export, "verification.json", report)
+    write_json(export, EXPORT_REPORT, report)
     card = model_card(shape, report, data_of(saved), loss_curve(saved), licence)
     (folder / "README.md").write_text(card, encoding="utf-8")
     return report

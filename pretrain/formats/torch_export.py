@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch.serialization import get_crc32_options, set_crc32_options, skip_data
 
+from pretrain.checkpoints.run_folder import EXPORT_REPORT
 from pretrain.checkpoints.saved_run import SavedRun
 from pretrain.errors import ExportError
 from pretrain.formats.hf_files import DTYPES, cast_weight, write_json
@@ -65,7 +66,7 @@ def export_torch(saved: SavedRun, export: PartialExport, dtype: str) -> dict[str
         "verified": "tensors",
         "tensors": {"architecture": f"state dict of a {saved.shape.family} model", "compared": len(loaded)},
     }
-    write_json(export, "verification.json", report)
+    write_json(export, EXPORT_REPORT, report)
     return report
 
 
