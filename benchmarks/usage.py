@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import math
+import time
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -84,6 +85,14 @@ class Usage(TorchDispatchMode):
         finally:
             self.phase = outer
 
+    def settle(self, seconds: float = 0.05, at_most: int = 20) -> None:
+        """Wait until other threads have let go of what they no longer need: until nothing was freed for `seconds`."""
+        for _ in range(at_most):
+            before = self._live_bytes
+            time.sleep(seconds)
+            if self._live_bytes == before:
+                return
+
     def live(self) -> Iterator[tuple[torch.UntypedStorage, str]]:
         """Yield every storage that was met and lives, and the phase that it was met in first."""
         for reference, phase in list(self._live.values()):
@@ -129,9 +138,11 @@ def resident(engine: Engine, usage: Usage) -> dict[str, int]:
 
     `activations` are what the last forward pass left and nothing else owns: what the backward pass will need, and the
     gradients that the loss has computed already. `other` is what remains, such as rows and scalars. Python's cycles are
-    collected first: DeepSpeed's hold a bucket now and then, until Python looks for them.
+    collected first: DeepSpeed's hold a bucket now and then, until Python looks for them. So does a thread of gloo's
+    for a moment after a collective is done.
     """
     gc.collect()
+    usage.settle()
     optimizer, module = engine._optimizer, engine._engine.module
     parameters = list(module.parameters())
     masters = engine._flat_masters()

@@ -136,4 +136,4 @@ def check_memory(found, sizes, stage, precision, num_ranks):
         assert memory["backward"][state] == pytest.approx(theory[state], abs=slack + 2000), (state, *where)
     assert sum(memory["backward"].values()) - memory["backward"]["other"] <= max(found["peaks"].values())
     assert memory["forward"]["activations"] > 50 * memory["backward"]["activations"], where
-    assert all(kinds["other"] < 20_000 for kinds in memory.values()), where
+    assert max(kinds["other"] for kinds in memory.values()) < 20_000, (memory, *where)
