@@ -74,6 +74,7 @@ def test_compiles_as_one_graph():
         torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-4)
 
 
+@pytest.mark.usefixtures("much_memory")
 def test_peak_memory_is_a_sixth_of_the_unfused():
     if torch.cuda.get_device_properties(0).total_memory < 30 * 2**30:
         pytest.skip("needs 30 GiB of GPU memory")
