@@ -10,7 +10,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 WAITING = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default,
            torch.ops.aten.masked_select.default, torch.ops.aten.unique_consecutive.default)  # fmt: skip
-NUMBER_TO_DEVICE = torch.ops.aten.lift_fresh.default  # torch.tensor and as_tensor of a number: a copy that is waited for
+NUMBER_TO_DEVICE = (
+    torch.ops.aten.lift_fresh.default
+)  # torch.tensor and as_tensor of a number: a copy that is waited for
 
 
 class HostReads(TorchDispatchMode):

@@ -22,3 +22,12 @@ def much_memory() -> Iterator[None]:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
         torch.cuda.empty_cache()
+
+
+@pytest.fixture
+def exact_products() -> Iterator[None]:
+    """Multiply fp32 matrices in fp32; by hand, because what monkeypatch undoes is no attribute to this object."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    yield
+    torch.backends.cuda.matmul.allow_tf32 = before
