@@ -7,7 +7,7 @@ not multiples of 16 bytes, are read through pointers.
 from __future__ import annotations
 
 import math
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
@@ -39,29 +39,33 @@ def _descriptors_pay(device: torch.device) -> bool:
     return device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(device)[0] in (9, 10)
 
 
+@lru_cache(maxsize=1024)  # the host has a dozen of them to look up in every layer
+def _layout(shape: torch.Size, strides: tuple[int, ...], element_size: int) -> tuple[list[int], list[int]] | None:
+    """Return shape and strides of `[B, T, H, C]` as `[B, H, T, C]`; None where a descriptor cannot have them."""
+    of, dense = list(strides), shape[-1]
+    for index in (2, 1, 0):
+        if shape[index] == 1:  # its stride may be anything, but is checked: give that of a dense tensor
+            of[index] = -(-dense // 16) * 16
+        elif of[index] <= 0 or of[index] * element_size % 16:
+            return None
+        dense = of[index] * shape[index]
+    return [shape[0], shape[2], shape[1], shape[3]], [of[0], of[2], of[1], 1]
+
+
 def describable(x: Tensor) -> bool:
     """Tell whether the hardware can read `x` through a descriptor: all strides but the last multiples of 16 bytes."""
-    aligned = all(
-        size == 1 or (stride > 0 and stride * x.element_size() % 16 == 0)
-        for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True)
-    )
-    return aligned and x.data_ptr() % 16 == 0
+    return _layout(x.shape, x.stride(), x.element_size()) is not None and x.data_ptr() % 16 == 0
 
 
 def describe(x: Tensor, block: int, block_c: int) -> TensorDescriptor:
-    """Describe tiles of `block` rows of one head of `x` `[B, T, H, C]`.
+    """Describe tiles of `block` rows of one head of `x` `[B, T, H, C]`, which must be describable.
 
     As `[B, H, T, C]`: where the dimensions of size 1 of a tile come first, Triton leaves the tile in shared memory,
     and otherwise takes it through registers, of which the programs have none to spare.
     """
-    # The stride of a dimension of size 1 may be anything, but is checked: give that of a dense tensor.
-    strides, dense = list(x.stride()), x.shape[-1]
-    for index in (2, 1, 0):
-        if x.shape[index] == 1:
-            strides[index] = -(-dense // 16) * 16
-        dense = strides[index] * x.shape[index]
-    (B, T, H, C), (of_b, of_t, of_h, _) = x.shape, strides
-    return TensorDescriptor(x, [B, H, T, C], [of_b, of_h, of_t, 1], [1, 1, block, block_c])
+    layout = _layout(x.shape, x.stride(), x.element_size())
+    assert layout is not None
+    return TensorDescriptor(x, *layout, [1, 1, block, block_c])
 
 
 def _rows_dense(x: Tensor) -> Tensor:
@@ -209,7 +213,8 @@ class Backward:
         grads = [torch.empty((self.B, self.S, self.K * splits, self.C), dtype=kind, device=k.device) for _ in range(2)]
         num_rows = self.B * self.K * splits
         section = _section(q.device, self.T * self.C * 2 * q.element_size() * (self.H // self.K // splits))
-        add_described = self.described and grad_q is not None and q.is_cuda  # the interpreter cannot
+        # the interpreter cannot
+        add_described = self.described and q.is_cuda and grad_q is not None and describable(grad_q)
         target: Any = q if grad_q is None else grad_q
         grad_kv_kernel[(num_tiles * num_rows,)](
             self.tiles_of(q, tile.block_q), self.tiles_of(k, tile.block_k), self.tiles_of(self.v, tile.block_k),

@@ -173,10 +173,15 @@ def dropout(x: Tensor, p: float, key: DropoutKey) -> Tensor:
     # Where a compiler fuses Philox on a CPU, its products overflow as C++ forbids, and masks come out wrong.
     if (use_triton(x) and x.dtype != torch.float64) or torch.compiler.is_compiling():
         device = key.row_ids_B.device
-        step, layer = (torch.as_tensor(number, dtype=torch.int64, device=device) for number in (key.step, key.layer))
+        step, layer = (_on_device(number, device) for number in (key.step, key.layer))
         seed = key.seed - (key.seed >> 63 << 64)
         return _dropout_op(x, key.row_ids_B, step, layer, seed, key.site, _first_element(x.shape, key), p)
     return dropout_truth(x, p, key)
+
+
+def _on_device(number: int | Tensor, device: torch.device) -> Tensor:
+    """Bring a number to the device by a launch: copied there, the host would wait for all that the GPU has to do."""
+    return number if isinstance(number, Tensor) else torch.full((), number, dtype=torch.int64, device=device)
 
 
 @triton.jit(do_not_specialize=["seed", "step_ptr", "layer_ptr", "first_group"])

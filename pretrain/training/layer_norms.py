@@ -71,9 +71,11 @@ class LayerNorms:
         squares = torch.zeros(len(number) + num_blocks, dtype=torch.float64, device=self._ranks.device)
         parts = list(self._engine.gradients())
         if parts:
+            if parts[0][1].device != self._ranks.device:  # offloaded, by copies that the host has not waited for
+                torch.cuda.synchronize(self._ranks.device)
             found = squared_norms([part for _, part in parts])
-            places = torch.tensor([number[_layer_of(name)] for name, _ in parts], device=found.device)
-            squares.index_add_(0, places, found)
+            places = torch.tensor([number[_layer_of(name)] for name, _ in parts], device=squares.device)
+            squares.index_add_(0, places, found.to(squares.device))
         if self._activations:
             squares[len(number) :] = torch.stack(self._activations)
         keys = [f"layer/{layer}/grad_norm" for layer in self._layers]

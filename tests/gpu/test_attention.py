@@ -127,6 +127,7 @@ def test_more_rows_and_heads_than_an_axis_holds():
 
 
 @MODES
+@pytest.mark.usefixtures("much_memory")
 def test_more_than_two_to_the_31_elements(deterministic):
     if torch.cuda.get_device_properties(0).total_memory < 70 * 2**30:
         pytest.skip("needs 70 GiB of GPU memory")

@@ -10,13 +10,9 @@ from tests.helpers.loss_cases import DTYPES, OPTIONS, draw, measure, results
 
 pytestmark = [
     pytest.mark.gpu,
+    pytest.mark.usefixtures("exact_products"),
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: torch.cuda is not available"),
 ]
-
-
-@pytest.fixture(autouse=True)
-def exact_products(monkeypatch):
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
@@ -74,6 +70,7 @@ def test_compiles_as_one_graph():
         torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-4)
 
 
+@pytest.mark.usefixtures("much_memory")
 def test_peak_memory_is_a_sixth_of_the_unfused():
     if torch.cuda.get_device_properties(0).total_memory < 30 * 2**30:
         pytest.skip("needs 30 GiB of GPU memory")

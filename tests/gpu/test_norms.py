@@ -37,6 +37,7 @@ def test_the_same_bits_every_time(kind):
         assert all(torch.equal(a, b) for a, b in zip(first, results(norm, arguments, grads), strict=True))
 
 
+@pytest.mark.usefixtures("much_memory")
 @pytest.mark.parametrize("kind", KINDS)
 def test_rows_past_two_to_the_31_elements(kind):
     if torch.cuda.get_device_properties(0).total_memory < 40 * 2**30:

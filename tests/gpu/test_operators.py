@@ -67,6 +67,7 @@ def test_the_same_bits_every_time(kind):
         assert all(torch.equal(a, b) for a, b in zip(first, results(run, [x], [grad]), strict=True))
 
 
+@pytest.mark.usefixtures("much_memory")
 @pytest.mark.parametrize("kind", KINDS)
 def test_past_two_to_the_31_elements(kind):
     if torch.cuda.get_device_properties(0).total_memory < 40 * 2**30:
@@ -121,6 +122,7 @@ def test_dropout_is_that_of_a_cpu():
     assert torch.equal(dropout(x.cuda(), 0.3, drop_key(3, "cuda")).cpu(), dropout_truth(x, 0.3, drop_key(3, "cpu")))
 
 
+@pytest.mark.usefixtures("much_memory")
 def test_dropout_past_two_to_the_31_elements():
     if torch.cuda.get_device_properties(0).total_memory < 40 * 2**30:
         pytest.skip("needs 40 GiB of GPU memory")

@@ -22,15 +22,11 @@ from tests.helpers.training_agreement import (
 
 pytestmark = [
     pytest.mark.gpu,
+    pytest.mark.usefixtures("exact_products"),
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: torch.cuda is not available"),
     pytest.mark.filterwarnings("ignore:attention. fp32"),  # PyTorch's attention runs: the others are compared
 ]
 SEQ_LEN, NUM_STEPS = 512, 200
-
-
-@pytest.fixture(autouse=True)
-def exact_products(monkeypatch):
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
 
 
 def sized(family, **model):

@@ -10,21 +10,28 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 WAITING = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default,
            torch.ops.aten.masked_select.default, torch.ops.aten.unique_consecutive.default)  # fmt: skip
+NUMBER_TO_DEVICE = (
+    torch.ops.aten.lift_fresh.default
+)  # torch.tensor and as_tensor of a number: a copy that is waited for
 
 
 class HostReads(TorchDispatchMode):
     """Collects, for each such operator within, the function outside of torch that called it.
 
+    Args:
+        operators: that are collected.
+
     Attributes:
         callers: `file:function`, each with the operator's name.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, operators: tuple[Any, ...] = WAITING) -> None:
         super().__init__()
+        self._operators = operators
         self.callers: list[str] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in WAITING:
+        if func in self._operators:
             frame = sys._getframe(1)
             while frame is not None and "/torch/" in frame.f_code.co_filename:
                 frame = frame.f_back

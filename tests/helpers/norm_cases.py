@@ -22,12 +22,16 @@ Norm = Callable[..., Tensor | tuple[Tensor, Tensor]]
 @contextmanager
 def poisoned_memory() -> Iterator[None]:
     """Let `torch.empty` return NaN, so that an element that no program writes is seen."""
-    torch.use_deterministic_algorithms(True)  # torch.utils.deterministic.fill_uninitialized_memory is on by default
-    assert torch.empty(1000).isnan().all()
+    settings = torch.utils.deterministic
+    before = settings.fill_uninitialized_memory  # type: ignore[attr-defined]
+    torch.use_deterministic_algorithms(True)
+    settings.fill_uninitialized_memory = True  # type: ignore[attr-defined]  # training switches it off
     try:
+        assert torch.empty(1000).isnan().all()
         yield
     finally:
         torch.use_deterministic_algorithms(False)
+        settings.fill_uninitialized_memory = before  # type: ignore[attr-defined]
 
 
 def implementations(kind: str, with_residual: bool) -> tuple[Norm, Norm]:

@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 from pretrain.options.families import resolve_shape
 from pretrain.transformer.model import Transformer
+from tests.helpers.host_reads import NUMBER_TO_DEVICE, WAITING, HostReads
 from tests.helpers.interpreter_process import run_interpreted
 from tests.helpers.training_agreement import (
     BEGIN,
@@ -96,9 +97,10 @@ def test_forward_and_backward_read_nothing_on_the_host(family, checkpointing, mo
     monkeypatch.setattr(Transformer, "initialise", lambda self: None)
     for module in itertools.chain(*OPERATORS.values()):
         monkeypatch.setattr(module, "use_triton", lambda x: True)
-    with FakeTensorMode() as mode, Programs() as seen:
+    with FakeTensorMode() as mode, Programs() as seen, HostReads((*WAITING, NUMBER_TO_DEVICE)) as waits:
         model = Transformer(shape, 1, checkpointing, 1e-4).train()
         loss = backward_once(model, Step(Rows(*map(mode.from_tensor, vars(step.rows).values())), step.num_targets))
+        assert waits.callers == []
         with pytest.raises(DataDependentOutputException):
             float(loss)
     assert all(parameter.grad is not None for parameter in model.parameters())

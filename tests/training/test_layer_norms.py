@@ -87,3 +87,18 @@ def test_activations_are_what_leaves_each_block():
     model.eval()
     model(tokens_BT, tokens_BT, torch.zeros_like(tokens_BT))
     assert len(seen) == 2
+
+
+def test_gradients_in_the_hosts_memory_are_waited_for_and_brought_to_the_device(monkeypatch):
+    from types import SimpleNamespace
+
+    from pretrain.training.layer_norms import LayerNorms
+
+    device, waited, sent = torch.device("meta"), [], []  # stands for a GPU
+    monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
+    parts = [("blocks.0.ffn.up.weight", torch.ones(4)), ("embedding.weight", torch.ones(9))]
+    engine = SimpleNamespace(parameter_shapes=lambda: dict(parts), gradients=lambda: iter(parts))
+    ranks = SimpleNamespace(device=device, is_first=False, start_sum=sent.append)
+    norms = LayerNorms(1, engine, SimpleNamespace(shape=SimpleNamespace(num_layers=1)), ranks)
+    assert norms.start(1).keys == ["layer/0/grad_norm", "layer/embedding/grad_norm", "layer/0/activation_rms"]
+    assert waited == [device] and [squares.device for squares in sent] == [device]
