@@ -18,12 +18,13 @@ from safetensors.torch import load_file
 
 from pretrain.checkpoints.saved_run import SavedRun
 from pretrain.errors import ExportError
-from pretrain.formats import family_table, hf_export, hf_files, tokenizer_export
+from pretrain.formats import family_table, hf_export, hf_files, reference, tokenizer_export
+from pretrain.formats.convert import comparison_rows
 from pretrain.formats.family_table import export_tensors, import_tensors, published_config
 from pretrain.formats.hf_export import export_hf
 from pretrain.formats.partial_export import PartialExport, Progress
 from pretrain.formats.published import PUBLISHED_MODELS
-from pretrain.formats.reference import compute_reference
+from pretrain.formats.reference import compared_positions, compute_reference
 from pretrain.formats.tokenizer_export import verify_tokenizer
 from pretrain.generation.generate import generate
 from pretrain.generation.generate_options import GenerateOptions
@@ -517,3 +518,30 @@ def test_varied_texts_cut_from_samples_are_compared_too(tokenizer, llama_export)
     )
     assert report["texts"] == 1000 and report["mismatches"] == 0
     assert "held-out" in "".join(varied_texts(100, 0, ["held-out text\n" * 40]))
+
+
+def test_of_long_rows_and_wide_vocabularies_as_many_logits_are_compared_as_memory_has_room_for(
+    tokenizer, tmp_path, few_texts, monkeypatch
+):
+    assert compared_positions(5, 421).tolist() == [0, 1, 2, 3, 4]
+    monkeypatch.setattr(reference, "MAX_LOGITS", 10 * 421 + 1)
+    assert compared_positions(SEQ_LEN, 421).tolist() == [5, 11, 18, 24, 31, 37, 43, 50, 56, 63]
+    report = export(make_run("llama", tokenizer), tmp_path / "out")
+    assert report["logits"]["tokens"] == 10 + 10 + 5 + 1 and report["logits"]["longest_row"] == SEQ_LEN
+    right = hf_export.compute_reference
+
+    def another(model, *rest):
+        with torch.no_grad():
+            model.blocks[0].attention.qkv.weight[0] += 1
+        return right(model, *rest)
+
+    monkeypatch.setattr(hf_export, "compute_reference", another)
+    with pytest.raises(ExportError, match=r"random row 0, position 5: the logit of token"):
+        export(make_run("llama", tokenizer), tmp_path / "other")
+
+
+def test_rows_of_a_long_context_are_cut(tokenizer):
+    run = make_run("llama", tokenizer)
+    long = run.config.model_copy(update={"data": run.config.data.model_copy(update={"seq_len": 131_072})})
+    rows = comparison_rows(dataclasses.replace(run, config=long))
+    assert [len(row) for row in rows["random"]] == [8192, 7, 1]

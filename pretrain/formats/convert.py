@@ -31,7 +31,8 @@ FORMATS: Mapping[str, tuple[str, ...]] = {  # and the precisions that each can h
     "torch": ("bf16", "fp16", "fp32"),
 }
 MAX_SHARD_BYTES = 5_000_000_000  # what the Hub advises: larger files are slow to fetch again
-MAX_ROWS, MAX_TOKENS = 4, 8192  # of whole rows; for 7B weights 8192 tokens are 2.3e14 operations, both sides together
+# Of the rows that are compared, together and each: for 7B weights 8192 tokens are 2.3e14 operations on both sides.
+MAX_ROWS, MAX_TOKENS = 4, 8192
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -217,12 +218,12 @@ def comparison_rows(saved: SavedRun) -> dict[str, list[Tensor]]:
 
     Returns:
         Rows of int64 [T], `held-out` and `random`: one to four held-out ones, else as many random ones, all of
-        `seq_len` tokens; then a random one of a few tokens and one of a single token.
+        `seq_len` tokens, or the first `MAX_TOKENS`; then a random one of a few tokens and one of a single token.
     """
-    vocab_size, seq_len = saved.tokenizer.vocab_size, saved.config.data.seq_len
+    vocab_size, seq_len = saved.tokenizer.vocab_size, min(saved.config.data.seq_len, MAX_TOKENS)
     generator = torch.Generator().manual_seed(saved.config.run.seed)
     num_rows = min(max(MAX_TOKENS // seq_len, 1), MAX_ROWS)
-    held_out = _held_out_rows(saved, num_rows)
+    held_out = [row_T[:seq_len] for row_T in _held_out_rows(saved, num_rows)]
     lengths = [seq_len] * (num_rows - len(held_out)) + [7, 1]
     random = [torch.randint(vocab_size, (length,), generator=generator) for length in lengths]
     return {"held-out": held_out, "random": random}
