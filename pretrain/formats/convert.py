@@ -18,9 +18,11 @@ from pretrain.checkpoints.run_folder import CONFIG_FILE, open_run
 from pretrain.checkpoints.saved_run import SavedRun
 from pretrain.console import format_bytes
 from pretrain.data.stream import ValRows
+from pretrain.doctor.machine_check import CGROUPS, memory_limit
 from pretrain.errors import ConfigError, DataError, ExportError
 from pretrain.formats.family_table import check_exported
 from pretrain.formats.partial_export import PartialExport, Progress
+from pretrain.formats.reference import compared_positions
 from pretrain.options.config import Config
 from pretrain.options.families import ModelShape, num_parameters, resolve_shape
 from pretrain.options.settings import load_config
@@ -189,13 +191,15 @@ def parse_size(text: str) -> int:
     unit = text[len(text.rstrip("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz")) :].upper() or "B"
     try:
         return int(float(number) * _UNITS[unit])
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, OverflowError):
         raise ConfigError(f"--max-shard-size is {text!r}; expected a size such as 5GB, 500MB or 2GiB.") from None
 
 
 def _choose_verification(shape: ModelShape, progress: Progress) -> str:
-    """Compare logits where one copy of the model in fp32, and a quarter more, fits what is free."""
-    needed, free = 5 * num_parameters(shape), _available_bytes()
+    """Compare logits where one copy of the model in fp32, a quarter more, and a row's logits fit what is free."""
+    positions = len(compared_positions(min(shape.seq_len, MAX_TOKENS), shape.vocab_size))
+    # Of a row both sides' logits, and what their differences are computed in.
+    needed, free = 5 * num_parameters(shape) + 16 * positions * shape.vocab_size, _available_bytes()
     if free is None or needed <= free:
         return "logits"
     progress.say(
@@ -206,11 +210,14 @@ def _choose_verification(shape: ModelShape, progress: Progress) -> str:
 
 
 def _available_bytes() -> int | None:
+    """Return the memory that is free, of this machine or of what a container or job may have."""
     try:
         with open("/proc/meminfo", encoding="ascii") as file:
-            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable:"))
+            free = next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable:"))
+        limit = memory_limit(CGROUPS, Path("/proc/self/cgroup").read_text(encoding="utf-8"))
     except (OSError, StopIteration):
         return None
+    return free if limit is None else min(free, limit)
 
 
 def comparison_rows(saved: SavedRun) -> dict[str, list[Tensor]]:
