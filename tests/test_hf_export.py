@@ -22,13 +22,15 @@ from pretrain.formats import family_table, hf_export, hf_files, reference, token
 from pretrain.formats.convert import comparison_rows
 from pretrain.formats.family_table import export_tensors, import_tensors, published_config
 from pretrain.formats.hf_export import export_hf
+from pretrain.formats.model_card import model_card
 from pretrain.formats.partial_export import PartialExport, Progress
+from pretrain.formats.provenance import source_of
 from pretrain.formats.published import PUBLISHED_MODELS
 from pretrain.formats.reference import compared_positions, compute_reference
 from pretrain.formats.tokenizer_export import verify_tokenizer
 from pretrain.generation.generate import generate
 from pretrain.generation.generate_options import GenerateOptions
-from pretrain.options.config import ModelSection
+from pretrain.options.config import ExamplesSection, ModelSection
 from pretrain.options.families import FAMILIES, num_parameters, resolve_shape
 from pretrain.options.settings import parse_config
 from pretrain.tokenizers import hf_tokenizer
@@ -247,6 +249,28 @@ def test_the_card_says_what_the_model_is(llama_export):
     padding = 2 * (shape.padded_vocab_size - 421) * shape.dim
     assert padding > 0 and f"| Parameters | {num_parameters(shape) - padding:,} |" in card
     assert "12,345 tokens in 30 steps" in card and "Licence: not chosen yet" in card and "10,000 texts" in card
+
+
+def test_the_card_says_where_a_model_began_and_what_it_was_tuned_on(llama_export, tokenizer):
+    report = json.loads((llama_export[0] / "verification.json").read_text())
+    shape, plain = make_model("llama").shape, report["source"]
+    assert "pretrained with Longhaul" in model_card(shape, report) and "Begun from" not in model_card(shape, report)
+    run = make_run("llama", tokenizer)
+    examples = run.config.data.sources[0].model_copy(update={"examples": ExamplesSection()})
+    config = run.config.model_copy(update={
+        "data": run.config.data.model_copy(update={"sources": [examples]}),
+        "resume": run.config.resume.model_copy(update={"from_": "runs/base/checkpoints/step-00000030"}),
+    })  # fmt: skip
+    tuned = source_of(dataclasses.replace(run, config=config))
+    assert (tuned["begun_from"], tuned["tuned_on"]) == ("base", "code")
+    card = model_card(shape, report | {"source": tuned})
+    assert "Transformer, tuned with" in card and "| Begun from | the weights of base |" in card
+    assert "tuned on prompts with their responses (code)" in card and "so may that of the model that it was" in card
+    imported = {"about": {"imported": {"name": "/home/me/x", "folder": "SmolLM2"}}, "step": 0}
+    source = source_of(dataclasses.replace(run, manifest=imported, step=0))
+    assert source["begun_from"] == "SmolLM2" and plain["begun_from"] is None
+    card = model_card(shape, report | {"source": source})
+    assert "Transformer, imported with" in card and "the model that it was begun from may do more" in card
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2-untied"])

@@ -361,5 +361,6 @@ def _loaded_from(auto_class: Any, folder: Path, **options: Any) -> Any:
     except ExportError as error:
         raise ExportError(
             f"{folder}: transformers {transformers.__version__} does not load it ({type(error.__cause__).__name__}: "
-            f"{error.__cause__}); expected a model of this version. Nothing was imported."
+            f"{' '.join(str(error.__cause__).split())}); expected files that it reads. Correct them, or copy the model "
+            "again."
         ) from error.__cause__

@@ -168,8 +168,8 @@ def compare_logits(
         place, token = wrong
         raise ExportError(
             f"{where}, position {int(positions_T[place])}: the logit of token {token} is "
-            f"{float(theirs_TV[place, token]):.6g} in {client}; expected {float(ours_TV[place, token]):.6g} within {tolerance * scale:.2g} "
-            f"(largest difference in the row: {largest:.3g}). {REPORT_IT}"
+            f"{float(theirs_TV[place, token]):.6g} in {client}; expected {float(ours_TV[place, token]):.6g} within "
+            f"{tolerance * scale:.2g} (largest difference in the row: {largest:.3g}). {REPORT_IT}"
         )
     return {"difference": largest, "scale": scale, "ties": int((ours_TV.argmax(1) != theirs_TV.argmax(1)).sum())}
 
