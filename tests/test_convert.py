@@ -245,7 +245,7 @@ def test_tensors_alone_are_compared_by_choice_and_where_memory_is_short(written_
     monkeypatch.setattr(convert_module, "_available_bytes", lambda: 100_000)
     report = convert(written_run, tmp_path / "b")
     assert report["verified"] == "tensors" and "logits" not in report
-    assert "note: logits are not compared: that takes 680.2 kB, and 100.0 kB are free" in capsys.readouterr().err
+    assert "note: logits are not compared: that takes 600.7 MB, and 100.0 kB are free" in capsys.readouterr().err
     assert "every weight came back bit for bit" in (tmp_path / "b/README.md").read_text()
     right = hf_files.export_tensors
 
