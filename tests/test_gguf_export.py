@@ -212,12 +212,19 @@ def test_a_tokenizer_json_goes_along_if_llama_cpp_splits_text_so(kind, pre, note
     if pre is None:
         expected = "splits text in a way" if kind == "llama3" else "expected byte-level BPE for llama.cpp"
         with pytest.raises(ExportError, match=f"tokenizer: .*{expected}"):
-            gguf_tokenizer(theirs)
+            gguf_tokenizer(theirs, 30)
         return
-    keys, notes = gguf_tokenizer(theirs)
+    keys, notes = gguf_tokenizer(theirs, 30)
     assert keys["ggml.model"] == "gpt2" and keys["ggml.pre"] == pre and notes == ([note] if note else [])
     assert len(keys["ggml.tokens"]) == len(keys["ggml.token_type"]) == theirs.vocab_size
     assert keys["ggml.token_type"][theirs.eos_id] == 3 and " " in keys["ggml.merges"][0]
+    assert keys["ggml.add_bos_token"] and not theirs.puts_bos
+    assert not gguf_tokenizer(theirs, 0)[0]["ggml.add_bos_token"], "an import, whose tokenizer puts nothing first"
+    spec = json.loads(theirs.files["tokenizer.json"])
+    spec["model"]["merges"] = []
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
+    with pytest.raises(ExportError, match="tokenizer: merges nothing; expected byte-level BPE with merges"):
+        gguf_tokenizer(JsonTokenizer(tmp_path / "tokenizer.json", eos=theirs.name_of(theirs.eos_id)), 30)
 
 
 @pytest.mark.parametrize(
@@ -235,11 +242,11 @@ def test_sentencepiece_models_that_llama_cpp_reads_otherwise_are_refused(options
               "remove_extra_whitespaces": False}  # fmt: skip
     theirs = SentencePieceTokenizer(train_sentencepiece(tmp_path / "a.model", SOURCES, 700, **(recipe | options)))
     with pytest.raises(ExportError, match=f"tokenizer: {message}.*; expected one that gives the same ids there"):
-        gguf_tokenizer(theirs)
+        gguf_tokenizer(theirs, 30)
 
 
 def test_special_tokens_that_two_pieces_spell_are_told(tokenizer, tmp_path):  # noqa: F811
-    assert read_as_special(tokenizer) == [] and gguf_tokenizer(tokenizer)[1] == []
+    assert read_as_special(tokenizer) == [] and gguf_tokenizer(tokenizer, 30)[1] == []
     theirs = SentencePieceTokenizer.__new__(SentencePieceTokenizer)
     theirs.__dict__ |= vars(tokenizer)
     pieces = tokenizer.file.pieces
@@ -250,7 +257,7 @@ def test_special_tokens_that_two_pieces_spell_are_told(tokenizer, tmp_path):  # 
         read_as_special(theirs) == ["<s>", "</s>"]
         and read_as_special(JsonTokenizer(train_json("gpt2", tmp_path, 400))) == []
     )
-    assert gguf_tokenizer(theirs)[1] == [
+    assert gguf_tokenizer(theirs, 30)[1] == [
         "Where plain text holds <s>, </s>, llama.cpp reads the token and not its letters."
     ]
 

@@ -270,7 +270,9 @@ def test_the_card_says_where_a_model_began_and_what_it_was_tuned_on(llama_export
     source = source_of(dataclasses.replace(run, manifest=imported, step=0))
     assert source["begun_from"] == "SmolLM2" and plain["begun_from"] is None
     card = model_card(shape, report | {"source": source})
-    assert "Transformer, imported with" in card and "the model that it was begun from may do more" in card
+    assert "Transformer, imported with" in card and "it was not trained here. The tokenizer puts `<s>` before" in card
+    again = model_card(shape, report | {"source": tuned | {"tuned_on": None}})
+    assert "the model that it was begun from may do more. Documents began with `<s>` in training" in again
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2-untied"])

@@ -79,7 +79,7 @@ def export_gguf(
         OSError: a file could not be written.
     """
     check_gguf(saved.shape, str(saved.run))
-    vocabulary, notes = gguf_tokenizer(saved.tokenizer)
+    vocabulary, notes = gguf_tokenizer(saved.tokenizer, saved.step)
     keys = _keys(saved, dtype, licence) | {f"tokenizer.{key}": value for key, value in vocabulary.items()}
     layout = [(name, _layout(saved, name, dtype)) for name in saved.shapes]
     extra = extra_tensors(saved.shape)

@@ -114,19 +114,22 @@ def model_card(
             and_of_what=", and so may that of the model that it was begun from" if source["begun_from"] else ""
         ),
         made="imported" if not source["step"] else "tuned" if source["tuned_on"] else "pretrained",
-        kind=_kind(source["tuned_on"], source["begun_from"]),
+        kind=_kind(source),
         training=_training(data, curve or {}),
         how=_how(report),
         facts="\n".join(f"| {key} | {value} |" for key, value in facts.items()),
         checks=_checks(report),
-        tokenizer_notes=_tokenizer_notes(tokens),
+        tokenizer_notes=_tokenizer_notes(tokens, source["step"]),
         versions=", ".join(f"{library} {version}" for library, version in report["versions"].items()),
     )
 
 
-def _kind(tuned_on: str | None, begun_from: str | None) -> str:
+def _kind(source: Mapping[str, Any]) -> str:
     """What is to be expected of it."""
-    if tuned_on is None and begun_from is not None:
+    tuned_on = source["tuned_on"]
+    if not source["step"]:
+        return "It computes what the model that was imported computes: it was not trained here."
+    if tuned_on is None and source["begun_from"] is not None:
         return "Here it was trained on nothing but text to continue; the model that it was begun from may do more."
     if tuned_on is None:
         return "It was trained to continue text, not to follow instructions."
@@ -190,15 +193,17 @@ def _training(data: Sequence[Mapping[str, Any]], curve: Mapping[str, Sequence[Se
     return "\n".join(lines).rstrip() or "Neither the data nor the loss of this run is recorded."
 
 
-def _tokenizer_notes(tokens: dict[str, Any]) -> str:
+def _tokenizer_notes(tokens: dict[str, Any], step: int) -> str:
     """What a user of the tokenizer must know, from the report on it; one paragraph of lines."""
     begin = tokens["documents_begin_with"]
     is_put = tokens["begins_texts_with"] == [begin]
     notes = [
         f"Documents began with `{begin}` in training, and the tokenizer "
-        + ("puts it first." if is_put else "does not put it first: do so where a text begins."),
-        "Text of special tokens is read as these tokens unless `split_special_tokens=True`.",
+        + ("puts it first." if is_put else "does not put it first: do so where a text begins.")
     ]
+    if not step:  # how others trained is not known
+        notes = [f"The tokenizer puts `{begin}` before a text."] if is_put else []
+    notes.append("Text of special tokens is read as these tokens unless `split_special_tokens=True`.")
     if tokens["loses_u2581"]:
         notes.append("Text with U+2581 does not come back as it was: the tokenizer writes spaces that way.")
     if lost := tokens["texts"] - tokens["restored"]:
