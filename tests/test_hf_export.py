@@ -571,3 +571,6 @@ def test_rows_of_a_long_context_are_cut(tokenizer):
     long = run.config.model_copy(update={"data": run.config.data.model_copy(update={"seq_len": 131_072})})
     rows = comparison_rows(dataclasses.replace(run, config=long))
     assert [len(row) for row in rows["random"]] == [8192, 7, 1]
+    short = run.config.model_copy(update={"data": run.config.data.model_copy(update={"seq_len": 16})})
+    rows = comparison_rows(dataclasses.replace(run, config=short))
+    assert [len(row) for row in rows["random"]] == [16, 16, 16, 16, 7, 1, SEQ_LEN], "phases may have longer rows"

@@ -227,13 +227,16 @@ def comparison_rows(saved: SavedRun) -> dict[str, list[Tensor]]:
 
     Returns:
         Rows of int64 [T], `held-out` and `random`: one to four held-out ones, else as many random ones, all of
-        `seq_len` tokens, or the first `MAX_TOKENS`; then a random one of a few tokens and one of a single token.
+        `seq_len` tokens, or the first `MAX_TOKENS`; then a random one of a few tokens, one of a single token, and where
+        rows grow in later phases one of the longest.
     """
     vocab_size, seq_len = saved.tokenizer.vocab_size, min(saved.config.data.seq_len, MAX_TOKENS)
     generator = torch.Generator().manual_seed(saved.config.run.seed)
     num_rows = min(max(MAX_TOKENS // seq_len, 1), MAX_ROWS)
     held_out = [row_T[:seq_len] for row_T in _held_out_rows(saved, num_rows)]
     lengths = [seq_len] * (num_rows - len(held_out)) + [7, 1]
+    if (longest := min(saved.shape.seq_len, MAX_TOKENS)) > seq_len:  # rows of a later phase, which may pass a window
+        lengths.append(longest)
     random = [torch.randint(vocab_size, (length,), generator=generator) for length in lengths]
     return {"held-out": held_out, "random": random}
 
