@@ -275,8 +275,8 @@ def test_the_modelfile_names_template_and_ends(tokenizer, tmp_path):  # noqa: F8
 class StandIn:
     """In llama.cpp's place where it is not installed: our own model, to try what goes to it and comes back."""
 
-    def __init__(self, tokenizer, error: float = 0.0) -> None:
-        self.tokenizer, self.model, self.error, self.past = tokenizer, make_model("llama"), error, []
+    def __init__(self, own, error: float = 0.0) -> None:
+        self.tokenizer, self.model, self.error, self.past = own, make_model("llama"), error, []
 
     def clear(self) -> None:
         self.past = []

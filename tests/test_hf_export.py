@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from pretrain.checkpoints.saved_run import SavedRun
 from pretrain.errors import ExportError
 from pretrain.formats import family_table, hf_export, hf_files, reference, tokenizer_export
-from pretrain.formats.convert import comparison_rows
+from pretrain.formats.convert import comparison_rows, summary
 from pretrain.formats.family_table import export_tensors, import_tensors, published_config
 from pretrain.formats.hf_export import export_hf
 from pretrain.formats.model_card import model_card
@@ -564,6 +564,15 @@ def test_of_long_rows_and_wide_vocabularies_as_many_logits_are_compared_as_memor
     monkeypatch.setattr(hf_export, "compute_reference", another)
     with pytest.raises(ExportError, match=r"random row 0, position 5: the logit of token"):
         export(make_run("llama", tokenizer), tmp_path / "other")
+
+
+def test_a_window_that_no_row_passes_is_told(tokenizer, tmp_path, few_texts):
+    def export_short(run, partial, dtype, rows, **options):
+        return export_hf(run, partial, dtype, {"random": rows["random"][2:]})
+
+    report = export(make_run("qwen3-tied-window", tokenizer), tmp_path / "out", make=export_short)
+    assert report["notes"] == ["No compared row was longer than the window of attention, which was not tried."]
+    assert summary(report, "out").endswith("which was not tried.")
 
 
 def test_rows_of_a_long_context_are_cut(tokenizer):
