@@ -401,9 +401,10 @@ def test_what_is_missing_beside_the_weights_is_said_with_its_mend(llama, tmp_pat
 def test_a_tokenizer_model_of_another_kind_is_passed_over(llama, tmp_path):
     source = copy_of(llama, tmp_path / "model")
     (source / "tokenizer.model").write_bytes(b"AA== 0\nAQ== 1\n")  # tiktoken's
-    report = import_hf(source, tmp_path / "run")
+    report = import_hf(source, tmp_path / "run: #2")
     assert report["tokenizer"]["file"] == "tokenizer.json"
     assert report["tokenizer"]["passed_over"] == ["tokenizer.model: it is not readable"]
+    assert load_config(tmp_path / "run: #2/continue.yaml").data.sources[0].shards == "data/run: #2/mine"
 
 
 def test_files_that_are_not_whole_are_refused(llama, tmp_path):
