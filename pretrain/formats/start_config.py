@@ -109,7 +109,8 @@ def start_yaml(found: PublishedConfig, shape: ModelShape, tokenizer: Tokenizer, 
     model = "\n".join(f"  {key}: {yaml_value(value)}" for key, value in found.options.items())
     num_weights = shape.num_layers * 12 * shape.dim**2
     return _YAML.format(
-        run=yaml_value(str(run)), start=shlex.quote(str(run / "continue.yaml")), next_run=yaml_value(f"{run}-continued"),
+        run=yaml_value(str(run)), next_run=yaml_value(f"{run}-continued"),
+        start=shlex.quote(str(run / "continue.yaml")),
         tokenizer=yaml_value(section["model"]), vocab_size=section["vocab_size"], special=special,
         shards=yaml_value(f"data/{run.name}/mine"),
         seq_len=seq_len, seq_len_why=why, model=model, zero_stage=1 if num_weights < 2_000_000_000 else 3,
