@@ -10,6 +10,7 @@ from typing import Any
 from pretrain.errors import ConfigError, DataError, ExportError
 from pretrain.formats.added_tokens import AddedTokens, add_tokens
 from pretrain.tokenizers.hf_tokenizer import TOKENIZER_CONFIG, JsonTokenizer, is_tie
+from pretrain.tokenizers.sentencepiece_model import read_model
 from pretrain.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
 from pretrain.tokenizers.tokenizer import CARRIED_FILES, SPACE_PIECE, Tokenizer
 from pretrain.tokenizers.varied_texts import varied_texts
@@ -100,7 +101,7 @@ def _open(path: Path, config: Mapping[str, Any]) -> Tokenizer:
 
 def _vocabulary(path: Path) -> dict[str, int]:
     if path.suffix != ".json":
-        return {}
+        return {piece: index for index, (piece, _, _) in enumerate(read_model(path.read_bytes()).pieces)}
     spec = json.loads(path.read_bytes())
     model = spec["model"]["vocab"]
     known = dict(model) if isinstance(model, dict) else {entry[0]: index for index, entry in enumerate(model)}
