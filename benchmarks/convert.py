@@ -11,6 +11,7 @@ import argparse
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -38,7 +39,7 @@ from pretrain.transformer.model import Transformer
 
 EXAMPLES = """examples:
   python benchmarks/convert.py configs/llama-1.3b.yaml --ranks 4 --out bench-results/convert.json
-  python benchmarks/convert.py configs/gpt2-124m.yaml --only hf,load"""
+  python benchmarks/convert.py configs/gpt2-124m.yaml --only 'load,hf bf16, logits'"""
 STATES = ("master", "exp_avg", "exp_avg_sq")
 VOCAB_SIZE = 8192
 LOAD = "import sys; from pretrain.checkpoints.run_folder import load_run; print(load_run(sys.argv[1]).num_tokens)"
@@ -133,7 +134,7 @@ def main() -> None:
         run = folder / "run"
         overrides = [f"run.dir={run}", f"tokenizer.model={run}/tokenizer.model", f"tokenizer.vocab_size={VOCAB_SIZE}"]
         num_parameters = make_run(load_config(arguments.config, overrides), arguments.ranks)
-        wanted = arguments.only.split(",") if arguments.only else [""]
+        wanted = re.split(r",(?! )", arguments.only) if arguments.only else [""]  # names have commas before spaces
         for name, options in SUBJECTS.items():
             if not any(name.startswith(one) for one in wanted):
                 continue

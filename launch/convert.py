@@ -21,11 +21,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit status."""
     import json
 
-    from pretrain.formats.convert_options import make_parser
+    from pretrain.formats.convert_options import make_parser, parse
     from pretrain.formats.import_options import import_model
 
     parser = make_parser(__doc__)
-    arguments = parser.parse_args(argv)
+    arguments = parse(parser, argv)
     try:
         if (status := import_model(arguments, parser)) is not None:
             return status
@@ -40,8 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         from pretrain.formats.convert import ConvertOptions, convert, parse_size, summary
 
-        options = ConvertOptions(arguments.to, arguments.dtype, parse_size(arguments.max_shard_size), arguments.verify,
-                                 arguments.license)  # fmt: skip
+        size = parse_size(arguments.max_shard_size or "5GB")
+        options = ConvertOptions(arguments.to, arguments.dtype, size, arguments.verify, arguments.license)
         begin_work("stopped; the same command goes on with what is written")
         report = convert(arguments.run, arguments.out, arguments.step, options)
     except LonghaulError as error:

@@ -11,7 +11,7 @@ from pathlib import Path
 from pretrain.console import format_bytes
 from pretrain.doctor.findings import Line, Request, ok, skipped, warning
 
-_CGROUPS = Path("/sys/fs/cgroup")
+CGROUPS = Path("/sys/fs/cgroup")
 _LITTLE_SHARED_BYTES = 512 << 20  # Docker's default is 64 MB, with which NCCL fails
 _NO_LIMIT = 1 << 60  # cgroups of version 1 write a number as large as pages allow
 _LEAST = {"open files": 1024, "processes": 4096, "stack": 8 << 20}
@@ -24,10 +24,10 @@ def check(request: Request) -> Iterator[Line]:
     yield ok("system", f"{platform.system()} {platform.release()}, {platform.machine()}")
     membership = _read(Path("/proc/self/cgroup"))
     known = _meminfo(_read(Path("/proc/meminfo")))
-    yield judge_memory(known, memory_limit(_CGROUPS, membership))
+    yield judge_memory(known, memory_limit(CGROUPS, membership))
     yield judge_swap(known, [line.split()[0] for line in _read(Path("/proc/swaps")).splitlines()[1:]])
     usable = len(os.sched_getaffinity(0))
-    yield judge_cores(usable, os.cpu_count() or usable, cpu_quota(_CGROUPS, membership))
+    yield judge_cores(usable, os.cpu_count() or usable, cpu_quota(CGROUPS, membership))
     yield judge_threads(os.environ.get("OMP_NUM_THREADS"), usable)
     yield judge_shared(Path("/dev/shm"))
     for name, number in _LIMITS.items():

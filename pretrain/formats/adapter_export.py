@@ -55,6 +55,8 @@ def export_adapter(
         raise ConfigError(
             f"{out}: exists already; expected no such folder, or an empty one. Delete it or name another."
         )
+    if dtype is not None and dtype not in _DTYPES:
+        raise ConfigError(f"--dtype is {dtype}; expected one of {', '.join(_DTYPES)} for --to peft.")
     reader = newest_good(run, place_of_run(run), step)
     if BASE not in reader.training:
         raise ConfigError(f"{run}: has no adapters; expected a run with train.lora. Export the whole model by --to hf.")

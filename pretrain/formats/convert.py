@@ -18,9 +18,11 @@ from pretrain.checkpoints.run_folder import CONFIG_FILE, open_run
 from pretrain.checkpoints.saved_run import SavedRun
 from pretrain.console import format_bytes
 from pretrain.data.stream import ValRows
+from pretrain.doctor.machine_check import CGROUPS, memory_limit
 from pretrain.errors import ConfigError, DataError, ExportError
 from pretrain.formats.family_table import check_exported
 from pretrain.formats.partial_export import PartialExport, Progress
+from pretrain.formats.reference import compared_positions
 from pretrain.options.config import Config
 from pretrain.options.families import ModelShape, num_parameters, resolve_shape
 from pretrain.options.settings import load_config
@@ -31,7 +33,9 @@ FORMATS: Mapping[str, tuple[str, ...]] = {  # and the precisions that each can h
     "torch": ("bf16", "fp16", "fp32"),
 }
 MAX_SHARD_BYTES = 5_000_000_000  # what the Hub advises: larger files are slow to fetch again
-MAX_ROWS, MAX_TOKENS = 4, 8192  # of whole rows; for 7B weights 8192 tokens are 2.3e14 operations, both sides together
+# Of the rows that are compared, together and each: for 7B weights 8192 tokens are 2.3e14 operations on both sides.
+MAX_ROWS, MAX_TOKENS = 4, 8192
+_LIBRARY_BYTES = 600_000_000  # torch and transformers
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -188,13 +192,16 @@ def parse_size(text: str) -> int:
     unit = text[len(text.rstrip("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz")) :].upper() or "B"
     try:
         return int(float(number) * _UNITS[unit])
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, OverflowError):
         raise ConfigError(f"--max-shard-size is {text!r}; expected a size such as 5GB, 500MB or 2GiB.") from None
 
 
 def _choose_verification(shape: ModelShape, progress: Progress) -> str:
-    """Compare logits where one copy of the model in fp32, and a quarter more, fits what is free."""
-    needed, free = 5 * num_parameters(shape), _available_bytes()
+    """Compare logits where one copy of the model in fp32, a quarter more, and a row's logits fit what is free."""
+    positions = len(compared_positions(min(shape.seq_len, MAX_TOKENS), shape.vocab_size))
+    # Of a row both sides' logits, and what their differences are computed in. Measured: docs/notes/0033-formats.md.
+    needed = 5 * num_parameters(shape) + 16 * positions * shape.vocab_size + _LIBRARY_BYTES
+    free = _available_bytes()
     if free is None or needed <= free:
         return "logits"
     progress.say(
@@ -205,11 +212,14 @@ def _choose_verification(shape: ModelShape, progress: Progress) -> str:
 
 
 def _available_bytes() -> int | None:
+    """Return the memory that is free, of this machine or of what a container or job may have."""
     try:
         with open("/proc/meminfo", encoding="ascii") as file:
-            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable:"))
+            free = next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable:"))
+        limit = memory_limit(CGROUPS, Path("/proc/self/cgroup").read_text(encoding="utf-8"))
     except (OSError, StopIteration):
         return None
+    return free if limit is None else min(free, limit)
 
 
 def comparison_rows(saved: SavedRun) -> dict[str, list[Tensor]]:
@@ -217,13 +227,16 @@ def comparison_rows(saved: SavedRun) -> dict[str, list[Tensor]]:
 
     Returns:
         Rows of int64 [T], `held-out` and `random`: one to four held-out ones, else as many random ones, all of
-        `seq_len` tokens; then a random one of a few tokens and one of a single token.
+        `seq_len` tokens, or the first `MAX_TOKENS`; then a random one of a few tokens, one of a single token, and where
+        rows grow in later phases one of the longest.
     """
-    vocab_size, seq_len = saved.tokenizer.vocab_size, saved.config.data.seq_len
+    vocab_size, seq_len = saved.tokenizer.vocab_size, min(saved.config.data.seq_len, MAX_TOKENS)
     generator = torch.Generator().manual_seed(saved.config.run.seed)
     num_rows = min(max(MAX_TOKENS // seq_len, 1), MAX_ROWS)
-    held_out = _held_out_rows(saved, num_rows)
+    held_out = [row_T[:seq_len] for row_T in _held_out_rows(saved, num_rows)]
     lengths = [seq_len] * (num_rows - len(held_out)) + [7, 1]
+    if (longest := min(saved.shape.seq_len, MAX_TOKENS)) > seq_len:  # rows of a later phase, which may pass a window
+        lengths.append(longest)
     random = [torch.randint(vocab_size, (length,), generator=generator) for length in lengths]
     return {"held-out": held_out, "random": random}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 
 from pretrain.command_line import CommandLine, whole
 from pretrain.formats.import_options import add_options
@@ -18,6 +19,9 @@ EXAMPLES = """examples:
 exit status: 0 done, 1 failed (not verified: nothing is there), 2 wrong use, 75 stopped by a signal: the same command
 goes on with what is written (130 with --from hf and --to peft, which begin anew)."""
 
+# Options that not every format has a meaning for, and the formats that have.
+_FORMATS_OF = {"max_shard_size": ("hf",), "verify": ("hf", "gguf"), "license": ("hf", "gguf")}
+
 
 def make_parser(description: str | None) -> argparse.ArgumentParser:
     """Return what reads the arguments."""
@@ -32,12 +36,21 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
     add_options(parser, way)
     parser.add_argument("--dtype", choices=["bf16", "fp16", "fp32", "q8_0"],
                         help="precision of the weights; the run's by default; q8_0 only for gguf")  # fmt: skip
-    parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE",
-                        help="size at which hf's weights go on in another file: 500MB, 2GiB (%(default)s)")  # fmt: skip
-    parser.add_argument("--verify", choices=["logits", "tensors"], help="compare logits (as far as memory allows the "
-                        "default: once the model in fp32) or only every tensor of the files")  # fmt: skip
-    parser.add_argument(
-        "--license", metavar="NAME", help="of the weights, as the Hub names it: apache-2.0, cc-by-4.0, …"
-    )
+    parser.add_argument("--max-shard-size", metavar="SIZE",
+                        help="size at which hf's weights go on in another file: 500MB, 2GiB (5GB)")  # fmt: skip
+    parser.add_argument("--verify", choices=["logits", "tensors"], help="of hf and gguf: compare logits (as far as "
+                        "memory allows the default: once the model in fp32) or only every tensor of the "
+                        "files")  # fmt: skip
+    parser.add_argument("--license", metavar="NAME", help="of the weights, as the Hub names it, for the card of hf and "
+                        "the head of gguf: apache-2.0, cc-by-4.0, …")  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print what was verified as one JSON object")
     return parser
+
+
+def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+    """Read the arguments, and refuse options that would do nothing."""
+    arguments = parser.parse_args(argv)
+    for name, formats in _FORMATS_OF.items():
+        if getattr(arguments, name) is not None and arguments.to not in formats:
+            parser.error(f"--{name.replace('_', '-')} goes with --to {' and --to '.join(formats)}")
+    return arguments

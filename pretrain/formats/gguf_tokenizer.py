@@ -34,11 +34,17 @@ _SPLITS: Mapping[str, tuple[str, bool]] = {
 FIX = "Export to Hugging Face's format (--to hf)."
 
 
-def gguf_tokenizer(tokenizer: Tokenizer) -> tuple[dict[str, Any], list[str]]:
+def begins_texts(tokenizer: Tokenizer, step: int) -> bool:
+    """Whether a text begins with bos: where the model was trained here, or the tokenizer puts it first by itself."""
+    return step > 0 or not isinstance(tokenizer, JsonTokenizer) or tokenizer.puts_bos
+
+
+def gguf_tokenizer(tokenizer: Tokenizer, step: int) -> tuple[dict[str, Any], list[str]]:
     """Return what a GGUF file says of a tokenizer, and what is to be known of it.
 
     Args:
         tokenizer: what the model was trained with.
+        step: of the checkpoint; 0: an import, as it was published.
 
     Returns:
         Keys behind `tokenizer.`: texts, numbers, flags and lists; and sentences about texts that llama.cpp reads
@@ -56,7 +62,7 @@ def gguf_tokenizer(tokenizer: Tokenizer) -> tuple[dict[str, Any], list[str]]:
         "ggml.bos_token_id": tokenizer.bos_id,
         "ggml.eos_token_id": tokenizer.eos_id,
         "ggml.padding_token_id": tokenizer.pad_id,
-        "ggml.add_bos_token": True,  # documents began with it in training
+        "ggml.add_bos_token": begins_texts(tokenizer, step),
         "ggml.add_eos_token": False,
     }
     if tokenizer.unk_id is not None:
@@ -121,6 +127,8 @@ def _byte_level(tokenizer: JsonTokenizer) -> tuple[dict[str, Any], list[str]]:
     model, notes = spec["model"], []
     if model["type"] != "BPE" or model.get("byte_fallback") or model.get("unk_token") or model.get("fuse_unk"):
         raise ExportError(f"tokenizer: is {tokenizer.kind}; expected byte-level BPE for llama.cpp. {FIX}")
+    if not model["merges"]:
+        raise ExportError(f"tokenizer: merges nothing; expected byte-level BPE with merges for llama.cpp. {FIX}")
     name = _name_of_split(spec["pre_tokenizer"])
     if name is None or (name and _SPLITS[name][1]) != bool(model.get("ignore_merges")):
         raise ExportError(

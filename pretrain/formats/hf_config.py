@@ -91,11 +91,17 @@ def read_config(raw: Mapping[str, Any], resolved: Mapping[str, Any], where: str)
     seq_len, vocab_size = options.pop("seq_len"), options.pop("vocab_size")
     if "use_qkv_bias" in published.derived:
         options["attention_bias"] = "qkv" if resolved["use_qkv_bias"] else False
-    if resolved.get("use_sliding_window") is False:
+    if resolved.get("use_sliding_window") is False or set(resolved.get("layer_types") or ()) == {"full_attention"}:
         options.pop("sliding_window", None)
     notes = []
     if rope:
         options["rope_theta"] = rope.pop("rope_theta")
+        bases = [raw.get("rope_theta"), (raw.get("rope_parameters") or {}).get("rope_theta")]
+        if None not in bases and bases[0] != bases[1]:
+            raise ConfigError(
+                f"{where}: rope_theta is {bases[0]}, and {bases[1]} in rope_parameters; expected one value, "
+                "since transformers 4 reads the first and 5 the second. Keep the one that the model was trained with."
+            )
         if "partial_rotary_factor" in published.options:
             rope.pop("partial_rotary_factor", None)
         if scaling := _scaling(rope, seq_len, where):
@@ -125,8 +131,17 @@ def check_config(found: PublishedConfig, resolved: Mapping[str, Any], vocab_size
     """
     try:
         shape = resolve_shape(ModelSection(**found.options), vocab_size, found.seq_len)
-    except (ConfigError, ValueError) as error:  # pydantic's is a ValueError
-        raise ConfigError(f"{where}: {error}") from None
+    except ConfigError as error:  # whose mends are for a config of ours
+        problem, _, rule = str(error).splitlines()[0].partition("; expected ")
+        rule = rule.partition(". ")[0]
+        raise ConfigError(f"{where}: {problem}; expected {rule}. The model cannot be imported.") from None
+    except ValueError as error:  # pydantic's, of several lines
+        name, _, problem = str(error).partition("\n")[2].partition("\n")
+        problem = problem.partition("[type=")[0].strip()
+        raise ConfigError(
+            f"{where}: model.{name} would be out of its range ({problem}); expected another value there. Correct the "
+            "file."
+        ) from None
     free = {"vocab_size", "use_cache", "rope_theta", "rope_scaling", "rope_parameters", "architectures", *_DROPOUTS}
     if shape.sliding_window is None:  # then they say nothing
         free |= {"use_sliding_window", "max_window_layers", "sliding_window"}

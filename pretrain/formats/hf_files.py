@@ -65,7 +65,7 @@ def write_weights(
     files = {}
     for file, shard in zip(names, shards, strict=True):
         head = safetensors_head([tensor for _, tensors in shard for tensor in tensors], metadata)
-        parts = [Part(len(head), partial(list, [head]))]
+        parts = [Part(len(head), partial(list, [head]), is_head=True)]
         parts += [Part(_num_bytes([one]), partial(_make, saved, one[0], dtype)) for one in shard]
         files[file] = parts
     described = export.write(files)

@@ -96,10 +96,11 @@ def import_hf(folder: str | Path, out: str | Path, added: AddedTokens | None = N
         raise ExportError(
             f"{folder}: the tokenizer has {tokenizer.vocab_size:,} ids, and config.json says vocab_size "
             f"{source.config.vocab_size:,}; expected no more. It is another model's tokenizer, or has tokens that the "
-            "model "
-            "was not trained with."
+            f"model was not trained with, from {tokenizer.name_of(source.config.vocab_size)!r} on: remove these from "
+            "its files, and add them by --add-tokens if you need them."
         )
     shape = check_config(source.config, source.resolved, tokenizer.vocab_size, f"{folder}/config.json")
+    _check_names(source, shape)
     with complete_or_absent(out) as partial:
         return _import(source, shape, tokenizer, tokens_report, added, sample, partial, out)
 
@@ -118,13 +119,36 @@ def _read_raw(folder: Path) -> dict[str, Any]:
         ) from None
     except ValueError as error:
         raise ConfigError(f"{path}: is not JSON ({error}); expected it to be. Copy the model again.") from None
-    return dict(raw)
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path}: holds no keys; expected an object of JSON. Copy the model again.")
+    return raw
 
 
 def _open(folder: Path, raw: dict[str, Any], resolved: dict[str, Any]) -> _Source:
     config = read_config(raw, resolved, f"{folder}/config.json")
     prefix = PUBLISHED_MODELS[config.options["family"]].weights[0].theirs[0].partition(".")[0] + "."
     return _Source(folder, raw, resolved, config, HubTensors(folder, prefix))
+
+
+def _check_names(source: _Source, shape: ModelShape) -> None:
+    """Refuse weights that lack a tensor or have one too many, before any is written."""
+    empty = ((name, torch.empty(size, device="meta")) for name, size in parameter_shapes(shape).items())
+    expected = {name for name, _ in export_tensors(shape, empty)}
+    given, model = set(_without_tied(source, shape)), source.config.options["family"]
+    if missing := sorted(expected - given):
+        tie = missing == list(source.vocabulary[1:])
+        raise ExportError(
+            f"{source.folder}: {missing[0]} ({len(missing)} such) is in no file of weights; expected it in the {model} "
+            "that config.json describes. "
+            + ("If the output layer is the embedding, set tie_word_embeddings to true there; else c" if tie else "C")
+            + "opy the model again."
+        )
+    if more := sorted(given - expected):
+        raise ExportError(
+            f"{source.folder}: {more[0]} ({len(more)} such) is a tensor without a place in the {model} that "
+            "config.json describes; expected none. It is a model of another architecture or depth: use its own "
+            "config.json."
+        )
 
 
 def _sample_text() -> str:

@@ -64,8 +64,8 @@ class HubTensors(Mapping[str, Tensor]):
         tensor = opened[key]
         if tensor.dtype not in _FLOATS:
             raise ExportError(
-                f"{name}: the tensor is of {tensor.dtype}; expected bf16, fp16 or fp32. Use a checkpoint that is not "
-                "quantized."
+                f"{name}: the tensor is of {tensor.dtype}; expected bf16, fp16 or fp32. Use a checkpoint in one of "
+                "these, and not a quantized one."
             )
         return tensor
 

@@ -10,6 +10,7 @@ from typing import Any
 from pretrain.errors import ConfigError, DataError, ExportError
 from pretrain.formats.added_tokens import AddedTokens, add_tokens
 from pretrain.tokenizers.hf_tokenizer import TOKENIZER_CONFIG, JsonTokenizer, is_tie
+from pretrain.tokenizers.sentencepiece_model import read_model
 from pretrain.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
 from pretrain.tokenizers.tokenizer import CARRIED_FILES, SPACE_PIECE, Tokenizer
 from pretrain.tokenizers.varied_texts import varied_texts
@@ -42,14 +43,22 @@ def choose_tokenizer(
     if not candidates:
         raise ExportError(
             f"{folder}: has no tokenizer; expected tokenizer.model or tokenizer.json. Copy the one that the model was "
-            "trained with, of the same repository."
+            "trained with, of the same repository; if that has vocab.json and merges.txt, make it of these by "
+            "transformers: AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)."
         )
+    opened: dict[Path, Tokenizer] = {}
+    passed_over: list[str] = []
+    for path in candidates:
+        try:
+            opened[path] = _open(path, config)
+        except ExportError:
+            if path == candidates[-1] and not opened:
+                raise
+            passed_over.append(f"{path.name}: it is not readable")  # such as tiktoken's, which has the same name
     references = [load(folder)]
     if (folder / "tokenizer.json").is_file():
         references.append(load(folder, is_plain=True))
-    passed_over: list[str] = []
-    for path in candidates:
-        tokenizer = _open(path, config)
+    for path, tokenizer in opened.items():
         faults: list[str] = []
         for reference in references:
             fault, num_tokens = _difference(tokenizer, reference, samples, num_texts)
@@ -65,8 +74,8 @@ def choose_tokenizer(
             faults.append(fault)
         passed_over.append(f"{path.name}: {faults[0]}")
     raise ExportError(
-        f"{folder}: {passed_over[0]}. Expected the ids of transformers. The files are of different tokenizers, or "
-        "transformers does not use this one as it is."
+        f"{folder}: {passed_over[-1]}. Expected the ids of transformers. The files are of different tokenizers, or "
+        "transformers does not use this one as it is: correct the files beside it."
     )
 
 
@@ -79,15 +88,20 @@ def _open(path: Path, config: Mapping[str, Any]) -> Tokenizer:
         eos = eos[0] if isinstance(eos, list) and eos else eos
         names = {index: token for token, index in _vocabulary(path).items()}
         if eos not in names:
-            raise
+            raise ExportError(
+                f"{path}: nothing says which token ends documents; expected eos_token in tokenizer_config.json or "
+                "eos_token_id in config.json. Add what the model was trained with."
+            ) from None
         return kind(path, eos=names[eos])
     except DataError as error:
-        raise ExportError(str(error)) from None
+        if path.suffix == ".json":
+            raise ExportError(str(error)) from None
+        raise ExportError(f"{str(error).partition('; expected')[0]}; expected a sentencepiece model.") from None
 
 
 def _vocabulary(path: Path) -> dict[str, int]:
     if path.suffix != ".json":
-        return {}
+        return {piece: index for index, (piece, _, _) in enumerate(read_model(path.read_bytes()).pieces)}
     spec = json.loads(path.read_bytes())
     model = spec["model"]["vocab"]
     known = dict(model) if isinstance(model, dict) else {entry[0]: index for index, entry in enumerate(model)}
@@ -98,7 +112,8 @@ def _difference(tokenizer: Tokenizer, reference: Any, samples: Sequence[str], nu
     """Return in which text, size or token a tokenizer of transformers differs, and the number of tokens compared."""
     size = max(reference.get_vocab().values()) + 1
     if tokenizer.vocab_size < size:  # tokens were added in a file beside it
-        return f"it has {tokenizer.vocab_size:,} ids, and transformers {size:,}", 0
+        added = [name for name, index in reference.get_vocab().items() if index >= tokenizer.vocab_size]
+        return f"it has {tokenizer.vocab_size:,} ids, and transformers {size:,} with {min(added)!r} from beside it", 0
     for which in ("bos", "eos"):
         theirs = getattr(reference, f"{which}_token_id")
         ours = getattr(tokenizer, f"{which}_id")

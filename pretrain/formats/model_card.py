@@ -18,7 +18,7 @@ pipeline_tag: text-generation
 
 # {name}
 
-A decoder-only Transformer, pretrained with Longhaul and exported for {architecture} of transformers.
+A decoder-only Transformer, {made} with Longhaul and exported for {architecture} of transformers.
 
 {licence_note}| | |
 |---|---|
@@ -35,7 +35,7 @@ inputs = tokenizer("Once upon a time", return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0], skip_special_tokens=True))
 ```
 
-It is a base model: it continues text and follows no instructions. {tokenizer_notes}
+{kind} {tokenizer_notes}
 {warnings}
 ## Training
 {training}
@@ -58,7 +58,7 @@ def _plain(text: str) -> str:
 
 _NO_LICENCE = """> **Licence: not chosen yet.** State here, and as `license:` in the head of this file, under which
 > terms the weights may be used (`launch/convert.py --license` writes both). The licence of the training data may bind
-> you.
+> you{and_of_what}.
 
 """
 
@@ -91,6 +91,7 @@ def model_card(
         "Embeddings": "shared with the output layer" if shape.tie_embeddings else "separate from the output layer",
         "Context length": f"{shape.seq_len:,} tokens" + (f", each seeing {window:,} at most" if window else ""),
         "Tokenizer": f"{tokens['kind']}, {shape.vocab_size:,} tokens",
+        **({"Begun from": f"the weights of {_plain(source['begun_from'])}"} if source["begun_from"] else {}),
         "Trained on": f"{source['tokens']:,} tokens in {source['step']:,} steps (run {_plain(source['run'])}, "
         f"{_plain(source['checkpoint'])})",
         "Weights": report["dtype"],
@@ -107,13 +108,34 @@ def model_card(
         name=_plain(source["run"]),
         architecture=f"`{architecture}`",
         licence_line=f"license: {json.dumps(licence)}\n" if licence else "",
-        licence_note="" if licence else _NO_LICENCE,
+        licence_note=""
+        if licence
+        else _NO_LICENCE.format(
+            and_of_what=", and so may that of the model that it was begun from" if source["begun_from"] else ""
+        ),
+        made="imported" if not source["step"] else "tuned" if source["tuned_on"] else "pretrained",
+        kind=_kind(source),
         training=_training(data, curve or {}),
         how=_how(report),
         facts="\n".join(f"| {key} | {value} |" for key, value in facts.items()),
         checks=_checks(report),
-        tokenizer_notes=_tokenizer_notes(tokens),
+        tokenizer_notes=_tokenizer_notes(tokens, source["step"]),
         versions=", ".join(f"{library} {version}" for library, version in report["versions"].items()),
+    )
+
+
+def _kind(source: Mapping[str, Any]) -> str:
+    """What is to be expected of it."""
+    tuned_on = source["tuned_on"]
+    if not source["step"]:
+        return "It computes what the model that was imported computes: it was not trained here."
+    if tuned_on is None and source["begun_from"] is not None:
+        return "Here it was trained on nothing but text to continue; the model that it was begun from may do more."
+    if tuned_on is None:
+        return "It was trained to continue text, not to follow instructions."
+    return (
+        f"It was tuned on prompts with their responses ({_plain(tuned_on)}) and answers in their manner: write a "
+        "prompt\nas those were written, or by the chat template where they were conversations."
     )
 
 
@@ -171,15 +193,17 @@ def _training(data: Sequence[Mapping[str, Any]], curve: Mapping[str, Sequence[Se
     return "\n".join(lines).rstrip() or "Neither the data nor the loss of this run is recorded."
 
 
-def _tokenizer_notes(tokens: dict[str, Any]) -> str:
+def _tokenizer_notes(tokens: dict[str, Any], step: int) -> str:
     """What a user of the tokenizer must know, from the report on it; one paragraph of lines."""
     begin = tokens["documents_begin_with"]
     is_put = tokens["begins_texts_with"] == [begin]
     notes = [
         f"Documents began with `{begin}` in training, and the tokenizer "
-        + ("puts it first." if is_put else "does not put it first: do so where a text begins."),
-        "Text of special tokens is read as these tokens unless `split_special_tokens=True`.",
+        + ("puts it first." if is_put else "does not put it first: do so where a text begins.")
     ]
+    if not step:  # how others trained is not known
+        notes = [f"The tokenizer puts `{begin}` before a text."] if is_put else []
+    notes.append("Text of special tokens is read as these tokens unless `split_special_tokens=True`.")
     if tokens["loses_u2581"]:
         notes.append("Text with U+2581 does not come back as it was: the tokenizer writes spaces that way.")
     if lost := tokens["texts"] - tokens["restored"]:

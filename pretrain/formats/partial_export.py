@@ -15,7 +15,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -24,7 +24,7 @@ from pretrain.console import LiveLine, format_bytes, format_duration
 from pretrain.errors import ConfigError, ExportError
 from pretrain.storage.whole_file import sync_folder
 
-JOURNAL = ".journal.jsonl"
+JOURNAL, _LOCK = ".journal.jsonl", ".lock"
 _CHUNK_BYTES = 16 << 20
 _SHOW_SECONDS, _SAY_SECONDS = 0.5, 15.0
 Buffer = bytes | memoryview
@@ -37,10 +37,12 @@ class Part:
     Args:
         num_bytes: its size.
         make: makes its bytes, in buffers that are valid until the next one is asked for.
+        is_head: depends on more than the key, such as the run's name, and is quickly made: compared at each start.
     """
 
     num_bytes: int
     make: Callable[[], Iterable[Buffer]]
+    is_head: bool = False
 
 
 class Progress:
@@ -87,16 +89,31 @@ class Progress:
 def complete_or_absent(out: Path) -> Iterator[Path]:
     """Give a hidden folder to fill, which gets the name `out` when that is done, and is removed where it fails.
 
+    What a process that was killed has left in it, which may be as large as a model, is removed first.
+
     Args:
         out: no such folder, or an empty one.
 
     Raises:
+        ConfigError: another process is making it.
         ExportError: it cannot be written.
     """
-    partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
+    partial = out.with_name(f".{out.name}.making")
     try:
-        partial.mkdir(parents=True)
+        partial.mkdir(parents=True, exist_ok=True)
+        lock = _locked(partial / _LOCK, out)
+    except OSError as error:
+        with suppress(OSError):
+            partial.rmdir()
+        raise ExportError(
+            f"{out}: cannot be written ({error}); expected a folder on a disk with room. Name another."
+        ) from error
+    try:
+        for entry in partial.iterdir():
+            if entry.name != _LOCK:
+                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
         yield partial
+        (partial / _LOCK).unlink()
         os.rename(partial, out)  # which takes the place of an empty folder
         sync_folder(out.parent)
     except OSError as error:
@@ -105,6 +122,25 @@ def complete_or_absent(out: Path) -> Iterator[Path]:
         ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+        lock.close()
+
+
+def _locked(path: Path, out: Path) -> TextIO:
+    """Open a file that one process at a time holds.
+
+    Raises:
+        ConfigError: another one holds it.
+        OSError: it cannot be written.
+    """
+    file = open(path, "a+", encoding="utf-8")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise ConfigError(
+            f"{out}: another process is making it; expected one. Wait for it, or name another folder."
+        ) from None
+    return file
 
 
 class PartialExport:
@@ -126,14 +162,7 @@ class PartialExport:
         self.progress, self._out = progress, out
         self._digests: dict[str, list[str]] = {}
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._journal = open(self.folder / JOURNAL, "a+", encoding="utf-8")
-        try:
-            fcntl.flock(self._journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self._journal.close()
-            raise ConfigError(
-                f"{out}: another process is making it; expected one. Wait for it, or name another folder."
-            ) from None
+        self._journal = _locked(self.folder / JOURNAL, out)
         self._take_up(json.loads(json.dumps(key)))
 
     def _take_up(self, key: Any) -> None:
@@ -216,6 +245,12 @@ class PartialExport:
         with open(path, "rb") as file:
             for part, expected in zip(parts, self._digests.get(path.name, []), strict=False):
                 further, left = digest.copy(), part.num_bytes
+                if part.is_head:
+                    for buffer in part.make():
+                        further.update(buffer)
+                    if further.hexdigest() != expected:
+                        break
+                    further = digest.copy()
                 while left and (chunk := file.read(min(left, _CHUNK_BYTES))):
                     further.update(chunk)
                     left -= len(chunk)

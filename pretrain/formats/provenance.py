@@ -18,7 +18,11 @@ CURVE_POINTS = 12  # of the table in the model card
 
 
 def source_of(saved: SavedRun) -> dict[str, Any]:
-    """Return what identifies the trained model: run, checkpoint, step, tokens, code, hashes of what it depends on."""
+    """Return what identifies the trained model: run, checkpoint, step, tokens, code, hashes of what it depends on.
+
+    `begun_from` names the run or published model that its weights began from, and `tuned_on` the sources of examples;
+    each is None if there is none.
+    """
     config = saved.config.model_dump_json()
     about = saved.manifest.get("about", {})
     return {
@@ -26,12 +30,25 @@ def source_of(saved: SavedRun) -> dict[str, Any]:
         "checkpoint": saved.checkpoint,
         "step": saved.step,
         "tokens": saved.num_tokens,
+        "begun_from": _beginning_of(saved),
+        "tuned_on": ", ".join(one.name for one in saved.config.data.sources if one.examples is not None) or None,
         "config_sha256": hashlib.sha256(config.encode()).hexdigest(),
         "checkpoint_sha256": _digest(saved.manifest),
         "tokenizer_sha256": saved.tokenizer.fingerprint,
         "git_commit": _git_commit(saved.run),
         "trained_by": {name: about[name] for name in ("longhaul", "torch") if name in about},
     }
+
+
+def _beginning_of(saved: SavedRun) -> str | None:
+    imported = saved.manifest.get("about", {}).get("imported")
+    if imported is not None:
+        name = str(imported["name"])
+        return (
+            name if not name.startswith(("/", "~", ".")) else str(imported["folder"])
+        )  # a path says nothing elsewhere
+    names = [one for one in saved.config.resume.from_.split("/") if one not in ("", "checkpoints")]
+    return next((one for one in reversed(names) if not one.startswith("step-")), None)
 
 
 def metadata_of(saved: SavedRun, libraries: Sequence[str]) -> dict[str, str]:

@@ -22,6 +22,7 @@ REPORT_IT = (
     "tested."
 )
 PROMPT_TOKENS, NEW_TOKENS, NUM_PROMPTS = 8, 16, 4
+MAX_LOGITS = 1 << 26  # of a row that are compared: 256 MB, which both sides hold, and their difference
 
 
 @dataclass(frozen=True)
@@ -46,22 +47,36 @@ class Reference:
         rows: token ids by where they are from, each int64 [T].
         folder: holds the logits of each row.
         continuations: of the beginnings of rows.
+        vocab_size: V.
     """
 
     rows: Mapping[str, Sequence[Tensor]]
     folder: Path
     continuations: list[Continuation]
+    vocab_size: int
 
     def named_rows(self) -> list[tuple[str, Tensor]]:
         """Return each row with what messages call it."""
         return [(f"{kind} row {index}", row) for kind in self.rows for index, row in enumerate(self.rows[kind])]
 
+    def positions(self, index: int) -> Tensor:
+        """Return the positions of a row whose logits are compared, int64 [N]."""
+        return compared_positions(len(self.named_rows()[index][1]), self.vocab_size)
+
     def logits(self, index: int) -> Tensor:
-        """Read the logits of a row, fp32 [T, V]."""
-        num_tokens = len(self.named_rows()[index][1])
+        """Read the logits of a row, fp32 [N, V]."""
         path = self.folder / str(index)
         flat = torch.from_file(str(path), shared=False, size=path.stat().st_size // 4, dtype=torch.float32)
-        return flat.view(num_tokens, -1)
+        return flat.view(-1, self.vocab_size)
+
+
+def compared_positions(num_tokens: int, vocab_size: int) -> Tensor:
+    """Return positions of a row: all, or as many as `MAX_LOGITS` has room for, spread evenly, the last one among them.
+
+    Of 150,000 tokens the logits of 8192 positions would be 5 GB, several times over.
+    """
+    num_compared = min(num_tokens, max(MAX_LOGITS // vocab_size, 1))
+    return torch.arange(1, num_compared + 1) * num_tokens // num_compared - 1
 
 
 @torch.inference_mode()
@@ -77,13 +92,14 @@ def compute_reference(model: Transformer, rows: Mapping[str, Sequence[Tensor]], 
         OSError: they could not be written.
     """
     folder.mkdir(parents=True)
-    reference = Reference(rows, folder, [])
+    reference = Reference(rows, folder, [], model.shape.vocab_size)
     prompt_tokens = min(PROMPT_TOKENS, max(model.shape.seq_len // 2, 1))
     num_new = min(NEW_TOKENS, model.shape.seq_len - prompt_tokens)
     for index, (_, row_T) in enumerate(reference.named_rows()):
-        logits_TV = model.logits(row_T[None])[0].contiguous()
+        logits_NV = model.logits(row_T[None], places_N=reference.positions(index)).contiguous()
         with open(folder / str(index), "wb") as file:
-            file.write(logits_TV.view(-1).numpy().data)
+            file.write(logits_NV.view(-1).numpy().data)
+        del logits_NV
         if len(row_T) >= prompt_tokens and len(reference.continuations) < NUM_PROMPTS:
             reference.continuations.append(_continue(model, row_T[:prompt_tokens], num_new))
     return reference
@@ -124,7 +140,9 @@ def largest_difference(
     return largest, scale, (position, int(difference_TV[position].argmax()))
 
 
-def compare_logits(ours_TV: Tensor, theirs_TV: Tensor, where: str, client: str, tolerance: float) -> dict[str, float]:
+def compare_logits(
+    ours_TV: Tensor, theirs_TV: Tensor, where: str, client: str, tolerance: float, positions_T: Tensor
+) -> dict[str, float]:
     """Compare the logits of a row.
 
     Args:
@@ -132,6 +150,7 @@ def compare_logits(ours_TV: Tensor, theirs_TV: Tensor, where: str, client: str, 
         where: names the row, for the message.
         client: the software that computed the export's.
         tolerance: of a difference, relative to the largest logit of the row.
+        positions_T: of the row, whose logits these are.
 
     Returns:
         The largest difference, the largest logit, and at how many positions the most probable token differs: there the
@@ -146,11 +165,11 @@ def compare_logits(ours_TV: Tensor, theirs_TV: Tensor, where: str, client: str, 
         )
     largest, scale, wrong = largest_difference(ours_TV, theirs_TV, tolerance)
     if wrong:
-        position, token = wrong
+        place, token = wrong
         raise ExportError(
-            f"{where}, position {position}: the logit of token {token} is {float(theirs_TV[position, token]):.6g} in "
-            f"{client}; expected {float(ours_TV[position, token]):.6g} within {tolerance * scale:.2g} "
-            f"(largest difference in the row: {largest:.3g}). {REPORT_IT}"
+            f"{where}, position {int(positions_T[place])}: the logit of token {token} is "
+            f"{float(theirs_TV[place, token]):.6g} in {client}; expected {float(ours_TV[place, token]):.6g} within "
+            f"{tolerance * scale:.2g} (largest difference in the row: {largest:.3g}). {REPORT_IT}"
         )
     return {"difference": largest, "scale": scale, "ties": int((ours_TV.argmax(1) != theirs_TV.argmax(1)).sum())}
 
@@ -160,7 +179,7 @@ def summarize(reference: Reference, found: Sequence[Mapping[str, float]], tolera
     rows = [row for _, row in reference.named_rows()]
     return {
         "rows": {kind: len(rows) for kind, rows in reference.rows.items()},
-        "tokens": sum(map(len, rows)),
+        "tokens": sum(len(reference.positions(index)) for index in range(len(rows))),
         "longest_row": max(map(len, rows)),
         "max_difference": max(one["difference"] for one in found),
         "max_relative_difference": max(one["difference"] / one["scale"] for one in found),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ data:
   sources:
     - name: mine # your own text
       paths: ["corpus/*.jsonl.zst"] # one JSON object a line, with the text in `text`
-      shards: data/{name}/mine # written by `prepare`, read by training
+      shards: {shards} # written by `prepare`, read by training
   seq_len: {seq_len} # {seq_len_why}
   val_fraction: 0.001 # documents held out
 
@@ -108,8 +109,10 @@ def start_yaml(found: PublishedConfig, shape: ModelShape, tokenizer: Tokenizer, 
     model = "\n".join(f"  {key}: {yaml_value(value)}" for key, value in found.options.items())
     num_weights = shape.num_layers * 12 * shape.dim**2
     return _YAML.format(
-        run=yaml_value(str(run)), start=run / "continue.yaml", next_run=yaml_value(f"{run}-continued"),
-        tokenizer=yaml_value(section["model"]), vocab_size=section["vocab_size"], special=special, name=run.name,
+        run=yaml_value(str(run)), next_run=yaml_value(f"{run}-continued"),
+        start=shlex.quote(str(run / "continue.yaml")),
+        tokenizer=yaml_value(section["model"]), vocab_size=section["vocab_size"], special=special,
+        shards=yaml_value(f"data/{run.name}/mine"),
         seq_len=seq_len, seq_len_why=why, model=model, zero_stage=1 if num_weights < 2_000_000_000 else 3,
     )  # fmt: skip
 

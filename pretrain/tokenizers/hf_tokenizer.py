@@ -139,6 +139,11 @@ class JsonTokenizer(Tokenizer):
         """The token as it stands in the vocabulary."""
         return self._library.id_to_token(token_id) or ""
 
+    @property
+    def puts_bos(self) -> bool:
+        """Whether the library, asked for special tokens, puts bos before a text."""
+        return self._library.encode("a").ids[:1] == [self.bos_id]
+
     def special_tokens(self) -> dict[str, int]:
         """The added tokens that are special: their text is plain text here."""
         return {token.content: token_id for token_id, token in self._added.items() if token.special}

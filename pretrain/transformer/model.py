@@ -202,7 +202,7 @@ class Transformer(nn.Module):
             step: of training, which keys dropout.
             per_token: return the cross-entropy of each token, without gradients, instead of the sums.
             cache, last_only: for `logits`.
-            places_N: for `score`, whose targets are `targets_BT`.
+            places_N: for `logits`, or for `score`, whose targets are `targets_BT`.
 
         Returns:
             fp32 nats: two sums over the scored tokens, of the objective, which has gradients, and of the
@@ -229,19 +229,22 @@ class Transformer(nn.Module):
         return self(tokens_BT, targets_BT, doc_start_BT, per_token=True)
 
     @torch.no_grad()
-    def logits(self, tokens_BT: Tensor, cache: KVCache | None = None, last_only: bool = False) -> Tensor:
+    def logits(
+        self, tokens_BT: Tensor, cache: KVCache | None = None, last_only: bool = False, places_N: Tensor | None = None
+    ) -> Tensor:
         """Compute the logits of the next token, without dropout.
 
         Args:
             tokens_BT: the tokens that follow those in the cache, or whole rows of one document each.
             cache: is extended by these tokens.
             last_only: only for the last token of each row.
+            places_N: int64, `row * T + slot` of the tokens whose logits are wanted; None: all.
 
         Returns:
-            fp32 `[B, T, V]`, or `[B, 1, V]`; V without padding.
+            fp32 `[B, T, V]`, `[B, 1, V]` or `[N, V]`; V without padding.
         """
         # Through __call__, so that ZeRO-3's hooks on the whole model run too.
-        return self(tokens_BT, cache=cache, last_only=last_only)
+        return self(tokens_BT, cache=cache, last_only=last_only, places_N=places_N)
 
     @torch.no_grad()
     def score(self, tokens_BT: Tensor, places_N: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
@@ -268,6 +271,8 @@ class Transformer(nn.Module):
         doc_start_BT = torch.minimum(start_B1, slot_T)
         positions_BT = self._positions(doc_start_BT, num_past)
         hidden_BTD = self._hidden(tokens_BT, doc_start_BT, positions_BT, None, cache)
+        if places_N is not None and targets_N is None:
+            return self.output(hidden_BTD.flatten(0, 1)[places_N], None)
         return self.output(hidden_BTD[:, -1:] if last_only else hidden_BTD, targets_N, places_N=places_N)
 
     def _positions(self, doc_start_BT: Tensor, first_slot: int) -> Tensor:

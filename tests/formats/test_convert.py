@@ -245,7 +245,7 @@ def test_tensors_alone_are_compared_by_choice_and_where_memory_is_short(written_
     monkeypatch.setattr(convert_module, "_available_bytes", lambda: 100_000)
     report = convert(written_run, tmp_path / "b")
     assert report["verified"] == "tensors" and "logits" not in report
-    assert "note: logits are not compared: that takes 249.1 kB, and 100.0 kB are free" in capsys.readouterr().err
+    assert "note: logits are not compared: that takes 600.7 MB, and 100.0 kB are free" in capsys.readouterr().err
     assert "every weight came back bit for bit" in (tmp_path / "b/README.md").read_text()
     right = hf_files.export_tensors
 
@@ -265,12 +265,28 @@ def test_tensors_alone_are_compared_by_choice_and_where_memory_is_short(written_
         (["--to", "hf", "--dtype", "q8_0"], "--dtype is q8_0; expected one of bf16, fp16, fp32 for --to hf."),
         (["--to", "hf", "--max-shard-size", "five"], "--max-shard-size is 'five'; expected a size such as 5GB, 500MB"),
         (["--to", "hf", "--max-shard-size", "0"], "--max-shard-size is 0; expected a size such as 5GB."),
+        (["--to", "hf", "--max-shard-size", f"{10**400}GB"], "0GB'; expected a size such as 5GB, 500MB or 2GiB."),
+        (["--to", "peft", "--dtype", "q8_0"], "--dtype is q8_0; expected one of bf16, fp16, fp32 for --to peft."),
     ],
 )
 def test_options_that_mean_nothing_are_refused(a_run, arguments, message, tmp_path, capsys):
     assert main(["runs/a", str(tmp_path / "out"), *arguments]) == 2
     assert message in capsys.readouterr().err and a_run == []
     assert [parse_size(text) for text in ("5GB", "1.5 MiB", "20kb", "7")] == [5 * 10**9, 3 * 2**19, 20_000, 7]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--to", "gguf", "--max-shard-size", "1GB"], "--max-shard-size goes with --to hf"),
+        (["--to", "torch", "--verify", "tensors"], "--verify goes with --to hf and --to gguf"),
+        (["--from", "hf", "--license", "mit"], "--license goes with --to hf and --to gguf"),
+    ],
+)
+def test_options_that_would_do_nothing_are_wrong_use(arguments, message, tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["runs/a", str(tmp_path / "out"), *arguments])
+    assert message in capsys.readouterr().err
 
 
 def test_a_taken_name_is_refused_before_anything_is_read(a_run, tmp_path, capsys):

@@ -7,13 +7,14 @@ import importlib.util
 import json
 import math
 from functools import partial
+from types import SimpleNamespace
 
 import gguf
 import pytest
 import torch
 
 from pretrain.errors import ExportError
-from pretrain.formats import gguf_export, llama_cpp
+from pretrain.formats import gguf_export, llama_cpp, reference
 from pretrain.formats.gguf_export import export_gguf, modelfile, read_parameters
 from pretrain.formats.gguf_tables import GGUF_MODELS, check_gguf, extra_tensors, gguf_keys, gguf_tensors, parameters_of
 from pretrain.formats.gguf_tokenizer import gguf_tokenizer, read_as_special
@@ -212,12 +213,19 @@ def test_a_tokenizer_json_goes_along_if_llama_cpp_splits_text_so(kind, pre, note
     if pre is None:
         expected = "splits text in a way" if kind == "llama3" else "expected byte-level BPE for llama.cpp"
         with pytest.raises(ExportError, match=f"tokenizer: .*{expected}"):
-            gguf_tokenizer(theirs)
+            gguf_tokenizer(theirs, 30)
         return
-    keys, notes = gguf_tokenizer(theirs)
+    keys, notes = gguf_tokenizer(theirs, 30)
     assert keys["ggml.model"] == "gpt2" and keys["ggml.pre"] == pre and notes == ([note] if note else [])
     assert len(keys["ggml.tokens"]) == len(keys["ggml.token_type"]) == theirs.vocab_size
     assert keys["ggml.token_type"][theirs.eos_id] == 3 and " " in keys["ggml.merges"][0]
+    assert keys["ggml.add_bos_token"] and not theirs.puts_bos
+    assert not gguf_tokenizer(theirs, 0)[0]["ggml.add_bos_token"], "an import, whose tokenizer puts nothing first"
+    spec = json.loads(theirs.files["tokenizer.json"])
+    spec["model"]["merges"] = []
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
+    with pytest.raises(ExportError, match="tokenizer: merges nothing; expected byte-level BPE with merges"):
+        gguf_tokenizer(JsonTokenizer(tmp_path / "tokenizer.json", eos=theirs.name_of(theirs.eos_id)), 30)
 
 
 @pytest.mark.parametrize(
@@ -235,11 +243,11 @@ def test_sentencepiece_models_that_llama_cpp_reads_otherwise_are_refused(options
               "remove_extra_whitespaces": False}  # fmt: skip
     theirs = SentencePieceTokenizer(train_sentencepiece(tmp_path / "a.model", SOURCES, 700, **(recipe | options)))
     with pytest.raises(ExportError, match=f"tokenizer: {message}.*; expected one that gives the same ids there"):
-        gguf_tokenizer(theirs)
+        gguf_tokenizer(theirs, 30)
 
 
 def test_special_tokens_that_two_pieces_spell_are_told(tokenizer, tmp_path):  # noqa: F811
-    assert read_as_special(tokenizer) == [] and gguf_tokenizer(tokenizer)[1] == []
+    assert read_as_special(tokenizer) == [] and gguf_tokenizer(tokenizer, 30)[1] == []
     theirs = SentencePieceTokenizer.__new__(SentencePieceTokenizer)
     theirs.__dict__ |= vars(tokenizer)
     pieces = tokenizer.file.pieces
@@ -250,7 +258,7 @@ def test_special_tokens_that_two_pieces_spell_are_told(tokenizer, tmp_path):  # 
         read_as_special(theirs) == ["<s>", "</s>"]
         and read_as_special(JsonTokenizer(train_json("gpt2", tmp_path, 400))) == []
     )
-    assert gguf_tokenizer(theirs)[1] == [
+    assert gguf_tokenizer(theirs, 30)[1] == [
         "Where plain text holds <s>, </s>, llama.cpp reads the token and not its letters."
     ]
 
@@ -262,6 +270,46 @@ def test_the_modelfile_names_template_and_ends(tokenizer, tmp_path):  # noqa: F8
     )
     assert text.endswith('PARAMETER stop "<|im_end|>"\nPARAMETER stop "</s>"\n')
     assert 'TEMPLATE """{{ .Prompt }}"""' in modelfile(JsonTokenizer(train_json("gpt2", tmp_path, 400)))
+
+
+class StandIn:
+    """In llama.cpp's place where it is not installed: our own model, to try what goes to it and comes back."""
+
+    def __init__(self, own, error: float = 0.0) -> None:
+        self.tokenizer, self.model, self.error, self.past = own, make_model("llama"), error, []
+
+    def clear(self) -> None:
+        self.past = []
+
+    def logits(self, ids, first):
+        self.past = [*self.past[:first], *ids]
+        found = self.model.logits(torch.tensor([self.past]))[0, first:].clone()
+        found[:, 7] += self.error * (torch.arange(first, len(self.past)) >= 40)
+        return found
+
+    def ids(self, text, special=False, whole=False):
+        if special:
+            return [self.tokenizer.special_tokens()[text]]
+        return [self.tokenizer.bos_id] * whole + self.tokenizer.encode(text)
+
+
+def test_what_llama_cpp_is_asked_and_answers_is_compared(tokenizer, tmp_path, monkeypatch):  # noqa: F811
+    def run(command, **options):
+        llama_cpp.main(*command[-2:])
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(llama_cpp, "NUM_TEXTS", 100)
+    monkeypatch.setattr(llama_cpp, "_CHUNK_TOKENS", 24)
+    monkeypatch.setattr(reference, "MAX_LOGITS", 10 * 421)
+    monkeypatch.setattr(llama_cpp.subprocess, "run", run)
+    monkeypatch.setattr(gguf_export, "find_library", lambda: True)
+    monkeypatch.setattr(llama_cpp, "_Session", lambda path, num_tokens: StandIn(tokenizer))
+    report = export(make_run("llama", tokenizer), tmp_path / "out", "fp32", partial(make, verify="logits"))
+    assert report["verified"] == "logits" and report["logits"]["tokens"] == 10 + 10 + 5 + 1
+    assert report["logits"]["max_relative_difference"] < 1e-5 and report["greedy"]["equal_tokens"] == 32
+    monkeypatch.setattr(llama_cpp, "_Session", lambda path, num_tokens: StandIn(tokenizer, 0.5))
+    with pytest.raises(ExportError, match="random row 0, position 43: the logit of token 7 is .* in llama.cpp; expec"):
+        export(make_run("llama", tokenizer), tmp_path / "other", "fp32", partial(make, verify="logits"))
 
 
 needs_library = pytest.mark.skipif(

@@ -18,16 +18,19 @@ from safetensors.torch import load_file
 
 from pretrain.checkpoints.saved_run import SavedRun
 from pretrain.errors import ExportError
-from pretrain.formats import family_table, hf_export, hf_files, tokenizer_export
+from pretrain.formats import family_table, hf_export, hf_files, reference, tokenizer_export
+from pretrain.formats.convert import comparison_rows, summary
 from pretrain.formats.family_table import export_tensors, import_tensors, published_config
 from pretrain.formats.hf_export import export_hf
+from pretrain.formats.model_card import model_card
 from pretrain.formats.partial_export import PartialExport, Progress
+from pretrain.formats.provenance import source_of
 from pretrain.formats.published import PUBLISHED_MODELS
-from pretrain.formats.reference import compute_reference
+from pretrain.formats.reference import compared_positions, compute_reference
 from pretrain.formats.tokenizer_export import verify_tokenizer
 from pretrain.generation.generate import generate
 from pretrain.generation.generate_options import GenerateOptions
-from pretrain.options.config import ModelSection
+from pretrain.options.config import ExamplesSection, ModelSection
 from pretrain.options.families import FAMILIES, num_parameters, resolve_shape
 from pretrain.options.settings import parse_config
 from pretrain.tokenizers import hf_tokenizer
@@ -246,6 +249,30 @@ def test_the_card_says_what_the_model_is(llama_export):
     padding = 2 * (shape.padded_vocab_size - 421) * shape.dim
     assert padding > 0 and f"| Parameters | {num_parameters(shape) - padding:,} |" in card
     assert "12,345 tokens in 30 steps" in card and "Licence: not chosen yet" in card and "10,000 texts" in card
+
+
+def test_the_card_says_where_a_model_began_and_what_it_was_tuned_on(llama_export, tokenizer):
+    report = json.loads((llama_export[0] / "verification.json").read_text())
+    shape, plain = make_model("llama").shape, report["source"]
+    assert "pretrained with Longhaul" in model_card(shape, report) and "Begun from" not in model_card(shape, report)
+    run = make_run("llama", tokenizer)
+    examples = run.config.data.sources[0].model_copy(update={"examples": ExamplesSection()})
+    config = run.config.model_copy(update={
+        "data": run.config.data.model_copy(update={"sources": [examples]}),
+        "resume": run.config.resume.model_copy(update={"from_": "runs/base/checkpoints/step-00000030"}),
+    })  # fmt: skip
+    tuned = source_of(dataclasses.replace(run, config=config))
+    assert (tuned["begun_from"], tuned["tuned_on"]) == ("base", "code")
+    card = model_card(shape, report | {"source": tuned})
+    assert "Transformer, tuned with" in card and "| Begun from | the weights of base |" in card
+    assert "tuned on prompts with their responses (code)" in card and "so may that of the model that it was" in card
+    imported = {"about": {"imported": {"name": "/home/me/x", "folder": "SmolLM2"}}, "step": 0}
+    source = source_of(dataclasses.replace(run, manifest=imported, step=0))
+    assert source["begun_from"] == "SmolLM2" and plain["begun_from"] is None
+    card = model_card(shape, report | {"source": source})
+    assert "Transformer, imported with" in card and "it was not trained here. The tokenizer puts `<s>` before" in card
+    again = model_card(shape, report | {"source": tuned | {"tuned_on": None}})
+    assert "the model that it was begun from may do more. Documents began with `<s>` in training" in again
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2-untied"])
@@ -517,3 +544,42 @@ def test_varied_texts_cut_from_samples_are_compared_too(tokenizer, llama_export)
     )
     assert report["texts"] == 1000 and report["mismatches"] == 0
     assert "held-out" in "".join(varied_texts(100, 0, ["held-out text\n" * 40]))
+
+
+def test_of_long_rows_and_wide_vocabularies_as_many_logits_are_compared_as_memory_has_room_for(
+    tokenizer, tmp_path, few_texts, monkeypatch
+):
+    assert compared_positions(5, 421).tolist() == [0, 1, 2, 3, 4]
+    monkeypatch.setattr(reference, "MAX_LOGITS", 10 * 421 + 1)
+    assert compared_positions(SEQ_LEN, 421).tolist() == [5, 11, 18, 24, 31, 37, 43, 50, 56, 63]
+    report = export(make_run("llama", tokenizer), tmp_path / "out")
+    assert report["logits"]["tokens"] == 10 + 10 + 5 + 1 and report["logits"]["longest_row"] == SEQ_LEN
+    right = hf_export.compute_reference
+
+    def another(model, *rest):
+        with torch.no_grad():
+            model.blocks[0].attention.qkv.weight[0] += 1
+        return right(model, *rest)
+
+    monkeypatch.setattr(hf_export, "compute_reference", another)
+    with pytest.raises(ExportError, match=r"random row 0, position 5: the logit of token"):
+        export(make_run("llama", tokenizer), tmp_path / "other")
+
+
+def test_a_window_that_no_row_passes_is_told(tokenizer, tmp_path, few_texts):
+    def export_short(run, partial, dtype, rows, **options):
+        return export_hf(run, partial, dtype, {"random": rows["random"][2:]})
+
+    report = export(make_run("qwen3-tied-window", tokenizer), tmp_path / "out", make=export_short)
+    assert report["notes"] == ["No compared row was longer than the window of attention, which was not tried."]
+    assert summary(report, "out").endswith("which was not tried.")
+
+
+def test_rows_of_a_long_context_are_cut(tokenizer):
+    run = make_run("llama", tokenizer)
+    long = run.config.model_copy(update={"data": run.config.data.model_copy(update={"seq_len": 131_072})})
+    rows = comparison_rows(dataclasses.replace(run, config=long))
+    assert [len(row) for row in rows["random"]] == [8192, 7, 1]
+    short = run.config.model_copy(update={"data": run.config.data.model_copy(update={"seq_len": 16})})
+    rows = comparison_rows(dataclasses.replace(run, config=short))
+    assert [len(row) for row in rows["random"]] == [16, 16, 16, 16, 7, 1, SEQ_LEN], "phases may have longer rows"

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import shutil
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,7 +15,7 @@ import pytest
 
 from pretrain.errors import ConfigError
 from pretrain.formats import partial_export
-from pretrain.formats.partial_export import JOURNAL, Part, PartialExport, Progress
+from pretrain.formats.partial_export import JOURNAL, Part, PartialExport, Progress, complete_or_absent
 from tests.helpers.data_helpers import file_size_limit
 
 KEY = {"checkpoint": "a", "dtype": "bf16"}
@@ -124,6 +125,37 @@ def test_a_killed_process_is_gone_on_from(tmp_path: Path) -> None:
     export.write({"x": parts.all})
     assert parts.made == [3, 4] and (export.folder / "x").read_bytes() == CONTENT
     export.close(discard=True)
+
+
+def test_a_head_that_would_be_another_one_is_made_again(tmp_path: Path) -> None:
+    export, _ = begin(tmp_path / "out")
+    parts = Parts().all
+    head = Part(4, lambda: [b"run1"], is_head=True)
+    export.write({"x": [head, *parts]})
+    export.close(discard=False)
+    for text, num_made in ((b"run1", 0), (b"run2", len(parts))):
+        export, _ = begin(tmp_path / "out")
+        again = Parts()
+        export.write({"x": [Part(4, partial(list, [text]), is_head=True), *again.all]})
+        assert len(again.made) == num_made and (export.folder / "x").read_bytes() == text + CONTENT
+        export.close(discard=False)
+
+
+def test_what_a_killed_process_left_of_an_import_is_removed(tmp_path: Path) -> None:
+    if (child := os.fork()) == 0:
+        with complete_or_absent(tmp_path / "out") as folder:
+            (folder / "weights").write_bytes(CONTENT)
+            os._exit(9)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9 and list(tmp_path.iterdir())
+    with complete_or_absent(tmp_path / "out") as folder:
+        assert [path.name for path in folder.iterdir()] == [".lock"]
+        with (
+            pytest.raises(ConfigError, match="out: another process is making it"),
+            complete_or_absent(tmp_path / "out"),
+        ):
+            pass
+        (folder / "config.yaml").touch()
+    assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")] == ["out", "out/config.yaml"]
 
 
 def test_one_process_at_a_time(tmp_path: Path) -> None:
