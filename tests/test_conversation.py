@@ -130,6 +130,28 @@ def test_the_tokens_that_the_model_chose_stay_though_their_text_is_written_other
     assert sizes[0] == len("\nuser\ny\nassistant\n") + 4
 
 
+def test_answers_of_more_tokens_than_their_text_takes_do_not_fill_the_context(monkeypatch):
+    class Words(Characters):
+        """Knows `abcdefgh` as one token, 6, which the model does not use."""
+
+        def encode(self, text):
+            return [6 if letter == "\x06" else ord(letter) for letter in text.replace("abcdefgh", "\x06")]
+
+        def decode(self, ids):
+            return "".join("abcdefgh" if token == 6 else chr(token) for token in ids if token > 5)
+
+    model = spell("xabcdefgh")
+    conversation, sizes = Conversation(model, Words(), GREEDY), watch(model, monkeypatch)
+    dropped, first = [], []
+    for _ in range(8):
+        sizes.clear()
+        answer = ask(conversation, "y")
+        assert (answer.text, answer.finish) == ("xabcdefgh", "eos")
+        dropped.append(answer.num_dropped)
+        first.append(sizes[0])
+    assert dropped[:7] == [0] * 7 and first[1:6] == [first[1]] * 5 and first[6] > 3 * first[1]  # all of it again
+
+
 def test_an_answer_ends_with_its_turn_or_the_document():
     for end in (END, Characters.eos_id):
         conversation = Conversation(spell("fine", end), Characters(), GREEDY)
