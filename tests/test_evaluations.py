@@ -9,6 +9,7 @@ import pytest
 
 from launch.evaluate import main
 from pretrain.evaluation import evaluations
+from pretrain.evaluation.comparison import table
 from tests.task_files import documents, write_tasks
 
 pytestmark = [pytest.mark.launches, pytest.mark.filterwarnings("default")]  # of lm-eval's libraries
@@ -122,6 +123,15 @@ def test_checkpoints_of_several_runs_beside_each_other(folder, command):
     assert learned["value"] == pytest.approx(second["loss"] - first["loss"]) and learned["is_paired"]
     assert learned["value"] < -3 * learned["stderr"]
     assert changes[labels[2], "choices/acc"]["is_paired"]
+
+
+def test_answers_to_other_examples_are_marked():
+    rows = []
+    for name, asked in (("a", "10 rows"), ("b", "10 rows"), ("c", "12 rows")):
+        entry = {"settings": {"rows": asked}, "result": {"metric": "exact", "values": {"exact_match": 50.0}}}
+        rows.append(evaluations.Judged(name, 1, {"eval.metric": entry}).row())
+    same, others = table(rows).splitlines()[6:8]
+    assert same.endswith("+0.0000") and others.endswith("+0.0000 ~")
 
 
 def test_a_folder_that_cannot_be_written_is_no_reason_to_stop(folder, command):
