@@ -144,7 +144,9 @@ def test_token_losses(softcap):  # without gradients, so that none can be wrong:
 def test_operators_pass_opcheck():
     x, weight, targets = draw(5, 24, torch.float32)
     leaves = (x.requires_grad_(), torch.nan_to_num(weight).requires_grad_())
-    torch.library.opcheck(torch.ops.longhaul.linear_cross_entropy.default, (*leaves, targets, 24, 1e-2, 0.1, None, True))
+    torch.library.opcheck(
+        torch.ops.longhaul.linear_cross_entropy.default, (*leaves, targets, 24, 1e-2, 0.1, None, True)
+    )
     frozen = (leaves[0], leaves[1].detach())
     torch.library.opcheck(torch.ops.longhaul.linear_cross_entropy.default, (*frozen, targets, 24, 0.0, 0.0, 3.0, False))
     torch.library.opcheck(

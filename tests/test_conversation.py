@@ -184,6 +184,23 @@ def test_a_template_that_rewrites_what_was_said_is_followed(tmp_path):
     assert conversation._ids[:7] == [BEGIN, *b"two", END, ord("\n"), conversation._ids[6]]
 
 
+def test_what_a_template_leaves_out_of_earlier_answers_is_left_out(tmp_path):
+    template = (  # as those of models that think before they answer
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+        "{{ m.content.split('=')[-1] if m.role == 'assistant' else m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    (tmp_path / "thinking.jinja").write_text(template)
+    tokenizer = Characters()
+    take_template(tokenizer, str(tmp_path / "thinking.jinja"))
+    conversation = Conversation(spell("ab=cd"), tokenizer, GREEDY)
+    for _ in range(3):
+        assert ask(conversation, "x").text == "ab=cd"
+    assert conversation.messages[1]["content"] == "ab=cd"
+    once = "user\nx\nassistant\n"
+    assert tokenizer.decode(conversation._ids) == 2 * f"{once}cd\n" + f"{once}ab=cd"
+
+
 def test_a_template_of_others_says_what_ends_an_answer(tmp_path):
     tokenizer = Characters()
     tokenizer.files["chat_template.jinja"] = b"{% for m in messages %}{{ m.content }}</s>{% endfor %}"

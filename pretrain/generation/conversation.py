@@ -143,7 +143,10 @@ class Conversation:
             return written
         # No text gives special ids: the next one ends the answer.
         end = next((place for place in range(begin, len(written)) if written[place] in self._special_ids), None)
-        kept = written if end is None else [*self._ids, *written[end:]]
+        said = None if end is None else self._tokenizer.decode(written[begin:end])
+        if said is None or said.strip() != messages[-2]["content"].strip():  # the template leaves some of it out
+            return written
+        kept = [*self._ids, *written[end:]]
         # The model may have chosen more tokens than its text takes, and by far: what was made room for is the text.
         return kept if len(kept) + self._room() <= self._model.shape.seq_len else written
 
