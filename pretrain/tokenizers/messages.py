@@ -32,8 +32,8 @@ def encode_messages(
         add_generation_prompt: end with the beginning of an answer.
 
     Returns:
-        The ids, and of each whether it is the assistant's: its words, with white space that the template's prompt for an
-        answer does not have, and the token behind them that ends its turn.
+        The ids, and of each whether it is the assistant's: its words, the white space before them that the template's
+        prompt for an answer does not have, and the token behind them that ends its turn.
 
     Raises:
         ConfigError: the tokenizer has no template; the template refuses the messages, or changes their contents
