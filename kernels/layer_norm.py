@@ -126,7 +126,8 @@ def _backward_kernel(
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
     HAS_GRAD_SUM: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
+    HAS_GRAD_WEIGHT: tl.constexpr,
+    HAS_GRAD_BIAS: tl.constexpr,
 ) -> None:
     program = tl.program_id(0).to(tl.int64)
     row = program
@@ -141,8 +142,9 @@ def _backward_kernel(
         mean = tl.load(mean_ptr + row)
         rstd = tl.load(rstd_ptr + row)
         normed = tl.where(inside, (x - mean) * rstd, 0.0)
-        grad_weight += grad_y * normed
-        if HAS_BIAS:
+        if HAS_GRAD_WEIGHT:
+            grad_weight += grad_y * normed
+        if HAS_GRAD_BIAS:
             grad_bias += grad_y
         grad_normed = grad_y * weight  # 0 past the end of the row
         slope = tl.sum(grad_normed * normed, axis=0) / WIDTH
@@ -154,8 +156,9 @@ def _backward_kernel(
         tl.store(grad_x_ptr + row * WIDTH + column, grad_x.to(grad_x_ptr.dtype.element_ty), mask=inside)
         row += tl.num_programs(0)  # 64 bits, which the variable of the loop need not have
     # One partial sum a program and one reduction afterwards: no atomics, so the same bits on every run.
-    tl.store(partial_weight_ptr + program * WIDTH + column, grad_weight, mask=inside)
-    if HAS_BIAS:
+    if HAS_GRAD_WEIGHT:
+        tl.store(partial_weight_ptr + program * WIDTH + column, grad_weight, mask=inside)
+    if HAS_GRAD_BIAS:
         tl.store(partial_bias_ptr + program * WIDTH + column, grad_bias, mask=inside)
 
 
@@ -213,17 +216,20 @@ def _backward_op(
     weight: Tensor,
     mean_N: Tensor,
     rstd_N: Tensor,
-    has_bias: bool,
+    with_grad_weight: bool,
+    with_grad_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute the gradients of x, weight and bias; the bias's is empty where there is none."""
+    """Compute the gradients of x, weight and bias; the last two are empty where they are not wanted."""
     x_ND, grad_y_ND = rows_of(x), rows_of(grad_y)
     grad_sum_ND = x_ND if grad_sum is None else rows_of(grad_sum)
     num_rows, width = x_ND.shape
     block, num_warps = row_block(width)
     programs = num_programs(x, num_rows, num_warps)
     grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    partial_PD = torch.empty((programs, width), dtype=torch.float32, device=x.device)
-    partial_bias_PD = torch.empty((programs, width if has_bias else 0), dtype=torch.float32, device=x.device)
+    partial_PD, partial_bias_PD = (
+        torch.empty((programs, width if is_wanted else 0), dtype=torch.float32, device=x.device)
+        for is_wanted in (with_grad_weight, with_grad_bias)
+    )
     if num_rows > 0:
         with torch.cuda.device_of(x):
             _backward_kernel[(programs,)](
@@ -235,7 +241,7 @@ def _backward_op(
                 rstd_N,
                 grad_x,
                 partial_PD,
-                partial_bias_PD if has_bias else partial_PD,
+                partial_bias_PD,
                 grad_y_ND.stride(0),
                 grad_sum_ND.stride(0),
                 x_ND.stride(0),
@@ -243,7 +249,8 @@ def _backward_op(
                 WIDTH=width,
                 BLOCK=block,
                 HAS_GRAD_SUM=grad_sum is not None,
-                HAS_BIAS=has_bias,
+                HAS_GRAD_WEIGHT=with_grad_weight,
+                HAS_GRAD_BIAS=with_grad_bias,
                 num_warps=num_warps,
             )
     return grad_x, partial_PD.sum(0).to(weight.dtype), partial_bias_PD.sum(0).to(weight.dtype)
@@ -271,15 +278,15 @@ def _(
     weight: Tensor,
     mean_N: Tensor,
     rstd_N: Tensor,
-    has_bias: bool,
+    with_grad_weight: bool,
+    with_grad_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    grad_bias = weight.new_empty(weight.shape if has_bias else (0,))
-    return x.new_empty(x.shape), weight.new_empty(weight.shape), grad_bias
+    grads = [weight.new_empty(weight.shape if is_wanted else (0,)) for is_wanted in (with_grad_weight, with_grad_bias)]
+    return x.new_empty(x.shape), grads[0], grads[1]
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    x, weight, bias, _ = inputs
-    ctx.has_bias = bias is not None
+    x, weight, *_ = inputs
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(x, weight, output[1], output[2])
 
@@ -288,12 +295,16 @@ def _backward(ctx: Any, grad_y: Tensor | None, *_: Tensor | None) -> tuple[Tenso
     if grad_y is None:
         return None, None, None, None
     x, weight, mean_N, rstd_N = ctx.saved_tensors
-    grads = _backward_op(grad_y, None, x, weight, mean_N, rstd_N, ctx.has_bias)
-    return grads[0], grads[1], grads[2] if ctx.has_bias else None, None
+    wanted = ctx.needs_input_grad[1:3]
+    grad_x, *grads = _backward_op(grad_y, None, x, weight, mean_N, rstd_N, *wanted)
+    return grad_x, *_if_wanted(grads, wanted), None
+
+
+def _if_wanted(grads: list[Tensor], wanted: tuple[bool, ...]) -> list[Tensor | None]:
+    return [grad if is_wanted else None for grad, is_wanted in zip(grads, wanted, strict=True)]
 
 
 def _add_keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
-    ctx.has_bias = inputs[3] is not None
     ctx.set_materialize_grads(False)  # the last norm's new residual has no gradient: do not make one of zeros
     ctx.save_for_backward(output[1], inputs[2], output[2], output[3])
 
@@ -304,8 +315,9 @@ def _add_backward(
     if grad_y is None:
         return grad_sum, grad_sum, None, None, None
     total, weight, mean_N, rstd_N = ctx.saved_tensors
-    grads = _backward_op(grad_y, grad_sum, total, weight, mean_N, rstd_N, ctx.has_bias)
-    return grads[0], grads[0], grads[1], grads[2] if ctx.has_bias else None, None
+    wanted = ctx.needs_input_grad[2:4]
+    grad_x, *grads = _backward_op(grad_y, grad_sum, total, weight, mean_N, rstd_N, *wanted)
+    return grad_x, grad_x, *_if_wanted(grads, wanted), None
 
 
 _forward_op.register_autograd(_backward, setup_context=_keep)

@@ -116,7 +116,7 @@ def linear_cross_entropy(
     if use_triton(x_ND):
         arguments = (*_in_one_dtype(x_ND, weight_VD), targets_N, num_classes, z_loss, label_smoothing, softcap)
         if with_grads:
-            objective, cross_entropy, *_ = linear_cross_entropy_op(*arguments)
+            objective, cross_entropy, *_ = linear_cross_entropy_op(*arguments, weight_VD.requires_grad)
             return objective, cross_entropy.detach()
         objective_N, cross_entropy_N = token_losses_op(*arguments)
         return objective_N.sum(), cross_entropy_N.sum()

@@ -7,6 +7,8 @@ b bytes an element of x and weight:
     between            4 Vp D + 4 N D          held for backward
     backward       (4 + b) (Vp D + N D)
 
+Weights that are not trained, as beside adapters, have no gradient: no product, and no Vp D above.
+
 Gradients stay fp32 until the gradient of the loss has been multiplied in, and are rounded once: a gradient of x in
 x.dtype would save (4 - b) N D bytes, 67 MB of 8192 x 4096 in bf16, be rounded twice, and in fp16 underflow before the
 loss scale reached it. The multiplication rounds as it goes, so it is no pass of its own.
@@ -36,7 +38,13 @@ def grad_scale(dtype: torch.dtype) -> float:
 
 
 def compute(
-    x: Tensor, weight: Tensor, targets: Tensor, num_classes: int, options: _Options, with_grads: bool
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    num_classes: int,
+    options: _Options,
+    with_grads: bool,
+    with_grad_weight: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Compute the losses of all tokens, chunk by chunk, and the gradients of their sum.
 
@@ -47,6 +55,7 @@ def compute(
         num_classes: rows of `weight` that count.
         options: z_loss, label_smoothing, softcap.
         with_grads: compute gradients.
+        with_grad_weight: that of weight too, where there are any.
 
     Returns:
         Objective and cross-entropy `[N]`; the objective's gradients by x and weight times `grad_scale`, empty if not
@@ -56,7 +65,8 @@ def compute(
     fp32: dict[str, Any] = {"dtype": torch.float32, "device": x.device}
     objective, cross_entropy = torch.empty(num_tokens, **fp32), torch.empty(num_tokens, **fp32)
     grad_x = torch.empty((num_tokens if with_grads else 0, width), **fp32)
-    grad_weight = torch.empty((weight.shape[0] if with_grads else 0, width), **fp32)
+    with_grad_weight = with_grad_weight and with_grads
+    grad_weight = torch.empty((weight.shape[0] if with_grad_weight else 0, width), **fp32)
     used, grad_used = weight[:num_classes], grad_weight[:num_classes]
     grad_weight[num_classes if num_tokens > 0 else 0 :].zero_()
     targets = targets.contiguous()
@@ -72,6 +82,7 @@ def compute(
         )
         if with_grads:
             matmul_into(grad_x[rows], grad_logits, used)
+        if with_grad_weight:
             (matmul_into if start == 0 else add_matmul)(grad_used, grad_logits.t(), x[rows])
     return objective, cross_entropy, grad_x, grad_weight
 
@@ -100,11 +111,14 @@ def linear_cross_entropy_op(
     z_loss: float,
     label_smoothing: float,
     softcap: float | None,
+    with_grad_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Compute the sums of objective and cross-entropy, and the objective's gradients as `compute` returns them."""
     options = (z_loss, label_smoothing, softcap)
     with torch.autocast(x.device.type, enabled=False):
-        objective, cross_entropy, grad_x, grad_weight = compute(x, weight, targets, num_classes, options, True)
+        objective, cross_entropy, grad_x, grad_weight = compute(
+            x, weight, targets, num_classes, options, True, with_grad_weight
+        )
     return objective.sum(), cross_entropy.sum(), grad_x, grad_weight
 
 
@@ -123,12 +137,13 @@ def _(
 
 @linear_cross_entropy_op.register_fake
 def _(
-    x: Tensor, weight: Tensor, targets: Tensor, classes: int, z_loss: float, smoothing: float, softcap: float | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x: Tensor, weight: Tensor, targets: Tensor, classes: int, z_loss: float, smoothing: float, softcap: float | None,
+    with_grad_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     def of(*shape: int) -> Tensor:
         return x.new_empty(shape, dtype=torch.float32)
 
-    return of(), of(), of(*x.shape), of(*weight.shape)
+    return of(), of(), of(*x.shape), of(weight.shape[0] if with_grad_weight else 0, weight.shape[1])
 
 
 @_scaled_op.register_fake
@@ -144,7 +159,7 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
 
 def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     if grad is None:
-        return (None,) * 7
+        return (None,) * 8
     grad_x, grad_weight = ctx.saved_tensors
     scale = grad_scale(ctx.dtype)
     factor = grad / scale if scale != 1.0 else grad
@@ -152,7 +167,7 @@ def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ..
     return (
         _scaled_op(grad_x, factor, ctx.dtype) if wants_x else None,
         _scaled_op(grad_weight, factor, ctx.dtype) if wants_weight else None,
-        *(None,) * 5,
+        *(None,) * 6,
     )
 
 

@@ -108,6 +108,7 @@ def _backward_kernel(
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
     HAS_GRAD_SUM: tl.constexpr,
+    HAS_GRAD_WEIGHT: tl.constexpr,
 ) -> None:
     program = tl.program_id(0).to(tl.int64)
     row = program
@@ -120,7 +121,8 @@ def _backward_kernel(
         grad_y = tl.load(grad_y_ptr + row * grad_y_stride + column, mask=inside, other=0.0).to(tl.float32)
         rstd = tl.load(rstd_ptr + row)
         normed = x * rstd
-        grad_weight += grad_y * normed
+        if HAS_GRAD_WEIGHT:
+            grad_weight += grad_y * normed
         grad_normed = grad_y * weight
         grad_x = (grad_normed - normed * (tl.sum(grad_normed * normed, axis=0) / WIDTH)) * rstd
         if HAS_GRAD_SUM:
@@ -129,7 +131,8 @@ def _backward_kernel(
         tl.store(grad_x_ptr + row * WIDTH + column, grad_x.to(grad_x_ptr.dtype.element_ty), mask=inside)
         row += tl.num_programs(0)  # 64 bits, which the variable of the loop need not have
     # One partial sum a program and one reduction afterwards: no atomics, so the same bits on every run.
-    tl.store(partial_ptr + program * WIDTH + column, grad_weight, mask=inside)
+    if HAS_GRAD_WEIGHT:
+        tl.store(partial_ptr + program * WIDTH + column, grad_weight, mask=inside)
 
 
 def _launch_forward(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -173,15 +176,16 @@ def _add_forward_op(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> 
 
 @torch.library.custom_op("longhaul::rms_norm_backward", mutates_args=())
 def _backward_op(
-    grad_y: Tensor, grad_sum: Tensor | None, x: Tensor, weight: Tensor, rstd_N: Tensor
+    grad_y: Tensor, grad_sum: Tensor | None, x: Tensor, weight: Tensor, rstd_N: Tensor, with_grad_weight: bool
 ) -> tuple[Tensor, Tensor]:
+    """Compute the gradients of x and weight; the weight's is empty where it is not wanted."""
     x_ND, grad_y_ND = rows_of(x), rows_of(grad_y)
     grad_sum_ND = x_ND if grad_sum is None else rows_of(grad_sum)
     num_rows, width = x_ND.shape
     block, num_warps = row_block(width)
     programs = num_programs(x, num_rows, num_warps)
     grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    partial_PD = torch.empty((programs, width), dtype=torch.float32, device=x.device)
+    partial_PD = torch.empty((programs, width if with_grad_weight else 0), dtype=torch.float32, device=x.device)
     if num_rows > 0:
         with torch.cuda.device_of(x):
             _backward_kernel[(programs,)](
@@ -199,6 +203,7 @@ def _backward_op(
                 WIDTH=width,
                 BLOCK=block,
                 HAS_GRAD_SUM=grad_sum is not None,
+                HAS_GRAD_WEIGHT=with_grad_weight,
                 num_warps=num_warps,
             )
     return grad_x, partial_PD.sum(0).to(weight.dtype)
@@ -215,8 +220,10 @@ def _(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, 
 
 
 @_backward_op.register_fake
-def _(grad_y: Tensor, grad_sum: Tensor | None, x: Tensor, weight: Tensor, rstd_N: Tensor) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape), weight.new_empty(weight.shape)
+def _(
+    grad_y: Tensor, grad_sum: Tensor | None, x: Tensor, weight: Tensor, rstd_N: Tensor, with_grad_weight: bool
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), weight.new_empty(weight.shape if with_grad_weight else (0,))
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -229,8 +236,9 @@ def _backward(ctx: Any, grad_y: Tensor | None, _: Tensor | None) -> tuple[Tensor
     if grad_y is None:
         return None, None, None
     x, weight, rstd_N = ctx.saved_tensors
-    grad_x, grad_weight = _backward_op(grad_y, None, x, weight, rstd_N)
-    return grad_x, grad_weight, None
+    is_trained = ctx.needs_input_grad[1]
+    grad_x, grad_weight = _backward_op(grad_y, None, x, weight, rstd_N, is_trained)
+    return grad_x, grad_weight if is_trained else None, None
 
 
 def _add_keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -244,8 +252,9 @@ def _add_backward(
     if grad_y is None:
         return grad_sum, grad_sum, None, None
     total, weight, rstd_N = ctx.saved_tensors
-    grad_x, grad_weight = _backward_op(grad_y, grad_sum, total, weight, rstd_N)
-    return grad_x, grad_x, grad_weight, None
+    is_trained = ctx.needs_input_grad[2]
+    grad_x, grad_weight = _backward_op(grad_y, grad_sum, total, weight, rstd_N, is_trained)
+    return grad_x, grad_x, grad_weight if is_trained else None, None
 
 
 _forward_op.register_autograd(_backward, setup_context=_keep)

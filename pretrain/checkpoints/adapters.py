@@ -40,7 +40,7 @@ def open_base(reference: dict[str, str], run_path: Path, data: DataSection, also
         reference: as `reference_to` gave it.
         run_path: the run folder.
         data: the config's, whose node cache serves bases from elsewhere.
-        also: the config's `resume.from`, where it may lie too.
+        also: the `resume.from` of the run folder's config, where it may lie too.
 
     Raises:
         CheckpointError: it is not there any more, or another one is.
@@ -80,15 +80,19 @@ def _open(place: str, data: DataSection) -> CheckpointReader:
     return StorePlace(above, data).open(step)
 
 
-def merged(reader: CheckpointReader, run_path: Path, data: DataSection) -> CheckpointReader:
+def merged(reader: CheckpointReader, run_path: Path, data: DataSection, also: str = "") -> CheckpointReader:
     """Return a checkpoint as one of the whole model: itself, or its adapters merged into their base.
+
+    Args:
+        reader: of the checkpoint.
+        run_path, data, also: as `open_base` takes them.
 
     Raises:
         CheckpointError: the base is not there any more, or is damaged.
     """
     if BASE not in reader.training:
         return reader
-    base = open_base(reader.training[BASE], run_path, data)
+    base = open_base(reader.training[BASE], run_path, data, also)
     base.verify()
     folder = base.folder
     base_run = folder.parent.parent if isinstance(folder, Path) else run_path

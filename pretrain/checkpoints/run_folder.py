@@ -324,7 +324,9 @@ def open_run(run: str | Path, step: int | None = None, allow_pipe: bool = False)
     path = Path(run)
     own = newest_good(path, place_of_run(path), step)
     data = parse_config(own.manifest["about"]["config"]).data.model_copy(update={"allow_pipe": allow_pipe})
-    reader = merged(own, path, data)  # what is evaluated, exported and talked to is one model
+    saved = path / CONFIG_FILE
+    also = load_config(saved).resume.from_ if saved.exists() else ""
+    reader = merged(own, path, data, also)  # what is evaluated, exported and talked to is one model
     try:
         yield saved_run(reader, path, allow_pipe)
     finally:

@@ -16,6 +16,7 @@ from pretrain import __version__
 from pretrain.checkpoints.checkpoint_files import manifest_digest
 from pretrain.checkpoints.run_folder import LoadedRun, load_run, place_of_run
 from pretrain.console import warn
+from pretrain.data.damage import Damage
 from pretrain.data.stream import ValRows
 from pretrain.errors import ConfigError
 from pretrain.evaluation.answers import judge_answers
@@ -24,6 +25,7 @@ from pretrain.evaluation.evaluate import LN_2, evaluate
 from pretrain.evaluation.evaluate_options import EvaluateOptions
 from pretrain.evaluation.scoring import Scorer
 from pretrain.evaluation.task_evals import import_harness
+from pretrain.generation.generate import end_ids
 from pretrain.options.settings import parse_config
 from pretrain.ranks.distributed import Ranks
 from pretrain.storage.whole_file import write_text
@@ -78,7 +80,8 @@ class Judged:
         if entry := self.entries.get("held-out"):
             scores |= _held_out_scores(entry)
         if entry := self.entries.get(_ANSWERS):
-            scores |= {name: Score(value, None, [], []) for name, value in entry["result"]["values"].items()}
+            asked = f"{entry['result']['metric']} {entry['settings']['rows']}"
+            scores |= {name: Score(value, samples_are=asked) for name, value in entry["result"]["values"].items()}
         for task, result in self.task_results().items():
             same = (
                 f"{task} {result['version']} {result['num_fewshot']} {len(next(iter(result['values'].values()), []))}"
@@ -176,15 +179,12 @@ class Judge:
         )  # fmt: skip
         found = rows.take_damaged()
         parts = self._group.gather(found) if self._group else [found]
-        damaged = rows.damage.add(one for part in parts for one in part)
-        if self._ranks.is_first:
-            for damage in damaged:
-                warn(f"held-out {damage}; it is not scored")
+        is_whole = self._is_whole(rows, [one for part in parts for one in part])
         assert result.rows_RS is not None
         plain = [[round(loss, 6), int(tokens), int(text)] for loss, tokens, text in result.rows_RS.tolist()]
         error = ratio_stderr(*zip(*[row[:2] for row in plain], strict=True))
         return {
-            "result": result.numbers() | {"loss_stderr": error}, "rows": plain, "is_whole": not damaged,
+            "result": result.numbers() | {"loss_stderr": error}, "rows": plain, "is_whole": is_whole,
             "ranges": {name: [numbers.start, numbers.stop] for name, numbers in rows.sources()},
         }  # fmt: skip
 
@@ -193,7 +193,18 @@ class Judge:
         assert rows is not None
         size = loaded.config.train.micro_batch_size * loaded.config.data.seq_len
         answered = judge_answers(metric, loaded.model, loaded.tokenizer, rows, size, self._group)
-        return {"result": {"metric": metric} | asdict(answered)}
+        # Rank 0 alone has read the examples, and keeps what comes out.
+        return {
+            "result": {"metric": metric} | asdict(answered), "is_whole": self._is_whole(rows, rows.take_damaged()),
+        }  # fmt: skip
+
+    def _is_whole(self, rows: ValRows, found: Sequence[Damage]) -> bool:
+        """Count documents that could not be read, and name new ones; return whether there are none."""
+        damaged = rows.damage.add(found)
+        if self._ranks.is_first:
+            for damage in damaged:
+                warn(f"held-out {damage}; it is not scored")
+        return not rows.damage.num_documents
 
     def _do_tasks(self, checkpoint: _Checkpoint, loaded: LoadedRun, names: Sequence[str]) -> dict[str, Any]:
         options, ranks = self._options, self._ranks
@@ -202,7 +213,7 @@ class Judge:
         doing = [""]
         scorer = Scorer(
             loaded.model, loaded.tokenizer, loaded.config.train.micro_batch_size * loaded.config.data.seq_len,
-            self._group, end_ids=stop_ids(loaded.tokenizer),
+            self._group, end_ids=end_ids(loaded.tokenizer) if options.chat else stop_ids(loaded.tokenizer),
             on_progress=(lambda *numbers: self._on_progress(doing[0], *numbers)) if ranks.is_first else None,
         )  # fmt: skip
 

@@ -116,8 +116,7 @@ class Conversation:
 
     def _fit(self, messages: list[Message]) -> tuple[list[Message], int]:
         """Leave out the oldest turns, but never the system's message or the last one."""
-        seq_len = self._model.shape.seq_len
-        room = min(self._options.max_new_tokens, seq_len // _ROOM_SHARE)
+        seq_len, room = self._model.shape.seq_len, self._room()
         num_kept_first = 1 if self._system else 0
         for first in range(num_kept_first, len(messages)):
             if messages[first]["role"] == "assistant":
@@ -132,6 +131,10 @@ class Conversation:
             f"than data.seq_len ({seq_len}). Shorten it."
         )
 
+    def _room(self) -> int:
+        """Tokens that are kept free for an answer."""
+        return min(self._options.max_new_tokens, self._model.shape.seq_len // _ROOM_SHARE)
+
     def _next_ids(self, messages: list[Message], is_same: bool) -> list[int]:
         """Return the ids to answer to: those that are there already and what is new, if the template only adds."""
         written, _ = encode_messages(self._tokenizer, messages, add_generation_prompt=True)
@@ -140,7 +143,12 @@ class Conversation:
             return written
         # No text gives special ids: the next one ends the answer.
         end = next((place for place in range(begin, len(written)) if written[place] in self._special_ids), None)
-        return written if end is None else [*self._ids, *written[end:]]
+        said = None if end is None else self._tokenizer.decode(written[begin:end])
+        if said is None or said.strip() != messages[-2]["content"].strip():  # the template leaves some of it out
+            return written
+        kept = [*self._ids, *written[end:]]
+        # The model may have chosen more tokens than its text takes, and by far: what was made room for is the text.
+        return kept if len(kept) + self._room() <= self._model.shape.seq_len else written
 
     def _choose(self, ids: list[int], uniform_1: torch.Tensor) -> int:
         """Compute what is not in the cache, and choose the next token."""

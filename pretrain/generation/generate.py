@@ -74,7 +74,7 @@ def generate(
         options: how to sample.
         on_text: called with the prompt's number, new text of its completion, and why it is complete (else empty).
         agree: makes the ranks that compute together take the same tokens, int64 `[B]`.
-        prompt_ids: ids of each prompt, fewer than `data.seq_len`, where they are not those of its text as a document.
+        prompt_ids: ids of each prompt, at most `data.seq_len`, where they are not those of its text as a document.
         also_end: ids that end a text, beside those that end a document or, in a conversation, an answer.
 
     Returns:
@@ -89,7 +89,7 @@ def generate(
         prompt_ids = encode_prompts(tokenizer, prompts, model.shape.seq_len)
     rows = []
     for index, (ids, generator) in enumerate(zip(prompt_ids, _generators(prompts, options.seed), strict=True)):
-        num_steps = min(options.max_new_tokens, model.shape.seq_len - len(ids))
+        num_steps = max(min(options.max_new_tokens, model.shape.seq_len - len(ids)), 1)  # one follows a full row
         uniform_S = torch.rand(num_steps, generator=generator, dtype=torch.float64)
         stream = TextStream(tokenizer.decode, ids, options.stop)
         ends = [tokenizer.eos_id] if isinstance(prompts[index], str) else end_ids(tokenizer)

@@ -118,7 +118,7 @@ class TextStream:
         """
         self.stopped = False  # by a stop string
         self._decode, self._stop = decode, stop
-        self._window = list(prompt_ids[-_CONTEXT_TOKENS:])
+        self._window = _whole_characters(decode, list(prompt_ids[-_CONTEXT_TOKENS:]))
         self._num_done = len(self._window)  # ids of the window whose text is known
         self._known = decode(self._window)
         self._held = ""
@@ -165,3 +165,9 @@ class TextStream:
             sure, self._held = text[:cut], text[cut:]
         self._released.append(sure)
         return sure
+
+
+def _whole_characters(decode: Callable[[Sequence[int]], str], ids: list[int]) -> list[int]:
+    """Leave out the first ids where they are the rest of a character; some decoders spoil all bytes behind it, too."""
+    begins = (at for at in range(len(ids)) if not decode(ids[at:]).startswith(REPLACEMENT))
+    return ids[next(begins, 0) :]

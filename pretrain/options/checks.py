@@ -225,7 +225,7 @@ def _evaluation_problems(config: Config) -> Iterator[Problem]:
             text = f"eval.tasks has {unknown[0]} for {task}; expected every_steps, limit or num_fewshot. Drop it."
             yield Problem("eval.tasks", text)
         elif not given.get("every_steps", every):
-            text = f"eval.tasks has no every_steps for {task}; expected it, because eval.every_steps is 0. Write"
+            text = f"eval.tasks does {task} at no step, since every_steps is 0; expected 1 or more. Write"
             yield Problem("eval.tasks", f"{text} {task}: {{every_steps: 1000}}.")
 
 

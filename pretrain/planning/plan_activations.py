@@ -91,10 +91,11 @@ def activations(
              "offload": cheap + alone + narrow + 2 * D * size}[mode]  # fmt: skip
     most = max(_backward_bytes(shape, N, size, chunk_tokens if in_chunks else 0, shared_by, adapters))
     classes = shape.padded_vocab_size
-    loss = 4 * (classes + N) * D
+    trained_classes = 0 if adapters else classes  # of a frozen output layer there is no gradient
+    loss = 4 * (trained_classes + N) * D
     logits = 4 * chunk_rows(N, shape.vocab_size) * shape.vocab_size
     tied = size * classes * D if shape.tie_embeddings and not adapters else 0
-    handed_on = size * ((0 if adapters else classes) + N) * D
+    handed_on = size * (trained_classes + N) * D
     return Activations(
         kept=int(kept), loss=loss, loss_peak=max(logits + size * N * D, handed_on), handed_on=handed_on,
         block_peak=int(N * (again - D * size) + most + tied),

@@ -204,7 +204,7 @@ def _matmul_seconds(
     times = 4.0 if chunks > 1 else times
     block += layer("ffn_up", D, F * (2 if shape.activation == "swiglu" else 1), times, chunks)
     block += layer("ffn_down", F, D, times, chunks)
-    return shape.num_layers * block + product(D, shape.padded_vocab_size, 3.0)  # its weights' gradient in any case
+    return shape.num_layers * block + product(D, shape.padded_vocab_size, 2.0 if adapters else 3.0)
 
 
 def _attention_seconds(shape: ModelShape, N: int, seq_len: int, mode: str, peak: float, assumed: Assumptions) -> float:

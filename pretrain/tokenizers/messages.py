@@ -17,6 +17,7 @@ from pretrain.tokenizers.tokenizer import Tokenizer
 
 ROLES = ("system", "user", "assistant")
 Message = Mapping[str, str]  # role and content
+_Names = tuple[str, str]  # of bos and eos
 _MARK = re.compile("\ue000([0-9]+)\ue001")  # private characters around a message's number
 
 
@@ -31,7 +32,8 @@ def encode_messages(
         add_generation_prompt: end with the beginning of an answer.
 
     Returns:
-        The ids, and of each whether it is the assistant's: its words, and the token behind them that ends its turn.
+        The ids, and of each whether it is the assistant's: its words, the white space before them that the template's
+        prompt for an answer does not have, and the token behind them that ends its turn.
 
     Raises:
         ConfigError: the tokenizer has no template; the template refuses the messages, or changes their contents
@@ -43,8 +45,9 @@ def encode_messages(
             "tokenizer.model has no chat template; expected one beside tokenizer.json, or a tokenizer with "
             "<|im_start|> and <|im_end|>. Use prompts and responses instead of messages."
         )
+    names = tokenizer.name_of(tokenizer.bos_id), tokenizer.name_of(tokenizer.eos_id)
     contents = [message["content"] for message in messages]
-    text = _render(tokenizer, source, messages, [f"\ue000{index}\ue001" for index in range(len(messages))],
+    text = _render(names, source, messages, [f"\ue000{index}\ue001" for index in range(len(messages))],
                    add_generation_prompt)  # fmt: skip
     # What jinja does not know is empty to it. Earlier messages some templates leave out on purpose.
     if messages and f"\ue000{len(messages) - 1}\ue001" not in text:
@@ -52,17 +55,20 @@ def encode_messages(
             f"tokenizer: its chat template leaves out what the last message, of the {messages[-1]['role']}, says; "
             "expected one that puts it in. Look for a misspelt name: a message has `role` and `content`."
         )
-    given = _render(tokenizer, source, messages, contents, add_generation_prompt)
-    if _filled(text, contents) != given:
-        contents = [content.strip() for content in contents]  # as many templates do
+    given = _render(names, source, messages, contents, add_generation_prompt)
+    if _filled(text, contents) != given:  # many leave out white space around them, some what was only thought
+        contents = [
+            _kept(names, source, messages, number, text, add_generation_prompt) for number in range(len(messages))
+        ]
         if _filled(text, contents) != given:
             raise ConfigError(
-                "tokenizer: its chat template changes what messages say, by more than white space around it; expected "
-                "one that puts them in as they are. Simplify the template."
+                "tokenizer: its chat template changes what messages say, by more than leaving out what they begin or "
+                "end with; expected one that puts them in as they are. Simplify the template."
             )
+    lead = _space_before_answers(names, source)
     ids: list[int] = []
     is_scored: list[bool] = []
-    for part, scored in _runs(_parts(tokenizer, text, messages, contents)):
+    for part, scored in _runs(_parts(tokenizer, text, messages, contents, lead)):
         new = [part] if isinstance(part, int) else tokenizer.encode(part)
         ids += new
         is_scored += [scored] * len(new)
@@ -91,7 +97,7 @@ def _refuse(message: str) -> NoReturn:
 
 
 def _render(
-    tokenizer: Tokenizer, source: str, messages: Sequence[Message], contents: Sequence[str], add_generation_prompt: bool
+    names: _Names, source: str, messages: Sequence[Message], contents: Sequence[str], add_generation_prompt: bool
 ) -> str:
     import jinja2
 
@@ -99,7 +105,7 @@ def _render(
     try:
         return _compiled(source).render(
             messages=own, add_generation_prompt=add_generation_prompt,
-            bos_token=tokenizer.name_of(tokenizer.bos_id), eos_token=tokenizer.name_of(tokenizer.eos_id),
+            bos_token=names[0], eos_token=names[1],
         )  # fmt: skip
     except jinja2.TemplateError as error:
         raise ConfigError(
@@ -108,22 +114,53 @@ def _render(
         ) from None
 
 
+def _kept(
+    names: _Names, source: str, messages: Sequence[Message], number: int, text: str, add_generation_prompt: bool
+) -> str:
+    """What the template makes of a message's content, if that is a part of it; else the content."""
+    marks = [f"\ue000{index}\ue001" for index in range(len(messages))]
+    content = messages[number]["content"]
+    before, _, behind = text.partition(marks[number])
+    marks[number] = content
+    given = _render(names, source, messages, marks, add_generation_prompt)
+    kept = given[len(before) : len(given) - len(behind)]
+    return kept if given == before + kept + behind and kept in content else content
+
+
+@cache
+def _space_before_answers(names: _Names, source: str) -> str:
+    """White space that the template writes before an answer's words, and not where it asks for an answer."""
+    exchange: list[Message] = [{"role": "user", "content": ""}, {"role": "assistant", "content": ""}]
+    marks = ["\ue0000\ue001", "\ue0001\ue001"]
+    try:
+        asked = _render(names, source, exchange[:1], marks[:1], True)
+        before, _, _ = _render(names, source, exchange, marks, False).partition(marks[1])
+    except ConfigError:  # it is made for other conversations
+        return ""
+    space = before[len(asked) :]
+    return space if before.startswith(asked) and space.isspace() else ""
+
+
 def _filled(text: str, contents: Sequence[str]) -> str:
     return _MARK.sub(lambda mark: contents[int(mark[1])], text)
 
 
 def _parts(
-    tokenizer: Tokenizer, text: str, messages: Sequence[Message], contents: Sequence[str]
+    tokenizer: Tokenizer, text: str, messages: Sequence[Message], contents: Sequence[str], lead: str
 ) -> Iterator[tuple[str | int, bool]]:
-    """Texts and special tokens of a rendered template, and whether each is the assistant's."""
+    """Texts and special tokens of a rendered template, and whether each is the assistant's; `lead` begins answers."""
     special = tokenizer.special_tokens()
     names = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))) or r"(?!)")
     answers = False  # an answer has begun and not ended
-    for index, piece in enumerate(_MARK.split(text)):
+    pieces = _MARK.split(text)
+    for index, piece in enumerate(pieces):
         if index % 2:
             answers = messages[int(piece)]["role"] == "assistant"
-            yield contents[int(piece)], answers
+            space = lead if answers and pieces[index - 1].endswith(lead) else ""
+            yield space + contents[int(piece)], answers
             continue
+        if index + 1 < len(pieces) and messages[int(pieces[index + 1])]["role"] == "assistant":
+            piece = piece.removesuffix(lead)
         begin = 0
         for found in names.finditer(piece):
             if begin < found.start():

@@ -326,6 +326,7 @@ def judge(run: Run) -> Evaluation:
 def judge_metric(run: Run, metric: str) -> float:
     """Have the model answer held-out examples; return how good the answers are."""
     assert run.val_rows is not None
+    run.ranks.heartbeat.enter("answers", is_patient=True)  # no sign of life within a batch of them
     run.engine.train(False)
     size = run.plan.micro_batch_size * run.config.data.seq_len
     answered = judge_answers(metric, run.samples.model, run.tokenizer, run.val_rows, size, run.ranks,

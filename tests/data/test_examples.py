@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from contextlib import closing
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,6 +19,8 @@ from pretrain.data.stream import ValRows
 from pretrain.errors import ConfigError, DataError
 from pretrain.evaluation import answers
 from pretrain.evaluation.answers import read_examples
+from pretrain.evaluation.evaluate_options import EvaluateOptions
+from pretrain.evaluation.evaluations import Judge
 from pretrain.options.config import ExamplesSection, ModelSection
 from pretrain.options.families import resolve_shape
 from pretrain.options.settings import load_config
@@ -27,6 +30,7 @@ from pretrain.preparing.verify_shards import verify
 from pretrain.tokenizers import messages
 from pretrain.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
 from pretrain.transformer.model import Transformer
+from tests.helpers.data_helpers import flip_bit
 from tests.helpers.tuning_helpers import make_conversation, make_examples, write_lines, write_task
 
 SHAPE = resolve_shape(ModelSection(family="llama", dim=32, num_layers=1, num_heads=2), 360, 96)
@@ -169,6 +173,25 @@ def test_the_metric_of_squad_takes_the_best_of_all_answers(task, tokenizer, tmp_
         monkeypatch.setattr(answers, "read_examples", lambda *given: found)
         judged = answers.judge_answers("squad", Transformer(SHAPE, 0), tokenizer, rows, 64)
     assert judged.values == {"f1": pytest.approx(100 * (1 + 2 / 3 + 1) / 3), "exact_match": pytest.approx(100 * 2 / 3)}
+
+
+def test_answers_to_what_is_left_of_damaged_examples_are_not_kept(task, tokenizer, tmp_path, monkeypatch, capsys):
+    shutil.copytree(task / "kinds-shards", tmp_path / "shards")
+    config = load_config(task / "tune.yaml", [f"data.sources=[{{name: kinds, shards: {tmp_path}/shards}}]"])
+    monkeypatch.setattr(answers.Scorer, "generate", lambda scorer, asked: ["tree"] * len(asked))
+    loaded = SimpleNamespace(model=Transformer(SHAPE, 0), tokenizer=tokenizer, config=config)
+    judge = Judge(EvaluateOptions(), SimpleNamespace(world_size=1, is_first=True), lambda *numbers: None)
+    found = []
+    for is_damaged in (False, True):
+        if is_damaged:
+            fourth = int(np.load(tmp_path / "shards/val-000000.index.npy")["offset"][3])
+            flip_bit(tmp_path / "shards/val-000000.tar", fourth + 1)
+        with closing(ValRows(config, tokenizer.fingerprint, 0)) as rows:
+            checkpoint = SimpleNamespace(rows=rows, wanted={"eval.metric": {"metric": "exact"}})
+            found.append(judge._answers(checkpoint, loaded))
+    assert [one["is_whole"] for one in found] == [True, False]
+    assert found[1]["result"]["num_examples"] == found[0]["result"]["num_examples"] - 1
+    assert "; it is not scored" in capsys.readouterr().err
 
 
 def test_checks_and_looks_know_the_marks(task):

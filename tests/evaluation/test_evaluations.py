@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import json
 import re
+from types import SimpleNamespace
 
 import pytest
 
 from launch.evaluate import main
 from pretrain.evaluation import evaluations
+from pretrain.evaluation.comparison import table
+from pretrain.evaluation.evaluate_options import EvaluateOptions
+from pretrain.tokenizers.hf_tokenizer import JsonTokenizer
 from tests.evaluation.task_files import documents, write_tasks
+from tests.helpers.tokenizer_helpers import train_json
 
 pytestmark = [pytest.mark.launches, pytest.mark.filterwarnings("default")]  # of lm-eval's libraries
 
@@ -122,6 +127,36 @@ def test_checkpoints_of_several_runs_beside_each_other(folder, command):
     assert learned["value"] == pytest.approx(second["loss"] - first["loss"]) and learned["is_paired"]
     assert learned["value"] < -3 * learned["stderr"]
     assert changes[labels[2], "choices/acc"]["is_paired"]
+
+
+def test_answers_to_other_examples_are_marked():
+    rows = []
+    for name, asked in (("a", "10 rows"), ("b", "10 rows"), ("c", "12 rows")):
+        entry = {"settings": {"rows": asked}, "result": {"metric": "exact", "values": {"exact_match": 50.0}}}
+        rows.append(evaluations.Judged(name, 1, {"eval.metric": entry}).row())
+    same, others = table(rows).splitlines()[6:8]
+    assert same.endswith("+0.0000") and others.endswith("+0.0000 ~")
+
+
+def test_what_a_template_of_others_puts_behind_answers_ends_them(tmp_path, monkeypatch):
+    path = train_json("llama3", tmp_path)
+    settings = path.with_name("tokenizer_config.json")
+    turns = "{% for one in messages %}{{ one['role'] }}: {{ one['content'] }}<|eot_id|>{% endfor %}"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"chat_template": turns}))
+    tokenizer = JsonTokenizer(path)
+    shape, data, train = (SimpleNamespace(seq_len=64, micro_batch_size=1),) * 3
+    loaded = SimpleNamespace(
+        tokenizer=tokenizer, model=SimpleNamespace(shape=shape), config=SimpleNamespace(data=data, train=train)
+    )
+    ends = []
+    monkeypatch.setattr(
+        evaluations, "Scorer", lambda *_, end_ids, **__: ends.append(set(end_ids)) or SimpleNamespace(end=lambda: None)
+    )
+    ranks = SimpleNamespace(world_size=1, is_first=True)
+    for is_chat in (False, True):
+        judge = evaluations.Judge(EvaluateOptions(chat=is_chat), ranks, lambda *_: None)
+        assert judge._do_tasks(SimpleNamespace(label=""), loaded, []) == {}
+    assert ends == [{tokenizer.eos_id}, {tokenizer.eos_id, tokenizer.special_tokens()["<|eot_id|>"]}]
 
 
 def test_a_folder_that_cannot_be_written_is_no_reason_to_stop(folder, command):

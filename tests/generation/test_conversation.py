@@ -130,6 +130,28 @@ def test_the_tokens_that_the_model_chose_stay_though_their_text_is_written_other
     assert sizes[0] == len("\nuser\ny\nassistant\n") + 4
 
 
+def test_answers_of_more_tokens_than_their_text_takes_do_not_fill_the_context(monkeypatch):
+    class Words(Characters):
+        """Knows `abcdefgh` as one token, 6, which the model does not use."""
+
+        def encode(self, text):
+            return [6 if letter == "\x06" else ord(letter) for letter in text.replace("abcdefgh", "\x06")]
+
+        def decode(self, ids):
+            return "".join("abcdefgh" if token == 6 else chr(token) for token in ids if token > 5)
+
+    model = spell("xabcdefgh")
+    conversation, sizes = Conversation(model, Words(), GREEDY), watch(model, monkeypatch)
+    dropped, first = [], []
+    for _ in range(8):
+        sizes.clear()
+        answer = ask(conversation, "y")
+        assert (answer.text, answer.finish) == ("xabcdefgh", "eos")
+        dropped.append(answer.num_dropped)
+        first.append(sizes[0])
+    assert dropped[:7] == [0] * 7 and first[1:6] == [first[1]] * 5 and first[6] > 3 * first[1]  # all of it again
+
+
 def test_an_answer_ends_with_its_turn_or_the_document():
     for end in (END, Characters.eos_id):
         conversation = Conversation(spell("fine", end), Characters(), GREEDY)
@@ -160,6 +182,23 @@ def test_a_template_that_rewrites_what_was_said_is_followed(tmp_path):
         [alone] = generate(model, tokenizer, [[{"role": "user", "content": text}]], GREEDY)
         assert ask(conversation, text).text == alone.text
     assert conversation._ids[:7] == [BEGIN, *b"two", END, ord("\n"), conversation._ids[6]]
+
+
+def test_what_a_template_leaves_out_of_earlier_answers_is_left_out(tmp_path):
+    template = (  # as those of models that think before they answer
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+        "{{ m.content.split('=')[-1] if m.role == 'assistant' else m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    (tmp_path / "thinking.jinja").write_text(template)
+    tokenizer = Characters()
+    take_template(tokenizer, str(tmp_path / "thinking.jinja"))
+    conversation = Conversation(spell("ab=cd"), tokenizer, GREEDY)
+    for _ in range(3):
+        assert ask(conversation, "x").text == "ab=cd"
+    assert conversation.messages[1]["content"] == "ab=cd"
+    once = "user\nx\nassistant\n"
+    assert tokenizer.decode(conversation._ids) == 2 * f"{once}cd\n" + f"{once}ab=cd"
 
 
 def test_a_template_of_others_says_what_ends_an_answer(tmp_path):

@@ -122,6 +122,13 @@ def test_stops_with_a_reason_when_the_context_is_full(family, prompt):
     assert 1 + len(prompt) + len(completion.ids) == SEQ_LEN
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_ids_that_fill_the_context_are_followed_by_one_token(family):
+    ids = [[1] + [97] * (SEQ_LEN - 1), [1, 98]]  # as of an example whose answer is nothing but its end
+    full, other = generate(build(family), Characters(), ["a", "b"], GREEDY, prompt_ids=ids)
+    assert (full.finish, len(full.ids)) == ("context", 1) and (other.finish, len(other.ids)) == ("length", 8)
+
+
 def test_a_prompt_that_fills_the_context_is_refused():
     with pytest.raises(
         ConfigError,

@@ -5,9 +5,11 @@ from __future__ import annotations
 import itertools
 
 import pytest
+import tokenizers
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import decoders, models
 from transformers import GenerationConfig, LogitsProcessorList, RepetitionPenaltyLogitsProcessor
 from transformers.generation.logits_process import (
     MinPLogitsWarper,
@@ -199,6 +201,18 @@ def test_a_first_token_is_decoded_as_what_follows_the_prompt() -> None:
 
     pieces, _ = released(Stripping, [ord("a")], [ord(" "), ord("b"), ord(" "), ord("c")])
     assert "".join(pieces) == " b c"
+
+
+def test_a_prompt_whose_last_tokens_begin_within_a_character() -> None:
+    # Where bytes in a row are not UTF-8, tokenizers' ByteFallback spoils all of them, whole characters too.
+    built = tokenizers.Tokenizer(
+        models.BPE(vocab={"a": 0} | {f"<0x{byte:02X}>": 1 + byte for byte in range(256)}, merges=[], byte_fallback=True)
+    )
+    built.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    for prompt in ("文文文文文", "a🦊🦊🦊", "ééééé"):
+        ids = built.encode(prompt).ids
+        pieces, _ = released(built, ids, built.encode("你好a").ids)
+        assert [piece for piece in pieces if piece] == ["你", "好", "a"]
 
 
 def test_a_token_costs_the_same_in_a_long_text() -> None:

@@ -144,7 +144,11 @@ def test_token_losses(softcap):  # without gradients, so that none can be wrong:
 def test_operators_pass_opcheck():
     x, weight, targets = draw(5, 24, torch.float32)
     leaves = (x.requires_grad_(), torch.nan_to_num(weight).requires_grad_())
-    torch.library.opcheck(torch.ops.longhaul.linear_cross_entropy.default, (*leaves, targets, 24, 1e-2, 0.1, None))
+    torch.library.opcheck(
+        torch.ops.longhaul.linear_cross_entropy.default, (*leaves, targets, 24, 1e-2, 0.1, None, True)
+    )
+    frozen = (leaves[0], leaves[1].detach())
+    torch.library.opcheck(torch.ops.longhaul.linear_cross_entropy.default, (*frozen, targets, 24, 0.0, 0.0, 3.0, False))
     torch.library.opcheck(
         torch.ops.longhaul.token_losses.default, (x.detach(), leaves[1].detach(), targets, 24, 0.0, 0.0, 2.0)
     )
@@ -223,13 +227,33 @@ class CountBytes(TorchDispatchMode):
         return out
 
 
-def test_memory_is_what_the_formula_says(monkeypatch):
+@pytest.mark.parametrize("is_trained", [True, False], ids=["trained", "frozen"])
+def test_memory_is_what_the_formula_says(is_trained, monkeypatch):
     monkeypatch.setattr(loss_chunks, "CHUNK_ELEMENTS", 1000)
     x, weight, targets = draw(33, 100, torch.float32)
     N, D, Vp, rows = 33, 24, 113, loss_chunks.chunk_rows(33, 100)
     with CountBytes() as count:
-        outputs = operator.compute(x, weight, targets, 100, (0.0, 0.0, None), True)
+        outputs = operator.compute(x, weight, targets, 100, (0.0, 0.0, None), True, is_trained)
     ours = {t.untyped_storage().data_ptr() for t in (x, weight, targets)}
     found = sum(size for address, size in count.seen.items() if address not in ours)
     assert len(outputs) == 4 and rows == 9
-    assert found == 4 * rows * program.row_stride(100) + 4 * Vp * D + 4 * N * D + 8 * N
+    assert found == 4 * rows * program.row_stride(100) + is_trained * 4 * Vp * D + 4 * N * D + 8 * N
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_weight_that_is_not_trained_has_no_gradient_and_costs_no_product(dtype, monkeypatch):
+    monkeypatch.setattr(loss_chunks, "CHUNK_ELEMENTS", 1000)  # several chunks
+    products, (x, weight, targets) = [], draw(33, 100, dtype)
+    for name in ("matmul_into", "add_matmul"):
+        plain = getattr(operator, name)
+        monkeypatch.setattr(operator, name, lambda *a, plain=plain: products.append(a[0].shape) or plain(*a))
+    found = []
+    for is_trained in (True, False):
+        products.clear()
+        own_x, own_weight = x.clone().requires_grad_(), weight.clone().requires_grad_(is_trained)
+        objective, cross_entropy = linear_cross_entropy(own_x, own_weight, targets, 100, 1e-2, 0.1, 3.0)
+        (0.7 * objective).backward()
+        assert (own_weight.grad is not None) == is_trained
+        assert [shape for shape in products if shape == (100, 24)] == [(100, 24)] * 4 * is_trained
+        found.append((objective, cross_entropy, own_x.grad))
+    assert all(torch.equal(*pair) for pair in zip(*found, strict=True))

@@ -12,6 +12,7 @@ os.environ["TRITON_INTERPRET"] = "1"
 import pytest
 import torch
 
+from kernels import layer_norm, rms_norm
 from tests.helpers.norm_cases import (
     DTYPES,
     KINDS,
@@ -83,6 +84,28 @@ def test_gradient_of_one_output_alone(kind, used):
         torch.testing.assert_close(a if a is not None else torch.zeros(()), b if b is not None else torch.zeros(()))
 
 
+@pytest.mark.parametrize("with_residual", [False, True], ids=["plain", "residual"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_parameters_that_are_not_trained_have_no_gradient(kind, with_residual, monkeypatch):
+    module = rms_norm if kind == "rmsnorm" else layer_norm
+    backward, sizes = module._backward_op, []
+    monkeypatch.setattr(
+        module, "_backward_op", lambda *a: [(out, sizes.append(out.numel()))[0] for out in backward(*a)]
+    )
+    norm, _ = implementations(kind, with_residual)
+    found = []
+    for is_trained in (True, False):
+        arguments = inputs(kind, (5, 192), torch.float32, "cpu", with_residual)
+        leaves = [a if a is None else a.requires_grad_(is_trained or n < 2) for n, a in enumerate(arguments)]
+        y = norm(*leaves)
+        (y[0] if with_residual else y).square().sum().backward()
+        assert all((leaf.grad is not None) == is_trained for leaf in leaves[2:] if leaf is not None)
+        found.append([leaf.grad for leaf in leaves[:2] if leaf is not None])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    of_parameters = [192, 192 if kind == "layernorm" else 0][: 1 if kind == "rmsnorm" else 2]
+    assert sizes == [5 * 192, *of_parameters, 5 * 192, *(0 for _ in of_parameters)]
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradient_matches_finite_differences(kind):
     norm, _ = implementations(kind, True)
@@ -111,12 +134,12 @@ def test_operators_pass_opcheck(kind):
     if kind == "rmsnorm":
         torch.library.opcheck(ops.rms_norm.default, (leaves[0], leaves[2], 1e-5))
         torch.library.opcheck(ops.add_rms_norm.default, (*leaves, 1e-5))
-        backward = (x.detach(), residual.detach(), x.detach(), weight.detach(), statistics)
+        backward = (x.detach(), residual.detach(), x.detach(), weight.detach(), statistics, True)
         torch.library.opcheck(ops.rms_norm_backward.default, backward)
     else:
         torch.library.opcheck(ops.layer_norm.default, (leaves[0], leaves[2], bias, 1e-5))
         torch.library.opcheck(ops.add_layer_norm.default, (*leaves, bias, 1e-5))
-        backward = (x.detach(), None, x.detach(), weight.detach(), statistics, statistics, bias is not None)
+        backward = (x.detach(), None, x.detach(), weight.detach(), statistics, statistics, False, bias is not None)
         torch.library.opcheck(ops.layer_norm_backward.default, backward)
 
 

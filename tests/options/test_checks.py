@@ -419,6 +419,17 @@ def test_early_stopping_needs_evaluations() -> None:
     ]
 
 
+def test_tasks_are_done_at_some_step_and_as_is_known() -> None:
+    never = "eval.tasks does a at no step, since every_steps is 0; expected 1 or more. Write a: {every_steps: 1000}."
+    unknown = "eval.tasks has shots for a; expected every_steps, limit or num_fewshot. Drop it."
+    cases: list[tuple[int, dict[str, int], str]] = [
+        (0, {"limit": 5}, never), (5, {"every_steps": 0}, never), (5, {"shots": 1}, unknown)
+    ]  # fmt: skip
+    for every, given, text in cases:
+        assert texts_of(config_of(eval__every_steps=every, eval__tasks={"a": given})) == [("eval.tasks", text)]
+    assert texts_of(config_of(eval__every_steps=0, eval__tasks={"a": {"every_steps": 5}})) == []
+
+
 def test_evaluations_need_held_out_documents() -> None:
     assert texts_of(config_of(eval__every_steps=3, data__val_fraction=0)) == [
         (

@@ -76,9 +76,7 @@ def test_frozen_weights_take_a_third_less_computing() -> None:
     tuned = load("llama-7b", "train.activation_checkpointing=none", "resume={from: x, optimizer: false}",
                  "train.lora={}")  # fmt: skip
     full, lora = (make_plan(one, on(one)) for one in (config, tuned))
-    assert (
-        2 / 3 < lora.time.matmul / full.time.matmul < 0.76
-    )  # adapters read and write too, and the output layer is as before
+    assert 2 / 3 < lora.time.matmul / full.time.matmul < 0.74  # adapters compute, read and write too
     assert lora.time.attention == full.time.attention
     assert lora.time.update < 0.02 * full.time.update and lora.time.communication < 0.02 * full.time.communication
     frozen, whole = (one.mfu[1] * one.time.total for one in (lora, full))

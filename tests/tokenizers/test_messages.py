@@ -105,6 +105,21 @@ def test_templates_of_others(tmp_path):
         encode_messages(JsonTokenizer(train_json("metaspace", tmp_path / "plain")), TURNS)
 
 
+def test_an_answer_begins_where_the_template_asks_for_it(tmp_path):
+    llama2 = (
+        "{% for m in messages %}{{ bos_token + '[INST] ' + m.content.strip() + ' [/INST]' if m.role == 'user' "
+        "else ' ' + m.content.strip() + ' ' + eos_token }}{% endfor %}"
+    )
+    tokenizer = _Templated(train_json("llama3", tmp_path / "llama3"), llama2).open()
+    turns = [one for one in TURNS if one["role"] != "system"]
+    ids, is_scored = encode_messages(tokenizer, turns)
+    end = tokenizer.name_of(tokenizer.eos_id)
+    assert named(tokenizer, ids, is_scored, True) == f" tree {end} a\nb {end}"
+    for number in (1, 3):  # the space is for the model to write: no prompt has it
+        prompt, _ = encode_messages(tokenizer, turns[:number], add_generation_prompt=True)
+        assert ids[: len(prompt)] == prompt and is_scored[len(prompt) - 1 : len(prompt) + 1] == [False, True]
+
+
 def test_conversations_of_the_task_fit(tokenizer):
     ids, is_scored = encode_messages(tokenizer, make_conversation(make_examples(3))["messages"])
     assert sum(token_id == tokenizer.special_tokens()["<|im_end|>"] for token_id in ids) == 7

@@ -132,6 +132,12 @@ def test_a_base_that_is_gone_or_another_is_named(runs):
         ) as caught:
             load_run(folder / "lora")
         assert str(caught.value).count("is not readable") == 1
+        config = folder / "lora/config.yaml"
+        text = config.read_text()
+        config.write_text(text.replace(f'from: "{folder}/base"', f'from: "{moved}"'))
+        assert config.read_text() != text
+        load_run(folder / "lora")
+        config.write_text(text)
     finally:
         moved.rename(base)
     manifest = (base / "manifest.json").read_text()
