@@ -162,6 +162,12 @@ def format_count(value: float) -> str:
     return f"{value:.0f}"
 
 
+def counted(number: int, noun: str) -> str:
+    """Write how many there are of something: `1 rank`, `2 ranks`, `1,000 steps`, `3 processes`."""
+    end = "" if number == 1 else "es" if noun.endswith("s") else "s"
+    return f"{number:,} {noun}{end}"
+
+
 def format_bytes(num_bytes: float) -> str:
     """Write a number of bytes with a unit: `950 B`, `12.3 kB`, `4.6 GB`."""
     for limit, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):

@@ -6,7 +6,7 @@ import io
 
 import pytest
 
-from pretrain.console import LiveLine, format_count, format_duration, warn, write_patiently
+from pretrain.console import LiveLine, counted, format_count, format_duration, warn, write_patiently
 
 
 class Terminal(io.StringIO):
@@ -44,6 +44,11 @@ def test_durations(seconds, text):
 )
 def test_counts(value, text):
     assert format_count(value) == text
+
+
+def test_one_of_a_thing_is_one():
+    assert [counted(number, "rank") for number in (0, 1, 1000)] == ["0 ranks", "1 rank", "1,000 ranks"]
+    assert [counted(number, "process") for number in (1, 2)] == ["1 process", "2 processes"]
 
 
 def test_a_full_disk_under_stderr_ends_nothing(monkeypatch):

@@ -26,7 +26,7 @@ from pretrain.checkpoints.checkpoint_folder import FolderPlace
 from pretrain.checkpoints.checkpoint_places import Place, open_place
 from pretrain.checkpoints.run_status import read_saved_step, write_status
 from pretrain.checkpoints.saved_run import LoadedRun, SavedRun, saved_run
-from pretrain.console import warn
+from pretrain.console import counted, warn
 from pretrain.errors import CheckpointError, ConfigError
 from pretrain.options.config import Config
 from pretrain.options.config_changes import check_same_run, describe_changes
@@ -127,8 +127,9 @@ class RunFolder:
         """Refuse to begin anew because the checkpoints are elsewhere."""
         if steps := before.list_steps():
             raise ConfigError(
-                f"checkpoint.dir is {now}, which holds no checkpoint; expected the run's {len(steps)} checkpoints. "
-                f"Copy {before} there, or set checkpoint.dir back, or start a new run with run.dir=…"
+                f"checkpoint.dir is {now}, which holds no checkpoint; expected the run's "
+                f"{counted(len(steps), 'checkpoint')}. Copy {before} there, or set checkpoint.dir back, or start a new "
+                "run with run.dir=…"
             )
 
     def _abandon_checkpoints(self, place: Place, is_elsewhere: bool) -> None:

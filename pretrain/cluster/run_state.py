@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.cluster.slurm import Job, find_jobs, place_in_queue
-from pretrain.console import format_count, format_duration
+from pretrain.console import counted, format_count, format_duration
 from pretrain.errors import ConfigError
 from pretrain.options.batch_plan import num_steps_of
 from pretrain.options.config import Config
@@ -224,7 +224,7 @@ def render(state: RunState) -> str:
     else:
         lines.append(saved)
     if state.num_restarts:
-        lines.append(f"{state.num_restarts} restart{'s' if state.num_restarts > 1 else ''} so far")
+        lines.append(f"{counted(state.num_restarts, 'restart')} so far")
     if state.job:
         lines.append(_describe(state.job, state.place))
     return "\n  ".join([head, *lines])

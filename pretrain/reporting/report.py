@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pretrain.console import format_bytes
+from pretrain.console import counted, format_bytes
 from pretrain.errors import ConfigError
 from pretrain.reporting.page import save_page
 from pretrain.reporting.report_page import page_data, render
@@ -41,8 +41,8 @@ def report(runs: Sequence[str], out: Path | None, png: Path | None) -> tuple[dic
     save_page(out or own, page, "Name another." if out else "Name a file outside of the run folder by --out.")
     size, pictures = (out or own).stat().st_size, write_plots(data, png) if png is not None else []
     content = {"out": str(out or own), "bytes": size, "png": [str(path) for path in pictures], "runs": figures}
-    steps = ", ".join(f"{one['run']} {one['step']:,} steps" for one in figures)
-    beside = f", and {len(pictures)} pictures in {png}" if png is not None else ""
+    steps = ", ".join(f"{one['run']} {counted(one['step'], 'step')}" for one in figures)
+    beside = f", and {counted(len(pictures), 'picture')} in {png}" if png is not None else ""
     return content, f"{out or own} ({format_bytes(size)}): {steps}{beside}"
 
 

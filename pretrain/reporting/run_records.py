@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from pretrain.cluster.run_state import RunState, read_json, read_state
+from pretrain.console import counted
 from pretrain.errors import ConfigError
 from pretrain.options.batch_plan import num_steps_of
 from pretrain.options.config import Config
@@ -277,7 +278,7 @@ def _missing(run: RunRecord) -> Iterator[str]:
     if not metrics.num_steps:
         yield "No step is recorded yet."
     if metrics.num_unreadable:
-        yield f"{metrics.num_unreadable:,} lines of metrics.jsonl cannot be read, and are left out."
+        yield f"{counted(metrics.num_unreadable, 'line')} of metrics.jsonl cannot be read, and left out."
     if metrics.is_cut:
         yield "The last line of metrics.jsonl is not whole (it was being written), and is left out."
     if run.state is None:
@@ -287,6 +288,6 @@ def _missing(run: RunRecord) -> Iterator[str]:
     mfu = metrics.columns.get("mfu", np.empty(0))
     if num_above := int((mfu > 1).sum()):
         yield (
-            f"MFU above 100% in {num_above:,} steps is left out: the peak of a CPU is measured at the start, and was "
-            "when others used it."
+            f"MFU above 100% in {counted(num_above, 'step')} is left out: the peak of a CPU is measured at the start, "
+            "and was when others used it."
         )

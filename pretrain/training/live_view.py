@@ -18,7 +18,7 @@ from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TextIO
 
-from pretrain.console import ERASE_BELOW, Below, format_bytes, format_count, format_duration, write_patiently
+from pretrain.console import ERASE_BELOW, Below, counted, format_bytes, format_count, format_duration, write_patiently
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -178,7 +178,7 @@ class LiveView:
             next_save = min((step // self._save_every + 1) * self._save_every if self._save_every else self._num_steps,
                             self._num_steps)  # fmt: skip
             steps = next_save - step
-            yield "saving", [Text(f"in {steps:,} step{'s' * (steps > 1)}"), Text(format_duration(steps * seconds))]
+            yield "saving", [Text(f"in {counted(steps, 'step')}"), Text(format_duration(steps * seconds))]
 
     def _bar(self, step: int) -> Text:
         from rich.text import Text
