@@ -150,12 +150,10 @@ def test_page_of_a_run_works_in_a_browser(tmp_path):
     assert out["heldOut"][2][1] == [30, 60, 90] and out["heldOut"][2][2] == pytest.approx(
         [loss_of(step) + 0.3 for step in (30, 60, 90)], rel=1e-4
     )
-    assert [name for name, *_ in out["layers"]] == [f"layer {layer}" for layer in range(12)]
-    assert (
-        out["layers"][11][1] == list(range(10, 91, 10))
-        and out["layers"][11][2] == pytest.approx(11.9)
-        and out["layers"][11][3] == "#d55e00"
-    )
+    blocks = [f"layer {layer}" for layer in range(12)]
+    assert [name for name, *_ in out["layers"]] == ["embedding", *blocks, "final norm", "output layer"]
+    assert out["layers"][12] == ["layer 11", list(range(10, 91, 10)), pytest.approx(11.9), "#d55e00"]
+    assert out["layers"][0][2:] == [pytest.approx(20.9), "#009e73"]
     trouble, course = out["marks"]
     assert (trouble[0], trouble[1]) == ("triangle-up", [40, 50]) and (course[0], course[1]) == (
         "diamond",

@@ -29,7 +29,7 @@ from pretrain.checkpoints.saved_run import LoadedRun, SavedRun, saved_run
 from pretrain.console import counted, warn
 from pretrain.errors import CheckpointError, ConfigError
 from pretrain.options.config import Config
-from pretrain.options.config_changes import check_same_run, describe_changes
+from pretrain.options.config_changes import check_same_run
 from pretrain.options.settings import load_config, parse_config, resolved_yaml
 from pretrain.ranks.distributed import Ranks
 from pretrain.redaction import RedactingFormatter, storable
@@ -59,6 +59,7 @@ class RunFolder:
         attempt: number of this start.
         run_id: what tells the run from others, wherever its folder is moved to.
         events: what taking it up amounted to, as (event, message).
+        former: the config that its checkpoints were made with; None if there are none.
     """
 
     def __init__(self, config: Config) -> None:
@@ -70,6 +71,7 @@ class RunFolder:
         """
         self.path = Path(config.run.dir)
         self.events: list[tuple[str, str]] = []
+        self.former: Config | None = None
         self._status_problem = ""
         with writable(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
@@ -109,8 +111,7 @@ class RunFolder:
             if config.resume.from_scratch:
                 text = "was done by an earlier start, and this one goes on. To begin anew once more, leave it out once."
                 self.events.append(("not_from_scratch", f"resume.from_scratch {text}"))
-            if changes := describe_changes(old, config):
-                self.events.append(("config_changed", changes))
+            self.former = old
         else:
             if old is not None and old.checkpoint.dir != config.checkpoint.dir and not begins_anew:
                 self._check_moved(open_place(old.checkpoint, self.path, old.data), place)

@@ -24,6 +24,7 @@ from pretrain.evaluation.task_evals import TaskEvals
 from pretrain.generation.samples import Samples, drop_samples_after
 from pretrain.options.batch_plan import BatchPlan
 from pretrain.options.config import Config
+from pretrain.options.config_changes import describe_changes
 from pretrain.options.families import ModelShape, flops_per_token, resolve_shape
 from pretrain.options.phases import phases_of
 from pretrain.ranks.distributed import PendingSum, Ranks
@@ -179,6 +180,8 @@ def open_run(
     start = load_start(config, plan.num_steps, checkpoints, engine, stream, ranks, tokenizer.fingerprint,
                        lambda *event: events.append(event))  # fmt: skip
     progress = start.progress
+    if folder and folder.former and (changes := describe_changes(folder.former, config, progress.step)):
+        events.append(("config_changed", changes))
     if start.own:
         if num_mended := stream.damage.forget_mended(ranks):
             events.append(("damage_mended", f"{counted(num_mended, 'damaged document')} can be read again"))
