@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import select
 import shutil
@@ -20,11 +21,13 @@ _Arguments = ParamSpec("_Arguments")
 def ends_at_closed_pipe(main: Callable[_Arguments, int]) -> Callable[_Arguments, int]:
     """Make a command end without a traceback where nobody reads on, as in `longhaul prepare --inspect DIR | head`.
 
-    Its standard output is flushed before it returns.
+    Its standard output is flushed before it returns; what its encoding has not got is written as `\\u5b57`.
     """
 
     @wraps(main)
     def guarded(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> int:
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="backslashreplace")
         try:
             try:
                 status = main(*args, **kwargs)

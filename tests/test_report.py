@@ -244,7 +244,7 @@ def test_a_folder_with_metrics_alone(tmp_path):
     assert len(run["curves"]["step"]) == 90 and run["state"] is None and run["samples"] == [] and run["config"] == ""
     assert run["notes"] == [
         "There is no config.yaml that can be read.",
-        "There is neither status.json nor environment.json: how the run stands, and where it ran, is not known.",
+        "There is neither a status.json nor an environment.json that can be read: how the run stands, and where it ran, is not known.",
     ]
 
 
