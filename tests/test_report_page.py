@@ -90,7 +90,7 @@ const pause = () => new Promise((go) => setTimeout(go, 50));
   out.mixture = lines("Mixture").map((trace) => [trace.name, trace.y.at(-1)]);
   out.phases = lines("Seconds of a step, by phase").map((trace) => [trace.name, trace.y.at(-1)]);
   out.layers = lines("By layer").map((trace) => [trace.name, trace.x, trace.y.at(-1), trace.line.color]);
-  out.flat = plot("Model FLOPs utilisation").layout.yaxis.range;
+  out.flat = plot("Model FLOPs utilisation").layout?.yaxis.range;
   out.images = page.querySelectorAll("main img").length;
   if (out.loss.length) {
     $("smooth").value = 0; $("smooth").dispatchEvent(new view.Event("input"));
