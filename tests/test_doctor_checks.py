@@ -380,6 +380,12 @@ def test_a_disk_that_works(tmp_path: Path):
     assert f"{tmp_path} (where {tmp_path}/runs/new would be made)" in lines[1].text and list(tmp_path.iterdir()) == []
 
 
+def test_a_file_is_no_folder(tmp_path: Path):
+    (tmp_path / "file").touch()
+    [line] = disk_check.check(Request(folder=str(tmp_path / "file")))
+    assert is_line(line, "failure", f"{tmp_path}/file is a file; expected a folder", "Use --dir")
+
+
 def test_a_disk_that_is_full(tmp_path: Path):
     with small_disk(tmp_path / "disk", 400) as folder:
         lines = list(disk_check.check(Request(folder=str(folder))))

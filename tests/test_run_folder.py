@@ -180,6 +180,11 @@ def test_an_export_is_told_from_a_run_that_has_not_saved(tmp_path):
     with pytest.raises(ConfigError) as refused:
         newest_good(tmp_path, place, None)
     assert str(refused.value) == f"{rule} Train first."
+    (tmp_path / "mine.yaml").touch()
+    with pytest.raises(
+        ConfigError, match="This is a file: name the run folder, which is run.dir of the config or runs/"
+    ):
+        newest_good(tmp_path / "mine.yaml", FolderPlace(tmp_path / "mine.yaml/checkpoints"), None)
     (tmp_path / "verification.json").write_text("{}")
     with pytest.raises(ConfigError) as refused:
         newest_good(tmp_path, place, None)

@@ -356,6 +356,8 @@ def _advice(run: Path) -> str:
         return "This is an export: name the run that it was made from."
     if (run / "config.json").exists():
         return "This is a model in Hugging Face's format: import it by launch/convert.py --from hf."
+    if run.is_file():
+        return "This is a file: name the run folder, which is run.dir of the config or runs/ and the name of its file."
     return "Train first." if run.is_dir() else "There is no such folder: correct the path."
 
 

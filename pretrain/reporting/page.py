@@ -16,6 +16,7 @@ from pretrain.errors import ConfigError
 from pretrain.storage.whole_file import write_text
 
 _LONE = re.compile("[\ud800-\udfff]")  # halves of characters: bytes in a file's name that are no UTF-8
+OUTSIDE = "Name a file outside of the run folder by --out."  # where a page cannot lie in it
 _PAGES = Path(__file__).with_name("pages")
 
 
