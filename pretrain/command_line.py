@@ -89,6 +89,16 @@ def whole(text: str) -> int:
         raise argparse.ArgumentTypeError(f"it is {text or 'empty'}; expected a whole number") from None
 
 
+def written(text: str) -> str:
+    """Take a text that a model is to read; the `type` of an argument."""
+    if any("\ud800" <= letter <= "\udfff" for letter in text):  # as Python reads bytes that the encoding has not got
+        raise argparse.ArgumentTypeError(
+            f"it is {ascii(text)}, which is no UTF-8; expected text. Have the terminal and LANG agree "
+            "(LANG=C.UTF-8), or give the text in a file"
+        )
+    return text
+
+
 def real(text: str) -> float:
     """Read a number; the `type` of an argument whose range is said later."""
     try:

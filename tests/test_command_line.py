@@ -144,6 +144,12 @@ WRONG_NUMBERS = [
     ("generate a --prompt b --top-k 1.5", "--top-k: it is 1.5; expected a whole number"),
     ("generate a --prompt b --temperature hot", "--temperature: it is hot; expected a number"),
     ("make_tasks --train 0", "--train: it is 0; expected a whole number from 1"),
+    ("generate a --prompt b\udcff", "a file"),
+    (
+        "report a --inspect b\udcff",
+        "--inspect: it is 'b\\udcff', which is no UTF-8; expected text. Have the terminal and "
+        "LANG agree (LANG=C.UTF-8), or give the text in a file",
+    ),
     ("plan a --gpus -1", "--gpus: it is -1; expected a whole number from 1"),
 ]
 

@@ -127,6 +127,7 @@ def test_a_run_whose_checkpoints_are_gone_does_not_begin_anew(tmp_path):
         ("train.num_steps=12", 10, "1.77e-03, now 3.81e-04"),
         ("train.num_steps=40", 20, "3.00e-04, now 1.71e-03"),  # after the end
         ("train.num_steps=40", 2, ""),  # the warm-up is as it was
+        ("train.num_steps=12", 12, ""),  # nothing is left to do
         ("optim.lr=0.002", 0, "1.00e-03, now 6.67e-04"),
     ],
 )

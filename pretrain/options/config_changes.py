@@ -58,7 +58,7 @@ def describe_changes(old: Config, new: Config, step: int) -> str:
     changes = [change for change in changed_options(old, new) if not change[0].startswith(("run.", "resume."))]
     texts = [(name, yaml_value(before), yaml_value(after)) for name, before, after in changes]
     before, after = (f"{lr_at(step, num_steps_of(one), one.optim.lr, one.schedule):.2e}" for one in (old, new))
-    if before != after:
+    if before != after and step < num_steps_of(new):
         texts.append((f"learning rate of step {step + 1:,}", before, after))
     return "; ".join(f"{name}: {before}, now {after}" for name, before, after in texts)
 
