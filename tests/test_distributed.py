@@ -94,5 +94,5 @@ def test_a_rank_takes_its_gpu(monkeypatch):
     # `srun --gpus-per-task=1`: each task sees one GPU, its own
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     assert choose_device(3, {"SLURM_LOCALID": "3"}) == torch.device("cuda", 0)
-    with pytest.raises(ConfigError, match="local rank is 3; expected less than this node's 1 GPU"):
+    with pytest.raises(ConfigError, match="local rank is 3; expected less than 1, the number of this node's GPUs"):
         choose_device(3, {"SLURM_LOCALID": "0"})  # torchrun inside a job

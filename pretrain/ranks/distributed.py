@@ -19,7 +19,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pretrain.console import counted
 from pretrain.errors import ConfigError, LonghaulError, PeerError, TrainingError
 from pretrain.ranks.heartbeat import Heartbeat
 from pretrain.ranks.network import GLOO, NCCL, find_route, interface_variables
@@ -261,7 +260,7 @@ def choose_device(local_rank: int, environment: Mapping[str, str]) -> torch.devi
         return torch.device("cuda", 0)
     if local_rank >= num_gpus:
         raise ConfigError(
-            f"launch: local rank is {local_rank}; expected less than this node's {counted(num_gpus, 'GPU')}. "
+            f"launch: local rank is {local_rank}; expected less than {num_gpus}, the number of this node's GPUs. "
             "Start one process a GPU (deepspeed --num_gpus, torchrun --nproc-per-node, srun --ntasks-per-node)."
         )
     return torch.device("cuda", local_rank)
