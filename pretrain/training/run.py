@@ -180,8 +180,6 @@ def open_run(
     start = load_start(config, plan.num_steps, checkpoints, engine, stream, ranks, tokenizer.fingerprint,
                        lambda *event: events.append(event))  # fmt: skip
     progress = start.progress
-    if folder and folder.former and (changes := describe_changes(folder.former, config, progress.step)):
-        events.append(("config_changed", changes))
     if start.own:
         if num_mended := stream.damage.forget_mended(ranks):
             events.append(("damage_mended", f"{counted(num_mended, 'damaged document')} can be read again"))
@@ -274,6 +272,9 @@ def announce(run: Run, events: Sequence[tuple[str, str]], is_resumed: bool) -> N
     config, engine, plan, ranks = run.config, run.engine, run.plan, run.ranks
     for event in events:
         run.event(*event)
+    former = run.folder.former if run.folder else None
+    if former and (changes := describe_changes(former, config, run.progress.step)):
+        run.event("config_changed", changes)
     if engine.frozen:
         run.event("frozen", f"optim.groups has lr_ratio 0 for, and these stay as they are: {', '.join(engine.frozen)}")
     if config.train.lora is not None:
