@@ -502,7 +502,7 @@ def test_another_tokenizer_is_refused(done: Path, tmp_path: Path) -> None:
     model = (folder / "t.model").read_bytes()
     (folder / "t.model").write_bytes(model + b"\x1a\x00")  # an empty submessage: loads, and is another file
     with pytest.raises(
-        ConfigError, match=r"changed since then: the tokenizer from [0-9a-f]{12}… to [0-9a-f]{12}…\\. Set"
+        ConfigError, match=r"changed since then: the tokenizer from [0-9a-f]{12}… to [0-9a-f]{12}…\. Set"
     ):
         prepare(config_of(folder))
     with pytest.raises(
