@@ -13,6 +13,7 @@ if sys.path[0] == str(Path(__file__).resolve().parent):  # run as a file: launch
 
 from pretrain.command_line import CommandLine, count
 from pretrain.console import ends_at_closed_pipe, write_patiently
+from pretrain.options.config_arguments import add_config
 from pretrain.ranks.start_clock import StartClock
 from pretrain.training.guard import StopRequest
 
@@ -31,8 +32,7 @@ again), 75 stopped by a signal and resumable by the same command. In status.json
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit status."""
     parser = CommandLine("pretrain", __doc__, EXAMPLES)
-    parser.add_argument("config", metavar="CONFIG", help="YAML file")
-    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="options that replace the file's")
+    add_config(parser)
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--check", action="store_true", help="check CONFIG, print its run folder, start nothing")
     mode.add_argument("--explain", type=count, metavar="RANKS", help="say what `parallel` means on so many ranks")

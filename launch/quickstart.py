@@ -26,10 +26,11 @@ exit status: 0 done, 1 failed, 2 wrong config or use, 75 stopped; the same comma
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit status."""
     from pretrain.command_line import CommandLine
+    from pretrain.options.config_arguments import add_overrides
 
     parser = CommandLine("quickstart", __doc__, EXAMPLES)
     parser.add_argument("--config", default="configs/quickstart.yaml", metavar="CONFIG", help="YAML file (%(default)s)")
-    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="options that replace the file's")
+    add_overrides(parser)
     arguments = parser.parse_intermixed_args(argv)
     from pretrain.training.quickstart import quickstart
 

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import os
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
+
+from pretrain.errors import EXIT_USAGE
 
 _NAMES = {"pretrain": "train", "make_tasks": "make-tasks"}  # of commands whose file is called otherwise
 
@@ -16,6 +20,9 @@ class CommandLine(argparse.ArgumentParser):
     """An argument parser that keeps the lines of `description` and `epilog`, and suggests flags.
 
     Usage and examples are of the name that it was called by: `python launch/plan.py` or `longhaul plan`.
+
+    Attributes:
+        options_meant: of a command that takes `key=value`: says which options of a config a word may stand for.
     """
 
     def __init__(self, prog: str, description: str | None, epilog: str, **options: Any) -> None:
@@ -29,6 +36,7 @@ class CommandLine(argparse.ArgumentParser):
             prog=shown, description=description, epilog=epilog, formatter_class=kind, allow_abbrev=False, **options
         )
         self._given: list[str] = []
+        self.options_meant: Callable[[str], list[str]] | None = None
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Remember what was given, for `error`, and parse it."""
@@ -36,11 +44,30 @@ class CommandLine(argparse.ArgumentParser):
         return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
-        """End the process with status 2 and a message, which says what a flag that is unknown was meant to be."""
-        words = [word.partition("=")[0] for word in self._given]
-        flags = [word for word in words if word.startswith("--") and word not in (*self._option_string_actions, "--")]
-        close = [one for flag in flags for one in difflib.get_close_matches(flag, self._option_string_actions, n=1)]
-        super().error(f"{message}. Did you mean {' and '.join(close)}?" if close else message)
+        """End the process with status 2 and a message, which says what a flag that is unknown was meant to be.
+
+        Of many ranks the first one speaks, for all of them were given the same.
+        """
+        if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) != "0":
+            sys.exit(EXIT_USAGE)
+        meant = [one for place, word in enumerate(self._given) if (one := self._meant(word, self._given[place + 1 :]))]
+        super().error(f"{message}. Did you mean {' and '.join(meant)}?" if meant else message)
+
+    def _meant(self, word: str, following: list[str]) -> str:
+        """What an unknown flag was meant to be: an option of the config, or another flag; empty if neither is like it.
+
+        Args:
+            word: as it was given, perhaps with `=` and a value.
+            following: the words behind it, the first of which may be its value.
+        """
+        flag, _, value = word.partition("=")
+        if not flag.startswith("--") or flag in (*self._option_string_actions, "--"):
+            return ""
+        if self.options_meant and (options := self.options_meant(flag[2:])):
+            if not value and following and not following[0].startswith("-") and "=" not in following[0]:
+                value = following[0]
+            return " or ".join(f"{option}={value or '…'}" for option in options)
+        return next(iter(difflib.get_close_matches(flag, self._option_string_actions, n=1)), "")
 
 
 def _as_longhaul(text: str) -> str:
@@ -60,6 +87,16 @@ def whole(text: str) -> int:
         return int(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"it is {text or 'empty'}; expected a whole number") from None
+
+
+def written(text: str) -> str:
+    """Take a text that a model is to read; the `type` of an argument."""
+    if any("\ud800" <= letter <= "\udfff" for letter in text):  # as Python reads bytes that the encoding has not got
+        raise argparse.ArgumentTypeError(
+            f"it is {ascii(text)}, which is no UTF-8; expected text. Have the terminal and LANG agree "
+            "(LANG=C.UTF-8), or give the text in a file"
+        )
+    return text
 
 
 def real(text: str) -> float:

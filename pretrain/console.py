@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import os
 import select
 import shutil
 import sys
+import unicodedata
 from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import ParamSpec, TextIO
 
 ERASE_BELOW = "\x1b[J"  # what a terminal takes for: clear all from the cursor to the end of the screen
+_LEAST_WIDTH = 40  # columns, below which lines are not broken at words
 EXIT_CLOSED_PIPE = 141  # a shell's status of a program that SIGPIPE has ended: 128 + 13
 _Arguments = ParamSpec("_Arguments")
 
@@ -18,11 +21,13 @@ _Arguments = ParamSpec("_Arguments")
 def ends_at_closed_pipe(main: Callable[_Arguments, int]) -> Callable[_Arguments, int]:
     """Make a command end without a traceback where nobody reads on, as in `longhaul prepare --inspect DIR | head`.
 
-    Its standard output is flushed before it returns.
+    Its standard output is flushed before it returns; what its encoding has not got is written as `\\u5b57`.
     """
 
     @wraps(main)
     def guarded(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> int:
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="backslashreplace")
         try:
             try:
                 status = main(*args, **kwargs)
@@ -80,6 +85,54 @@ def write_patiently(stream: TextIO, text: str) -> None:
         pass
 
 
+def size_of(stream: TextIO) -> tuple[int, int]:
+    """Return columns and lines of a terminal as it is now; stdout, which `shutil` asks, may be a file."""
+    try:
+        columns, lines = os.get_terminal_size(stream.fileno())
+    except (OSError, ValueError):  # no file
+        columns = lines = 0
+    size = shutil.get_terminal_size()
+    return (columns, lines) if columns and lines else (size.columns, size.lines)
+
+
+def num_columns(text: str) -> int:
+    """Return how many columns of a terminal a text takes: two for a letter of Chinese, none for an accent by itself."""
+    if text.isascii():
+        return len(text)
+    return sum(
+        0 if unicodedata.combining(one) else 1 + (unicodedata.east_asian_width(one) in ("W", "F")) for one in text
+    )
+
+
+def wrapped(text: str, width: int) -> str:
+    """Break lines at spaces, where a terminal would break them inside of words; the rest of a line is set in.
+
+    Args:
+        text: in lines. A word that is longer than a line stays whole, for people copy paths.
+        width: columns that there are; in a narrow terminal it is left to break lines as it does.
+    """
+    found = []
+    for line in text.split("\n") if width >= _LEAST_WIDTH else [text]:
+        indent = " " * (len(line) - len(line.lstrip(" ")) + 4)
+        while width >= _LEAST_WIDTH and num_columns(line) > width:
+            begin = len(line) - len(line.lstrip(" "))
+            spaces = [place for place in range(begin, len(line)) if line[place] == " "]
+            if not spaces:
+                break
+            at = max((place for place in spaces if num_columns(line[:place]) <= width), default=spaces[0])
+            found.append(line[:at].rstrip(" "))
+            line = indent + line[at:].lstrip(" ")
+        found.append(line)
+    return "\n".join(found)
+
+
+def cut(text: str, width: int) -> str:
+    """Return as much of a text as so many columns hold."""
+    while num_columns(text) > width:
+        text = text[: max(width, 0)] if len(text) > width else text[:-1]
+    return text
+
+
 class LiveLine:
     """Shows progress: rewrites one line on a terminal, prints every so often elsewhere."""
 
@@ -91,8 +144,7 @@ class LiveLine:
     def show(self, text: str, *, plain: bool) -> None:
         """Show `text` now on a terminal; elsewhere print it only if `plain`."""
         if self.is_terminal:
-            width = shutil.get_terminal_size().columns - 1
-            write_patiently(self.stream, "\r\x1b[K" + text[:width])
+            write_patiently(self.stream, "\r\x1b[K" + cut(text, size_of(self.stream)[0] - 1))
             self._shown = True
         elif plain:
             self.say(text)
@@ -100,7 +152,8 @@ class LiveLine:
     def say(self, text: str) -> None:
         """Print a line that stays."""
         self.end()
-        write_patiently(self.stream, text + "\n")
+        shown = wrapped(text, size_of(self.stream)[0] - 1) if self.is_terminal else text
+        write_patiently(self.stream, shown + "\n")
 
     def end(self) -> None:
         """Leave the live line as it is and go to the next one."""
@@ -160,6 +213,12 @@ def format_count(value: float) -> str:
         if value >= limit:
             return f"{value / limit:.3g}{unit}"
     return f"{value:.0f}"
+
+
+def counted(number: int, noun: str) -> str:
+    """Write how many there are of something: `1 rank`, `2 ranks`, `1,000 steps`, `3 processes`."""
+    end = "" if number == 1 else "es" if noun.endswith("s") else "s"
+    return f"{number:,} {noun}{end}"
 
 
 def format_bytes(num_bytes: float) -> str:

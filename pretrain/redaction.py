@@ -7,6 +7,7 @@ import os
 import re
 import sys
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 from pretrain.console import write_patiently
@@ -23,14 +24,21 @@ _NAMED = re.compile(
 )
 
 
+@cache
+def _is_secret(name: str) -> bool:
+    """Whether a variable's name says that its value gives access."""
+    return _VARIABLE.search(name) is not None
+
+
 def redact(text: str) -> str:
     """Return a text with what gives access to something replaced by `…` or `[access key]`.
 
     These are values of environment variables with such a name, users, passwords and queries of URLs, `password=…`
     and the like, and keys and tokens of known shapes.
     """
-    for name, value in os.environ.items():
-        if len(value) >= _SHORTEST and _VARIABLE.search(name) and not value.startswith("/"):  # a path gives no access
+    for name in filter(_is_secret, os.environ):
+        value = os.environ.get(name, "")
+        if len(value) >= _SHORTEST and not value.startswith("/"):  # a path gives no access
             text = text.replace(value, HIDDEN)
     text = _QUERY.sub(rf"\1?{HIDDEN}", _USER.sub("", text))
     return mask(_NAMED.sub(rf"\1\2{HIDDEN}", text), SECRETS)[0]

@@ -93,6 +93,33 @@ def test_a_misspelt_flag_is_known_again(
     assert re.search(rf"Did you mean {flag}\w*\?$", capsys.readouterr().err.strip())
 
 
+@pytest.mark.parametrize(
+    ("words", "meant"),
+    [
+        ("pretrain a.yaml --num_steps 4", "train.num_steps=4"),
+        ("pretrain a.yaml --train.num-steps=4", "train.num_steps=4"),
+        ("pretrain --learning_rate 3e-4 a.yaml", "optim.lr=3e-4"),
+        ("prepare a.yaml --batch_size=8", "train.global_batch_size=8 or train.micro_batch_size=8"),
+        ("submit a.yaml --nodes 1 --gpus-per-node 1 --zero_stage", "parallel.zero_stage=…"),
+        ("plan a.yaml --seq_len x=1", "data.seq_len=…"),
+        ("doctor --num_layers 2 --quik", "model.num_layers=2 and --quick"),
+        ("quickstart --seed 2", "run.seed=2"),
+    ],
+)
+def test_an_option_that_is_spelt_as_a_flag_is_known(
+    words: str, meant: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, *arguments = words.split()
+    with pytest.raises(SystemExit) as ended:
+        main_of(file)(arguments)
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.endswith(f". Did you mean {meant}?\n")
+    monkeypatch.setenv("RANK", "1")  # rank 0 says it
+    with pytest.raises(SystemExit) as ended:
+        main_of(file)(arguments)
+    assert ended.value.code == 2 and capsys.readouterr().err == ""
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_help_calls_a_command_as_it_was_called(
     name: str, parsers: list[CommandLine], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -117,6 +144,12 @@ WRONG_NUMBERS = [
     ("generate a --prompt b --top-k 1.5", "--top-k: it is 1.5; expected a whole number"),
     ("generate a --prompt b --temperature hot", "--temperature: it is hot; expected a number"),
     ("make_tasks --train 0", "--train: it is 0; expected a whole number from 1"),
+    ("generate a --prompt b\udcff", "a file"),
+    (
+        "report a --inspect b\udcff",
+        "--inspect: it is 'b\\udcff', which is no UTF-8; expected text. Have the terminal and "
+        "LANG agree (LANG=C.UTF-8), or give the text in a file",
+    ),
     ("plan a --gpus -1", "--gpus: it is -1; expected a whole number from 1"),
 ]
 

@@ -277,9 +277,10 @@ class Checkpoints:
             names = sorted(reader.manifest["files"])[self.ranks.rank :: self.ranks.world_size]
             problems = []
             for name in names:
-                problems.append(reader.verify_file(name))
+                if problem := reader.verify_file(name):
+                    problems.append(f"{reader.folder}/{problem}")
                 self.ranks.heartbeat.beat()
-            return "; ".join(problem for problem in problems if problem) or None
+            return "; ".join(problems) or None
         except CheckpointError as error:
             return str(error).partition("; expected")[0]  # what to do about it is another matter here
 

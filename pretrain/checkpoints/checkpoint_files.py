@@ -102,7 +102,7 @@ class Files(Protocol):
         """
 
     def find_problem(self, name: str, num_bytes: int, sha256: str) -> str | None:
-        """Return what is wrong with one of the files, or None if its bytes are those that were written.
+        """Return its name and what is wrong with one of the files; None if its bytes are those that were written.
 
         Raises:
             LonghaulError: that cannot be found out.
@@ -143,13 +143,13 @@ class FolderFiles:
         path = self._folder / name
         try:
             if not path.is_file():
-                return f"{path} is missing"
+                return f"{name} is missing"
             if path.stat().st_size != num_bytes:
-                return f"{path} has {path.stat().st_size} bytes, not {num_bytes}"
+                return f"{name} has {path.stat().st_size} bytes, not {num_bytes}"
             if sha256_of(path) != sha256:
-                return f"{path} has another sha256 than when it was written"
+                return f"{name} has another sha256 than when it was written"
         except OSError as error:
-            return f"{path} cannot be read ({error.strerror})"
+            return f"{name} cannot be read ({error.strerror})"
         return None
 
     def open_tensors(self, name: str, num_bytes: int, sha256: str) -> TensorFile:
@@ -212,7 +212,7 @@ class CheckpointReader:
             ) from None
 
     def verify_file(self, name: str) -> str | None:
-        """Return what is wrong with one of the files, or None if its bytes are those that were written."""
+        """Return its name and what is wrong with one of the files; None if its bytes are those that were written."""
         expected = self.manifest["files"][name]
         return self._source.find_problem(name, expected["bytes"], expected["sha256"])
 

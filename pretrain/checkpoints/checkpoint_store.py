@@ -208,16 +208,15 @@ class StoredFiles:
 
     def find_problem(self, name: str, num_bytes: int, sha256: str) -> str | None:
         """As `Files` says; the copy stays in the cache."""
-        where = self._store.location(f"{self._name}/{name}")
         size = self._store.size(f"{self._name}/{name}")
         if size is None:
-            return f"{where} is missing"
+            return f"{name} is missing"
         if size != num_bytes:
-            return f"{where} has {size} bytes, not {num_bytes}"
+            return f"{name} has {size} bytes, not {num_bytes}"
         try:
             os.close(self._hold(name, num_bytes, sha256)[1])
         except LostFileError as error:
-            return f"{where}: {error.reason}"
+            return f"{name}: {error.reason}"
         return None
 
     def open_tensors(self, name: str, num_bytes: int, sha256: str) -> TensorFile:

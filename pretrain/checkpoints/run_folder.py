@@ -26,10 +26,10 @@ from pretrain.checkpoints.checkpoint_folder import FolderPlace
 from pretrain.checkpoints.checkpoint_places import Place, open_place
 from pretrain.checkpoints.run_status import read_saved_step, write_status
 from pretrain.checkpoints.saved_run import LoadedRun, SavedRun, saved_run
-from pretrain.console import warn
+from pretrain.console import counted, warn
 from pretrain.errors import CheckpointError, ConfigError
 from pretrain.options.config import Config
-from pretrain.options.config_changes import check_same_run, describe_changes
+from pretrain.options.config_changes import check_same_run
 from pretrain.options.settings import load_config, parse_config, resolved_yaml
 from pretrain.ranks.distributed import Ranks
 from pretrain.redaction import RedactingFormatter, storable
@@ -59,6 +59,7 @@ class RunFolder:
         attempt: number of this start.
         run_id: what tells the run from others, wherever its folder is moved to.
         events: what taking it up amounted to, as (event, message).
+        former: the config that its checkpoints were made with; None if there are none.
     """
 
     def __init__(self, config: Config) -> None:
@@ -70,6 +71,7 @@ class RunFolder:
         """
         self.path = Path(config.run.dir)
         self.events: list[tuple[str, str]] = []
+        self.former: Config | None = None
         self._status_problem = ""
         with writable(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
@@ -109,8 +111,7 @@ class RunFolder:
             if config.resume.from_scratch:
                 text = "was done by an earlier start, and this one goes on. To begin anew once more, leave it out once."
                 self.events.append(("not_from_scratch", f"resume.from_scratch {text}"))
-            if changes := describe_changes(old, config):
-                self.events.append(("config_changed", changes))
+            self.former = old
         else:
             if old is not None and old.checkpoint.dir != config.checkpoint.dir and not begins_anew:
                 self._check_moved(open_place(old.checkpoint, self.path, old.data), place)
@@ -127,8 +128,9 @@ class RunFolder:
         """Refuse to begin anew because the checkpoints are elsewhere."""
         if steps := before.list_steps():
             raise ConfigError(
-                f"checkpoint.dir is {now}, which holds no checkpoint; expected the run's {len(steps)} checkpoints. "
-                f"Copy {before} there, or set checkpoint.dir back, or start a new run with run.dir=…"
+                f"checkpoint.dir is {now}, which holds no checkpoint; expected the run's "
+                f"{counted(len(steps), 'checkpoint')}. Copy {before} there, or set checkpoint.dir back, or start a new "
+                "run with run.dir=…"
             )
 
     def _abandon_checkpoints(self, place: Place, is_elsewhere: bool) -> None:
@@ -356,6 +358,8 @@ def _advice(run: Path) -> str:
         return "This is an export: name the run that it was made from."
     if (run / "config.json").exists():
         return "This is a model in Hugging Face's format: import it by launch/convert.py --from hf."
+    if run.is_file():
+        return "This is a file: name the run folder, which is run.dir of the config or runs/ and the name of its file."
     return "Train first." if run.is_dir() else "There is no such folder: correct the path."
 
 

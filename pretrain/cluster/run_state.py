@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.cluster.slurm import Job, find_jobs, place_in_queue
-from pretrain.console import format_count, format_duration
+from pretrain.console import counted, format_count, format_duration
 from pretrain.errors import ConfigError
 from pretrain.options.batch_plan import num_steps_of
 from pretrain.options.config import Config
@@ -77,7 +77,7 @@ def read_state(run: Path) -> RunState:
     Raises:
         ConfigError: the folder is not a run's.
     """
-    status, starts = read_json(run / "status.json"), list(read_json(run / "environment.json").get("starts", []))
+    status, starts = read_json(run / "status.json"), read_entries(run / "environment.json", "starts")
     if not status and not starts and not (run / SUBMISSIONS).exists():
         raise ConfigError(
             f"{run}: has no status.json, environment.json or {SUBMISSIONS}; expected the folder of a run that was "
@@ -98,9 +98,8 @@ def read_state(run: Path) -> RunState:
 
 def last_job(run: Path) -> str:
     """Return the number of the run's newest job, that was submitted or has started; empty if none is known."""
-    submissions = read_json(run / SUBMISSIONS).get("submissions", [])
-    known = [(entry["timestamp"], entry["job"]) for entry in submissions]
-    for start in read_json(run / "environment.json").get("starts", []):
+    known = [(entry["timestamp"], entry["job"]) for entry in read_entries(run / SUBMISSIONS, "submissions")]
+    for start in read_entries(run / "environment.json", "starts"):
         known.append((start["timestamp"], start.get("slurm_job") or ""))  # without one it was started by other means
     return str(max(known)[1]) if known else ""
 
@@ -203,6 +202,12 @@ def read_json(path: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
+def read_entries(path: Path, name: str) -> list[dict[str, Any]]:
+    """Return the objects in a list of a file's object; none if there is no such list."""
+    entries = read_json(path).get(name)
+    return [entry for entry in entries if isinstance(entry, dict)] if isinstance(entries, list) else []
+
+
 def render(state: RunState) -> str:
     """Write it for people."""
     of = f" of {state.num_steps}" if state.num_steps else ""
@@ -224,7 +229,7 @@ def render(state: RunState) -> str:
     else:
         lines.append(saved)
     if state.num_restarts:
-        lines.append(f"{state.num_restarts} restart{'s' if state.num_restarts > 1 else ''} so far")
+        lines.append(f"{counted(state.num_restarts, 'restart')} so far")
     if state.job:
         lines.append(_describe(state.job, state.place))
     return "\n  ".join([head, *lines])

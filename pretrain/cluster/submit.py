@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pretrain.cluster.run_state import LIVE, SUBMISSIONS, SUBMITTED_CONFIG, last_job, read_json, read_state
+from pretrain.cluster.run_state import LIVE, SUBMISSIONS, SUBMITTED_CONFIG, last_job, read_entries, read_state
 from pretrain.cluster.slurm import find_jobs, is_installed, list_nodes, stop, submit
 from pretrain.cluster.slurm_script import ROOT, TEMPLATE, ScriptSettings, enter_container, fill_in
 from pretrain.cluster.submit_checks import (
@@ -168,7 +168,7 @@ def send(submission: Submission) -> tuple[str, str]:
 
 
 def _record(run: Path, entry: dict[str, Any]) -> None:
-    entries = read_json(run / SUBMISSIONS).get("submissions", [])
+    entries = read_entries(run / SUBMISSIONS, "submissions")
     (run / SUBMISSIONS).write_text(json.dumps({"submissions": [*entries, entry]}, indent=1), encoding="utf-8")
 
 

@@ -11,7 +11,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 from pretrain.command_line import CommandLine, count, whole
-from pretrain.console import format_duration, warn
+from pretrain.console import counted, format_duration, warn
+from pretrain.options.config_arguments import add_config
 
 EXAMPLES = """examples:
   python launch/submit.py configs/llama-1.3b.yaml --nodes 4 --gpus-per-node 8
@@ -62,8 +63,7 @@ def parse(argv: Sequence[str] | None, description: str | None) -> argparse.Names
     add("--container", metavar="IMAGE", default="", help="a .sif for Apptainer; else an image for Pyxis")
     add("--python", metavar="PATH", help="on the nodes; by default this one, in a container `python`")
     add("--env", metavar="NAME=VALUE", action="append", default=[], type=_variable, help="for the job; may be repeated")
-    add("config", metavar="CONFIG", nargs="?", help="YAML file")
-    add("overrides", nargs="*", metavar="key=value", help="options that replace the file's")
+    add_config(parser, nargs="?")
     arguments = parser.parse_intermixed_args(given)
     arguments.extra, arguments.given = extra, given + (["--", *extra] if extra else [])
     if arguments.status or arguments.cancel:
@@ -138,7 +138,7 @@ def _submit(arguments: argparse.Namespace) -> str:
     if arguments.json:
         return json.dumps({"run": str(run), "job": job_id, "script": str(run / SCRIPT), "command": sbatch})
     kind = "GPU" if request.gpus_per_node else "rank"
-    each = f"{_number(request.tasks_per_node, kind)}{' each' * (request.nodes > 1)}"
+    each = f"{counted(request.tasks_per_node, kind)}{' each' * (request.nodes > 1)}"
     limit = parse_time(request.time)
     until = "no time limit" if limit is None else f"at most {format_duration(limit)} at a time"
     jobs = (
@@ -147,10 +147,6 @@ def _submit(arguments: argparse.Namespace) -> str:
         else f"job {job_id}"
     )
     return (
-        f"{jobs}: {_number(request.nodes, 'node')} with {each}, {until}; script {run / SCRIPT}, log "
+        f"{jobs}: {counted(request.nodes, 'node')} with {each}, {until}; script {run / SCRIPT}, log "
         f"{run}/slurm-{job_id}.log\nHow it stands: python launch/submit.py --status {run}"
     )
-
-
-def _number(number: int, noun: str) -> str:
-    return f"{number} {noun}{'s' * (number > 1)}"

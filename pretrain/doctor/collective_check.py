@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from pretrain.console import counted
 from pretrain.doctor.findings import Line, Request, failure, last_line, ok, python_command
 
 _ON_CPU = 2  # ranks
@@ -78,6 +79,6 @@ def judge(backend: str, found: dict[str, Any] | None, said: str, seconds: float)
         return failure("all-reduce", f"by {backend}: {said}", _MEND[backend])
     what = f"{found['backend']}{' ' + found['version'] if 'version' in found else ''}"
     if not found["is_right"]:
-        return failure("all-reduce", f"{what} sums {found['num_ranks']} ranks wrongly", _MEND[backend])
+        return failure("all-reduce", f"{what} sums {counted(found['num_ranks'], 'rank')} wrongly", _MEND[backend])
     speeds = found["speeds"] or "one GPU: nothing to measure between ranks"
-    return ok("all-reduce", f"{found['num_ranks']} ranks, {what}: {speeds} ({seconds:.0f} s with the start)")
+    return ok("all-reduce", f"{counted(found['num_ranks'], 'rank')}, {what}: {speeds} ({seconds:.0f} s with the start)")

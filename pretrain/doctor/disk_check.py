@@ -29,6 +29,9 @@ _MEND = "Use another run.dir, on a file system that can."
 def check(request: Request) -> Iterator[Line]:
     """Try the folder that runs are written to."""
     wanted = Path(folder_of(request)).absolute()
+    if wanted.exists() and not wanted.is_dir():
+        yield failure("folder", f"{wanted} is a file; expected a folder", "Use --dir, or another run.dir.")
+        return
     folder = next((path for path in (wanted, *wanted.parents) if path.is_dir()), Path("/"))
     where = str(folder) if folder == wanted else f"{folder} (where {wanted} would be made)"
     yield judge_mount(folder, *mount_of(folder, Path("/proc/self/mountinfo").read_text(encoding="utf-8")))

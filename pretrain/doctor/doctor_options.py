@@ -20,6 +20,7 @@ from pretrain.command_line import CommandLine
 from pretrain.console import LiveLine
 from pretrain.doctor.examination import Check, chosen, run_check
 from pretrain.doctor.findings import FAILURE, OK, SKIPPED, WARNING, Line, Request
+from pretrain.options.config_arguments import add_config
 
 EXAMPLES = """examples:
   python launch/doctor.py
@@ -38,8 +39,7 @@ _NAME_WIDTH, _OUTCOME_WIDTH, _LEAST_WIDTH, _PLAIN_WIDTH = 22, 9, 60, 120
 def parse(argv: Sequence[str] | None, description: str | None) -> argparse.Namespace:
     """Read the arguments; ends the process with status 2 and a message where they are wrong."""
     parser = CommandLine(prog="doctor", description=description, epilog=EXAMPLES)
-    parser.add_argument("config", metavar="CONFIG", nargs="?", default="", help="YAML file or run folder to look at")
-    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="options that replace the file's")
+    add_config(parser, "YAML file or run folder to look at", nargs="?", default="")
     parser.add_argument("--quick", action="store_true", help="leave out what takes long")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--dir", metavar="DIR", default="", help="folder whose disk is tried; default: the run folder")

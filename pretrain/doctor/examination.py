@@ -6,10 +6,9 @@ import json
 import os
 import signal
 import subprocess
-import tempfile
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
+from typing import IO
 
 from pretrain.doctor.findings import Line, Request, failure, last_line, python_command, skipped
 from pretrain.redaction import redact
@@ -42,6 +41,7 @@ class Check:
 
 
 _INSTALL = "Run `make setup` again, in the environment of this Python: a package is missing or broken."
+_SPACE = "Free space in /tmp, or set TMPDIR to a folder that has some."
 _AGAIN = "Run `make setup` again, or in an environment of your own `pip install --force-reinstall"
 CHECKS = (
     Check("packages", "package_check", 30, "Run `make setup` again."),
@@ -75,28 +75,33 @@ def run_check(check: Check, request: Request) -> list[Line]:
     """Run one check in a process of its own; what it had found before it failed is kept."""
     if check.is_slow and request.is_quick:
         return [skipped(check.group, "left out by --quick")]
-    with tempfile.TemporaryDirectory(prefix="longhaul-doctor-") as folder:
-        results, errors = Path(folder, "lines"), Path(folder, "errors")
-        results.touch()
-        command = python_command("pretrain.doctor.child", check.module, json.dumps(asdict(request)), str(results))
-        with open(errors, "wb") as output:
-            process = subprocess.Popen(
-                command, env=os.environ | check.variables, stdin=subprocess.DEVNULL, stdout=output, stderr=output,
-                start_new_session=True,
-            )  # fmt: skip
-            try:
-                status: int | None = process.wait(check.seconds)
-            except subprocess.TimeoutExpired:
-                status = None
-            finally:
-                _end(process)
-        found = []
-        for text in results.read_text(encoding="utf-8").splitlines():
-            with suppress(ValueError):  # the last one may be cut off
-                found.append(Line(**json.loads(text)))
-        if status != 0:
-            found.append(_broken(check, status, errors.read_text(encoding="utf-8", errors="replace")))
+    # in memory, for disks may be what is wrong
+    with open(os.memfd_create("lines"), "w+b") as results, open(os.memfd_create("errors"), "w+b") as errors:
+        file = f"/dev/fd/{results.fileno()}"
+        command = python_command("pretrain.doctor.child", check.module, json.dumps(asdict(request)), file)
+        process = subprocess.Popen(
+            command, env=os.environ | check.variables, stdin=subprocess.DEVNULL, stdout=errors, stderr=errors,
+            start_new_session=True, pass_fds=(results.fileno(),),
+        )  # fmt: skip
+        try:
+            status: int | None = process.wait(check.seconds)
+        except subprocess.TimeoutExpired:
+            status = None
+        finally:
+            _end(process)
+        lines, said = _read(results).splitlines(), _read(errors)
+    found = []
+    for text in lines:
+        with suppress(ValueError):  # the last one may be cut off
+            found.append(Line(**json.loads(text)))
+    if status != 0:
+        found.append(_broken(check, status, said))
     return [replace(line, text=redact(line.text), mend=redact(line.mend)) for line in found]
+
+
+def _read(file: IO[bytes]) -> str:
+    file.seek(0)
+    return file.read().decode(errors="replace")
 
 
 def _broken(check: Check, status: int | None, said: str) -> Line:
@@ -107,6 +112,7 @@ def _broken(check: Check, status: int | None, said: str) -> Line:
     if status < 0:  # faulthandler's first line is the reason, its last one the outermost function
         reason = next((line for line in said.splitlines() if line.startswith("Fatal")), reason)
     mend = _INSTALL if reason.startswith(("ModuleNotFoundError", "ImportError")) else check.mend
+    mend = _SPACE if "No space left" in reason or "No usable temporary directory" in reason else mend
     return failure(check.group, f"the check ended with {ended}: {reason or 'it said nothing'}", mend)
 
 

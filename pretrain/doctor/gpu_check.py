@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from pretrain.console import counted
 from pretrain.doctor.findings import Line, Request, answer_of, failure, last_line, ok, skipped, warning
 from pretrain.ranks.gpus import gpu_of_device
 
@@ -116,7 +117,8 @@ def _on_cpu() -> Line:
     )
     cores = len(os.sched_getaffinity(0))
     return ok(
-        "instead", f"ranks train on {cores} cores, by gloo, with PyTorch's operators for the Triton kernels; {how}"
+        "instead",
+        f"ranks train on {counted(cores, 'core')}, by gloo, with PyTorch's operators for the Triton kernels; {how}",
     )
 
 
@@ -153,10 +155,10 @@ def judge_torch(found: Torch, seen: Sequence[SeenGpu]) -> Line:
     build = f"CUDA {found.cuda}" if found.cuda else f"ROCm {found.hip}" if found.hip else "CPU build"
     text = f"{found.version}, {build}"
     if not seen:
-        return ok("torch", f"{text}, sees {found.num_gpus} GPUs" if found.num_gpus else text)
+        return ok("torch", f"{text}, sees {counted(found.num_gpus, 'GPU')}" if found.num_gpus else text)
     if not found.cuda:
         return failure(
-            "torch", f"{text}; expected a CUDA build: this machine has {len(seen)} GPUs",
+            "torch", f"{text}; expected a CUDA build: this machine has {counted(len(seen), 'GPU')}",
             "Install torch from an index with CUDA builds (pip's own has them).",
         )  # fmt: skip
     if found.num_gpus == 0 and os.environ.get(_VISIBLE) is None:
@@ -164,7 +166,7 @@ def judge_torch(found: Torch, seen: Sequence[SeenGpu]) -> Line:
             "torch", f"{text}, sees no GPU, nvidia-smi sees {len(seen)}" + (f": {found.why}" if found.why else ""),
             "Let the driver and torch's CUDA fit (the line `driver`), and in a container start it with --gpus or --nv.",
         )  # fmt: skip
-    return ok("torch", f"{text}, sees {found.num_gpus} of {len(seen)} GPUs")
+    return ok("torch", f"{text}, sees {found.num_gpus} of {counted(len(seen), 'GPU')}")
 
 
 def judge_visible(value: str | None, seen: Sequence[SeenGpu]) -> Iterator[Line]:
@@ -183,7 +185,7 @@ def judge_visible(value: str | None, seen: Sequence[SeenGpu]) -> Iterator[Line]:
     elif seen and not names or names == ["-1"]:
         yield warning(_VISIBLE, f"is {value or 'empty'}, which hides all GPUs", "Unset it.")
     elif seen:
-        yield ok(_VISIBLE, f"is {value}: {len(names)} of {len(seen)} GPUs are used")
+        yield ok(_VISIBLE, f"is {value}: {len(names)} of {counted(len(seen), 'GPU')} used")
     else:
         yield ok(_VISIBLE, f"is {value or 'empty'}; nvidia-smi lists no GPU")
 

@@ -8,7 +8,7 @@ import resource
 from collections.abc import Iterator
 from pathlib import Path
 
-from pretrain.console import format_bytes
+from pretrain.console import counted, format_bytes
 from pretrain.doctor.findings import Line, Request, ok, skipped, warning
 
 CGROUPS = Path("/sys/fs/cgroup")
@@ -127,11 +127,11 @@ def judge_cores(usable: int, cores: int, quota: float | None) -> Line:
 def judge_threads(value: str | None, usable: int) -> Line:
     """Say what OMP_NUM_THREADS makes of a rank."""
     if value is None:
-        return ok("OMP_NUM_THREADS", f"is not set: training gives each rank its part of {usable} cores")
+        return ok("OMP_NUM_THREADS", f"is not set: training gives each rank its part of {counted(usable, 'core')}")
     if not value.split(",")[0].strip().isdigit() or not int(value.split(",")[0]):
         return warning("OMP_NUM_THREADS", f"is {value!r}; expected a number", "Unset it.")
     if int(value.split(",")[0]) > usable:
-        return warning("OMP_NUM_THREADS", f"is {value}, and {usable} cores are usable",
+        return warning("OMP_NUM_THREADS", f"is {value}, and {counted(usable, 'core')} usable",
                        f"Unset it, or set it to {usable} divided by the ranks of this machine.")  # fmt: skip
     return ok("OMP_NUM_THREADS", f"is {value}, for every rank")
 

@@ -15,7 +15,7 @@ from pretrain.checkpoints.checkpoint_places import open_place
 from pretrain.checkpoints.run_status import read_saved_step
 from pretrain.cluster.run_state import read_json
 from pretrain.cluster.submit_checks import check_data
-from pretrain.console import format_bytes
+from pretrain.console import counted, format_bytes
 from pretrain.data.shards import Manifest, index_path
 from pretrain.doctor.findings import Line, Request, failure, ok, refused, skipped, warning
 from pretrain.doctor.run_files import config_of
@@ -89,8 +89,8 @@ def _source(source: SourceSection) -> Line:
         some = "; ".join(wrong[:3]) + (f" and {len(wrong) - 3} more" if len(wrong) > 3 else "")
         return failure(name, f"{folder}: {some}", "Copy the folder again, or run launch/prepare.py, which mends it.")
     tokens = sum(shard.num_tokens for shard in manifest.train)
-    return ok(name, f"{folder}: {len(shards)} shards of the sizes in their manifest, {tokens:,} tokens to train on "
-              "(launch/prepare.py --verify reads them to the last byte)")  # fmt: skip
+    return ok(name, f"{folder}: {counted(len(shards), 'shard')} of the sizes in the manifest, {tokens:,} tokens to "
+              "train on (launch/prepare.py --verify reads them to the last byte)")  # fmt: skip
 
 
 def _raw(name: str, source: SourceSection) -> Line:

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 
 from pretrain.cluster.slurm import Job, NodeGroup, find_jobs, is_installed, list_nodes, list_states, version
-from pretrain.console import format_duration
+from pretrain.console import counted, format_duration
 from pretrain.doctor.findings import Line, Request, failure, ok, skipped, warning
 
 _SHORT_SECONDS = 900.0
@@ -52,7 +52,10 @@ def judge_partitions(groups: Sequence[NodeGroup], states: Sequence[tuple[str, st
         for _, _, state, number in rows:
             counts[state] += number
         has = (
-            ", ".join(f"{_nodes(one.num_nodes)} with {one.gpus} GPUs and {one.cpus} CPUs" for one in own)
+            ", ".join(
+                f"{counted(one.num_nodes, 'node')} with {counted(one.gpus, 'GPU')} and {counted(one.cpus, 'CPU')}"
+                for one in own
+            )
             or "no nodes that are up"
         )
         default = " (default)" if any(one.is_default for one in own) else ""
@@ -73,11 +76,8 @@ def judge_job(jobs: Sequence[Job], job_id: str, environment: Mapping[str, str]) 
     left = "no time limit" if job.seconds_left is None else f"{format_duration(job.seconds_left)} left"
     gpus = environment.get("SLURM_GPUS_ON_NODE") or "0"
     cpus = environment.get("SLURM_CPUS_ON_NODE") or "?"
-    text = f"{_nodes(job.num_nodes)} ({job.nodes}) of {job.partition}, {cpus} CPUs and {gpus} GPUs on this one, {left}"
+    nodes = f"{counted(job.num_nodes, 'node')} ({job.nodes}) of {job.partition}"
+    text = f"{nodes}, CPUs of this one: {cpus}, GPUs: {gpus}, {left}"
     if job.seconds_left is not None and job.seconds_left < _SHORT_SECONDS:
         return warning(name, text, "Ask for a new allocation: a start takes minutes of it.")
     return ok(name, text)
-
-
-def _nodes(number: int) -> str:
-    return f"{number} node{'s'[: number != 1]}"

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pretrain.command_line import CommandLine, real, whole
+from pretrain.command_line import CommandLine, real, whole, written
 from pretrain.errors import ConfigError
 
 EXAMPLES = """examples:
@@ -97,7 +97,12 @@ def make_parser(description: str | None) -> CommandLine:
     parser.add_argument("run", metavar="RUN", help="run folder")
     parser.add_argument("--step", type=whole, metavar="N", help="checkpoint to use; the newest good one by default")
     parser.add_argument(
-        "--prompt", action="append", default=[], metavar="TEXT", help="text to go on from; may be repeated"
+        "--prompt",
+        type=written,
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="text to go on from; may be repeated",
     )
     parser.add_argument(
         "--prompt-file", metavar="FILE",
@@ -107,7 +112,9 @@ def make_parser(description: str | None) -> CommandLine:
     parser.add_argument(
         "--chat", action="store_true", help="a conversation: what is typed is answered, by the chat template"
     )
-    parser.add_argument("--system", default="", metavar="TEXT", help="with --chat, what the model is told first")
+    parser.add_argument(
+        "--system", type=written, default="", metavar="TEXT", help="with --chat, what the model is told first"
+    )
     parser.add_argument(
         "--chat-template", metavar="FILE", help="a Jinja template as transformers has them; by default the tokenizer's"
     )

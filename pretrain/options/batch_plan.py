@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from pretrain.console import counted
 from pretrain.errors import ConfigError
 from pretrain.options.config import Config
 
@@ -126,13 +127,9 @@ def _not_whole_groups(size: int, world_size: int) -> str:
     """Write the error for ranks that do not make whole groups, with the nearest sizes that do."""
     divisors = [found for found in range(1, world_size + 1) if world_size % found == 0]
     return (
-        f"on {_count(world_size, 'rank')}: parallel.sequence_parallel_size is {size}; expected a divisor of the number "
-        f"of ranks. Use {_nearest(size, divisors)}, or a multiple of {size} ranks."
+        f"on {counted(world_size, 'rank')}: parallel.sequence_parallel_size is {size}; expected a divisor of the "
+        f"number of ranks. Use {_nearest(size, divisors)}, or a multiple of {counted(size, 'rank')}."
     )
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def _not_divisible(global_batch_size: int, micro_batch_size: int, num_ranks: int, shared_by: int) -> str:
@@ -141,16 +138,18 @@ def _not_divisible(global_batch_size: int, micro_batch_size: int, num_ranks: int
     together = micro_batch_size * world_size
     below = global_batch_size // together * together
     nearest = " or ".join(str(size) for size in (below, below + together) if size)
-    who, ranks = "ranks", _count(num_ranks, "rank")
+    who, ranks = "ranks", counted(num_ranks, "rank")
+    on = ranks
     if shared_by > 1:
-        who, ranks = f"groups of {shared_by} ranks", f"{ranks} in {_count(world_size, 'group')}"
+        who, ranks = f"groups of {shared_by} ranks", f"{ranks} in {counted(world_size, 'group')}"
+        on = f"{counted(world_size, 'group')} of {shared_by} ranks"
     message = (
         f"on {ranks}: train.global_batch_size is {global_batch_size}; expected "
         f"a multiple of train.micro_batch_size x {who} ({micro_batch_size} x {world_size} = {together}). Use {nearest}"
     )
     rows, remainder = divmod(global_batch_size, world_size)
     if remainder:
-        return f"{message}; no micro-batch size divides {global_batch_size} rows on {world_size} {who}."
+        return f"{message}; no micro-batch size divides {counted(global_batch_size, 'row')} on {on}."
     sizes = [size for size in range(1, rows + 1) if rows % size == 0]
     sizes = sorted(sorted(sizes, key=lambda size: abs(size - micro_batch_size))[:3])
     return f"{message}, or train.micro_batch_size {' or '.join(str(size) for size in sizes)}."

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.errors import ConfigError
+from pretrain.options.batch_plan import num_steps_of
 from pretrain.options.config import Config
 from pretrain.options.config_docs import yaml_value
 from pretrain.options.families import resolve_shape
+from pretrain.options.schedule import lr_at
 from pretrain.options.section import Section
 
 # Changing these does not change what the run computes, beyond its length. What is already done of `data.sources` and
@@ -48,10 +50,17 @@ def changed_options(old: Config, new: Config) -> list[tuple[str, Any, Any]]:
     return [(name, before.get(name), after.get(name)) for name in names if before.get(name) != after.get(name)]
 
 
-def describe_changes(old: Config, new: Config) -> str:
-    """Say what is other than it was, where that is about more than this start."""
+def describe_changes(old: Config, new: Config, step: int) -> str:
+    """Say what is other than it was, where that is about more than this start, after `step` updates.
+
+    What changes the learning rate at once is among it: a new length of a run moves the end of its schedule.
+    """
     changes = [change for change in changed_options(old, new) if not change[0].startswith(("run.", "resume."))]
-    return "; ".join(f"{name}: {yaml_value(before)}, now {yaml_value(after)}" for name, before, after in changes)
+    texts = [(name, yaml_value(before), yaml_value(after)) for name, before, after in changes]
+    before, after = (f"{lr_at(step, num_steps_of(one), one.optim.lr, one.schedule):.2e}" for one in (old, new))
+    if before != after and step < num_steps_of(new):
+        texts.append((f"learning rate of step {step + 1:,}", before, after))
+    return "; ".join(f"{name}: {before}, now {after}" for name, before, after in texts)
 
 
 def check_same_run(run: Path, old: Config, new: Config) -> None:

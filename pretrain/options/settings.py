@@ -204,6 +204,8 @@ def _read_file(given: _Given, path: Path) -> None:
 
 def _other_files(path: Path) -> str:
     """Name config files that the user may have meant, if there are any beside `path`."""
+    if (path / "config.yaml").is_file():
+        return f" Did you mean {path / 'config.yaml'}?"
     names = [file.name for file in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
     close = difflib.get_close_matches(path.name, names, n=1, cutoff=0.6)
     return f" Did you mean {path.parent / close[0]}?" if close else ""

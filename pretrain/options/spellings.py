@@ -207,6 +207,18 @@ def suggest_option(name: str, known: Sequence[str]) -> str:
     return f"{section.removesuffix('.*') or 'A config'} has {names}."
 
 
+def options_meant(word: str) -> list[str]:
+    """Return the options that are called so, in Longhaul or by another trainer: `num_steps`, `--train.num-steps`."""
+    from pretrain.options.config_docs import options  # takes a while, and only a wrong command asks
+
+    known = list(options())
+    word = word.lower().replace("-", "_")
+    if word in known:
+        return [word]
+    found = SPELLINGS.get(word.rpartition(".")[2], []) or _same(word, known)
+    return [option for option in found if option in known and "*" not in option and not options()[option].section]
+
+
 def _same(word: str, known: Sequence[str]) -> list[str]:
     """Return the options whose last segment is `word`; one of a list only if its section does not have it itself."""
     found = [option for option in known if option.rpartition(".")[2] == word]

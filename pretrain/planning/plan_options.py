@@ -10,6 +10,7 @@ from typing import Any
 
 from pretrain.command_line import CommandLine, count
 from pretrain.console import format_count
+from pretrain.options.config_arguments import add_config
 from pretrain.planning.scaling_laws import flops_of, recommend
 from pretrain.ranks.gpus import find_gpu
 
@@ -30,8 +31,7 @@ _SUFFIXES = {"k": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}  # as the reports write th
 def parse(argv: Sequence[str] | None, description: str | None) -> argparse.Namespace:
     """Read the arguments; ends the process with status 2 and a message where they do not fit each other."""
     parser = CommandLine("plan", description, EXAMPLES)
-    parser.add_argument("config", metavar="CONFIG", nargs="?", help="YAML file")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="options that replace the file's")
+    add_config(parser, nargs="?")
     parser.add_argument("--gpus", metavar="N", type=count, help="one rank each; default: 8, or what is needed to fit")
     parser.add_argument("--gpu", metavar="NAME", default="H100", help="default: H100; docs/planning.md lists them")
     parser.add_argument("--gpus-per-node", metavar="N", type=count, default=8, help="default: 8")

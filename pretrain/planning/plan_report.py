@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pretrain.console import format_count, format_duration
+from pretrain.console import counted, format_count, format_duration
 from pretrain.options.config import Config
 from pretrain.options.families import num_parameters
 from pretrain.planning.plan import Plan, Search, more_gpus_help, not_reckoned, overrides
@@ -72,7 +72,7 @@ def render(config: Config, plan: Plan, found: Search) -> str:
     adapters = f" and {format_count(num_trained)} of adapters, which are trained," if config.train.lora else ""
     lines = [
         f"{format_count(size)} parameters{adapters} on {machine.num_gpus:,} x {machine.name} "
-        f"({gib(machine.gpu.memory_bytes)} each), {machine.num_nodes:,} node{'s' * (machine.num_nodes > 1)} of up to "
+        f"({gib(machine.gpu.memory_bytes)} each), {counted(machine.num_nodes, 'node')} of up to "
         f"{machine.gpus_per_node}, {machine.network * 8:g} Gbit/s a GPU between them",
         "", "As configured: " + settings_of(plan), *_memory_lines(plan), *_time_lines(plan), "",
         *_search_lines(config, plan, found), "",
@@ -148,7 +148,7 @@ def _time_lines(plan: Plan) -> list[str]:
         f"  step     {time.total:.3g} s: {', '.join(parts)}",
         f"  speed    {format_count(rate)} tokens/s, {rate / plan.machine.num_gpus:,.0f} a GPU, MFU {100 * mfu[0]:.1f}% "
         f"({100 * mfu[1]:.1f}% with causal attention counted once)",
-        f"  run      {steps:,} steps, {format_count(steps * plan.batch.tokens_per_step)} tokens: "
+        f"  run      {counted(steps, 'step')}, {format_count(steps * plan.batch.tokens_per_step)} tokens: "
         f"{format_duration(plan.days * 86_400)}{cost}",
     ]
 

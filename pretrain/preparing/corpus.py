@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pretrain.console import LiveLine, format_bytes
+from pretrain.console import LiveLine, counted, format_bytes
 from pretrain.data.examples import context_bit, example_dtype
 from pretrain.data.row_table import RowTable, build_row_tables, table_folder
 from pretrain.data.shard_reader import check_shards
@@ -248,7 +248,9 @@ class Corpus:
         if now - self._shown_seconds >= (LIVE_SECONDS if self.line.is_terminal else PLAIN_SECONDS):
             self._shown_seconds = now
             done = self._num_seen / max(num_documents, 1)
-            self.line.show(f"{self.source.name}: shards: {done:.0%} of {num_documents:,} documents", plain=True)
+            self.line.show(
+                f"{self.source.name}: shards: {done:.0%} of {counted(num_documents, 'document')}", plain=True
+            )
 
     def _summarize(self, manifest: Manifest) -> None:
         """Say what was made, and what was left out and why."""
@@ -257,8 +259,8 @@ class Corpus:
             shards, num_bytes = manifest.shards(split), manifest.text_bytes[split]
             num_tokens = sum(shard.num_tokens for shard in shards)
             self.line.say(
-                f"{name}: {split}: {self.num_documents[split]:,} documents, {format_bytes(num_bytes)} of text, "
-                f"{num_tokens:,} tokens ({num_bytes / max(num_tokens, 1):.2f} bytes each) in {self.folder} "
+                f"{name}: {split}: {counted(self.num_documents[split], 'document')}, {format_bytes(num_bytes)} of "
+                f"text, {num_tokens:,} tokens ({num_bytes / max(num_tokens, 1):.2f} bytes each) in {self.folder} "
                 f"(shards: {len(shards)})"
             )
         for reason, example in sorted(self.log.examples.items()):

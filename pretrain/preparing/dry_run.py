@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from pretrain.console import LiveLine, format_bytes, format_count, format_duration
+from pretrain.console import LiveLine, counted, format_bytes, format_count, format_duration
 from pretrain.data.packing import SEGMENT_DTYPE, pack
 from pretrain.data.remote_corpus import open_remote
 from pretrain.data.shards import INDEX_DTYPE, MANIFEST_NAME, Manifest
@@ -386,8 +386,8 @@ def render(content: dict[str, Any]) -> str:
             *([_ESTIMATED] if any("~" in line[3] for line in lines) else []),
             f"disk: {format_bytes(needed + content['total']['temporary_bytes'])} while `prepare` runs, "
             f"{format_bytes(needed)} when it is done",
-            f"the run: {content['num_steps']:,} steps of {content['tokens_per_step']:,} tokens, "
-            f"{format_count(num_tokens)} in all; time is what {content['processes']} processes take to "
+            f"the run: {counted(content['num_steps'], 'step')} of {content['tokens_per_step']:,} tokens, "
+            f"{format_count(num_tokens)} in all; time is that of {counted(content['processes'], 'process')} to "
             "make the shards, without the training of a tokenizer; nothing was written",
         ]
     )

@@ -102,13 +102,19 @@ def check_recipe(folder: Path, recipe: Recipe, old: Recipe, holds_tars: bool = F
     if (old.get(INDEX_KEY) is None) != (recipe.get(INDEX_KEY) is None):
         raise wrong_kind(folder, holds_index=recipe.get(INDEX_KEY) is None)
     old = Recipe({ORDER_KEY: FORMER_ORDER}) | old
-    changes = [f"{key} from {old.get(key)} to {recipe.get(key)}" for key in recipe if old.get(key) != recipe[key]]
+    changes = [
+        f"{key} from {_short(old.get(key))} to {_short(recipe[key])}" for key in recipe if old.get(key) != recipe[key]
+    ]
     if changes:
         otherwise = "" if holds_tars else ", or delete this folder to prepare it again"
         raise ConfigError(
             f"{folder} holds shards that were prepared otherwise; changed since then: {'; '.join(changes)}. Set "
             f"another `shards` folder for this source{otherwise}."
         )
+
+
+def _short(value: object) -> str:
+    return re.sub(r"\b([0-9a-f]{12})[0-9a-f]{52}\b", r"\1…", str(value))  # a sha256 is told by its beginning
 
 
 def wrong_kind(folder: Path, holds_index: bool) -> ConfigError:

@@ -10,6 +10,7 @@ from pathlib import Path
 from pretrain.command_line import CommandLine, count
 from pretrain.errors import EXIT_INTERRUPTED, ConfigError
 from pretrain.interrupts import begin_work
+from pretrain.options.config_arguments import add_config
 from pretrain.storage.stores import is_remote
 
 EXAMPLES = """examples:
@@ -51,8 +52,7 @@ def parse(argv: Sequence[str] | None, description: str | None) -> argparse.Names
     parser.add_argument("--tokenizer", metavar="PATH", help="with --inspect: the tokenizer, if it is not found")
     parser.add_argument("--samples", metavar="N", type=count, help="with --inspect: documents to show; default: 3")
     parser.add_argument("--processes", metavar="N", type=count, help="with --verify; default: one per core")
-    parser.add_argument("config", metavar="CONFIG", nargs="?", help="YAML file")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="options that replace the file's")
+    add_config(parser, nargs="?")
     arguments = parser.parse_intermixed_args(argv)
     if arguments.json and not (arguments.dry_run or arguments.inspect or arguments.verify):
         parser.error("--json is for --dry-run, --inspect and --verify")

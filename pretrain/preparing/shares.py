@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pretrain.console import LiveLine, format_bytes, format_duration
+from pretrain.console import LiveLine, counted, format_bytes, format_duration
 from pretrain.data import examples
 from pretrain.data.shards import JOURNAL_NAME, MANIFEST_NAME, PREPARE_COMMAND
 from pretrain.data.source_files import files_identity, list_files, published_formats, token_format
@@ -379,7 +379,7 @@ class Share:
         position = self.log.position_bytes()
         text = (
             f"{self.source.name}: {position / max(total_bytes, 1):.0%} of {format_bytes(total_bytes)}, "
-            f"{self._num_documents:,} documents"
+            f"{counted(self._num_documents, 'document')}"
         )
         if self._new_bytes and position > self._begin_position and now > self._begin_seconds:
             elapsed = now - self._begin_seconds

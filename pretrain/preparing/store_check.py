@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pretrain.console import LiveLine, format_bytes
+from pretrain.console import LiveLine, counted, format_bytes
 from pretrain.data.shards import MANIFEST_NAME, Manifest, Shard, index_path
 from pretrain.options.config import Config
 from pretrain.preparing.inspect_shards import inspect
@@ -74,7 +74,8 @@ def verify_store(url: str, num_threads: int = 0) -> dict[str, Any]:
             for number, (read, found) in enumerate(threads.map(partial(_check_shard, store), shards), 1):
                 num_bytes, problems = num_bytes + read, problems + found
                 speed = num_bytes / max(time.monotonic() - begin, 1e-9)
-                text = f"{number:,} of {len(shards):,} shards, {format_bytes(speed)}/s, problems: {len(problems):,}"
+                of = counted(len(shards), "shard")
+                text = f"{number:,} of {of}, {format_bytes(speed)}/s, problems: {len(problems):,}"
                 line.show(text, plain=number % max(len(shards) // 20, 1) == 0)
     finally:
         line.end()

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pretrain.console import LiveLine, format_bytes, format_duration
+from pretrain.console import LiveLine, counted, format_bytes, format_duration
 from pretrain.data.shard_reader import check_shards
 from pretrain.data.shards import JOURNAL_NAME, MANIFEST_NAME, MANIFEST_VERSION, Manifest, Shard, ShardWriter, index_path
 from pretrain.data.source_files import files_identity
@@ -284,8 +284,9 @@ class TarIndex:
         num_tokens = {split: sum(shard.num_tokens for shard in manifest.shards(split)) for split in SPLITS}
         for split, what in (("train", "tars"), ("val", "shards of ids")):
             self.line.say(
-                f"{name}: {split}: {self.num_documents[split]:,} documents, {format_bytes(self.text_bytes[split])} of "
-                f"text, {num_tokens[split]:,} tokens in {self.folder} ({what}: {len(manifest.shards(split))})"
+                f"{name}: {split}: {counted(self.num_documents[split], 'document')}, "
+                f"{format_bytes(self.text_bytes[split])} of text, "
+                f"{num_tokens[split]:,} tokens in {self.folder} ({what}: {len(manifest.shards(split))})"
             )
         for reason, example in sorted(self.log.examples.items()):
             self.line.say(f"{name}: {manifest.counts[reason]:,} {reason.replace('_', ' ')}; the first: {example}")

@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from pretrain.console import LiveLine, format_bytes, format_duration
+from pretrain.console import LiveLine, counted, format_bytes, format_duration
 from pretrain.data.row_table import damaged_tables
 from pretrain.data.shard_reader import link_target
 from pretrain.data.shards import PREPARE_COMMAND, Manifest, Shard, file_sha256, index_path, load_index
@@ -108,7 +108,7 @@ def verify(folder: str | Path, num_processes: int = 0) -> dict[str, Any]:
             problems += found
             elapsed = max(time.monotonic() - begin, 1e-9)
             is_due = number % max(len(shards) // 20, 1) == 0
-            text = f"{shard.name}: {number:,} of {len(shards):,} shards, {format_bytes(num_bytes / elapsed)}/s"
+            text = f"{shard.name}: {number:,} of {counted(len(shards), 'shard')}, {format_bytes(num_bytes / elapsed)}/s"
             line.show(f"{text}, problems: {len(problems):,}", plain=is_due)
         problems += [Problem(*found) for found in damaged_tables(folder, manifest)]
     finally:
@@ -131,8 +131,9 @@ def render(content: dict[str, Any]) -> str:
     problems = [Problem(**problem) for problem in content["problems"]]
     seconds = content["seconds"]
     read = (
-        f"{content['corpus']}: read {content['num_shards']:,} shards with {content['num_documents']:,} documents, "
-        f"{format_bytes(content['num_bytes'])}, in {format_duration(seconds)} by {content['num_processes']} processes "
+        f"{content['corpus']}: read {counted(content['num_shards'], 'shard')} with "
+        f"{counted(content['num_documents'], 'document')}, {format_bytes(content['num_bytes'])}, in "
+        f"{format_duration(seconds)} by {counted(content['num_processes'], 'process')} "
         f"({format_bytes(content['num_bytes'] / max(seconds, 1e-9))}/s)"
     )
     if not problems:
@@ -151,7 +152,7 @@ def render(content: dict[str, Any]) -> str:
             f"Upload these files to {where} again; --verify of the folder that they come from says if they are sound."
         )
     return "\n".join(
-        [*(f"problem: {problem}" for problem in problems), f"{read}: {len(problems):,} problems. {advice}"]
+        [*(f"problem: {problem}" for problem in problems), f"{read}: {counted(len(problems), 'problem')}. {advice}"]
     )
 
 

@@ -260,7 +260,7 @@ def choose_device(local_rank: int, environment: Mapping[str, str]) -> torch.devi
         return torch.device("cuda", 0)
     if local_rank >= num_gpus:
         raise ConfigError(
-            f"launch: local rank is {local_rank}; expected less than this node's {num_gpus} GPUs. "
+            f"launch: local rank is {local_rank}; expected less than {num_gpus}, the number of this node's GPUs. "
             "Start one process a GPU (deepspeed --num_gpus, torchrun --nproc-per-node, srun --ntasks-per-node)."
         )
     return torch.device("cuda", local_rank)

@@ -14,7 +14,7 @@ from torch import Tensor
 from pretrain.checkpoints.run_folder import LoadedRun
 from pretrain.console import format_count
 from pretrain.reporting.inspection import Guess, Inspection
-from pretrain.reporting.page import fill_page, save_page
+from pretrain.reporting.page import OUTSIDE, fill_page, save_page
 from pretrain.tokenizers.tokenizer import Tokenizer
 
 TEXT, SPECIAL, BYTES = range(3)  # kinds of tokens, as the page's script numbers them
@@ -160,11 +160,12 @@ def write_page(run: LoadedRun, inspection: Inspection, text: str, out: Path | No
     Raises:
         ConfigError: it cannot be written.
     """
+    fix = "Name another." if out else OUTSIDE
     if out is None:
         out = run.run / "inspect" / f"step-{run.step:08d}-{hashlib.sha256(text.encode()).hexdigest()[:8]}.html"
     beginning = " ".join(text.split())
     beginning = beginning if len(beginning) <= 60 else beginning[:59] + "…"
     data = page_data(inspection, run.tokenizer, facts_of(run, inspection), run.model.shape.vocab_size)
     page = render(f"{run.run.name}, step {run.step}: {beginning}", data)
-    save_page(out, page)
+    save_page(out, page, fix)
     return out

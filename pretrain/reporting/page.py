@@ -6,6 +6,7 @@ import base64
 import hashlib
 import html
 import json
+import re
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +15,8 @@ from typing import Any
 from pretrain.errors import ConfigError
 from pretrain.storage.whole_file import write_text
 
+_LONE = re.compile("[\ud800-\udfff]")  # halves of characters: bytes in a file's name that are no UTF-8
+OUTSIDE = "Name a file outside of the run folder by --out."  # where a page cannot lie in it
 _PAGES = Path(__file__).with_name("pages")
 
 
@@ -40,6 +43,7 @@ def fill_page(name: str, title: str, data: dict[str, Any], *, scripts: Sequence[
     # `<` would end the element, and U+2028 is no character of a script's strings in old browsers.
     content = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     content = content.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
+    content, title = (_LONE.sub("\ufffd", text) for text in (content, title))
     parts = {
         "policy": "; ".join(policy), "title": html.escape(title), "style": style, "script": script, "data": content,
         "library": base64.b64encode(zlib.compress(library.encode(), 9)).decode() if library else "",

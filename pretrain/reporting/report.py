@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pretrain.console import format_bytes
+from pretrain.console import counted, format_bytes
 from pretrain.errors import ConfigError
-from pretrain.reporting.page import save_page
+from pretrain.reporting.page import OUTSIDE, save_page
 from pretrain.reporting.report_page import page_data, render
 from pretrain.reporting.report_plots import write_plots
 from pretrain.reporting.run_figures import figures_of
@@ -38,11 +38,11 @@ def report(runs: Sequence[str], out: Path | None, png: Path | None) -> tuple[dic
     data = page_data(records, figures)
     own = records[0].path / ("report.html" if len(records) == 1 else "comparison.html")
     page = render([record.name for record in records], data)
-    save_page(out or own, page, "Name another." if out else "Name a file outside of the run folder by --out.")
+    save_page(out or own, page, "Name another." if out else OUTSIDE)
     size, pictures = (out or own).stat().st_size, write_plots(data, png) if png is not None else []
     content = {"out": str(out or own), "bytes": size, "png": [str(path) for path in pictures], "runs": figures}
-    steps = ", ".join(f"{one['run']} {one['step']:,} steps" for one in figures)
-    beside = f", and {len(pictures)} pictures in {png}" if png is not None else ""
+    steps = ", ".join(f"{one['run']} {counted(one['step'], 'step')}" for one in figures)
+    beside = f", and {counted(len(pictures), 'picture')} in {png}" if png is not None else ""
     return content, f"{out or own} ({format_bytes(size)}): {steps}{beside}"
 
 

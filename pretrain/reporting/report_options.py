@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from pretrain.command_line import CommandLine, count
+from pretrain.command_line import CommandLine, count, written
 from pretrain.errors import ConfigError
 from pretrain.generation.generate_options import read_text
 
@@ -34,7 +34,10 @@ def make_parser(description: str | None) -> CommandLine:
     text = parser.add_argument_group("a text instead of the run's course")
     which = text.add_mutually_exclusive_group()
     which.add_argument(
-        "--inspect", metavar="TEXT", help="loss of each token, what each layer would predict, attention maps"
+        "--inspect",
+        type=written,
+        metavar="TEXT",
+        help="loss of each token, what each layer would predict, attention maps",
     )
     which.add_argument(
         "--inspect-file", metavar="FILE", help="likewise, of the text in a file; - is the standard input"

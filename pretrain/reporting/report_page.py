@@ -37,10 +37,9 @@ def page_data(runs: Sequence[RunRecord], figures: Sequence[dict[str, Any]]) -> d
 
 def _run_data(run: RunRecord, figures: dict[str, Any], max_buckets: int) -> dict[str, Any]:
     events, left_out = events_of(run)
-    starts = [
-        (event.step, event.details["seconds"], event.details.get("cpu_seconds", {})) for event in run.metrics.events
-        if event.kind == "first_step" and isinstance(event.details.get("seconds"), dict)
-    ]  # fmt: skip
+    parts = [(event.step, *(event.details.get(key) for key in ("seconds", "cpu_seconds")))
+             for event in run.metrics.events if event.kind == "first_step"]  # fmt: skip
+    starts = [(step, own, cpu if isinstance(cpu, dict) else {}) for step, own, cpu in parts if isinstance(own, dict)]
     return {
         "name": run.name, "path": str(run.path), "state": figures["state"], "reason": figures["reason"],
         "planned": run.num_planned, "notes": run.notes, "curves": curves(run, max_buckets),

@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from pretrain.cluster.run_state import RunState, read_json, read_state
+from pretrain.cluster.run_state import RunState, read_entries, read_json, read_state
+from pretrain.console import counted
 from pretrain.errors import ConfigError
 from pretrain.options.batch_plan import num_steps_of
 from pretrain.options.config import Config
@@ -117,8 +118,8 @@ def read_run(path: Path, name: str) -> RunRecord:
         run = RunRecord(path, name, read_metrics(path / "metrics.jsonl"))
     except OSError as error:
         raise ConfigError(f"{error.filename}: is not readable ({error.strerror}); expected a run's metrics.") from None
-    run.starts = [start for start in read_json(path / "environment.json").get("starts", []) if isinstance(start, dict)]
-    if (path / "status.json").exists() or run.starts:
+    run.starts = read_entries(path / "environment.json", "starts")
+    if read_json(path / "status.json") or run.starts:
         try:
             run.state = read_state(path)
         except (KeyError, TypeError, ValueError):
@@ -127,8 +128,7 @@ def read_run(path: Path, name: str) -> RunRecord:
     run.checkpoints = [int(folder.name[5:]) for folder in _named(path / "checkpoints", "step-*")]
     _read_samples(run)
     for file in _named(path / "evaluations", "step-*.json"):
-        entries = read_json(file).get("entries", [])
-        kept = [one for one in entries if isinstance(one, dict) and one.keys() >= {"name", "result", "settings"}]
+        kept = [one for one in read_entries(file, "entries") if one.keys() >= {"name", "result", "settings"}]
         run.evaluations += [(int(file.stem[5:]), kept)] if kept else []
     run.log = _read_log(path / "log.txt")
     run.notes += _missing(run)
@@ -277,16 +277,19 @@ def _missing(run: RunRecord) -> Iterator[str]:
     if not metrics.num_steps:
         yield "No step is recorded yet."
     if metrics.num_unreadable:
-        yield f"{metrics.num_unreadable:,} lines of metrics.jsonl cannot be read, and are left out."
+        yield f"{counted(metrics.num_unreadable, 'line')} of metrics.jsonl cannot be read, and left out."
     if metrics.is_cut:
         yield "The last line of metrics.jsonl is not whole (it was being written), and is left out."
     if run.state is None:
-        yield "There is neither status.json nor environment.json: how the run stands, and where it ran, is not known."
+        yield (
+            "There is neither a status.json nor an environment.json that can be read: how the run stands, and where it "
+            "ran, is not known."
+        )
     elif not run.starts:
         yield "There is no environment.json that can be read: where the run ran is not known."
     mfu = metrics.columns.get("mfu", np.empty(0))
     if num_above := int((mfu > 1).sum()):
         yield (
-            f"MFU above 100% in {num_above:,} steps is left out: the peak of a CPU is measured at the start, and was "
-            "when others used it."
+            f"MFU above 100% in {counted(num_above, 'step')} is left out: the peak of a CPU is measured at the start, "
+            "and was when others used it."
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from io import FileIO
 from pathlib import Path
 
-from pretrain.console import warn
+from pretrain.console import counted, warn
 
 MAX_WAITING_BYTES = 64 << 20  # of one file, in memory: about 60,000 lines of metrics.jsonl
 
@@ -48,7 +48,7 @@ class PatientFile:
             self._is_failing = True
             return
         if self._is_failing:
-            lost = f"; {self._num_dropped:,} records were dropped" if self._num_dropped else ""
+            lost = f"; {counted(self._num_dropped, 'record')} dropped" if self._num_dropped else ""
             warn(f"{self._path}: is written again{lost}")
         self._num_dropped, self._is_failing = 0, False
 

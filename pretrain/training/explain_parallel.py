@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 
+from pretrain.console import counted
 from pretrain.errors import EXIT_DONE
 from pretrain.options.batch_plan import BatchPlan
 from pretrain.options.config import Config
@@ -41,7 +42,7 @@ def explain_parallel(config: Config, ranks: int) -> str:
     check_hpz(parallel, ranks)
     trained = "" if at.total == at.weights else f", of which {at.total:,}, the adapters, are trained,"
     lines = [
-        f"{at.weights:,} parameters{trained} on {ranks} rank{'s' * (ranks > 1)}, {config.train.precision}, "
+        f"{at.weights:,} parameters{trained} on {counted(ranks, 'rank')}, {config.train.precision}, "
         f"{config.optim.name}. A checkpoint has {_short(checkpoint_bytes(config))}.",
         "Bytes of one rank when the last backward pass of a step is over, without activations and gathered weights;",
         "`python launch/plan.py` says when in a step it holds most:",

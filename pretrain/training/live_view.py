@@ -9,16 +9,24 @@ leaves nothing to be undone (docs/notes/0040-watching.md).
 from __future__ import annotations
 
 import math
-import os
 import select
-import shutil
 import sys
 import time
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TextIO
 
-from pretrain.console import ERASE_BELOW, Below, format_bytes, format_count, format_duration, write_patiently
+from pretrain.console import (
+    ERASE_BELOW,
+    Below,
+    counted,
+    format_bytes,
+    format_count,
+    format_duration,
+    size_of,
+    wrapped,
+    write_patiently,
+)
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -91,7 +99,7 @@ class LiveView:
 
     def say(self, text: str) -> None:
         """Print a text that stays, above the view."""
-        self._write(text + "\n", stays=False)
+        self._write(wrapped(text, size_of(self._stream)[0] - 1) + "\n", stays=False)
 
     def end(self) -> None:
         """Draw the view once more, and go to the line after it."""
@@ -99,7 +107,7 @@ class LiveView:
         self._is_begun = False
 
     def _write(self, text: str, stays: bool) -> None:
-        width, height = _size_of(self._stream)
+        width, height = size_of(self._stream)
         drawing = ""
         if self._is_begun:
             lines = self._drawn(width - 1, height - 1)
@@ -178,7 +186,7 @@ class LiveView:
             next_save = min((step // self._save_every + 1) * self._save_every if self._save_every else self._num_steps,
                             self._num_steps)  # fmt: skip
             steps = next_save - step
-            yield "saving", [Text(f"in {steps:,} step{'s' * (steps > 1)}"), Text(format_duration(steps * seconds))]
+            yield "saving", [Text(f"in {counted(steps, 'step')}"), Text(format_duration(steps * seconds))]
 
     def _bar(self, step: int) -> Text:
         from rich.text import Text
@@ -207,16 +215,6 @@ class LiveView:
         style = {"level": "", "down": "green", "up": "red"}[kind]
         word = f"{self._signs[kind]} {abs(change):.4f} in {len(losses)} steps"
         return [Text(curve, style="cyan"), Text(word, style=style)]
-
-
-def _size_of(stream: TextIO) -> tuple[int, int]:
-    """Columns and lines of a terminal as it is now; stdout, which `shutil` asks, may be a file."""
-    try:
-        columns, lines = os.get_terminal_size(stream.fileno())
-    except (OSError, ValueError):  # no file
-        columns = lines = 0
-    size = shutil.get_terminal_size()
-    return (columns, lines) if columns and lines else (size.columns, size.lines)
 
 
 def _takes_more(stream: TextIO) -> bool:

@@ -63,6 +63,9 @@ class StepMetrics:
         return sum(self.phase_seconds.get(phase, 0.0) for phase in ("data", "forward", "backward", "optimizer"))
 
 
+_STRICT = json.JSONEncoder(allow_nan=False)
+
+
 def _json_number(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
@@ -269,8 +272,13 @@ class MetricLog:
 
     def _write(self, line: dict[str, Any]) -> dict[str, Any]:
         """Add a line to `metrics.jsonl`; return it as it is there, with None for what is not finite."""
-        written = {key: _json_number(value) for key, value in line.items()}
-        self._file.append(json.dumps(written).encode() + b"\n")
+        written = line
+        try:
+            text = _STRICT.encode(line)
+        except ValueError:  # something is not finite, which is seldom, and looked for only then
+            written = {key: _json_number(value) for key, value in line.items()}
+            text = _STRICT.encode(written)
+        self._file.append(text.encode() + b"\n")
         if self._view:
             self._view.take(written)
         return written

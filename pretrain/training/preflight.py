@@ -26,6 +26,7 @@ import torch
 
 from pretrain.checkpoints.checkpoint_folder import FolderPlace
 from pretrain.checkpoints.checkpoint_places import open_place
+from pretrain.console import counted
 from pretrain.errors import ConfigError, DataError
 from pretrain.options.config import Config
 from pretrain.options.config_changes import flatten
@@ -319,6 +320,4 @@ def missing_space(config: Config, folder: Path) -> str:
 
 def describe(hosts: Sequence[str], interfaces: Sequence[str], speeds: LinkSpeeds) -> str:
     """Say in one line what the ranks meet over, and how fast."""
-    num_nodes = len(set(hosts))
-    nodes = f"{num_nodes} nodes" if num_nodes > 1 else "1 node"
-    return f"{len(hosts)} ranks on {nodes}, {', '.join(interfaces)}: {speeds}"
+    return f"{counted(len(hosts), 'rank')} on {counted(len(set(hosts)), 'node')}, {', '.join(interfaces)}: {speeds}"

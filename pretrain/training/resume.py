@@ -140,7 +140,10 @@ def _fill_from(base: dict[str, str], config: Config, checkpoints: Checkpoints, e
     run_path = checkpoints.run_path
     open_reader = partial(open_base, base, run_path, config.data, config.resume.from_)
     if problems := checkpoints.verify(open_reader):
-        raise CheckpointError(f"{base['checkpoint']}: is damaged: {'; '.join(problems)}. Restore it from a backup.")
+        raise CheckpointError(
+            f"{'; '.join(problems)}: adapters stand beside these weights; expected them whole. "
+            "Restore them from a backup."
+        )
     reader = ranks.agree(open_reader)
     folder = reader.folder
     fill_base(

@@ -16,6 +16,7 @@ import torch
 from pretrain.checkpoints.checkpoint import Checkpoints, list_together
 from pretrain.checkpoints.checkpoint_places import open_place
 from pretrain.checkpoints.run_folder import RunFolder, open_log, writable
+from pretrain.console import counted
 from pretrain.data.data_plan import describe_phases
 from pretrain.data.feed import Feed
 from pretrain.data.stream import TokenStream, ValRows
@@ -23,6 +24,7 @@ from pretrain.evaluation.task_evals import TaskEvals
 from pretrain.generation.samples import Samples, drop_samples_after
 from pretrain.options.batch_plan import BatchPlan
 from pretrain.options.config import Config
+from pretrain.options.config_changes import describe_changes
 from pretrain.options.families import ModelShape, flops_per_token, resolve_shape
 from pretrain.options.phases import phases_of
 from pretrain.ranks.distributed import PendingSum, Ranks
@@ -180,7 +182,7 @@ def open_run(
     progress = start.progress
     if start.own:
         if num_mended := stream.damage.forget_mended(ranks):
-            events.append(("damage_mended", f"{num_mended:,} documents that were damaged before are in order"))
+            events.append(("damage_mended", f"{counted(num_mended, 'damaged document')} can be read again"))
         stream.damage.check()
         ranks.agree(lambda: folder.accept(config) if folder else None)
     clock.begin("metrics")
@@ -270,6 +272,9 @@ def announce(run: Run, events: Sequence[tuple[str, str]], is_resumed: bool) -> N
     config, engine, plan, ranks = run.config, run.engine, run.plan, run.ranks
     for event in events:
         run.event(*event)
+    former = run.folder.former if run.folder else None
+    if former and (changes := describe_changes(former, config, run.progress.step)):
+        run.event("config_changed", changes)
     if engine.frozen:
         run.event("frozen", f"optim.groups has lr_ratio 0 for, and these stay as they are: {', '.join(engine.frozen)}")
     if config.train.lora is not None:
@@ -280,8 +285,9 @@ def announce(run: Run, events: Sequence[tuple[str, str]], is_resumed: bool) -> N
     if run.log and run.log.last_dropped > run.progress.step:
         action += f", and doing steps {run.progress.step + 1} to {run.log.last_dropped} again"
     shared = f", {run.group.size} of them to a row" if run.group.size > 1 else ""
-    run.event("start", f"{action}: {ranks.world_size} ranks on {ranks.device.type}{shared}, ZeRO stage {engine.stage}, "
-              f"{config.train.precision}, {plan.tokens_per_step} tokens a step, {plan.num_steps} steps")  # fmt: skip
+    where = f"{counted(ranks.world_size, 'rank')} on {ranks.device.type}{shared}"
+    run.event("start", f"{action}: {where}, ZeRO stage {engine.stage}, {config.train.precision}, "
+              f"{plan.tokens_per_step} tokens a step, {counted(plan.num_steps, 'step')}")  # fmt: skip
     phases = describe_phases(run.stream.plan, phases_of(config), plan.num_steps)
     for number, text in enumerate(phases, 1):
         run.event("mixture", text if len(phases) == 1 else f"phase {number} of {len(phases)}: {text}")

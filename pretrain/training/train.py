@@ -14,6 +14,7 @@ import torch
 
 from pretrain.checkpoints.run_folder import RunFolder, log_path
 from pretrain.checkpoints.run_status import write_failure
+from pretrain.console import counted
 from pretrain.data.damage import TooMuchDamageError, describe
 from pretrain.data.feed import StepInput
 from pretrain.errors import EXIT_DONE, EXIT_STOPPED, TrainingError
@@ -151,7 +152,7 @@ def run_steps(run: Run) -> tuple[str, int, str]:
     save(run, last=True)
     more = run.progress.step > run.plan.num_steps
     than = f", more than the {run.plan.num_steps} of the config" if more else ""
-    return "done", EXIT_DONE, f"trained {run.progress.step} steps{than}"
+    return "done", EXIT_DONE, f"trained {counted(run.progress.step, 'step')}{than}"
 
 
 def is_over(run: Run) -> bool:

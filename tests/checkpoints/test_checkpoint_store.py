@@ -184,9 +184,9 @@ def test_damage_is_found_and_named(url: str, tmp_path: Path, quick: None) -> Non
     filesystem.rm_file(f"{root}/step-00000003/rank-00001.safetensors")
     change(url, "step-00000004/manifest.json", lambda content: content.replace(b'"step": 4', b'"step": 5'))
     for step, text in {
-        1: r"step-00000001/rank-00001\.safetensors: its sha256 is another than when it was written",
-        2: r"step-00000002/rank-00000\.safetensors has \d+ bytes, not \d+",
-        3: r"step-00000003/rank-00001\.safetensors is missing",
+        1: r"step-00000001: is damaged: rank-00001\.safetensors: its sha256 is another than when it was written",
+        2: r"step-00000002: is damaged: rank-00000\.safetensors has \d+ bytes, not \d+",
+        3: r"step-00000003: is damaged: rank-00001\.safetensors is missing",
         4: r"step-00000004/manifest\.json: is not readable .*its sha256 is not the one that was written",
         5: r"step-00000005/manifest\.json: is not readable .*there is no such file",
     }.items():

@@ -10,7 +10,7 @@ from pretrain.checkpoints.checkpoint_folder import FolderPlace
 from pretrain.checkpoints.run_folder import RunFolder, newest_good
 from pretrain.checkpoints.run_status import read_saved_step
 from pretrain.errors import CheckpointError, ConfigError
-from pretrain.options.config_changes import changed_options, flatten
+from pretrain.options.config_changes import changed_options, describe_changes, flatten
 from pretrain.options.model_options import RopeScalingSection
 from pretrain.options.settings import load_config
 from tests.conftest import write_tiny_corpus
@@ -115,11 +115,29 @@ def test_a_run_whose_checkpoints_are_gone_does_not_begin_anew(tmp_path):
     again = RunFolder(anew)
     again.close()
     assert [event for event, _ in again.events] == ["not_from_scratch"]
-    changed = RunFolder(
-        load_config(path, [f"run.dir={tmp_path}/run", "parallel.zero_stage=0", "checkpoint.keep_last=4"])
-    )
+    changed = RunFolder(new := load_config(path, [f"run.dir={tmp_path}/run", "parallel.zero_stage=0"]))
     changed.close()
-    assert changed.events == [("config_changed", "checkpoint.keep_last: 3, now 4; parallel.zero_stage: 1, now 0")]
+    assert changed.events == [] and describe_changes(changed.former, new, 4) == "parallel.zero_stage: 1, now 0"
+
+
+@pytest.mark.parametrize(
+    ("override", "step", "rate"),
+    [
+        ("train.num_steps=40", 10, "1.77e-03, now 2.70e-03"),  # up again
+        ("train.num_steps=12", 10, "1.77e-03, now 3.81e-04"),
+        ("train.num_steps=40", 20, "3.00e-04, now 1.71e-03"),  # after the end
+        ("train.num_steps=40", 2, ""),  # the warm-up is as it was
+        ("train.num_steps=12", 12, ""),  # nothing is left to do
+        ("optim.lr=0.002", 0, "1.00e-03, now 6.67e-04"),
+    ],
+)
+def test_what_a_change_does_to_the_rate_is_said(tmp_path, override, step, rate):
+    path = write_tiny_corpus(tmp_path / "corpus")
+    text = describe_changes(load_config(path), load_config(path, [override]), step)
+    name = override.partition("=")[0]
+    assert text.startswith(f"{name}: ") and text.partition("; ")[2] == (
+        f"learning rate of step {step + 1}: {rate}" if rate else ""
+    )
 
 
 def test_a_folder_without_its_config_is_refused(config):
@@ -163,6 +181,11 @@ def test_an_export_is_told_from_a_run_that_has_not_saved(tmp_path):
     with pytest.raises(ConfigError) as refused:
         newest_good(tmp_path, place, None)
     assert str(refused.value) == f"{rule} Train first."
+    (tmp_path / "mine.yaml").touch()
+    with pytest.raises(
+        ConfigError, match="This is a file: name the run folder, which is run.dir of the config or runs/"
+    ):
+        newest_good(tmp_path / "mine.yaml", FolderPlace(tmp_path / "mine.yaml/checkpoints"), None)
     (tmp_path / "verification.json").write_text("{}")
     with pytest.raises(ConfigError) as refused:
         newest_good(tmp_path, place, None)

@@ -56,6 +56,16 @@ def test_a_check_that_fails_is_a_line_with_its_last_error_and_keeps_what_it_had_
 
 
 @pytest.mark.launches
+def test_a_full_disk_is_a_line(probe, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("tempfile.mkdtemp", None)  # the doctor itself writes nothing to a disk
+    assert probe("raise OSError(28, 'No space left on device')") == [
+        ok("first", "here"),
+        failure("probe", "the check ended with status 1: OSError: [Errno 28] No space left on device",
+                "Free space in /tmp, or set TMPDIR to a folder that has some."),
+    ]  # fmt: skip
+
+
+@pytest.mark.launches
 def test_a_check_that_crashes_is_a_line_with_the_signal(probe):
     found = probe("import ctypes; ctypes.string_at(0)")
     text = "the check ended with SIGSEGV: Fatal Python error: Segmentation fault"

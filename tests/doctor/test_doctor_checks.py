@@ -380,6 +380,12 @@ def test_a_disk_that_works(tmp_path: Path):
     assert f"{tmp_path} (where {tmp_path}/runs/new would be made)" in lines[1].text and list(tmp_path.iterdir()) == []
 
 
+def test_a_file_is_no_folder(tmp_path: Path):
+    (tmp_path / "file").touch()
+    [line] = disk_check.check(Request(folder=str(tmp_path / "file")))
+    assert is_line(line, "failure", f"{tmp_path}/file is a file; expected a folder", "Use --dir")
+
+
 def test_a_disk_that_is_full(tmp_path: Path):
     with small_disk(tmp_path / "disk", 400) as folder:
         lines = list(disk_check.check(Request(folder=str(folder))))
@@ -533,7 +539,10 @@ def test_the_job_that_it_runs_in():
     job = Job("7", "RUNNING", partition="gpu", num_nodes=1, nodes="n01", seconds_left=7200.0)
     given = {"SLURM_GPUS_ON_NODE": "8", "SLURM_CPUS_ON_NODE": "96"}
     assert is_line(
-        slurm_check.judge_job([job], "7", given), "ok", "1 node (n01) of gpu, 96 CPUs and 8 GPUs", "2h00m left"
+        slurm_check.judge_job([job], "7", given),
+        "ok",
+        "1 node (n01) of gpu, CPUs of this one: 96, GPUs: 8",
+        "2h00m left",
     )
     late = replace(job, seconds_left=60.0)
     assert is_line(slurm_check.judge_job([late], "7", given), "warning", "1m00s left", "new allocation")
@@ -568,9 +577,7 @@ def test_a_config_whose_data_are_there(tiny_config: Path, tmp_path: Path):
     found = checked(tiny_config, f"run.dir={tmp_path}/run")
     names = ["config", "tokenizer", "source code", "source prose", "rows", "run folder", "checkpoints", "memory"]
     assert list(found) == names and set(outcomes(found.values()).values()) == {"ok"}
-    assert (
-        is_line(found["source code"], "ok", "shards of the sizes in their manifest") and not (tmp_path / "run").exists()
-    )
+    assert is_line(found["source code"], "ok", "of the sizes in the manifest") and not (tmp_path / "run").exists()
 
 
 def test_what_a_config_lacks(tiny_config: Path, tmp_path: Path):

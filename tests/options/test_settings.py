@@ -225,6 +225,10 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
         ConfigError, match=r"runs\.yaml: cannot be read: No such file or directory\. Did you mean .*run\.yaml\?"
     ):
         load_config(tmp_path / "runs.yaml")
+    (tmp_path / "a-run").mkdir()
+    (tmp_path / "a-run/config.yaml").touch()
+    with pytest.raises(ConfigError, match=r"cannot be read: Is a directory\. Did you mean .*a-run/config\.yaml\?"):
+        load_config(tmp_path / "a-run")
     with pytest.raises(ConfigError, match=r"cannot be read: Is a directory\."):
         load_config(tmp_path)
     (tmp_path / "latin.yaml").write_bytes(b"model: caf\xe9\n")

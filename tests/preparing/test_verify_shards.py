@@ -44,7 +44,7 @@ def test_sound_shards_are_passed(sound: Path, capsys: pytest.CaptureFixture[str]
     before = {path: path.stat().st_mtime_ns for path in sound.rglob("*")}
     assert main(["--verify", str(sound), "--processes", "1"]) == 0
     text = capsys.readouterr().out
-    assert re.search(r"read \d+ shards with 960 documents, .* by 1 processes \(.*/s\): every checksum is right", text)
+    assert re.search(r"read \d+ shards with 960 documents, .* by 1 process \(.*/s\): every checksum is right", text)
     assert {path: path.stat().st_mtime_ns for path in sound.rglob("*")} == before
     manifest = Manifest.load(sound)
     sizes = [path.stat().st_size for path in sound.glob("*.tar")] + [
@@ -258,7 +258,7 @@ def test_damaged_rows_are_no_reason_to_delete_the_shards(folder: Path, capsys: p
     flip_bit(folder / "rows-32/train.segments.npy", 1000)
     assert main(["--verify", str(folder)]) == 1
     shown = capsys.readouterr().out
-    assert shown.rstrip().endswith(f"1 problems. Delete {folder}/rows-32 and run: python launch/prepare.py CONFIG")
+    assert shown.rstrip().endswith(f"1 problem. Delete {folder}/rows-32 and run: python launch/prepare.py CONFIG")
     flip_bit(next(folder.glob("train-*.tar")), 600)
     assert main(["--verify", str(folder)]) == 1
     assert f"and prepare it again. Delete {folder}/rows-32 and run: " in capsys.readouterr().out

@@ -88,11 +88,11 @@ def test_a_rank_takes_its_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
     assert choose_device(3, {}) == torch.device("cuda", 3)
     with pytest.raises(
-        ConfigError, match="local rank is 8; expected less than this node's 8 GPUs. Start one process a"
+        ConfigError, match="local rank is 8; expected less than 8, the number of this node's GPUs. Start one process a"
     ):
         choose_device(8, {"SLURM_LOCALID": "8"})
     # `srun --gpus-per-task=1`: each task sees one GPU, its own
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     assert choose_device(3, {"SLURM_LOCALID": "3"}) == torch.device("cuda", 0)
-    with pytest.raises(ConfigError, match="local rank is 3; expected less than this node's 1 GPUs"):
+    with pytest.raises(ConfigError, match="local rank is 3; expected less than 1, the number of this node's GPUs"):
         choose_device(3, {"SLURM_LOCALID": "0"})  # torchrun inside a job

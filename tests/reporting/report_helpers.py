@@ -26,7 +26,9 @@ def training_line(step, **changes):
     for number, name in enumerate(CORPORA):
         line |= {f"tokens/{name}": step * (400, 300, 150, 100, 50)[number], f"epoch/{name}": step * (number + 1) / 100}
     line |= {f"seconds/{name}": seconds for name, seconds in PHASES.items()}
-    line |= {f"layer/{layer}/grad_norm": layer + step / 100 for layer in range(12)} if step % 10 == 0 else {}
+    if step % 10 == 0:
+        line |= {f"layer/{layer}/grad_norm": layer + step / 100 for layer in range(12)}
+        line |= {f"layer/{name}/grad_norm": 20 + step / 100 for name in ("output", "embedding", "final_norm")}
     return line | changes
 
 

@@ -190,7 +190,7 @@ def test_a_file_that_is_being_written(tmp_path):
     run = read_run(tmp_path / "a", "a")
     assert run.metrics.num_steps == 90 and run.metrics.is_cut and run.metrics.num_unreadable == 4
     assert run.notes == [
-        "4 lines of metrics.jsonl cannot be read, and are left out.",
+        "4 lines of metrics.jsonl cannot be read, and left out.",
         "The last line of metrics.jsonl is not whole (it was being written), and is left out.",
     ]
 
@@ -233,7 +233,7 @@ def test_values_that_are_no_numbers(tmp_path):
     )
     assert run["evals"]["values"]["loss"][-1] is None
     assert run["notes"] == [
-        "MFU above 100% in 1 steps is left out: the peak of a CPU is measured at the start, and was when others used it."
+        "MFU above 100% in 1 step is left out: the peak of a CPU is measured at the start, and was when others used it."
     ]
     json.dumps(run, allow_nan=False)
     assert figures_of(read_run(tmp_path / "a", "a"))["held_out"]["step"] == 90
@@ -253,7 +253,7 @@ def test_a_folder_with_metrics_alone(tmp_path):
     assert len(run["curves"]["step"]) == 90 and run["state"] is None and run["samples"] == [] and run["config"] == ""
     assert run["notes"] == [
         "There is no config.yaml that can be read.",
-        "There is neither status.json nor environment.json: how the run stands, and where it ran, is not known.",
+        "There is neither a status.json nor an environment.json that can be read: how the run stands, and where it ran, is not known.",
     ]
 
 

@@ -90,6 +90,7 @@ const pause = () => new Promise((go) => setTimeout(go, 50));
   out.mixture = lines("Mixture").map((trace) => [trace.name, trace.y.at(-1)]);
   out.phases = lines("Seconds of a step, by phase").map((trace) => [trace.name, trace.y.at(-1)]);
   out.layers = lines("By layer").map((trace) => [trace.name, trace.x, trace.y.at(-1), trace.line.color]);
+  out.flat = plot("Model FLOPs utilisation").layout?.yaxis.range;
   out.images = page.querySelectorAll("main img").length;
   if (out.loss.length) {
     $("smooth").value = 0; $("smooth").dispatchEvent(new view.Event("input"));
@@ -150,12 +151,11 @@ def test_page_of_a_run_works_in_a_browser(tmp_path):
     assert out["heldOut"][2][1] == [30, 60, 90] and out["heldOut"][2][2] == pytest.approx(
         [loss_of(step) + 0.3 for step in (30, 60, 90)], rel=1e-4
     )
-    assert [name for name, *_ in out["layers"]] == [f"layer {layer}" for layer in range(12)]
-    assert (
-        out["layers"][11][1] == list(range(10, 91, 10))
-        and out["layers"][11][2] == pytest.approx(11.9)
-        and out["layers"][11][3] == "#d55e00"
-    )
+    blocks = [f"layer {layer}" for layer in range(12)]
+    assert [name for name, *_ in out["layers"]] == ["embedding", *blocks, "final norm", "output layer"]
+    assert out["layers"][12] == ["layer 11", list(range(10, 91, 10)), pytest.approx(11.9), "#d55e00"]
+    assert out["layers"][0][2:] == [pytest.approx(20.9), "#009e73"]
+    assert out["flat"] == pytest.approx([0.38, 0.42])  # 0.4 in all steps
     trouble, course = out["marks"]
     assert (trouble[0], trouble[1]) == ("triangle-up", [40, 50]) and (course[0], course[1]) == (
         "diamond",

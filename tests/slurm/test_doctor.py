@@ -26,7 +26,7 @@ def test_partitions_and_the_job_that_it_runs_in(cluster: Cluster):
     assert found["partition main"][1].startswith("up (default): 2 nodes with 0 GPUs and 2 CPUs; ")
     (job,) = [text for name, text in lines(cluster, "srun", "-n1", "--time=30").items() if name.startswith("job ")]
     assert job[0] == "ok" and job[1].startswith("1 node (127.")
-    assert "of main, 1 CPUs and 0 GPUs on this one, " in job[1] and job[1].endswith(" left")
+    assert "of main, CPUs of this one: 1, GPUs: 0, " in job[1] and job[1].endswith(" left")
 
 
 def test_a_partition_that_is_down(cluster: Cluster):

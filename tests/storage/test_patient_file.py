@@ -33,7 +33,7 @@ def test_what_waits_is_bounded_and_what_is_dropped_is_counted(tmp_path, capsys, 
             file.append(b"line %d\n" % number)
     file.append(b"10\n")
     assert path.read_bytes() == b"line 0\nline 1\n10\n"
-    assert capsys.readouterr().err.endswith(f"{path}: is written again; 8 records were dropped\n")
+    assert capsys.readouterr().err.endswith(f"{path}: is written again; 8 records dropped\n")
     with file_size_limit(0):
         file.append(b"last\n")
         file.close()

@@ -152,6 +152,16 @@ def test_whatever_else_is_printed_stays_and_the_view_comes_once(terminals):
     assert shown[places[2]] == "warning: of this process" and shown[places[3]] == "of a library in C"
 
 
+def test_an_event_breaks_at_words(terminals):
+    terminal = terminals(60)
+    view = view_of_a_run()
+    view.show()
+    view.say("step 100  first_step: " + ", ".join(f"part {number}.5" for number in range(12)))
+    shown = terminal.screen.text().splitlines()
+    assert shown[0].endswith("part 2.5, part") and shown[1].startswith("    3.5, part 4.5")
+    assert sum("100 of 2,000" in line for line in shown) == 1
+
+
 def test_a_terminal_that_became_narrower_is_drawn_anew(monkeypatch, terminals):
     terminal = terminals()
     view = view_of_a_run()

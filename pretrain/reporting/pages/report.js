@@ -11,7 +11,8 @@ const CURVES = [
   ["Peak memory of rank 0 (GiB)", {}, [["memory_bytes", "memory", { scale: GIB, smooth: false }]]],
   ["Steps out of the ordinary, so far", {}, [["clipped_steps", "clipped"], ["skipped_steps", "skipped"]].map((one) => [...one, { smooth: false }])],
 ];
-const LAYER = /^layer\/(\d+)\/(.+)$/; // number of the block, and what is measured there
+const LAYER = /^layer\/(\d+|embedding|final_norm|output)\/(.+)$/; // a block's number, or what is no block; what is measured there
+const AROUND = { embedding: ["embedding", -1, 2], final_norm: ["final norm", 1e6, 3], output: ["output layer", 1e7, 4] }; // name, place, colour
 const DRAWN_ELSEWHERE = /^(epoch\/|attempt$|damaged_|tokens$)/;
 
 function addCurves() {
@@ -30,17 +31,22 @@ function addCurves() {
   }
 }
 
-// One line a layer, of the run that is chosen below.
+// One line a layer, from the embedding to the output, of the run that is chosen below; what is no block has a colour of its own.
 function addLayers() {
   const found = [...new Set(RUNS.flatMap((run) => Object.keys(run.curves.series)))].map((key) => LAYER.exec(key)).filter(Boolean);
   if (!found.length) return;
   const measures = [...new Set(found.map(([, , measure]) => measure))];
   let chosen = measures[0];
   const lines = () => {
-    const own = found.filter(([, , measure]) => measure === chosen).sort((a, b) => a[1] - b[1]);
-    return own.map(([key, layer], index) => lineOf(view.detail, key, `layer ${layer}`, { colour: colourBetween(index, own.length) }));
+    const place = ([, layer]) => AROUND[layer]?.[1] ?? Number(layer);
+    const own = found.filter(([, , measure]) => measure === chosen).sort((a, b) => place(a) - place(b)), blocks = own.filter(([, layer]) => !AROUND[layer]);
+    return own.map((one) => {
+      const [key, layer] = one, [name, , colour] = AROUND[layer] ?? [`layer ${layer}`, 0, colourBetween(blocks.indexOf(one), blocks.length)];
+      return lineOf(view.detail, key, name, { colour, dash: AROUND[layer] ? "dot" : "solid" });
+    });
   };
-  addChart("charts", "By layer, the first blue, the last orange", lines, { log: false, choices: [["What is measured", measures.map((name) => [name, name]), chosen, (value) => { chosen = value; }]] });
+  const legend = Object.entries(AROUND).filter(([layer]) => found.some(([, own]) => own === layer)).map(([, [name, , colour]]) => [name, colour]);
+  addChart("charts", "By layer, the first blue, the last orange", lines, { log: false, choices: [["What is measured", measures.map((name) => [name, name]), chosen, (value) => { chosen = value; }]], legend });
 }
 
 const isTask = (key) => key.startsWith("task/") && key.split("/").length > 2;

@@ -169,7 +169,8 @@ function boundsOf(traces, chart) {
   }
   if (low > high) return null;
   if (chart.log) return [Math.log10(low) - 0.04, Math.log10(high) + 0.04].map((value, index) => value + (low === high ? (index ? 0.1 : -0.1) : 0));
-  const air = high > low ? 0.06 * (high - low) : Math.abs(high) * 0.05 || 1;
+  const isFlat = high - low <= 1e-6 * Math.max(Math.abs(low), Math.abs(high)); // what smoothing rounds is no change
+  const air = isFlat ? Math.abs(high) * 0.05 || 1 : 0.06 * (high - low);
   const floor = low >= 0 && low - air < 0 ? -0.03 * (high + air) : low - air;
   return [floor, high + air];
 }
@@ -269,16 +270,16 @@ function keyPressed(event) {
 // A chart in a grid. `lines` gives what to draw; `choices` are [label, [[key, name], …], first, onChange].
 function addChart(place, title, lines, { choices = [], log = null, stacked = false, legend = [], tickformat, top } = {}) {
   const plot = make("div", { className: "plot", role: "img" }), empty = make("div", { className: "empty", textContent: "nothing is recorded", hidden: true });
-  const caption = make("figcaption", {}, make("b", { textContent: title }));
+  const tools = make("span", { className: "tools" }), caption = make("figcaption", {}, make("b", { textContent: title }), tools);
   const figure = make("figure", { className: "chart", tabIndex: 0, ariaLabel: `${title}. Arrow keys move the window, plus and minus zoom, 0 shows the whole run.` }, caption, plot, empty);
   const chart = { title, lines, stacked, figure, plot, empty, tickformat, top, log: log === true, off: new Set(), y: null, dirty: true, isSeen: false };
   for (const [label, options, first, onChange] of choices) {
-    if (options.length > 1) caption.append(choose(label, options, first, (value) => { onChange(value); chart.y = null; draw(chart); }));
+    if (options.length > 1) tools.append(choose(label, options, first, (value) => { onChange(value); chart.y = null; draw(chart); }));
   }
-  if (log !== null) caption.append(press("log", chart.log, (isOn) => { chart.log = isOn; chart.y = null; draw(chart); }, { title: "logarithmic vertical axis" }));
+  if (log !== null) tools.append(press("log", chart.log, (isOn) => { chart.log = isOn; chart.y = null; draw(chart); }, { title: "logarithmic vertical axis" }));
   const save = make("button", { type: "button", textContent: "PNG", title: "save this chart as a picture" });
   save.addEventListener("click", () => Plotly.downloadImage(plot, { format: "png", scale: 2, width: 800, height: 450, filename: title.replace(/\W+/g, "-").toLowerCase() }));
-  caption.append(save);
+  tools.append(save);
   if (legend.length > 1) {
     const names = make("div", { className: "legend", role: "group", ariaLabel: "Lines" });
     legend.forEach(([name, index]) => names.append(press([swatch(index, dashOf(index) !== "solid"), name], true, (isOn) => {

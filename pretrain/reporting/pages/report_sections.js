@@ -125,7 +125,8 @@ function showSamples(run) {
 function showKept(run) {
   const steps = run.kept.map(({ step, name, numbers }) => [step, name, numbers]);
   if (!steps.length) {
-    const none = !Object.keys(run.evals.values).length && "Nothing was evaluated (eval.every_steps, launch/evaluate.py).";
+    const keys = Object.keys(run.evals.values);
+    const none = keys.length ? !keys.some(isTask) && "No tasks (eval.tasks, launch/evaluate.py); held-out losses are among the curves." : "Nothing was evaluated (eval.every_steps, launch/evaluate.py).";
     return $("kept").replaceChildren(...(none ? [make("p", { className: "hint", textContent: none })] : []));
   }
   const figures = new Map();
@@ -138,7 +139,7 @@ function showKept(run) {
 }
 
 function showEnvironment(run) {
-  const rows = run.starts.map((start, index) => [rowHead(String(index + 1)), ...[moment(start.timestamp), start.host, `${start.world_size ?? "–"} × ${start.device ?? "–"}`, start.slurm_job, start.git_commit].map((value) => make("td", { textContent: value ?? "–" })),
+  const rows = run.starts.map((start, index) => [rowHead(String(index + 1), "narrow"), make("td", { className: "moment", textContent: moment(start.timestamp) }), ...[start.host, `${start.world_size ?? "–"} × ${start.device ?? "–"}`, start.slurm_job, start.git_commit].map((value) => make("td", { textContent: value ?? "–" })),
     make("td", { className: "code", textContent: [].concat(start.command ?? "–").join(" ") })]);
   $("starts").replaceChildren(...(rows.length ? [make("h3", { textContent: "Starts" }), table(["", "time", "host", "ranks × device", "job", "commit", "command"], rows, "Starts")] : []));
   const packages = [...new Set(run.starts.flatMap((start) => Object.keys(start.versions ?? {})))];
