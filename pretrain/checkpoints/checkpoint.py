@@ -120,6 +120,10 @@ class Checkpoints:
         if self.ranks.is_first:
             pending.whole = Task(lambda: self._complete(pending, best_step))
 
+    def is_saving(self, step: int) -> bool:
+        """Whether a save of this step was started and `finish_save` has not ended it; alike on all ranks."""
+        return self._pending is not None and self._pending.step == step
+
     def wait_for_copy(self) -> None:
         """Wait until a save that was started no longer needs the engine's tensors."""
         self._writer.wait_for_copy()

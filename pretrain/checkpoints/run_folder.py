@@ -238,15 +238,21 @@ def environment() -> dict[str, Any]:
             versions[package] = version(package)
         except PackageNotFoundError:
             continue
-    root = Path(__file__).resolve().parents[2]
-    commit = subprocess.run(["git", "-C", root, "describe", "--always", "--dirty"], capture_output=True, text=True)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
     return {
-        "command": storable(sys.argv), "versions": versions, "git_commit": commit.stdout.strip() or None,
+        "command": storable(sys.argv), "versions": versions, "git_commit": _git_commit(),
         "host": platform.node(), "slurm_job": os.environ.get("SLURM_ARRAY_JOB_ID") or os.environ.get("SLURM_JOB_ID"),
         "device": device, "cpu_cores": os.cpu_count(), "world_size": int(os.environ.get("WORLD_SIZE", "1")),
         "timestamp": time.time(),
     }  # fmt: skip
+
+
+def _git_commit() -> str | None:
+    root = Path(__file__).resolve().parents[2]
+    command = ["git", "-C", root, "describe", "--always", "--dirty"]
+    with suppress(OSError):  # many a container image has no git
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
+    return None
 
 
 def log_path(folder: Path, ranks: Ranks) -> Path:
