@@ -7,12 +7,11 @@ of it goes on beside training, one save at a time; only between steps do ranks t
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from pretrain.checkpoints.checkpoint_files import (
     Piece,
     find_uncovered,
     folder_name,
-    manifest_digest,
+    manifest_text,
 )
 from pretrain.checkpoints.checkpoint_loading import fill
 from pretrain.checkpoints.checkpoint_places import Place
@@ -176,8 +175,7 @@ class Checkpoints:
             pending.share.result()
             shares = collect_shares(self.place, pending.step, self.ranks.world_size, lambda: pending.give_up_at)
             manifest = _manifest(pending, shares)
-            sealed = manifest | {"sha256": manifest_digest(manifest)}
-            self.place.complete(pending.step, json.dumps(sealed, indent=1, allow_nan=False))
+            self.place.complete(pending.step, manifest_text(manifest))
         except BaseException:
             self.place.abandon(pending.step)
             raise
@@ -341,7 +339,7 @@ def _manifest(pending: _Pending, outcomes: list[dict]) -> dict[str, Any]:
         name: {
             "shape": list(shape),
             "states": list(pending.states[name]),
-            "fragments": [list(asdict(piece).values()) for piece in pieces[name]],
+            "fragments": [piece.as_json() for piece in pieces[name]],
         }
         for name, shape in pending.shapes.items()
     }

@@ -70,6 +70,21 @@ def manifest_digest(manifest: dict[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def manifest_text(manifest: dict[str, Any]) -> str:
+    """Return what is written of a manifest: with its `sha256`, and a line for each parameter and file.
+
+    Many ranks have millions of fragments together, at whose indenting Python would be busy for long.
+    """
+    sealed = manifest | {"sha256": manifest_digest(manifest)}
+    return "{\n" + ",\n".join(f"{json.dumps(key)}: {_lines(value)}" for key, value in sealed.items()) + "\n}\n"
+
+
+def _lines(value: Any) -> str:
+    if not isinstance(value, dict) or not value:
+        return json.dumps(value, allow_nan=False)
+    return "{\n " + ",\n ".join(f"{json.dumps(key)}: {json.dumps(one, allow_nan=False)}" for key, one in value.items()) + "}"
+
+
 def _migrate_from_1(manifest: dict[str, Any]) -> None:
     """Version 1 had one list of states for all parameters; since version 2 each has its own."""
     states = manifest.pop("states")
@@ -84,6 +99,10 @@ class Piece:
     file: str
     start: int
     length: int
+
+    def as_json(self) -> list[str | int]:
+        """What a manifest has of it."""
+        return [self.file, self.start, self.length]
 
 
 class Files(Protocol):
