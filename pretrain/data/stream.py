@@ -7,6 +7,7 @@ is known before its first micro-step. One thread is enough: a core reads thousan
 from __future__ import annotations
 
 import weakref
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -182,6 +183,13 @@ class TokenStream:
         """Move the cursor past the oldest step that was read and not yet counted."""
         self.step_rows = self.cursor, self.cursor + self._rows_in_step(self.cursor)
         self.cursor = self._read_step.next_cursor(self.cursor)
+
+    def phase_begun(self) -> int:
+        """Number of the phase, from 1, that began with the step that was consumed last; 0 if it goes on with one."""
+        begin, _ = self.step_rows
+        number = bisect_right(self.plan.first_rows, begin)
+        after = next((first for first, end in self.skipped if end == begin), begin)  # what was left out before it
+        return number if number > 1 and self.plan.first_rows[number - 1] >= after else 0
 
     @property
     def skipped(self) -> list[tuple[int, int]]:

@@ -256,10 +256,8 @@ def finish_step(
     # fp16's loss scale adapts by overflows, which count only where the loss is not a number itself
     is_overflow = config.train.precision == "fp16" and not applied and math.isfinite(sums.result()[1])
     (begin, end), plan = run.stream.step_rows, run.stream.plan
-    if starts_phase := begin in plan.first_rows[1:]:
-        run.event(
-            "phase", f"phase {plan.first_rows.index(begin) + 1} of {len(plan.first_rows)} has begun with this step"
-        )
+    if phase := run.stream.phase_begun():
+        run.event("phase", f"phase {phase} of {len(plan.first_rows)} has begun with this step")
     try:
         run.guard.record(applied or is_overflow, progress.step, (begin, end))
     finally:
@@ -272,7 +270,7 @@ def finish_step(
             skipped_steps=progress.num_skipped, clipped_steps=0, damaged_documents=run.stream.damage.num_documents,
             damaged_tokens=run.stream.damage.num_tokens, seq_len=plan.seq_len_at(begin),
             corpus_tokens=run.stream.tokens_per_corpus(), epochs=plan.epochs(end), phase_seconds={},
-        ), rows.num_targets, sums, phases, run.ranks.world_size, (begin, end), starts_phase, norms)  # fmt: skip
+        ), rows.num_targets, sums, phases, run.ranks.world_size, (begin, end), phase > 0, norms)  # fmt: skip
         run.step_began = now
     if sums.is_ready():
         report(run)
