@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 
 import pytest
@@ -140,6 +142,15 @@ def test_one_job_a_folder(config):
         RunFolder(config)
     first.close()
     RunFolder(config).close()
+
+
+def test_a_file_system_without_locks_is_said(config, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.raises(ConfigError, match=r"run\.dir is .*, whose file system has no locks \(Function not implemented\);"):
+        RunFolder(config)
 
 
 def test_status_is_whole_json(config):

@@ -75,18 +75,27 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = open(self.path / ".lock", "a+", encoding="utf-8")
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._take_lock()
             with writable(self.path):
                 self.attempt = self._take_up(config)
-        except BlockingIOError:
+        except BaseException:
             self.close()
+            raise
+
+    def _take_lock(self) -> None:
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
             raise ConfigError(
                 f"run.dir is {self.path}; expected a folder that no other job is training in (see its status.json). "
                 "Wait for that job, or use another run.dir."
             ) from None
-        except BaseException:
-            self.close()
-            raise
+        except OSError as error:
+            raise ConfigError(
+                f"run.dir is {self.path}, whose file system has no locks ({error.strerror}); expected one that has, so "
+                "that no two jobs train in one folder. Have it mounted with them (Lustre: -o flock), or use another "
+                "run.dir; checkpoint.dir may stay there."
+            ) from None
 
     def _take_up(self, config: Config) -> int:
         for leftover in self.path.glob(".*.tmp-*"):  # of a file that was being written when a start was killed

@@ -253,6 +253,8 @@ class TokenStream:
 
     def _go_to(self, cursor: int, skipped: list[tuple[int, int]]) -> None:
         self._stop_reading()
+        if self._ahead is not None:
+            self._ahead.wait()  # a read that hangs would else go on beside the next one, in the same open shards
         self._ahead = None
         self._read_step.skipped = skipped
         self.cursor = self._read_step.past_skipped(cursor)
