@@ -55,6 +55,12 @@ def test_every_range_reads_back(folder):
     assert torch.equal(reader.read_whole("w"), WHOLE.view(4, 6))
 
 
+def test_a_part_is_read_into_its_place_and_nowhere_else(folder):
+    target = torch.full((12,), -1.0)
+    CheckpointReader(folder).read_into(target[2:10], "w", "exp_avg", 4)  # of two files
+    assert target.tolist() == [-1, -1, *(10 * WHOLE[4:12]).tolist(), -1, -1]
+
+
 def test_a_missing_state_or_parameter_is_named(folder):
     reader = CheckpointReader(folder)
     with pytest.raises(CheckpointError, match="has no 'square_avg' of 'w'"):

@@ -251,24 +251,32 @@ class CheckpointReader:
         Raises:
             CheckpointError: the checkpoint lacks the parameter, the state or part of the range.
         """
+        result = torch.empty(length, dtype=torch.float32)
+        self.read_into(result, name, state, start)
+        return result
+
+    def read_into(self, target: torch.Tensor, name: str, state: str, start: int) -> None:
+        """Fill a flat fp32 tensor with the elements from `start` on, without memory for them between.
+
+        Raises:
+            CheckpointError: as `read`.
+        """
         if state not in self.states.get(name, ()):
             raise CheckpointError(
                 f"{self.folder}: has no '{state}' of '{name}'; expected it for this model and optimizer. "
                 "Use the config that wrote it."
             )
-        result = torch.empty(length, dtype=torch.float32)
-        filled = 0
+        length, filled = len(target), 0
         for piece in self._pieces[name]:
             first, last = max(start, piece.start), min(start + length, piece.start + piece.length)
             if first < last:
                 key = tensor_key(name, state, piece.start)
-                result[first - start : last - start] = self._open(piece.file).read(
+                target[first - start : last - start] = self._open(piece.file).read(
                     key, first - piece.start, last - piece.start
                 )
                 filled += last - first
         if filled != length:
             raise CheckpointError(f"{self.folder}: '{name}' has {filled} of the {length} elements from {start}.")
-        return result
 
     def _open(self, name: str) -> TensorFile:
         if name not in self._opened:
