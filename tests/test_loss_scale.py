@@ -20,7 +20,9 @@ def scaler(init_scale: float):
 
 def test_the_least_scale_is_an_error_that_says_what_to_do():
     least = scaler(1.0)
-    with pytest.raises(TrainingError, match=r"train\.precision is fp16, whose .*at a loss scale of 1, .*precision=bf16") as one:
+    with pytest.raises(
+        TrainingError, match=r"train\.precision is fp16, whose .*at a loss scale of 1, .*precision=bf16"
+    ) as one:
         with exhaustion_explained():
             least.update_scale(True)
     assert one.value.agreed

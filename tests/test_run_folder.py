@@ -149,7 +149,9 @@ def test_a_file_system_without_locks_is_said(config, monkeypatch):
         raise OSError(errno.ENOSYS, "Function not implemented")
 
     monkeypatch.setattr(fcntl, "flock", refuse)
-    with pytest.raises(ConfigError, match=r"run\.dir is .*, whose file system has no locks \(Function not implemented\);"):
+    with pytest.raises(
+        ConfigError, match=r"run\.dir is .*, whose file system has no locks \(Function not implemented\);"
+    ):
         RunFolder(config)
 
 

@@ -82,7 +82,11 @@ def manifest_text(manifest: dict[str, Any]) -> str:
 def _lines(value: Any) -> str:
     if not isinstance(value, dict) or not value:
         return json.dumps(value, allow_nan=False)
-    return "{\n " + ",\n ".join(f"{json.dumps(key)}: {json.dumps(one, allow_nan=False)}" for key, one in value.items()) + "}"
+    return (
+        "{\n "
+        + ",\n ".join(f"{json.dumps(key)}: {json.dumps(one, allow_nan=False)}" for key, one in value.items())
+        + "}"
+    )
 
 
 def _migrate_from_1(manifest: dict[str, Any]) -> None:
