@@ -258,7 +258,7 @@ def environment() -> dict[str, Any]:
 
 def _git_commit() -> str | None:
     root = Path(__file__).resolve().parents[2]
-    command = ["git", "-C", root, "describe", "--always", "--dirty"]
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty"]
     with suppress(OSError):  # many a container image has no git
         return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
     return None
