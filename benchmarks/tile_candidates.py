@@ -2,8 +2,8 @@
 
 Chosen with the ahead-of-time compiler for compute capability 9.0: each fits the shared memory (one of FEW_QUERIES not
 with heads of 256), spills at most 128 bytes, and none has its matrix products serialised for want of registers; after a
-change of the programs `python tests/compile_candidates.py` says which do so no longer. GPUs with less shared memory
-refuse some, which costs the tuner nothing but the try.
+change of the programs `python tests/kernels/compile_candidates.py` says which do so no longer. GPUs with less shared
+memory refuse some, which costs the tuner nothing but the try.
 """
 
 from __future__ import annotations

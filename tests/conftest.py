@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.fork_server import ForkServer
-from tests.rank_helpers import prepare
+from tests.helpers.fork_server import ForkServer
+from tests.helpers.rank_helpers import prepare
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 

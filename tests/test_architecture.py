@@ -206,6 +206,18 @@ def test_kernels_can_be_taken_for_another_package() -> None:
     assert (ROOT / "kernels/__init__.py").read_bytes() == b""
 
 
+def test_tests_lie_as_the_sources_do() -> None:
+    tests = ROOT / "tests"
+    folders = {path.parent.relative_to(tests) for path in tests.rglob("*.py")} - {Path()}
+    sources = {*ORDER, "kernels", "launch", "benchmarks", "docs"}
+    assert sorted({str(folder) for folder in folders} - sources - {"fault", "gpu", "slurm", "helpers"}) == []
+    # with `tests` on sys.path, tests/kernels would shadow kernels: pytest puts the first folder without this file there
+    assert [str(folder) for folder in folders if not (tests / folder / "__init__.py").exists()] == []
+    # and Python puts the folder of a script there
+    helpers = [path.name for path in tests.glob("*.py") if not path.name.startswith("test_")]
+    assert sorted(helpers) == ["__init__.py", "conftest.py"]
+
+
 def test_no_command_has_the_name_of_a_standard_module() -> None:
     # the folder of a script that is run as a file is first on sys.path
     assert [path.stem for path in (ROOT / "launch").glob("*.py") if path.stem in sys.stdlib_module_names] == []

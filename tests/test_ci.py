@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.rank_helpers import ROOT
+from tests.helpers.rank_helpers import ROOT
 
 NEEDED = [
     "make",

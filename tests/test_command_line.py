@@ -14,8 +14,8 @@ import pytest
 
 from launch.cli import COMMANDS
 from pretrain.command_line import CommandLine
-from tests.fork_server import ForkServer
-from tests.rank_helpers import ROOT
+from tests.helpers.fork_server import ForkServer
+from tests.helpers.rank_helpers import ROOT
 
 FILES = sorted(file for file, _ in COMMANDS.values())
 SENTENCE_ENDS = re.compile(r"\s+(#|\().*$")  # what is said of an example behind it
@@ -191,7 +191,7 @@ def test_json_is_one_object_and_nothing_else(
 
 
 def test_every_command_with_json_is_tried(parsers: list[CommandLine]) -> None:
-    """The doctor's is in tests/test_doctor.py, as it takes long."""
+    """The doctor's is in tests/doctor/test_doctor.py, as it takes long."""
     for file in FILES:
         with pytest.raises(SystemExit):
             main_of(file)(["--help"])

@@ -15,8 +15,8 @@ import pytest
 
 from launch.cli import COMMANDS
 from pretrain.interrupts import SIGNALS, ends_on_signal, signals_held
-from tests.fork_server import ForkServer
-from tests.rank_helpers import ROOT, run_command
+from tests.helpers.fork_server import ForkServer
+from tests.helpers.rank_helpers import ROOT, run_command
 
 pytestmark = [pytest.mark.launches, pytest.mark.slow]
 INT, TERM, HUP = map(int, (signal.SIGINT, signal.SIGTERM, signal.SIGHUP))
@@ -38,7 +38,7 @@ def test_a_signal_while_it_starts_ends_it_at_once(command: str) -> None:
     """Where it imports the first module of its own, before it has read its arguments."""
     arguments = ["plan"] if command == "cli" else []
     at = "launch.plan" if command == "cli" else "pretrain.command_line"
-    done = run_command("tests/signalled.py", str(TERM), f"import:{at}", f"launch/{command}.py", *arguments)
+    done = run_command("tests/helpers/signalled.py", str(TERM), f"import:{at}", f"launch/{command}.py", *arguments)
     assert (done.returncode, done.stdout, done.stderr) == (
         75 if command in GOES_ON else 130,
         "",
@@ -49,12 +49,12 @@ def test_a_signal_while_it_starts_ends_it_at_once(command: str) -> None:
 @pytest.mark.parametrize(("number", "at"), [(INT, "torch"), (HUP, "numpy")])
 def test_a_signal_while_libraries_are_imported(number: int, at: str) -> None:
     command = ["launch/generate.py", "absent", "--prompt", "x"]
-    done = run_command("tests/signalled.py", str(number), f"import:{at}", *command)
+    done = run_command("tests/helpers/signalled.py", str(number), f"import:{at}", *command)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "stopped before it began\n")
 
 
 def test_what_nohup_ignores_stays_ignored() -> None:
-    command = [sys.executable, "tests/signalled.py", str(HUP), "import:pretrain.command_line", "launch/plan.py"]
+    command = [sys.executable, "tests/helpers/signalled.py", str(HUP), "import:pretrain.command_line", "launch/plan.py"]
     done = subprocess.run(
         command, cwd=ROOT, capture_output=True, text=True, timeout=60,
         preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN),
@@ -94,7 +94,7 @@ def test_a_signal_while_it_works(
     out = tmp_path / "made" / "out"
     words = arguments.format(run=run, config=tiny_config, out=out).split()
     before = sorted(run.rglob("*"))
-    hook = ("tests.signalled:at_call", {"function": call, "number": number})
+    hook = ("tests.helpers.signalled:at_call", {"function": call, "number": number})
     stopped = fork_server.start(words, 1, tmp_path / "log", [hook], command)
     assert stopped.wait() == [status], stopped.log()
     assert stopped.log() == line + "\n"

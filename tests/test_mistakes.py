@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.rank_helpers import run_command, start_ranks
+from tests.helpers.rank_helpers import run_command, start_ranks
 
 pytestmark = pytest.mark.launches
 TRAIN, PREPARE = "launch/pretrain.py", "launch/prepare.py"

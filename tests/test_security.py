@@ -31,8 +31,8 @@ from pretrain.redaction import redact
 from pretrain.storage.tensor_files import sha256_of
 from pretrain.tokenizers.tokenizer_files import open_tokenizer
 from pretrain.training.metrics import MetricLog
-from tests.rank_helpers import ROOT, newest, run_cases
-from tests.store_reader import remote_config
+from tests.helpers.rank_helpers import ROOT, newest, run_cases
+from tests.helpers.store_reader import remote_config
 
 SOURCES = [path for package in ("kernels", "pretrain", "launch") for path in sorted((ROOT / package).rglob("*.py"))]
 

@@ -13,8 +13,8 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.fork_server import ForkedRanks, ForkServer
-from tests.rank_helpers import losses, newest, state_hash
+from tests.helpers.fork_server import ForkedRanks, ForkServer
+from tests.helpers.rank_helpers import losses, newest, state_hash
 
 LEFT_SECONDS = 10.0  # within which everything is gone
 NUM_STEPS, EVERY = 12, 3

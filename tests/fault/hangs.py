@@ -14,7 +14,7 @@ CLONE_NEWNET, CLONE_NEWUTS = 0x40000000, 0x04000000
 
 
 def enter_hosts(rank: int, namespaces: list[str], names: list[str]) -> None:
-    """Let every rank live on a host of its own, as far as network and name go; see `tests/hosts.py`."""
+    """Let every rank live on a host of its own, as far as network and name go; see `tests/helpers/hosts.py`."""
     descriptor = os.open(f"/run/netns/{namespaces[rank]}", os.O_RDONLY)
     libc = ctypes.CDLL(None, use_errno=True)
     assert libc.setns(descriptor, CLONE_NEWNET) == 0, os.strerror(ctypes.get_errno())

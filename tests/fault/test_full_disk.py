@@ -8,8 +8,8 @@ import pytest
 
 from pretrain.checkpoints.checkpoint_files import list_steps
 from tests.fault.test_saving import KILLED, at_call, check_goes_on, wait_for
-from tests.rank_helpers import good_steps, losses, metric_lines, newest, state_hash
-from tests.small_disk import remount, small_disk
+from tests.helpers.rank_helpers import good_steps, losses, metric_lines, newest, state_hash
+from tests.helpers.small_disk import remount, small_disk
 
 pytestmark = [pytest.mark.slow, pytest.mark.launches]
 SPACE = "Free space or inodes there, or keep fewer checkpoints (checkpoint.keep_last, keep_every)."

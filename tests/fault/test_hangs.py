@@ -16,8 +16,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.hosts import Hosts, ip, require
-from tests.rank_helpers import ROOT, losses, metric_lines, newest, state_hash
+from tests.helpers.hosts import Hosts, ip, require
+from tests.helpers.rank_helpers import ROOT, losses, metric_lines, newest, state_hash
 
 pytestmark = [pytest.mark.slow, pytest.mark.launches, pytest.mark.timeout(300)]
 LIMIT = 3  # parallel.timeout_seconds

@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from tests.fault.conftest import Starter
-from tests.rank_helpers import ROOT, free_port, losses, metric_lines, newest, state_hash
+from tests.helpers.rank_helpers import ROOT, free_port, losses, metric_lines, newest, state_hash
 
 pytestmark = [pytest.mark.slow, pytest.mark.launches, pytest.mark.timeout(600)]
 LAST, OVERRIDES = 60, ["train.num_steps=60", "checkpoint={every_steps: 7, keep_last: 3}"]

@@ -20,10 +20,10 @@ import zstandard
 
 from pretrain.options.config import TokenizerSection
 from pretrain.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer, train_tokenizer
-from tests.rank_helpers import ROOT
-from tests.test_prepare import text_of
-from tests.test_table_files import save_dataset, write_csv
-from tests.token_writers import write_megatron
+from tests.helpers.rank_helpers import ROOT
+from tests.helpers.token_writers import write_megatron
+from tests.preparing.test_prepare import text_of
+from tests.preparing.test_table_files import save_dataset, write_csv
 
 pytestmark = [pytest.mark.slow, pytest.mark.launches, pytest.mark.timeout(600)]
 NUM_KILLS = 20

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.data_helpers import flip_bit
-from tests.rank_helpers import good_steps, losses, metric_lines, newest, state_hash
+from tests.helpers.data_helpers import flip_bit
+from tests.helpers.rank_helpers import good_steps, losses, metric_lines, newest, state_hash
 
 pytestmark = [pytest.mark.slow, pytest.mark.launches]
 FILES = ("manifest.json", "rank-00000.safetensors", "rank-00001.safetensors")

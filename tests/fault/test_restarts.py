@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.fault.test_saving import KILLED, check_goes_on, wait_for
-from tests.rank_helpers import good_steps, losses, metric_lines, newest, state_hash
+from tests.helpers.rank_helpers import good_steps, losses, metric_lines, newest, state_hash
 
 pytestmark = [pytest.mark.slow, pytest.mark.launches, pytest.mark.timeout(1200)]
 MOMENTS = "tests.fault.moments"

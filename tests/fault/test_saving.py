@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.rank_helpers import good_steps, losses, newest, state_hash
+from tests.helpers.rank_helpers import good_steps, losses, newest, state_hash
 
 pytestmark = [pytest.mark.slow, pytest.mark.launches, pytest.mark.timeout(1200)]
 KILLED = -signal.SIGKILL

@@ -20,8 +20,8 @@ from pathlib import Path
 import pytest
 
 from tests.fault.conftest import NUM_STEPS, Starter
-from tests.rank_helpers import ROOT, good_steps, losses, newest, state_hash
-from tests.screen import Screen
+from tests.helpers.rank_helpers import ROOT, good_steps, losses, newest, state_hash
+from tests.helpers.screen import Screen
 
 pytestmark = [pytest.mark.slow, pytest.mark.launches, pytest.mark.timeout(300)]
 OVERRIDES = ["eval={every_steps: 4, max_rows: 8}", "checkpoint.keep_best=false"]

@@ -9,7 +9,7 @@ import torch
 from kernels import attention_op
 from kernels.attention import attention
 from kernels.visibility import visibility
-from tests.attention_cases import Case, check, results
+from tests.helpers.attention_cases import Case, check, results
 
 pytestmark = [
     pytest.mark.gpu,

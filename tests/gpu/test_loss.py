@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from kernels import loss_chunks
 from kernels.linear_cross_entropy import linear_cross_entropy, token_losses
-from tests.loss_cases import DTYPES, OPTIONS, draw, measure, results
+from tests.helpers.loss_cases import DTYPES, OPTIONS, draw, measure, results
 
 pytestmark = [
     pytest.mark.gpu,

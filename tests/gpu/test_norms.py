@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.norm_cases import DTYPES, KINDS, SHAPES, implementations, inputs, measure, results, strided_ratio
+from tests.helpers.norm_cases import DTYPES, KINDS, SHAPES, implementations, inputs, measure, results, strided_ratio
 
 pytestmark = [
     pytest.mark.gpu,

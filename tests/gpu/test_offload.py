@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.rank_helpers import losses, newest, run_cases
+from tests.helpers.rank_helpers import losses, newest, run_cases
 
 pytestmark = [
     pytest.mark.gpu,

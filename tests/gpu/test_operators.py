@@ -5,8 +5,8 @@ import torch
 
 from kernels.dropout import dropout, dropout_truth
 from kernels.rope import rope
-from tests.norm_cases import DTYPES, results
-from tests.operator_cases import (
+from tests.helpers.norm_cases import DTYPES, results
+from tests.helpers.operator_cases import (
     DROPPED,
     KINDS,
     SHAPES,

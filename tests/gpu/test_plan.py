@@ -10,7 +10,7 @@ import torch
 
 from pretrain.options.settings import load_config
 from pretrain.planning.plan import choose_machine, make_plan
-from tests.rank_helpers import start_ranks
+from tests.helpers.rank_helpers import start_ranks
 
 pytestmark = [
     pytest.mark.gpu,

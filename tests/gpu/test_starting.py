@@ -8,7 +8,7 @@ import os
 import pytest
 import torch
 
-from tests.rank_helpers import run_command
+from tests.helpers.rank_helpers import run_command
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: torch.cuda is not available"),

@@ -8,7 +8,7 @@ import torch
 from pretrain.data.feed import Feed
 from pretrain.ranks.distributed import Ranks
 from pretrain.ranks.profiling import PhaseClock
-from tests.test_feed import Stream
+from tests.data.test_feed import Stream
 
 pytestmark = [
     pytest.mark.gpu,

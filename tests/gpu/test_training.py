@@ -6,7 +6,7 @@ import torch
 pytest.importorskip("pydantic", reason="needs pydantic, with which the options of a model are checked")
 
 from pretrain.options.families import resolve_shape
-from tests.training_agreement import (
+from tests.helpers.training_agreement import (
     ALL,
     BYTES_VOCAB,
     FP32_BOUND,

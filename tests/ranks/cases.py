@@ -38,7 +38,7 @@ from pretrain.transformer.model import KVCache
 from pretrain.zero import engine as engine_module
 from pretrain.zero.engine import init_distributed
 from pretrain.zero.replicas import hash_tensor
-from tests.host_reads import HostReads
+from tests.helpers.host_reads import HostReads
 from tests.ranks import lies, loading
 from tests.ranks.file_operator import use_files
 

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import psutil
 
-from tests.rank_helpers import ROOT
+from tests.helpers.rank_helpers import ROOT
 
 COMMANDS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scancel", "scontrol")
 # Names that need no /etc/hosts, because every resolver takes them for 127.0.0.1 and 127.0.0.2.

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.rank_helpers import skip_for
+from tests.helpers.rank_helpers import skip_for
 from tests.slurm.cluster import Cluster, why_not
 
 

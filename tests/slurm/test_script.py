@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from pretrain.cluster.slurm_script import ScriptSettings, fill_in
-from tests.rank_helpers import ROOT
+from tests.helpers.rank_helpers import ROOT
 from tests.slurm.cluster import why_not
 
 SCRIPT = ROOT / "launch/slurm/pretrain.sbatch"

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.fork_server import ForkServer
-from tests.rank_helpers import ROOT, free_port, losses
+from tests.helpers.fork_server import ForkServer
+from tests.helpers.rank_helpers import ROOT, free_port, losses
 from tests.slurm.cluster import NODES, Cluster
 
 pytestmark = [pytest.mark.slow, pytest.mark.slurm, pytest.mark.launches, pytest.mark.timeout(600)]

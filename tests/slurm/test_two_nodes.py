@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.rank_helpers import losses, metric_lines, newest, start_ranks
+from tests.helpers.rank_helpers import losses, metric_lines, newest, start_ranks
 from tests.slurm.cluster import NODES, Cluster
 
 pytestmark = [pytest.mark.slow, pytest.mark.slurm, pytest.mark.launches, pytest.mark.timeout(900)]
