@@ -126,6 +126,10 @@ class MergedCheckpoint(CheckpointReader):
         added = delta(rows, self._adapter.read_whole(f"{layer}.{A}"), self._scale).flatten()
         return weight + added[start - first * columns :][:length]
 
+    def read_into(self, target: torch.Tensor, name: str, state: str, start: int) -> None:
+        """As `CheckpointReader` says, but for the memory."""
+        target.copy_(self.read(name, state, start, len(target)))
+
     def close(self) -> None:
         """As `CheckpointReader` says."""
         self._adapter.close()

@@ -7,12 +7,11 @@ of it goes on beside training, one save at a time; only between steps do ranks t
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from pretrain.checkpoints.checkpoint_files import (
     Piece,
     find_uncovered,
     folder_name,
-    manifest_digest,
+    manifest_text,
 )
 from pretrain.checkpoints.checkpoint_loading import fill
 from pretrain.checkpoints.checkpoint_places import Place
@@ -120,6 +119,10 @@ class Checkpoints:
         if self.ranks.is_first:
             pending.whole = Task(lambda: self._complete(pending, best_step))
 
+    def is_saving(self, step: int) -> bool:
+        """Whether a save of this step was started and `finish_save` has not ended it; alike on all ranks."""
+        return self._pending is not None and self._pending.step == step
+
     def wait_for_copy(self) -> None:
         """Wait until a save that was started no longer needs the engine's tensors."""
         self._writer.wait_for_copy()
@@ -172,8 +175,7 @@ class Checkpoints:
             pending.share.result()
             shares = collect_shares(self.place, pending.step, self.ranks.world_size, lambda: pending.give_up_at)
             manifest = _manifest(pending, shares)
-            sealed = manifest | {"sha256": manifest_digest(manifest)}
-            self.place.complete(pending.step, json.dumps(sealed, indent=1, allow_nan=False))
+            self.place.complete(pending.step, manifest_text(manifest))
         except BaseException:
             self.place.abandon(pending.step)
             raise
@@ -338,7 +340,7 @@ def _manifest(pending: _Pending, outcomes: list[dict]) -> dict[str, Any]:
         name: {
             "shape": list(shape),
             "states": list(pending.states[name]),
-            "fragments": [list(asdict(piece).values()) for piece in pieces[name]],
+            "fragments": [piece.as_json() for piece in pieces[name]],
         }
         for name, shape in pending.shapes.items()
     }

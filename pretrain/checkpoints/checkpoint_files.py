@@ -70,6 +70,25 @@ def manifest_digest(manifest: dict[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def manifest_text(manifest: dict[str, Any]) -> str:
+    """Return what is written of a manifest: with its `sha256`, and a line for each parameter and file.
+
+    Many ranks have millions of fragments together, at whose indenting Python would be busy for long.
+    """
+    sealed = manifest | {"sha256": manifest_digest(manifest)}
+    return "{\n" + ",\n".join(f"{json.dumps(key)}: {_lines(value)}" for key, value in sealed.items()) + "\n}\n"
+
+
+def _lines(value: Any) -> str:
+    if not isinstance(value, dict) or not value:
+        return json.dumps(value, allow_nan=False)
+    return (
+        "{\n "
+        + ",\n ".join(f"{json.dumps(key)}: {json.dumps(one, allow_nan=False)}" for key, one in value.items())
+        + "}"
+    )
+
+
 def _migrate_from_1(manifest: dict[str, Any]) -> None:
     """Version 1 had one list of states for all parameters; since version 2 each has its own."""
     states = manifest.pop("states")
@@ -84,6 +103,10 @@ class Piece:
     file: str
     start: int
     length: int
+
+    def as_json(self) -> list[str | int]:
+        """What a manifest has of it."""
+        return [self.file, self.start, self.length]
 
 
 class Files(Protocol):
@@ -232,24 +255,32 @@ class CheckpointReader:
         Raises:
             CheckpointError: the checkpoint lacks the parameter, the state or part of the range.
         """
+        result = torch.empty(length, dtype=torch.float32)
+        self.read_into(result, name, state, start)
+        return result
+
+    def read_into(self, target: torch.Tensor, name: str, state: str, start: int) -> None:
+        """Fill a flat fp32 tensor with the elements from `start` on, without memory for them between.
+
+        Raises:
+            CheckpointError: as `read`.
+        """
         if state not in self.states.get(name, ()):
             raise CheckpointError(
                 f"{self.folder}: has no '{state}' of '{name}'; expected it for this model and optimizer. "
                 "Use the config that wrote it."
             )
-        result = torch.empty(length, dtype=torch.float32)
-        filled = 0
+        length, filled = len(target), 0
         for piece in self._pieces[name]:
             first, last = max(start, piece.start), min(start + length, piece.start + piece.length)
             if first < last:
                 key = tensor_key(name, state, piece.start)
-                result[first - start : last - start] = self._open(piece.file).read(
+                target[first - start : last - start] = self._open(piece.file).read(
                     key, first - piece.start, last - piece.start
                 )
                 filled += last - first
         if filled != length:
             raise CheckpointError(f"{self.folder}: '{name}' has {filled} of the {length} elements from {start}.")
-        return result
 
     def _open(self, name: str) -> TensorFile:
         if name not in self._opened:

@@ -54,7 +54,7 @@ def _read_into(engine: Engine, reader: CheckpointReader, with_optimizer: bool) -
     for fragment in engine.replicated_fragments():
         for state, view in fragment.tensors.items():
             if with_optimizer or state == MASTER:
-                view.copy_(reader.read(fragment.name, state, fragment.start, fragment.length))
+                reader.read_into(view, fragment.name, state, fragment.start)
         engine.ranks.heartbeat.beat()
 
 

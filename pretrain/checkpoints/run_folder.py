@@ -77,18 +77,27 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = open(self.path / ".lock", "a+", encoding="utf-8")
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._take_lock()
             with writable(self.path):
                 self.attempt = self._take_up(config)
-        except BlockingIOError:
+        except BaseException:
             self.close()
+            raise
+
+    def _take_lock(self) -> None:
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
             raise ConfigError(
                 f"run.dir is {self.path}; expected a folder that no other job is training in (see its status.json). "
                 "Wait for that job, or use another run.dir."
             ) from None
-        except BaseException:
-            self.close()
-            raise
+        except OSError as error:
+            raise ConfigError(
+                f"run.dir is {self.path}, whose file system has no locks ({error.strerror}); expected one that has, so "
+                "that no two jobs train in one folder. Have it mounted with them (Lustre: -o flock), or use another "
+                "run.dir; checkpoint.dir may stay there."
+            ) from None
 
     def _take_up(self, config: Config) -> int:
         for leftover in self.path.glob(".*.tmp-*"):  # of a file that was being written when a start was killed
@@ -240,15 +249,21 @@ def environment() -> dict[str, Any]:
             versions[package] = version(package)
         except PackageNotFoundError:
             continue
-    root = Path(__file__).resolve().parents[2]
-    commit = subprocess.run(["git", "-C", root, "describe", "--always", "--dirty"], capture_output=True, text=True)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
     return {
-        "command": storable(sys.argv), "versions": versions, "git_commit": commit.stdout.strip() or None,
+        "command": storable(sys.argv), "versions": versions, "git_commit": _git_commit(),
         "host": platform.node(), "slurm_job": os.environ.get("SLURM_ARRAY_JOB_ID") or os.environ.get("SLURM_JOB_ID"),
         "device": device, "cpu_cores": os.cpu_count(), "world_size": int(os.environ.get("WORLD_SIZE", "1")),
         "timestamp": time.time(),
     }  # fmt: skip
+
+
+def _git_commit() -> str | None:
+    root = Path(__file__).resolve().parents[2]
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty"]
+    with suppress(OSError):  # many a container image has no git
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
+    return None
 
 
 def log_path(folder: Path, ranks: Ranks) -> Path:

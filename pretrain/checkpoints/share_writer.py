@@ -23,6 +23,9 @@ from pretrain.zero.engine import Fragment
 
 _SHARE_SUFFIX = ".share.json"
 _FIRST_POLL_SECONDS = 0.05
+# As many times as long as it took to look for notes is waited until the next look: of thousands of ranks it takes a
+# while, which the first rank's training would feel.
+_RESTS, _LONGEST_REST_SECONDS = 10, 5.0
 
 
 class Task:
@@ -160,11 +163,15 @@ def collect_shares(place: Place, step: int, world_size: int, give_up_at: Callabl
         CheckpointError: it waited for too long.
     """
     pause = _FIRST_POLL_SECONDS
-    while len(names := place.list_notes(step, _SHARE_SUFFIX)) < world_size:
+    while True:
+        began = time.monotonic()
+        names = place.list_notes(step, _SHARE_SUFFIX)
+        if len(names) >= world_size:
+            break
         if time.monotonic() > give_up_at():
             raise CheckpointError(
                 f"only {len(names)} of {world_size} ranks have written their share; expected all. See the others' logs."
             )
-        time.sleep(pause)
+        time.sleep(max(pause, min(_RESTS * (time.monotonic() - began), _LONGEST_REST_SECONDS)))
         pause = min(1.5 * pause, place.longest_poll_seconds)
     return [json.loads(note) for note in place.take_notes(step, names)]

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +16,7 @@ from pretrain.checkpoints.checkpoint_files import (
     MANIFEST,
     Piece,
     folder_name,
-    manifest_digest,
+    manifest_text,
     tensor_key,
 )
 from pretrain.errors import ExportError
@@ -85,7 +83,7 @@ def write_weights(
         parameters[name] = {
             "shape": list(tensor.shape),
             "states": [_MASTER],
-            "fragments": [list(asdict(piece).values())],
+            "fragments": [piece.as_json()],
         }
         del tensor, flat
     write_held()
@@ -101,7 +99,6 @@ def write_weights(
         "about": {"config": storable(config.model_dump(mode="json")), "tokenizer": tokenizer, "longhaul": __version__,
                   "torch": torch.__version__, "imported": dict(imported)},
     }  # fmt: skip
-    sealed = manifest | {"sha256": manifest_digest(manifest)}
-    write_text(folder / MANIFEST, json.dumps(sealed, indent=1, allow_nan=False))
+    write_text(folder / MANIFEST, manifest_text(manifest))
     sync_folder(checkpoints)
     return folder

@@ -7,6 +7,7 @@ is known before its first micro-step. One thread is enough: a core reads thousan
 from __future__ import annotations
 
 import weakref
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -183,6 +184,13 @@ class TokenStream:
         self.step_rows = self.cursor, self.cursor + self._rows_in_step(self.cursor)
         self.cursor = self._read_step.next_cursor(self.cursor)
 
+    def phase_begun(self) -> int:
+        """Number of the phase, from 1, that began with the step that was consumed last; 0 if it goes on with one."""
+        begin, _ = self.step_rows
+        number = bisect_right(self.plan.first_rows, begin)
+        after = next((first for first, end in self.skipped if end == begin), begin)  # what was left out before it
+        return number if number > 1 and self.plan.first_rows[number - 1] >= after else 0
+
     @property
     def skipped(self) -> list[tuple[int, int]]:
         """Ranges [begin, end) of rows that are left out, in order and apart from each other."""
@@ -245,6 +253,8 @@ class TokenStream:
 
     def _go_to(self, cursor: int, skipped: list[tuple[int, int]]) -> None:
         self._stop_reading()
+        if self._ahead is not None:
+            self._ahead.wait()  # a read that hangs would else go on beside the next one, in the same open shards
         self._ahead = None
         self._read_step.skipped = skipped
         self.cursor = self._read_step.past_skipped(cursor)

@@ -163,11 +163,12 @@ class MatrixExchange:
         here = [move for move in bucket.moves if move.holder == move.owner == self.rank]
         _copy([_placed(move, whole) for move in here], [_held(move, tensors) for move in here])
         if bucket.travels:
-            away = [move for move in bucket.moves if move.is_brought]
-            sent = [[_held(move, tensors) for move in away if move.holder == self.rank and move.owner == other]
-                    for other in range(self.num_ranks)]  # fmt: skip
-            taken = [[_placed(move, whole) for move in away if move.owner == self.rank and move.holder == other]
-                     for other in range(self.num_ranks)]  # fmt: skip
+            sent, taken = self._sides(), self._sides()
+            for move in bucket.moves:
+                if move.is_brought and move.holder == self.rank:
+                    sent[move.owner].append(_held(move, tensors))
+                elif move.is_brought:
+                    taken[move.holder].append(_placed(move, whole))
             self._swap(sent, taken, whole)
 
     def _return(self, bucket: Bucket, tensors: dict[int, Tensor], whole: Tensor) -> None:
@@ -175,15 +176,19 @@ class MatrixExchange:
         here = [move for move in bucket.moves if move.holder == move.owner == self.rank]
         _copy([_held(move, tensors) for move in here], [_placed(move, whole) for move in here])
         if bucket.travels:
-            away = [move for move in bucket.moves if move.holder != move.owner]
-            sent = [[_placed(move, whole) for move in away if move.owner == self.rank and move.holder == other]
-                    for other in range(self.num_ranks)]  # fmt: skip
-            taken = [[_held(move, tensors) for move in away if move.holder == self.rank and move.owner == other]
-                     for other in range(self.num_ranks)]  # fmt: skip
+            sent, taken = self._sides(), self._sides()
+            for move in bucket.moves:
+                if move.holder != move.owner == self.rank:
+                    sent[move.holder].append(_placed(move, whole))
+                elif move.holder != move.owner:
+                    taken[move.owner].append(_held(move, tensors))
             self._swap(sent, taken, whole)
         own = [move for move in bucket.moves if move.holder == self.rank]
         if own:
             torch._foreach_mul_([_held(move, tensors) for move in own], [move.scale for move in own])
+
+    def _sides(self) -> list[list[Tensor]]:
+        return [[] for _ in range(self.num_ranks)]
 
     @staticmethod
     def _swap(sent: list[list[Tensor]], taken: list[list[Tensor]], like: Tensor) -> None:

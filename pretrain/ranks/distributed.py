@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import os
 import re
+import resource
 import socket
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import cache
@@ -292,6 +294,7 @@ def join_process_group(variables: Mapping[str, str], device: torch.device, timeo
         TrainingError: the port is taken, or ranks share a GPU.
     """
     limit = timedelta(seconds=timeout_seconds)
+    allow_open_files()
     route = find_route(variables, os.environ)
     try:
         store, rank, world_size = next(dist.rendezvous("env://", timeout=limit))
@@ -305,6 +308,18 @@ def join_process_group(variables: Mapping[str, str], device: torch.device, timeo
         )  # fmt: skip
     except RuntimeError as error:  # torch's network and store errors are such
         raise _cannot_meet(error, variables, device) from None
+
+
+def allow_open_files(number: int = 1 << 16) -> None:
+    """Raise the limit of open files, as far as this user may: rank 0 has two connections to every other rank.
+
+    Many systems begin with 1,024, beyond which other ranks would not be heard.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = number if hard == resource.RLIM_INFINITY else min(number, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def join_for_evaluation(timeout_seconds: float) -> Ranks:

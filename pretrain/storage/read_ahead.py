@@ -52,6 +52,10 @@ class ReadAhead(Generic[T]):
             self._changed.notify_all()
         self._thread.join(_STOP_SECONDS)
 
+    def wait(self) -> None:
+        """Wait, after `stop`, until nothing is read any more, however long that takes."""
+        self._thread.join()
+
     def _run(self) -> None:
         try:
             while True:

@@ -88,7 +88,7 @@ class SkipGuard:
             step: the update's number, from 1.
             rows: first and one past the last row of the step, for the message.
         Raises:
-            TrainingError: more than `guard.max_skipped_steps` updates in a row were skipped.
+            TrainingError: on all ranks, more than `guard.max_skipped_steps` updates in a row were skipped.
         """
         if applied:
             self._in_a_row = 0
@@ -96,9 +96,11 @@ class SkipGuard:
         self.num_skipped += 1
         self._in_a_row += 1
         if self._in_a_row > self.max_skipped_steps:
-            raise TrainingError(
+            error = TrainingError(
                 f"step {step}: gradients are not finite for {self._in_a_row} steps in a row (rows {rows[0]} to "
                 f"{rows[1] - 1} last); expected at most guard.max_skipped_steps ({self.max_skipped_steps}). The "
                 "weights, and what was saved, are untouched by them. Lower optim.lr, raise schedule.warmup_steps, or "
                 "compute in more digits (train.precision bf16 rather than fp16, or fp32)."
             )
+            error.agreed = True
+            raise error

@@ -56,7 +56,7 @@ def roll_back(run: Run, spike: Spike) -> None:
 
 def _give_up(run: Run, spike: Spike) -> TrainingError:
     left_out = f", though rows {describe_ranges(run.stream.skipped)} were left out" if run.stream.skipped else ""
-    return TrainingError(
+    error = TrainingError(
         f"steps {spike.first_step} to {spike.last_step}: the loss or the gradient norm spikes after "
         f"{run.spikes.num_rollbacks} of guard.max_rollbacks={run.config.guard.max_rollbacks} rollbacks{left_out}; "
         "expected no such spike any more. The newest checkpoint from before is of step "
@@ -64,3 +64,5 @@ def _give_up(run: Run, spike: Spike) -> TrainingError:
         "the data of these rows, lower optim.lr (run.allow_changes=[optim.lr]), or raise guard.spike_sigmas if this is "
         "how the data is."
     )
+    error.agreed = True
+    return error

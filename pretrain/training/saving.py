@@ -42,8 +42,11 @@ def report(run: Run) -> None:
 def save(run: Run, last: bool = False) -> None:
     """Save a checkpoint, which goes on beside the next steps, and remove those that retention does not keep.
 
-    A failed save is reported and the run goes on, unless it is the last one, which is waited for.
+    A failed save is reported and the run goes on, unless it is the last one, which is waited for. Nothing is done if
+    this step is being saved already, as the best one so far.
     """
+    if run.checkpoints.is_saving(run.progress.step) and not last:
+        return
     judge_steps(run, up_to_step=run.progress.step)
     finish_save(run)
     run.ranks.heartbeat.enter("saving", is_patient=True)

@@ -92,11 +92,14 @@ class SpikeGuard:
     def judge(self, up_to_step: int) -> list[tuple[str, str]]:
         """Judge the steps that were recorded, up to a step that is the same on all ranks.
 
+        What comes after a spike is not judged: it is done again, unless `forgive` is called. Else a save, which judges
+        the newest step, would have that one end a spike for which a run that does not save at it goes back.
+
         Returns:
             Events and their messages.
         """
         events = []
-        while self._new and self._new[0].step <= up_to_step:
+        while self._new and self._new[0].step <= up_to_step and not self.spike():
             one = self._new.pop(0)
             if not self._section.spike_sigmas:
                 continue
@@ -172,19 +175,23 @@ class SpikeGuard:
             window.clear()
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps, JSON; every step must have been judged."""
-        assert not self._new
+        """What a checkpoint keeps, JSON; every step up to a spike must have been judged."""
         return {
             "losses": list(self._losses), "log_norms": list(self._log_norms), "steps": list(map(list, self._steps)),
             "bad": [[one.step, one.begin, one.end, one.loss, one.grad_norm] for one in self._bad],
+            "new": [[one.step, one.begin, one.end, _finite(one.loss), _finite(one.grad_norm), one.starts_phase]
+                    for one in self._new],
             "num_rollbacks": self.num_rollbacks, "went_back_from": self._went_back_from,
         }  # fmt: skip
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Restore what `state` returned; of an earlier version's checkpoint, begin with an empty window."""
-        self._new.clear()
         self._clear()
         self._steps.clear()
+        self._new = [
+            Observation(step, begin, end, _or_nan(loss), _or_nan(grad_norm), starts_phase)
+            for step, begin, end, loss, grad_norm, starts_phase in state.get("new", ())
+        ]
         self._losses.extend(state.get("losses", ()))
         self._log_norms.extend(state.get("log_norms", ()))
         self._steps.extend((step, begin, end) for step, begin, end in state.get("steps", ()))
@@ -199,6 +206,14 @@ class SpikeGuard:
 def describe_ranges(ranges: Sequence[tuple[int, int]]) -> str:
     """Write ranges of rows for people: `4,096 to 8,191 and 12,288 to 16,383`."""
     return " and ".join(f"{begin:,} to {end - 1:,}" for begin, end in ranges)
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _or_nan(value: float | None) -> float:
+    return math.nan if value is None else value
 
 
 def _log(norm: float) -> float:

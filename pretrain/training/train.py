@@ -17,7 +17,7 @@ from pretrain.checkpoints.run_status import write_failure
 from pretrain.console import counted
 from pretrain.data.damage import TooMuchDamageError, describe
 from pretrain.data.feed import StepInput
-from pretrain.errors import EXIT_DONE, EXIT_STOPPED, TrainingError
+from pretrain.errors import EXIT_DONE, EXIT_STOPPED, DataError, TrainingError
 from pretrain.evaluation.answers import describe as describe_answers
 from pretrain.evaluation.answers import judge_answers
 from pretrain.evaluation.comparison import task_table
@@ -115,10 +115,11 @@ def run_steps(run: Run) -> tuple[str, int, str]:
         try:
             with run.profiler.watch(progress.step + 1):
                 asked_to_stop = train_step(run)
-        except TooMuchDamageError as error:
-            name_damage(run, error.damage)
-            if progress.step:
-                save(run)  # the step has not begun: what was trained is not lost
+        except DataError as error:  # on all ranks, which cannot have the step's rows: it has not begun
+            if isinstance(error, TooMuchDamageError):
+                name_damage(run, error.damage)
+            if progress.step and error.agreed:
+                save(run)  # what was trained is not lost
                 finish_save(run)
             raise
         if run.feed.save_ended():
@@ -254,12 +255,10 @@ def finish_step(
     if not applied:
         run.event("skipped_step", "a gradient is not finite; the weights were left as they were")
     # fp16's loss scale adapts by overflows, which count only where the loss is not a number itself
-    is_overflow = config.train.precision == "fp16" and not applied and not math.isnan(sums.result()[1])
+    is_overflow = config.train.precision == "fp16" and not applied and math.isfinite(sums.result()[1])
     (begin, end), plan = run.stream.step_rows, run.stream.plan
-    if starts_phase := begin in plan.first_rows[1:]:
-        run.event(
-            "phase", f"phase {plan.first_rows.index(begin) + 1} of {len(plan.first_rows)} has begun with this step"
-        )
+    if phase := run.stream.phase_begun():
+        run.event("phase", f"phase {phase} of {len(plan.first_rows)} has begun with this step")
     try:
         run.guard.record(applied or is_overflow, progress.step, (begin, end))
     finally:
@@ -272,7 +271,7 @@ def finish_step(
             skipped_steps=progress.num_skipped, clipped_steps=0, damaged_documents=run.stream.damage.num_documents,
             damaged_tokens=run.stream.damage.num_tokens, seq_len=plan.seq_len_at(begin),
             corpus_tokens=run.stream.tokens_per_corpus(), epochs=plan.epochs(end), phase_seconds={},
-        ), rows.num_targets, sums, phases, run.ranks.world_size, (begin, end), starts_phase, norms)  # fmt: skip
+        ), rows.num_targets, sums, phases, run.ranks.world_size, (begin, end), phase > 0, norms)  # fmt: skip
         run.step_began = now
     if sums.is_ready():
         report(run)

@@ -38,6 +38,7 @@ from pretrain.ranks.distributed import Ranks, choose_device, export_rank_variabl
 from pretrain.ranks.profiling import PhaseClock
 from pretrain.ranks.sequence_parallel import SequenceGroup, join_sequence_group
 from pretrain.ranks.start_clock import StartClock
+from pretrain.zero import loss_scale
 from pretrain.zero.deepspeed_settings import check_machine, deepspeed_settings, effective_stage
 from pretrain.zero.gradient_norms import total_norm
 from pretrain.zero.initial_weights import InitialWeights
@@ -54,7 +55,6 @@ from pretrain.zero.swapped_states import (
 
 MASTER = "master"
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-_LOSS_SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # of fp16
 _COMMUNICATION = CommunicationTimer()  # one a process, as DeepSpeed's backend is
 
 
@@ -235,7 +235,8 @@ class Engine:
         return result
 
     def _step_divided(self) -> StepResult:
-        self._engine.step()
+        with loss_scale.exhaustion_explained():
+            self._engine.step()
         applied = self._engine.was_step_applied()
         norm = self._engine.get_global_grad_norm() if applied else math.nan
         return StepResult(torch.as_tensor(norm, dtype=torch.float32, device=self.ranks.device), applied)
@@ -383,15 +384,12 @@ class Engine:
 
     def loss_scale_state(self) -> dict | None:
         """State of fp16's dynamic loss scale; None in other precisions."""
-        if self.precision != "fp16":
-            return None
-        return {name: getattr(self._optimizer.loss_scaler, name) for name in _LOSS_SCALE}
+        return loss_scale.read_state(self._optimizer) if self.precision == "fp16" else None
 
     def load_loss_scale_state(self, state: dict | None) -> None:
         """Restore what `loss_scale_state` returned."""
         if self.precision == "fp16" and state is not None:
-            for name, value in state.items():
-                setattr(self._optimizer.loss_scaler, name, value)
+            loss_scale.write_state(self._optimizer, state)
 
     def close(self) -> None:
         """Remove DeepSpeed's hooks and buffers; the model can be wrapped again afterwards."""

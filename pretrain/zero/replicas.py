@@ -105,11 +105,13 @@ def check_replicas(engine: Engine, ranks: Ranks, step: int, every: int) -> None:
     if not unlike and not any(row[-1] for row in table):
         return
     not_rounded = ranks.gather([fragment.name for fragment in rounded if _differs(fragment)])
-    raise CorruptionError(
+    error = CorruptionError(
         _describe(step, unlike, not_rounded, ranks.gather(platform.node()))
         + " Nothing of it was saved: the same command goes on from the newest checkpoint. If the same rank or host is "
         "named again, take its node out, and test its memory and its GPU."
     )
+    error.agreed = True
+    raise error
 
 
 def _differs(fragment: Fragment) -> Tensor:

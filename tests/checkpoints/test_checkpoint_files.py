@@ -13,7 +13,7 @@ from pretrain.checkpoints.checkpoint_files import (
     Piece,
     find_uncovered,
     list_steps,
-    manifest_digest,
+    manifest_text,
     tensor_key,
 )
 from pretrain.errors import CheckpointError, ConfigError
@@ -24,7 +24,7 @@ CUTS = {"rank-00000.safetensors": (0, 7), "rank-00001.safetensors": (7, 10), "ra
 
 
 def seal(path, manifest):
-    (path / "manifest.json").write_text(json.dumps(manifest | {"sha256": manifest_digest(manifest)}))
+    (path / "manifest.json").write_text(manifest_text(manifest))
 
 
 @pytest.fixture
@@ -53,6 +53,12 @@ def test_every_range_reads_back(folder):
         for stop in range(start + 1, 25):
             assert torch.equal(reader.read("w", "exp_avg", start, stop - start), WHOLE[start:stop] * 10)
     assert torch.equal(reader.read_whole("w"), WHOLE.view(4, 6))
+
+
+def test_a_part_is_read_into_its_place_and_nowhere_else(folder):
+    target = torch.full((12,), -1.0)
+    CheckpointReader(folder).read_into(target[2:10], "w", "exp_avg", 4)  # of two files
+    assert target.tolist() == [-1, -1, *(10 * WHOLE[4:12]).tolist(), -1, -1]
 
 
 def test_a_missing_state_or_parameter_is_named(folder):
@@ -86,6 +92,14 @@ def test_a_bad_manifest_is_refused(folder, content):
     (folder / "manifest.json").write_text(content)
     with pytest.raises(CheckpointError, match="expected a checkpoint's manifest"):
         CheckpointReader(folder)
+
+
+def test_a_manifest_has_a_line_for_each_parameter_and_file(folder):
+    lines = (folder / "manifest.json").read_text().splitlines()
+    assert [line.strip().partition(":")[0] for line in lines if line.startswith(" ")] == ['"w"', *map(json.dumps, CUTS)]
+    assert len(lines) == 13 and json.loads("\n".join(lines))["training"] == {}
+    with pytest.raises(ValueError, match="JSON"):
+        manifest_text({"training": {"loss": float("nan")}})
 
 
 def test_a_changed_manifest_is_refused(folder):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 
 import pytest
@@ -36,13 +38,15 @@ def save_one(run):
     (run / "checkpoints" / "step-00000003" / "manifest.json").write_text("{}")
 
 
-def test_before_the_first_checkpoint_any_config_may_begin(tmp_path):
+def test_before_the_first_checkpoint_any_config_may_begin(tmp_path, monkeypatch):
     path = write_tiny_corpus(tmp_path / "corpus")
     run = f"run.dir={tmp_path}/run"
     first = RunFolder(load_config(path, [run]))
     assert first.attempt == 1
     first.close()
-    second = RunFolder(load_config(path, [run, "optim.lr=1e-2"]))
+    with monkeypatch.context() as image:  # a container that has no git
+        image.setenv("PATH", str(tmp_path))
+        second = RunFolder(load_config(path, [run, "optim.lr=1e-2"]))
     assert second.attempt == 2
     second.close()
     save_one(tmp_path / "run")
@@ -60,6 +64,7 @@ def test_before_the_first_checkpoint_any_config_may_begin(tmp_path):
         with pytest.raises(ConfigError, match=rf"run\.dir=…: the rows that are to come cannot be others \({name}\)\."):
             RunFolder(load_config(path, [run, "optim.lr=1e-2", option, f"run.allow_changes=[{name}]"]))
     starts = json.loads((tmp_path / "run" / "environment.json").read_text())["starts"]
+    assert starts[1]["git_commit"] is None
     assert len(starts) == 5 and {"command", "versions", "git_commit", "host", "world_size"} <= set(starts[0])
 
 
@@ -155,6 +160,17 @@ def test_one_job_a_folder(config):
         RunFolder(config)
     first.close()
     RunFolder(config).close()
+
+
+def test_a_file_system_without_locks_is_said(config, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.raises(
+        ConfigError, match=r"run\.dir is .*, whose file system has no locks \(Function not implemented\);"
+    ):
+        RunFolder(config)
 
 
 def test_status_is_whole_json(config):

@@ -1,46 +1,34 @@
-"""A rank's share: what is copied, and until when the tensors must stay as they are."""
+"""How rank 0 waits for what the others have written; the writing itself is in test_checkpoint_store.py and training/test_train.py."""
 
 from __future__ import annotations
 
-import threading
-from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-import torch
-from safetensors.torch import load_file
 
-from pretrain.checkpoints.checkpoint_folder import FolderPlace
-from pretrain.checkpoints.share_writer import ShareWriter
-from pretrain.zero.engine import Fragment
+from pretrain.checkpoints import share_writer
+from pretrain.checkpoints.share_writer import collect_shares
+from pretrain.errors import CheckpointError
 
 
-@pytest.mark.parametrize("asynchronous", [True, False])
-def test_the_file_is_what_the_tensors_were(tmp_path: Path, asynchronous: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    place = FolderPlace(tmp_path / "checkpoints")
-    place.claim("run", tmp_path)
-    place.begin(1, 1000, 1)
-    may_write, given = threading.Event(), []
-    write_tensors = place.write_tensors
+@pytest.mark.parametrize(("look_seconds", "rests"), [(0.001, [0.05] * 3), (0.1, [1.0] * 3), (3.0, [5.0] * 3)])
+def test_looking_for_notes_takes_little_of_the_time_however_many_ranks_there_are(monkeypatch, look_seconds, rests):
+    now, slept = [0.0], []
+    monkeypatch.setattr(share_writer, "time", SimpleNamespace(monotonic=lambda: now[0], sleep=slept.append))
+    found = ["a", "ab", "ab", "abc"]
 
-    def write_later(step, name, tensors, metadata):
-        given.extend(tensors.values())
-        assert may_write.wait(30)
-        return write_tensors(step, name, tensors, metadata)
+    def list_notes(*_):
+        now[0] += look_seconds
+        return list(found.pop(0))
 
-    monkeypatch.setattr(place, "write_tensors", write_later)
-    master = torch.arange(6.0)
-    writer = ShareWriter(torch.device("cpu"), 0, asynchronous=asynchronous)
-    share = writer.start([Fragment("weight", (3, 2), 0, 6, {"master": master})], place, 1)
-    waiter = threading.Thread(target=writer.wait_for_copy)
-    waiter.start()
-    waiter.join(30 if asynchronous else 0.5)
-    assert waiter.is_alive() is not asynchronous  # without a copy, the update waits for the writing
-    if asynchronous:
-        master.zero_()
-    may_write.set()
-    share.result()
-    waiter.join(30)
-    (path,) = tmp_path.rglob("rank-00000.safetensors")
-    (written,) = load_file(path).values()
-    assert torch.equal(written, torch.arange(6.0))
-    assert (given[0].data_ptr() == master.data_ptr()) is not asynchronous
+    place = SimpleNamespace(
+        longest_poll_seconds=0.05, list_notes=list_notes, take_notes=lambda _, names: [f'"{name}"' for name in names]
+    )
+    assert collect_shares(place, 1, 3, lambda: 1e9) == ["a", "b", "c"]
+    assert slept == pytest.approx(rests)
+
+
+def test_ranks_that_never_write_are_given_up():
+    place = SimpleNamespace(longest_poll_seconds=0.05, list_notes=lambda *_: ["a"])
+    with pytest.raises(CheckpointError, match=r"only 1 of 3 ranks have written their share; expected all"):
+        collect_shares(place, 1, 3, lambda: 0.0)

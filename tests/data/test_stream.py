@@ -19,6 +19,7 @@ from pretrain.data.row_reader import IGNORED_TARGET
 from pretrain.data.shards import load_index
 from pretrain.data.stream import TokenStream, ValRows
 from pretrain.errors import DataError
+from pretrain.storage import read_ahead
 from tests.helpers.data_helpers import (
     BOS,
     EOS,
@@ -173,6 +174,32 @@ def test_load_state_goes_back_while_reading_ahead(folders, reference):
     stream.close()
     assert_same_steps(again, first)
     assert_same_steps(again, reference[:3])
+
+
+def test_nothing_is_read_anew_beside_a_read_that_hangs(folders, monkeypatch):
+    monkeypatch.setattr(read_ahead, "_STOP_SECONDS", 0.05)
+    stream = make_stream(folders)
+    state, release, hangs = stream.state(), threading.Event(), threading.Event()
+    locate = stream._read_step._locate
+
+    def hang(*arguments):
+        hangs.set()
+        release.wait()
+        return locate(*arguments)
+
+    monkeypatch.setattr(stream._read_step, "_locate", hang)
+    reader = threading.Thread(target=lambda: pytest.raises(RuntimeError, stream.next_step))
+    reader.start()
+    hangs.wait()
+    back = threading.Thread(target=stream.load_state, args=(state,))
+    back.start()
+    back.join(0.5)
+    assert back.is_alive()
+    release.set()
+    back.join()
+    reader.join()
+    assert stream.next_step().micro_batches
+    stream.close()
 
 
 def unique_documents(num_documents, seed=0):

@@ -98,6 +98,18 @@ def test_phases_begin_at_the_rows_of_their_steps(folders):
     assert sampling_weights(config_of(folders, phases=[])) == {"web": 0.8, "code": 0.2}
 
 
+def test_a_phase_whose_first_rows_are_left_out_begins_behind_them(folders):
+    stream = make_stream(folders)
+    begun = []
+    for number in range(7):
+        stream.next_step()
+        begun.append(stream.phase_begun())
+        if number == 1:
+            stream.skip([(24, 42)])  # the last step of the first phase, and the first one of the second
+    stream.close()
+    assert begun == [0, 0, 2, 3, 0, 4, 0]
+
+
 def test_rows_of_each_phase_have_its_length_and_sources(folders, reference):
     assert [tuple(step[0].shape) for step in reference] == [(12, 32)] * 3 + [(6, 64)] * 4 + [(24, 16)] * 2
     assert torch.equal(torch.cat([step[3] for step in reference]), torch.arange(3 * 12 + 4 * 6 + 2 * 24))

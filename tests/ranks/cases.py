@@ -1,7 +1,7 @@
 """Runs training cases one after the other in one start of the ranks, since a DeepSpeed start costs 10 s and more.
 
 Started by the tests on every rank: `cases.py CONFIG CASES.json`. CASES.json holds a list of
-{"overrides": [...], and by choice "signal_at", "signal_rank", "poison", "out_of_memory", "damage", "fail_save",
+{"overrides": [...], and by choice "signal_at", "signal_rank", "poison", "out_of_memory", "unreadable", "damage", "fail_save",
 "slow_save", "lose_state", "zero": settings of DeepSpeed's, "files" instead of its disk operator, "flip": [step, rank or
 -1 for all, name], "watch_loading", "window", "bad_rows", "lie", "last_overrides", "measure", "watch_untrained"}. What a case leaves behind is
 in its run folder.
@@ -26,7 +26,7 @@ import torch
 from benchmarks.usage import measure
 from pretrain.checkpoints import checkpoint_folder, share_writer
 from pretrain.checkpoints.checkpoint import Checkpoints
-from pretrain.errors import LonghaulError
+from pretrain.errors import DataError, LonghaulError
 from pretrain.optimizers.optim import make_optimizer
 from pretrain.options.settings import load_config
 from pretrain.ranks.distributed import leave_distributed
@@ -116,6 +116,17 @@ def run_case(case: dict, config_path: str, ranks, stop: StopRequest) -> str:
             return original(run)
 
         train_module.train_step = step_then_signal
+    if "unreadable" in case:  # the rows of this step
+
+        def step_before_unreadable(run):
+            if run.progress.step + 2 == case["unreadable"]:
+                run.stream.read_step = unreadable
+            return original(run)
+
+        def unreadable():
+            raise DataError("shards: cannot be read")
+
+        train_module.train_step = step_before_unreadable
     if "out_of_memory" in case:  # memory ends in this step
 
         def step_without_memory(run):

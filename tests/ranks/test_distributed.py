@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import resource
+
 import pytest
 import torch
 
 from pretrain.errors import ConfigError
-from pretrain.ranks.distributed import choose_device, first_host, read_rank_variables
+from pretrain.ranks.distributed import allow_open_files, choose_device, first_host, read_rank_variables
 
 SRUN = {"SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "8",
         "SLURM_JOB_ID": "12345", "SLURM_STEP_ID": "2", "SLURM_STEP_NODELIST": "node7"}  # fmt: skip
@@ -96,3 +98,15 @@ def test_a_rank_takes_its_gpu(monkeypatch):
     assert choose_device(3, {"SLURM_LOCALID": "3"}) == torch.device("cuda", 0)
     with pytest.raises(ConfigError, match="local rank is 3; expected less than 1, the number of this node's GPUs"):
         choose_device(3, {"SLURM_LOCALID": "0"})  # torchrun inside a job
+
+
+def test_more_files_may_be_open_than_a_system_begins_with():
+    soft, hard = before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(256, soft), hard))
+        allow_open_files(300)
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (min(300, hard), hard)
+        allow_open_files(280)  # it is never lowered
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (min(300, hard), hard)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)

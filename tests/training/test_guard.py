@@ -27,5 +27,8 @@ def test_skips_in_a_row_end_the_run_and_good_steps_forgive():
     for step, applied in enumerate([False, False, True, False, False], start=1):
         guard.record(applied, step, (0, 8))
     assert guard.num_skipped == 4
-    with pytest.raises(TrainingError, match=r"step 6: gradients are not finite for 3 steps in a row \(rows 40 to 47"):
+    with pytest.raises(
+        TrainingError, match=r"step 6: gradients are not finite for 3 steps in a row \(rows 40 to 47"
+    ) as caught:
         guard.record(False, 6, (40, 48))
+    assert caught.value.agreed  # rank 0 alone says it

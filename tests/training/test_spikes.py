@@ -119,6 +119,25 @@ def test_what_is_left_out_does_not_depend_on_when_it_is_asked():
     assert guard.spike() == early
 
 
+@pytest.mark.parametrize("starts_phase", [False, True])
+def test_what_is_left_out_does_not_depend_on_a_save_behind_it(starts_phase):
+    """A save judges the newest step too, which a run that goes on has not judged when it sees the spike."""
+    saved, other = (make(spike_steps=3, rollback_steps=10) for _ in range(2))
+    for guard in (saved, other):
+        calm(guard)
+        for step, loss in enumerate([9.0, 9.0, 9.0, 3.0], WINDOW + 1):
+            guard.record(Observation(step, (step - 1) * ROWS, step * ROWS, loss, 1.0, starts_phase and loss < 9))
+        guard.judge(WINDOW + 3)
+    events = saved.judge(WINDOW + 4)
+    resumed = make(spike_steps=3, rollback_steps=10)
+    resumed.load_state(json.loads(json.dumps(saved.state(), allow_nan=False)))
+    assert events == [] and saved.spike() == other.spike() == resumed.spike() is not None
+    for guard in (saved, other, resumed):  # there is nothing to go back to
+        guard.forgive()
+        guard.judge(WINDOW + 4)
+    assert saved.state() == other.state() == resumed.state()
+
+
 def test_steps_are_judged_up_to_the_one_that_all_ranks_know():
     guard = make(spike_steps=1)
     calm(guard)

@@ -53,6 +53,7 @@ def runs(tiny_config, tmp_path_factory):
         "smoothed": ["train.label_smoothing=0.2", "train.z_loss=0.01", "eval={every_steps: 20, max_rows: 8}"],
         "profiled": ["train.profile_steps=[3, 20]"],
         "out-of-memory": ["checkpoint.every_steps=2"],
+        "unreadable": ["checkpoint.every_steps=4"],
         "reads": ["train.precision=bf16"],
         "reads-recomputed": ["train.precision=bf16", "model.attention_dropout=0.1", "model.dropout=0.1",
                              "train.activation_checkpointing=full", "train.z_loss=0.01"],
@@ -60,7 +61,7 @@ def runs(tiny_config, tmp_path_factory):
         "saved-at-once": ["checkpoint={every_steps: 5, keep_last: 9, asynchronous: false}"],
         "tensors": ["log.tensorboard=true", "eval={every_steps: 10, max_rows: 4}"],
     }  # fmt: skip
-    extra = {"out-of-memory": {"out_of_memory": 4}, "best-fails": {"signal_at": 10, "fail_save": [8]},
+    extra = {"out-of-memory": {"out_of_memory": 4}, "unreadable": {"unreadable": 7}, "best-fails": {"signal_at": 10, "fail_save": [8]},
              "saved-beside": {"slow_save": 0.3}, "reads": {"count_reads": 5}, "reads-recomputed": {"count_reads": 5}}  # fmt: skip
     listed = [
         {"overrides": [f"run.dir={folder}/{name}", *overrides]} | extra.get(name, {})
@@ -137,6 +138,12 @@ def test_the_documents_of_the_step_that_ends_a_run_are_recorded_and_in_its_check
     assert list_steps(run / "checkpoints") == [first - 1]
     ((shard, documents),) = newest(run).training["data"]["damaged"]["code"].items()
     assert len(documents) == 1 and f"{shard}.tar document {documents[0][0]} " in named["documents"][0]
+
+
+def test_rows_that_cannot_be_read_end_a_run_after_saving(runs):
+    outcomes, folder = runs
+    assert outcomes["unreadable"] == "DataError: shards: cannot be read"
+    assert list_steps(folder / "unreadable" / "checkpoints") == [4, 6]
 
 
 def test_too_much_damage_of_held_out_documents_ends_the_run_after_saving(runs):
