@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,6 +39,13 @@ CODE_MODULES = ("ast", "bisect", "calendar", "cmd", "copy", "csv", "dis", "enum"
                 "gzip", "heapq", "inspect", "io", "keyword", "linecache", "numbers", "opcode", "operator", "pickle",
                 "queue", "random", "reprlib", "sched", "shelve", "shlex", "stat", "string", "struct", "tabnanny",
                 "textwrap", "token", "tokenize", "trace", "types", "uuid", "warnings", "wave", "weakref")  # fmt: skip
+
+
+def pytest_configure() -> None:
+    """Have the programs that tests start heed what `nohup` and a script's `&` ignore, which they would inherit."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, lambda *_: None)  # a handler is not inherited
 
 
 def write_tiny_corpus(folder: Path) -> Path:
